@@ -1,0 +1,1 @@
+"""Orchestration only: configuration, the graph, Prefect, and the `ingot` command."""

@@ -1,0 +1,1 @@
+"""Tensors only: architectures, optimizers and compression maths."""

@@ -1,0 +1,1 @@
+"""Compression methods, one file each; a module's name is its registry name."""

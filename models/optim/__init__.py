@@ -1,0 +1,1 @@
+"""Optimizers over fragments of sharded tensors, and LISA's layer draw."""

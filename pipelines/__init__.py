@@ -1,0 +1,1 @@
+"""Stages as functions over artifacts, and what they share."""

@@ -1,0 +1,1 @@
+"""The compress stage: calibration, the layer walk and the packed export."""

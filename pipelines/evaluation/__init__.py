@@ -1,0 +1,1 @@
+"""The evaluate stage: bits per byte, tasks, size and latency."""

@@ -1,0 +1,75 @@
+"""Run one stage: cache, lease, body, publication. The wrapper that every stage shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping
+
+from pipelines import artifact, fingerprint, provenance
+from pipelines.artifact import Artifact
+from pipelines.settings import Settings
+from pipelines.stage import Stage, StageContext
+from pipelines.store import Store
+
+
+def materialize(
+    stage: Stage,
+    config: Settings,
+    inputs: Mapping[str, Artifact],
+    store: Store,
+    context: StageContext,
+    *,
+    input_keys: Mapping[str, str],
+    data_hash: str | None,
+    force: bool = False,
+    wait_s: float | None = None,
+) -> Artifact:
+    """Return the artifact of this stage, running its body only when the store does not have it.
+
+    Args:
+        stage: what to run.
+        config: its configuration section.
+        inputs: input name -> artifact; each is verified before the body reads it.
+        store: where to look and publish.
+        context: reporting and compute settings; its scratch folder is set here.
+        input_keys: input name -> fingerprint (or data hash): the identity of the inputs.
+        data_hash: DVC hash of the corpus, for provenance.
+        force: run the body even when the artifact exists.
+        wait_s: how long to wait for another run that builds the same artifact; None waits for ever.
+
+    Raises:
+        LockedError: another run held the lease for longer than `wait_s`.
+        IntegrityError: an input does not match its manifest.
+    """
+    identity = stage.identity(config, input_keys)
+    key = fingerprint.digest(identity)
+    if not force and (cached := store.find(stage.name, key)):
+        return cached
+    with store.lease(stage.name, key, wait_s=wait_s):
+        # Another run may have published it while this one waited for the lease.
+        if not force and (cached := store.find(stage.name, key)):
+            return cached
+        for used in inputs.values():
+            used.verify()
+        scratch = store.scratch(stage.name, key)
+        scratch.mkdir(parents=True, exist_ok=True)
+        build = store.build_folder(stage.name, key)
+        started = time.monotonic()
+        summary = stage.body()(config, inputs, build, dataclasses.replace(context, scratch=scratch, store=store.root))
+        published = artifact.publish(
+            build,
+            store.path(stage.name, key),
+            stage=stage.name,
+            node=context.node,
+            identity=identity,
+            parents={name: used.digest for name, used in inputs.items()},
+            summary=summary,
+            provenance=provenance.capture(
+                duration_s=time.monotonic() - started, source_digest=stage.source_digest(), data_hash=data_hash
+            ),
+            observations=stage.observations,
+        )
+        shutil.rmtree(scratch, ignore_errors=True)
+        return published

@@ -1,0 +1,1 @@
+"""The promote stage: gate, MLflow model registry, model card, rollback."""

@@ -1,0 +1,71 @@
+"""The store: where artifacts live, found by stage and fingerprint.
+
+.ingot/artifacts/<stage>/<fingerprint>/   published artifacts
+.ingot/scratch/<stage>-<fingerprint>/     what an unfinished stage keeps between attempts (checkpoints)
+.ingot/leases/                            who works on what
+.ingot/runs/<run id>/                     record and report of each run
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipelines import artifact, lease
+from pipelines.artifact import Artifact
+from pipelines.errors import IntegrityError
+
+_KEY_DIGITS = 32
+
+
+class Store:
+    """Artifacts in a local folder.
+
+    Args:
+        root: the folder; created when first written to.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+
+    def path(self, stage: str, fingerprint: str) -> Path:
+        """Return where the artifact with this fingerprint lives or would live."""
+        return self.root / "artifacts" / stage / fingerprint[:_KEY_DIGITS]
+
+    def find(self, stage: str, fingerprint: str) -> Artifact | None:
+        """Return the published artifact, or None; a damaged manifest counts as none."""
+        try:
+            found = artifact.load(self.path(stage, fingerprint))
+        except IntegrityError:
+            return None
+        return found if found.manifest.fingerprint == fingerprint else None
+
+    def artifacts(self) -> Iterator[Artifact]:
+        """Yield every published artifact, oldest first."""
+        folders = self.root.glob("artifacts/*/*/" + artifact.MANIFEST)
+        for manifest in sorted(folders, key=lambda p: (p.stat().st_mtime, p)):
+            yield artifact.load(manifest.parent)
+
+    def scratch(self, stage: str, fingerprint: str) -> Path:
+        """Return the scratch folder of a stage execution: the same one at every attempt."""
+        return self.root / "scratch" / f"{stage}-{fingerprint[:_KEY_DIGITS]}"
+
+    @contextlib.contextmanager
+    def lease(self, stage: str, fingerprint: str, *, wait_s: float | None) -> Iterator[None]:
+        """Hold the right to build one artifact; see `pipelines.lease.hold`."""
+        key = f"{stage}-{fingerprint[:_KEY_DIGITS]}"
+        with lease.hold(self.root / "leases" / f"{key}.lock", what=f"stage {key}", wait_s=wait_s):
+            yield
+
+    def build_folder(self, stage: str, fingerprint: str) -> Path:
+        """Return an empty folder on the store's file system to build in; the lease must be held.
+
+        What an earlier, killed attempt left there is removed.
+        """
+        folder = self.root / "artifacts" / stage / f".building-{fingerprint[:_KEY_DIGITS]}"
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        return folder
