@@ -1,0 +1,55 @@
+"""The `promote` section of a recipe: which model is put forward, and what it must show. Imports no MLflow, no torch."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pipelines.settings import Settings
+
+
+class PromoteConfig(Settings):
+    """The gate between an evaluated model and the alias `champion`."""
+
+    model_name: str = Field(
+        "ingot",
+        min_length=1,
+        max_length=200,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Registered model that the candidate becomes a version of.",
+    )
+    candidate: str = Field(
+        "smallest",
+        min_length=1,
+        description="`pretrain`, the name of a child, or `smallest`: the smallest child within budget, else pretrain.",
+    )
+    confidence: float = Field(0.95, gt=0.5, lt=1.0, description="Confidence of every interval of the gate.")
+    max_bits_per_byte_ratio: float = Field(
+        1.02,
+        ge=1.0,
+        le=10.0,
+        description="A child's bits per byte over its parent's: the upper end of the interval must stay below.",
+    )
+    max_task_accuracy_drop: float = Field(
+        0.05,
+        ge=0.0,
+        le=1.0,
+        description="Accuracy that a child may lose on any task; only a loss beyond the task's noise counts.",
+    )
+    max_bytes_ratio: float = Field(
+        1.0, gt=0.0, le=10.0, description="A child's bytes on disk over its parent's must stay below."
+    )
+    max_kl_nats: float | None = Field(
+        None, gt=0.0, description="Mean KL divergence of a child from its parent, nats a token; None sets no limit."
+    )
+    max_latency_ratio: float | None = Field(
+        None, gt=0.0, description="A child's decode time over its parent's; None sets no limit (timings vary)."
+    )
+    must_beat: tuple[str, ...] = Field(
+        (), description="Null arms (gzip, xz, order1, ...) whose bits per byte the candidate must be below."
+    )
+    allow_new_test_set: bool = Field(
+        False, description="Accept a candidate measured on other held-out text than the champion, without a comparison."
+    )
+    register_children: bool = Field(
+        False, description="Register the other children that are within budget too, without the alias `champion`."
+    )

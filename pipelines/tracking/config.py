@@ -1,0 +1,62 @@
+"""Where runs are tracked: the `tracking` section of a recipe. Imports no MLflow."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from pipelines.settings import NOT_IDENTITY, Settings
+
+_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
+
+
+class TrackingConfig(Settings):
+    """The MLflow server or database that follows runs and holds the model registry."""
+
+    uri: str | None = Field(
+        None,
+        description="MLflow tracking URI; default: $MLFLOW_TRACKING_URI, else SQLite in the store.",
+        json_schema_extra=NOT_IDENTITY,
+    )
+    experiment: str = Field(
+        "ingot",
+        min_length=1,
+        max_length=500,
+        description="MLflow experiment that the runs appear in.",
+        json_schema_extra=NOT_IDENTITY,
+    )
+    timeout_s: int = Field(
+        10, ge=1, le=600, description="Limit of one request to an MLflow server.", json_schema_extra=NOT_IDENTITY
+    )
+    finish_s: float = Field(
+        60.0,
+        ge=0,
+        description="How long the end of a run waits for MLflow to catch up; what is left waits for `ingot sync`.",
+        json_schema_extra=NOT_IDENTITY,
+    )
+
+    @field_validator("uri")
+    @classmethod
+    def _is_a_database_or_a_server(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        scheme = value.partition(":")[0].partition("+")[0]
+        if scheme not in _SCHEMES:
+            raise ValueError(
+                f"{value!r} is neither a database nor a server (one of {', '.join(_SCHEMES)}): "
+                "the model registry needs one, a plain folder will not do"
+            )
+        return value
+
+
+def resolve_uri(config: TrackingConfig, store_root: Path) -> str:
+    """Return the MLflow URI in force: the recipe's, else the environment's, else SQLite in the store."""
+    chosen = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return chosen or f"sqlite:///{store_root.resolve() / 'mlflow.db'}"
+
+
+def artifact_root(uri: str, store_root: Path) -> str | None:
+    """Return where MLflow keeps artifacts: beside a SQLite database; None leaves it to the server."""
+    return (store_root.resolve() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
