@@ -1,0 +1,236 @@
+"""The `ingot` command. Each verb imports what it needs when it is called, so `-h` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.errors import IngotError
+
+app = typer.Typer(
+    name="ingot",
+    help="From a DVC-versioned corpus to a compressed, evaluated, promoted language model.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+data = typer.Typer(help="The corpus: DVC for people who do not want to learn DVC today.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+Recipe = Annotated[str, typer.Option("--recipe", "-r", help="Name of a recipe, or the path of a TOML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted settings over the recipe.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Only = Annotated[str | None, typer.Option("--only", help="Run this stage alone, on the artifacts that exist.")]
+Since = Annotated[str | None, typer.Option("--from", help="Run this stage again, and everything below it.")]
+Force = Annotated[list[str] | None, typer.Option("--force", help="Run this stage again although nothing changed.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only.")]
+RunId = Annotated[
+    str | None, typer.Argument(metavar="[RUN]", help="Id of a run or its beginning; the newest if left out.")
+]
+
+
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    recipe: Recipe = "demo",
+    only: Only = None,
+    since: Since = None,
+    force: Force = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run would do, and why. Starts nothing, changes nothing."""
+    from flows.commands import running
+
+    running.plan(recipe, overrides or [], only, since, force or [], as_json=as_json)
+
+
+@app.command()
+def run(
+    overrides: Overrides = None,
+    recipe: Recipe = "demo",
+    only: Only = None,
+    since: Since = None,
+    force: Force = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Exit with 6 if another run works on a stage.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Take the corpus to a champion. What is cached stays cached; what was interrupted goes on."""
+    from flows.commands import running
+
+    running.run(
+        recipe, overrides or [], only, since, force or [], wait_s=0.0 if no_wait else None, as_json=as_json, quiet=quiet
+    )
+
+
+@app.command()
+def resume(run_id: RunId = None, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Go on with a run that did not finish, with the configuration it had."""
+    from flows.commands import running
+
+    running.resume(run_id, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def status(run_id: RunId = None, as_json: Json = False) -> None:
+    """Show how far a run is."""
+    from flows.commands import looking
+
+    looking.status(run_id, as_json=as_json)
+
+
+@app.command()
+def show(
+    target: Annotated[str, typer.Argument(help="A run, an artifact (fingerprint or node name), `config` or `schema`.")],
+    overrides: Overrides = None,
+    recipe: Recipe = "demo",
+    as_json: Json = False,
+) -> None:
+    """Show everything known of one thing: where it came from, what it holds, how it measured."""
+    from flows.commands import looking
+
+    looking.show(target, recipe, overrides or [], as_json=as_json)
+
+
+@app.command()
+def diff(
+    old: Annotated[str, typer.Argument(help="A run or an artifact.")],
+    new: Annotated[str, typer.Argument(help="A run or an artifact.")],
+    as_json: Json = False,
+) -> None:
+    """Say which settings, inputs and results differ between two runs or two artifacts."""
+    from flows.commands import looking
+
+    looking.diff(old, new, as_json=as_json)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="models, runs, artifacts, recipes, compressors or optimizers.")],
+    as_json: Json = False,
+) -> None:
+    """List what there is."""
+    from flows.commands import listing
+
+    listing.show(what, as_json=as_json)
+
+
+@app.command()
+def promote(
+    candidate: Annotated[
+        str | None, typer.Argument(help="`pretrain` or a child; the recipe's choice if left out.")
+    ] = None,
+    run_id: Annotated[str | None, typer.Option("--run", help="The run that made it; the newest if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put a model of a finished run through the gate, and make it champion if it passes."""
+    from flows.commands import running
+
+    running.promote(candidate, run_id, as_json=as_json)
+
+
+@app.command()
+def rollback(
+    model: Annotated[str | None, typer.Argument(help="Registered model; the only one if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make the previous champion the champion again."""
+    from flows.commands import storing
+
+    storing.rollback(model, as_json=as_json)
+
+
+@app.command()
+def export(
+    target: Annotated[str, typer.Argument(help="`champion`, a node of the newest run, or a fingerprint.")],
+    destination: Annotated[str, typer.Argument(help="Folder to create.")],
+) -> None:
+    """Copy a model to a folder that plain transformers loads."""
+    from flows.commands import storing
+
+    storing.export(target, destination)
+
+
+@app.command()
+def verify(
+    target: Annotated[str | None, typer.Argument(help="Fingerprint or node; every artifact if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Hash artifacts again and compare them with their manifests."""
+    from flows.commands import storing
+
+    storing.verify(target, as_json=as_json)
+
+
+@app.command()
+def gc(
+    keep: Annotated[int, typer.Option("--keep", min=0, help="Newest runs whose artifacts stay.")] = 3,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove artifacts that neither the newest runs nor any registered model need."""
+    from flows.commands import storing
+
+    storing.gc(keep, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine and this checkout, and say what is missing and how to get it."""
+    from flows.commands import checking
+
+    checking.doctor(as_json=as_json)
+
+
+@data.command("status")
+def data_status(as_json: Json = False) -> None:
+    """Say whether data/ is what data.dvc says."""
+    _data("status", as_json=as_json)
+
+
+@data.command("pull")
+def data_pull(as_json: Json = False) -> None:
+    """Fetch the corpus that data.dvc names from the DVC remote."""
+    _data("pull", as_json=as_json)
+
+
+@data.command("push")
+def data_push(as_json: Json = False) -> None:
+    """Send the corpus to the DVC remote."""
+    _data("push", as_json=as_json)
+
+
+@data.command("add")
+def data_add(as_json: Json = False) -> None:
+    """Take the present content of data/ as the corpus: writes data.dvc."""
+    _data("add", as_json=as_json)
+
+
+@data.command("import")
+def data_import(
+    url: Annotated[str, typer.Argument(help="File or folder of JSON Lines: a path, s3://..., https://...")],
+    as_json: Json = False,
+) -> None:
+    """Fetch a corpus from elsewhere into data/ and take it as the corpus."""
+    _data("import", url, as_json=as_json)
+
+
+def _data(verb: str, *arguments: Any, as_json: bool) -> None:
+    from flows.commands import corpus
+
+    corpus.run(verb, *arguments, as_json=as_json)
+
+
+def main() -> None:
+    """Run the command line; errors of ours become a message and their exit code."""
+    try:
+        app()
+    except IngotError as error:
+        print(f"ingot: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

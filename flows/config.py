@@ -1,0 +1,75 @@
+"""The configuration of a run: a frozen tree of stage settings, read from a recipe and dotted overrides."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipelines.compression.config import CompressConfig
+from pipelines.data.config import DataConfig, PrepareConfig
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.registry.config import PromoteConfig
+from pipelines.settings import NOT_IDENTITY, Settings
+from pipelines.tracking.config import TrackingConfig
+from pipelines.training.config import PretrainConfig
+
+
+class ComputeConfig(Settings):
+    """How a run uses its machine. Nothing here changes a result."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where ranks compute; auto takes the GPU if there is one.", json_schema_extra=NOT_IDENTITY
+    )
+    threads: int = Field(
+        0, ge=0, le=1024, description="CPU threads per rank; 0 shares the cores.", json_schema_extra=NOT_IDENTITY
+    )
+    heartbeat_timeout_s: float = Field(
+        600.0, gt=0, description="A rank silent for longer is taken for hung.", json_schema_extra=NOT_IDENTITY
+    )
+    grace_s: float = Field(
+        30.0, gt=0, description="Time to save state between SIGTERM and SIGKILL.", json_schema_extra=NOT_IDENTITY
+    )
+    retries: int = Field(
+        2, ge=0, le=100, description="Retries of a stage after a transient fault.", json_schema_extra=NOT_IDENTITY
+    )
+    retry_delay_s: float = Field(
+        5.0, ge=0, description="First delay between retries; doubles each time.", json_schema_extra=NOT_IDENTITY
+    )
+
+
+class StoreConfig(Settings):
+    """Where artifacts live."""
+
+    path: str = Field(".ingot", min_length=1, description="Folder of the store.", json_schema_extra=NOT_IDENTITY)
+
+
+class RunConfig(Settings):
+    """Everything that a run needs to know."""
+
+    data: DataConfig = Field(default_factory=DataConfig, description="Which corpus, at which revision.")
+    prepare: PrepareConfig = Field(default_factory=PrepareConfig, description="From corpus to packed tokens.")
+    pretrain: PretrainConfig = Field(default_factory=PretrainConfig, description="The model and its training.")
+    compress: list[CompressConfig] = Field(default_factory=list, description="The children to derive from the model.")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="What to measure.")
+    promote: PromoteConfig = Field(default_factory=PromoteConfig, description="The gate and the registry.")
+    compute: ComputeConfig = Field(default_factory=ComputeConfig, description="Devices, threads, time-outs.")
+    store: StoreConfig = Field(default_factory=StoreConfig, description="Where artifacts live.")
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow.")
+
+    @field_validator("compress", mode="before")
+    @classmethod
+    def _collapse_equal_children(cls, value: Any) -> Any:
+        """Overrides such as `compress.method=gptq` set every child; children that became equal are one child."""
+        return [c for i, c in enumerate(value) if c not in value[:i]] if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _children_have_names_of_their_own(self) -> RunConfig:
+        names = [child.name for child in self.compress]
+        for name in names:
+            if names.count(name) > 1 or name == "pretrain":
+                raise ValueError(f"two models are called {name!r}; give each compress child a `name` of its own")
+        if self.promote.candidate not in {"pretrain", "smallest", *names}:
+            known = ", ".join(["pretrain", "smallest", *names])
+            raise ValueError(f"promote.candidate is {self.promote.candidate!r}; this recipe has {known}")
+        return self
