@@ -18,8 +18,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipelines import guard
 from pipelines.errors import TransientError
-from pipelines.launch import die_with_parent
 
 _START_DEADLINE_S = 120.0
 _POLL_S = 0.1
@@ -29,6 +29,8 @@ _SETTINGS = {
     "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
     "DO_NOT_TRACK": "1",
 }
+
+_SERVER = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 
 
 @contextlib.contextmanager
@@ -55,11 +57,13 @@ def api(store_root: Path) -> Iterator[str]:
     log_path = home / "server.log"
     with log_path.open("ab") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app",
-             "--host", "127.0.0.1", "--port", str(port), "--log-level", "error"],
-            env={**os.environ, "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"},
-            stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent,
-        )  # fmt: skip
+            _command(port),
+            env=os.environ | _SERVER,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     try:
         _wait(url, _START_DEADLINE_S, server, hint=f"its log is {log_path}")
         os.environ["PREFECT_API_URL"] = url
@@ -85,6 +89,13 @@ def configured_url() -> str | None:
         return None
     active = os.environ.get("PREFECT_PROFILE", table.get("active", ""))
     return table.get("profiles", {}).get(active, {}).get("PREFECT_API_URL")
+
+
+def _command(port: int) -> list[str]:
+    """Return the command of a private server that the kernel kills with this process."""
+    guarded = [sys.executable, "-I", "-S", guard.__file__, "exec", str(os.getpid())]
+    uvicorn = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+    return [*guarded, *uvicorn, "--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
 
 
 def _wait(url: str, deadline_s: float, server: subprocess.Popen[bytes] | None, *, hint: str) -> None:

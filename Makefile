@@ -1,0 +1,47 @@
+# Two commands matter: `make run` and `make test`. Both set up everything they need.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt
+
+.PHONY: run test setup check exactness faults bench golden clean
+
+run: $(VENV)/.installed
+	@$(BIN)/ingot run --recipe demo
+
+setup: $(VENV)/.installed-dev
+
+test: check
+	$(BIN)/python -m pytest
+
+# Formatting, types and layers: half a minute, no training.
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The full grid of optimizers, ranks, ZeRO stages and options (about an hour on two cores).
+exactness: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m exactness --timeout 3600
+
+# Every fault of the harness, also the slow ones.
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/faults -m "slow or faults_full or not faults_full" --timeout 3600
+
+# Ratios against named baselines, measured in one run each.
+bench: $(VENV)/.installed-dev
+	for file in tests/bench/bench_*.py; do $(BIN)/python $$file; done
+
+clean:
+	rm -rf $(VENV) .ingot data .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/.installed: pyproject.toml infra/constraints.txt
+	@echo "Setting up $(VENV) (a few minutes, once) ..."
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@$(PIP) -e '.[dev]'
+	@touch $@
