@@ -1,0 +1,205 @@
+"""The `pretrain` section of a recipe: which model, which optimizer, which schedule, for how many steps.
+
+Training is bound by steps, never by time, so that a run is the same run on a slower machine.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from models.architectures.config import PRESETS, ArchitectureConfig, Family, Shape, preset
+from pipelines.settings import NOT_IDENTITY, Settings
+
+_DEFAULT_LR = {"lamb": 2e-2, "adamw": 3e-3, "lars": 1.0}
+_DEFAULT_EPS = {"lamb": 1e-6, "adamw": 1e-8, "lars": 1e-6}
+
+
+def _known_preset(name: str) -> str:
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return name
+
+
+class ModelOverrides(Settings):
+    """Single values of the preset to replace; what is not given stays as the preset has it."""
+
+    width: int | None = Field(None, ge=8, description="Width of the residual stream.")
+    layers: int | None = Field(None, ge=1, description="Number of layers.")
+    heads: int | None = Field(None, ge=1, description="Attention heads; must divide the width into even parts.")
+    kv_heads: int | None = Field(None, ge=1, description="Key and value heads (decoder); must divide `heads`.")
+    ffn_width: int | None = Field(None, ge=8, description="Width of the gated feed-forward.")
+    rope_theta: float | None = Field(None, gt=1.0, description="Base of the rotary position frequencies.")
+    tie_embeddings: bool | None = Field(None, description="One matrix for token embedding and output.")
+    norm_eps: float | None = Field(None, gt=0.0, description="Epsilon of the normalisations.")
+    init_std: float | None = Field(None, gt=0.0, le=1.0, description="Standard deviation of initial weights.")
+    local_window: int | None = Field(None, ge=2, description="Window of local attention in tokens (encoder).")
+    global_every: int | None = Field(None, ge=1, description="Every n-th layer attends globally (encoder).")
+
+
+class OptimizerConfig(Settings):
+    """The update rule. Norm gains and biases are neither decayed nor adapted."""
+
+    name: Literal["lamb", "adamw", "lars"] = Field("lamb", description="Update rule.")
+    lr: float | None = Field(
+        None, gt=0.0, le=100.0, description="Peak learning rate; none: 0.02 for lamb, 0.003 for adamw, 1.0 for lars."
+    )
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(
+        (0.9, 0.95), description="Decay of the first and second moment; lars uses the first as its momentum."
+    )
+    eps: float | None = Field(None, gt=0.0, le=1.0, description="Denominator guard; none: the rule's own default.")
+    weight_decay: float = Field(0.01, ge=0.0, le=10.0, description="Decoupled weight decay of matrices.")
+    clip: float | None = Field(1.0, gt=0.0, description="Bound of the global gradient norm; none: no clipping.")
+    bias_correction: bool = Field(True, description="Correct the moments for their start at zero (lamb).")
+    clamp: tuple[float, float] | None = Field(None, description="Bounds of the trust ratio (lamb); none: unbounded.")
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate at the top of the schedule."""
+        return _DEFAULT_LR[self.name] if self.lr is None else self.lr
+
+    @property
+    def epsilon(self) -> float:
+        """The denominator guard in use."""
+        return _DEFAULT_EPS[self.name] if self.eps is None else self.eps
+
+    @model_validator(mode="after")
+    def _clamp_is_an_interval(self) -> Self:
+        if self.clamp is not None and not 0.0 <= self.clamp[0] < self.clamp[1]:
+            raise ValueError(f"clamp = {list(self.clamp)} is no interval; valid: 0 <= low < high")
+        return self
+
+
+class LisaConfig(Settings):
+    """Layerwise importance sampling (arXiv 2403.17919): train a few layers at a time, redrawn at intervals."""
+
+    enabled: bool = Field(False, description="Switch LISA on, with any optimizer.")
+    layers: int = Field(2, ge=1, description="Layers that train at a time; embeddings, final norm and head always do.")
+    interval: int = Field(20, ge=1, description="Steps between draws.")
+    weights: Literal["uniform", "norm"] = Field(
+        "uniform", description="Chance of a layer: equal for all, or in proportion to the norm of its weights."
+    )
+
+
+class ScheduleConfig(Settings):
+    """Learning rate over the steps: linear warm-up to the peak, then decay."""
+
+    warmup: int = Field(50, ge=0, description="Steps of linear warm-up.")
+    decay: Literal["constant", "linear", "cosine", "polynomial"] = Field("cosine", description="Form of the decay.")
+    power: float = Field(1.0, gt=0.0, le=10.0, description="Exponent of the polynomial decay.")
+    final_ratio: float = Field(0.0, ge=0.0, le=1.0, description="Learning rate at the last step over the peak.")
+
+
+class MaskingConfig(Settings):
+    """What the encoder is asked to restore (BERT's rule at the rate of arXiv 2202.08005)."""
+
+    probability: float = Field(0.3, gt=0.0, lt=1.0, description="Share of tokens that are targets.")
+    mask: float = Field(0.8, ge=0.0, le=1.0, description="Share of targets shown as the mask token.")
+    random: float = Field(0.1, ge=0.0, le=1.0, description="Share of targets shown as a random token; the rest stay.")
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> Self:
+        if self.mask + self.random > 1.0 + 1e-9:
+            raise ValueError(f"mask + random = {self.mask + self.random:g}; together they may be at most 1")
+        return self
+
+
+class CheckpointConfig(Settings):
+    """How often state is saved; nothing here changes a result."""
+
+    every: int = Field(50, ge=1, description="Steps between checkpoints.", json_schema_extra=NOT_IDENTITY)
+    keep: int = Field(
+        2,
+        ge=2,
+        le=1000,
+        description="Checkpoints kept; at least 2, because the newest may be the one that a crash cut short.",
+        json_schema_extra=NOT_IDENTITY,
+    )
+
+
+class PretrainConfig(Settings):
+    """The model and its training."""
+
+    family: Family = Field("decoder", description="decoder: causal LM (Llama); encoder: masked LM (ModernBERT).")
+    preset: Annotated[str, AfterValidator(_known_preset)] = Field("4m", description="Named model size.")
+    model: ModelOverrides = Field(default_factory=ModelOverrides, description="Values of the preset to replace.")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="The update rule.")
+    lisa: LisaConfig = Field(default_factory=LisaConfig, description="Train a few layers at a time.")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Learning rate over the steps.")
+    masking: MaskingConfig = Field(default_factory=MaskingConfig, description="Targets of the encoder.")
+    engine: Literal["deepspeed", "plain"] = Field(
+        "deepspeed", description="deepspeed through Accelerate, or plain PyTorch in one process."
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="ZeRO stage: what DeepSpeed shards over the ranks.")
+    world_size: int = Field(2, ge=1, le=65536, description="Ranks: one process each.")
+    steps: int = Field(400, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(8, ge=1, description="Sequences of one optimizer step, over all ranks.")
+    micro_batch_size: int = Field(4, ge=1, description="Sequences of one forward pass on one rank.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Arithmetic; bf16 keeps fp32 master weights.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of weights, data order, masks and layer draws.")
+    validate_every: int = Field(50, ge=1, description="Steps between validations; one follows the last step.")
+    validation_sequences: int = Field(64, ge=1, description="Validation sequences used each time, at most.")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving state.")
+    max_skipped: int = Field(3, ge=0, description="Non-finite steps in a row that are skipped before giving up.")
+    log_every: int = Field(1, ge=1, description="Steps between lines of metrics.", json_schema_extra=NOT_IDENTITY)
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes of one rank for one optimizer step."""
+        return self.batch_size // (self.world_size * self.micro_batch_size)
+
+    @property
+    def shape(self) -> Shape:
+        """The model's shape: the preset with the overrides applied."""
+        return preset(self.family, self.preset, self.model.model_dump(exclude_none=True))
+
+    def architecture(self, index: dict[str, Any]) -> ArchitectureConfig:
+        """Return the architecture for the tokenizer and the sequences that `index.json` of prepare describes."""
+        return ArchitectureConfig(
+            **self.shape.model_dump(),
+            vocab_size=index["vocab_size"],
+            max_positions=index["sequence_length"],
+            bos_id=index["bos_id"],
+            eos_id=index["eos_id"],
+            pad_id=index["pad_id"],
+            mask_id=index["mask_id"],
+        )
+
+    @model_validator(mode="after")
+    def _model_can_be_built(self) -> Self:
+        _ = self.shape
+        return self
+
+    @model_validator(mode="after")
+    def _batch_splits(self) -> Self:
+        if self.batch_size % (unit := self.world_size * self.micro_batch_size):
+            raise ValueError(
+                f"batch_size = {self.batch_size} is not a multiple of world_size x micro_batch_size = "
+                f"{self.world_size} x {self.micro_batch_size} = {unit}; valid: {unit}, {2 * unit}, {3 * unit}, ..."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lisa_fits_the_depth(self) -> Self:
+        depth = self.shape.layers
+        if self.lisa.enabled and self.lisa.layers > depth:
+            raise ValueError(f"lisa.layers = {self.lisa.layers}; the model has {depth} layers, valid: 1 to {depth}")
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_fits_the_steps(self) -> Self:
+        if self.schedule.warmup >= self.steps:
+            raise ValueError(
+                f"schedule.warmup = {self.schedule.warmup}; the run has {self.steps} steps, valid: 0 to {self.steps - 1}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _plain_is_one_process(self) -> Self:
+        if self.engine == "plain" and (self.world_size, self.zero_stage) != (1, 0):
+            raise ValueError(
+                f"engine = plain runs in one process without sharding: world_size = {self.world_size} must be 1 and "
+                f"zero_stage = {self.zero_stage} must be 0"
+            )
+        return self

@@ -1,0 +1,156 @@
+"""What a model is asked to predict: the next token (decoder) or the hidden tokens (encoder).
+
+Legend: B sequences of a micro batch, T tokens of a sequence, N targets, V vocabulary.
+
+A loss is the *sum* of nats over the targets. The trainer divides it by the number of targets of the whole step, over all
+micro batches and ranks, so every token weighs the same however the batch is cut (users of other trainers have been
+bitten by the mean of means: accelerate#3877, torchtitan#1842).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipelines.training.config import MaskingConfig
+from pipelines.training.sampler import Ids, philox
+
+IGNORED = -100
+"""Target of a position that asks for nothing."""
+
+VALIDATION_EPOCH = 2**32 - 1
+"""The epoch whose masks validation uses, every time the same."""
+
+_HALF = np.uint64(32)
+_TWO_32 = float(2**32)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro batch."""
+
+    inputs_BT: Tensor
+    targets_BT: Tensor
+    """`IGNORED` where nothing is asked."""
+
+    @property
+    def targets(self) -> int:
+        """Number of targets."""
+        return int((self.targets_BT != IGNORED).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`."""
+        return Batch(self.inputs_BT.to(device), self.targets_BT.to(device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Targets: pure functions of the tokens, the seed, and the ids of the samples
+
+
+def causal_targets(tokens_BT: Ids, pad_id: int) -> Ids:
+    """Return the next token of every position; the last position and padding ask for nothing."""
+    targets_BT = np.full_like(tokens_BT, IGNORED)
+    targets_BT[:, :-1] = tokens_BT[:, 1:]
+    targets_BT[targets_BT == pad_id] = IGNORED
+    return targets_BT
+
+
+def hide_tokens(
+    tokens_T: Ids, *, seed: int, sample: int, epoch: int, rule: MaskingConfig, vocab_size: int, special: tuple[int, ...]
+) -> tuple[Ids, Ids]:
+    """Return (shown tokens, targets) of one sequence under masked language modelling.
+
+    A token is a target with `rule.probability`; a target is shown as the mask token (the last of `special`), as a random
+    token, or as itself. Special tokens are never targets. The choice is a pure function of (seed, sample, epoch): each
+    64-bit word of the sample's own stream decides one token, its high half whether, its low half how.
+    """
+    length = len(tokens_T)
+    words = philox(seed, sample, 2 * length, block=epoch + 1)
+    chosen = (words[:length] >> _HALF) < rule.probability * _TWO_32
+    chosen &= ~np.isin(tokens_T, special)
+    kind = (words[:length] & np.uint64(2**32 - 1)) / _TWO_32
+    random_tokens = (words[length:] % np.uint64(vocab_size)).astype(tokens_T.dtype)
+    shown_T = np.where(chosen & (kind < rule.mask), special[-1], tokens_T)
+    shown_T = np.where(chosen & (kind >= rule.mask) & (kind < rule.mask + rule.random), random_tokens, shown_T)
+    return shown_T, np.where(chosen, tokens_T, IGNORED)
+
+
+@dataclass(frozen=True)
+class CausalTask:
+    """Predict the next token."""
+
+    pad_id: int
+
+    def batch(self, tokens_BT: Ids, samples_B: Ids, epochs_B: NDArray[np.int64]) -> Batch:
+        """Return the micro batch of these sequences; samples and epochs have no part in it."""
+        del samples_B, epochs_B
+        return Batch(torch.from_numpy(tokens_BT), torch.from_numpy(causal_targets(tokens_BT, self.pad_id)))
+
+
+@dataclass(frozen=True)
+class MaskedTask:
+    """Restore hidden tokens."""
+
+    rule: MaskingConfig
+    seed: int
+    vocab_size: int
+    special: tuple[int, ...]
+    """Ids that are never targets; the last one is the mask token."""
+
+    def batch(self, tokens_BT: Ids, samples_B: Ids, epochs_B: NDArray[np.int64]) -> Batch:
+        """Return the micro batch of these sequences, each masked by its own stream of this epoch."""
+        pairs = [
+            hide_tokens(
+                tokens_T,
+                seed=self.seed,
+                sample=int(sample),
+                epoch=int(epoch),
+                rule=self.rule,
+                vocab_size=self.vocab_size,
+                special=self.special,
+            )
+            for tokens_T, sample, epoch in zip(tokens_BT, samples_B, epochs_B, strict=True)
+        ]
+        shown, targets = (np.stack(part) for part in zip(*pairs, strict=True))
+        return Batch(torch.from_numpy(shown), torch.from_numpy(targets))
+
+
+Task = CausalTask | MaskedTask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def summed_nats(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Return the summed cross entropy in float32; `IGNORED` targets add nothing."""
+    return F.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
+
+
+class Objective(nn.Module):
+    """A transformers model with its loss: what the engine wraps.
+
+    Logits are computed for targets only: the encoder is asked for a third of its positions, and the output matrix is
+    most of the arithmetic of a small model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Return the summed nats of the micro batch, float32 scalar."""
+        model = cast(Any, self.model)
+        hidden_BTD = model.model(input_ids=inputs_BT).last_hidden_state
+        asked_BT = targets_BT != IGNORED
+        return summed_nats(self._logits(hidden_BTD[asked_BT]), targets_BT[asked_BT])
+
+    def _logits(self, hidden_ND: Tensor) -> Tensor:
+        model = cast(Any, self.model)
+        return model.lm_head(hidden_ND) if hasattr(model, "lm_head") else model.decoder(model.head(hidden_ND))
