@@ -60,7 +60,9 @@ def train_to_registry(
 def _compare(execution: Execution) -> None:
     """Show all evaluations in one table before the gate decides on them."""
     evaluations = {
-        n.removeprefix("evaluate."): a.path for n, a in execution.artifacts.items() if n.startswith("evaluate.")
+        name.removeprefix("evaluate."): comparison.read(found.path)
+        for name, found in execution.artifacts.items()
+        if name.startswith("evaluate.")
     }
     if evaluations:
         show_evaluations(comparison.table(evaluations))
