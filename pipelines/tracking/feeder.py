@@ -1,0 +1,106 @@
+"""One background thread that talks to MLflow, so that nothing else ever waits for it.
+
+A failure closes the door for a while (5 s, then longer): jobs that arrive meanwhile are dropped, which is no loss,
+because the tracking record remembers everything and the last job of a run sends what is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+Job = Callable[[], None]
+_WAITING_JOBS = 10_000
+_PAUSE_S = 5.0
+_LONGEST_PAUSE_S = 60.0
+
+
+class Feeder:
+    """A queue of jobs and the thread that does them in order.
+
+    Args:
+        idle: a job of its own, done whenever the queue was empty for `every_s`.
+        every_s: seconds.
+        describe: turns an exception into a line for the log (without secrets).
+    """
+
+    def __init__(self, idle: Job, *, every_s: float = 1.0, describe: Callable[[BaseException], str] = str) -> None:
+        self._idle = idle
+        self._every_s = every_s
+        self._describe = describe
+        self._jobs: queue.Queue[tuple[Job, bool, threading.Event] | None] = queue.Queue(_WAITING_JOBS)
+        self._closed_until = 0.0
+        self._pause_s = _PAUSE_S
+        self._warned = False
+        self.faults = 0
+        """Jobs that failed or were dropped."""
+        self._thread = threading.Thread(target=self._work, name="mlflow-feeder", daemon=True)
+        self._thread.start()
+
+    def put(self, job: Job, *, anyway: bool = False) -> threading.Event:
+        """Queue a job and return at once.
+
+        Args:
+            job: what to do.
+            anyway: try it even while the door is closed.
+
+        Returns:
+            An event that is set when the job was done, failed or dropped.
+        """
+        over = threading.Event()
+        try:
+            self._jobs.put_nowait((job, anyway, over))
+        except queue.Full:
+            self.faults += 1
+            over.set()
+        return over
+
+    @property
+    def open(self) -> bool:
+        """Whether MLflow answered last time, or enough time passed to ask again."""
+        return time.monotonic() >= self._closed_until
+
+    def stop(self, timeout_s: float) -> None:
+        """End the thread after the jobs it has; gives up waiting after `timeout_s`."""
+        try:
+            self._jobs.put(None, timeout=timeout_s)
+        except queue.Full:
+            return
+        self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        while True:
+            try:
+                item = self._jobs.get(timeout=self._every_s)
+            except queue.Empty:
+                self._attempt(self._idle, anyway=False)
+                continue
+            if item is None:
+                return
+            job, anyway, over = item
+            self._attempt(job, anyway=anyway)
+            over.set()
+
+    def _attempt(self, job: Job, *, anyway: bool) -> None:
+        if not (self.open or anyway):
+            self.faults += job is not self._idle
+            return
+        try:
+            job()
+        except Exception as error:  # noqa: BLE001 - tracking must never fail a stage, whatever MLflow raises
+            self._fail(error)
+            return
+        self._closed_until, self._pause_s = 0.0, _PAUSE_S
+
+    def _fail(self, error: BaseException) -> None:
+        self.faults += 1
+        self._closed_until = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        level = logging.DEBUG if self._warned else logging.WARNING
+        self._warned = True
+        log.log(level, "tracking pending: %s (`ingot sync` completes it later)", self._describe(error))

@@ -1,0 +1,237 @@
+"""Make MLflow equal to a tracking record. Every operation may be repeated: what MLflow has already is not sent again.
+
+Runs are found again by tags before they are created, parameters and points are compared before they are sent; so an
+answer that was lost on the way costs nothing but a second look.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines import artifact
+from pipelines.artifact import Artifact
+from pipelines.errors import IntegrityError
+from pipelines.redaction import redact
+from pipelines.tracking.params import flatten
+from pipelines.tracking.points import Point, numbers, points_of, read_metrics
+from pipelines.tracking.record import StageRecord, TrackingRecord
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+RUN_ID, NODE, FINGERPRINT, CACHED, DIGEST = (
+    "ingot.run_id", "ingot.node", "ingot.fingerprint", "ingot.cached", "ingot.digest"
+)  # fmt: skip
+PARENT_NODE = "run"
+METRICS_FILE = "metrics.jsonl"
+_SMALL_FILES = (artifact.MANIFEST, "evaluation.json", "compression.json", "training.json", "decision.json",
+                "model_card.md", "report.json", "observations.json")  # fmt: skip
+_SMALL_BYTES = 4 << 20
+_BATCH = 100
+_POINTS_BATCH = 1000
+_TAG_LIMIT = 5000
+_DATASET_DIGEST_LIMIT = 36
+
+
+class Mirror:
+    """MLflow's side of one run.
+
+    Args:
+        client: connection to MLflow.
+        experiment: id of the experiment.
+        record: what MLflow is to show; the ids of its MLflow runs are written into it.
+    """
+
+    def __init__(self, client: MlflowClient, experiment: str, record: TrackingRecord) -> None:
+        self._client = client
+        self.experiment = experiment
+        self._record = record
+        self._known: dict[str, dict[str, set[int]]] = {}
+        self._opened: set[str] = set()
+        self._complete: set[tuple[str, str]] = set()
+
+    def open_run(self) -> str:
+        """Find or create the parent run, and return its MLflow id."""
+        record = self._record
+        tags = {RUN_ID: record.run_id, NODE: PARENT_NODE, "ingot.recipe": record.recipe}
+        name = f"{record.recipe} {record.run_id}"
+        record.mlflow_id = self._open(record.mlflow_id, name, tags, record.params)
+        return record.mlflow_id
+
+    def open_stage(self, node: str) -> str:
+        """Find or create the child run of a node, and return its MLflow id."""
+        stage = self._record.stages[node]
+        tags = {RUN_ID: self._record.run_id, NODE: node, FINGERPRINT: stage.fingerprint}
+        parent = {"mlflow.parentRunId": self.open_run()}
+        stage.mlflow_id = self._open(stage.mlflow_id, node, {**tags, **parent}, stage.params)
+        return stage.mlflow_id
+
+    def log_points(self, mlflow_id: str, points: Iterable[Point]) -> None:
+        """Send the points that MLflow does not have yet; a step that it has keeps its first value."""
+        from mlflow.entities import Metric
+
+        fresh = []
+        for point in points:
+            steps = self._steps(mlflow_id, point.key)
+            if point.step not in steps:
+                steps.add(point.step)
+                fresh.append(Metric(point.key, point.value, point.timestamp_ms, point.step))
+        try:
+            for batch in _batches(fresh, _POINTS_BATCH):
+                self._client.log_batch(mlflow_id, metrics=batch)
+        except BaseException:
+            # How much of it arrived is unknown: ask again next time.
+            self._known.pop(mlflow_id, None)
+            raise
+
+    def close_stage(self, node: str) -> None:
+        """Send all that a finished node has to tell: tags, metrics, small files, end."""
+        stage = self._record.stages[node]
+        if (node, stage.status) in self._complete:
+            return
+        mlflow_id = self.open_stage(node)
+        if stage.artifact is not None:
+            self._log_artifact(mlflow_id, node, stage)
+        if stage.status != "RUNNING":
+            self._client.set_terminated(mlflow_id, stage.status)
+            self._complete.add((node, stage.status))
+
+    def log_file(self, name: str) -> None:
+        """Send one file of the parent run."""
+        self._send_file(self.open_run(), Path(self._record.files[name]), name)
+
+    def everything(self) -> None:
+        """Send whatever MLflow may lack, and close the run if it has ended."""
+        mlflow_id = self.open_run()
+        for node in list(self._record.stages):
+            self.close_stage(node)
+        for name, path in self._record.files.items():
+            if Path(path).is_file():
+                self._send_file(mlflow_id, Path(path), name)
+        if self._record.status != "RUNNING":
+            self._client.set_terminated(mlflow_id, self._record.status)
+
+    def _open(self, mlflow_id: str | None, name: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> str:
+        if mlflow_id is not None and mlflow_id in self._opened:
+            return mlflow_id
+        found = mlflow_id or self._find(tags)
+        if found is None:
+            found = self._client.create_run(self.experiment, run_name=name, tags=dict(tags)).info.run_id
+            self._known[found] = {}
+        else:
+            self._client.update_run(found, status="RUNNING")
+        self._describe(found, tags, params)
+        self._opened.add(found)
+        return found
+
+    def _find(self, tags: Mapping[str, str]) -> str | None:
+        wanted = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in (RUN_ID, NODE, FINGERPRINT) if key in tags)
+        runs = self._client.search_runs([self.experiment], filter_string=wanted, max_results=1)
+        return runs[0].info.run_id if runs else None
+
+    def _describe(self, mlflow_id: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param, RunTag
+
+        present = self._client.get_run(mlflow_id).data
+        record = self._record
+        all_tags = {
+            **tags,
+            "mlflow.source.name": "ingot",
+            "mlflow.source.git.commit": record.git_commit,
+            "ingot.data_hash": record.data_hash or "",
+        }
+        new_tags = [
+            RunTag(key, value[:_TAG_LIMIT]) for key, value in all_tags.items() if present.tags.get(key) != value
+        ]
+        new_params = [Param(key, value) for key, value in flatten(params).items() if key not in present.params]
+        self._client.log_batch(mlflow_id, tags=new_tags)
+        for batch in _batches(new_params, _BATCH):
+            self._client.log_batch(mlflow_id, params=batch)
+        if record.data_hash and tags[NODE] in {PARENT_NODE, "prepare", "pretrain"}:
+            self._client.log_inputs(mlflow_id, [dataset_input(record.data_hash)])
+
+    def _log_artifact(self, mlflow_id: str, node: str, stage: StageRecord) -> None:
+        try:
+            made = artifact.load(Path(stage.artifact or ""))
+        except IntegrityError:
+            # Removed by gc, or damaged since: MLflow keeps what it was told while the artifact was there.
+            return
+        created = _created_ms(made)
+        self._client.log_batch(mlflow_id, tags=_artifact_tags(made, stage))
+        history = made.path / METRICS_FILE
+        keys: set[str] = set()
+        if history.is_file() and not stage.cached:
+            points = list(read_metrics(history, timestamp_ms=created))
+            keys = {point.key for point in points}
+            self.log_points(mlflow_id, points)
+        facts = points_of(made.manifest.summary, step=0, timestamp_ms=created)
+        self.log_points(mlflow_id, [fact for fact in facts if fact.key not in keys])
+        overview = dict(numbers(made.manifest.summary, f"{node}/"))
+        self.log_points(self.open_run(), points_of(overview, step=0, timestamp_ms=created))
+        for name in _SMALL_FILES:
+            path = made.path / name
+            if path.is_file() and path.stat().st_size <= _SMALL_BYTES:
+                self._send_file(mlflow_id, path, name)
+
+    def _steps(self, mlflow_id: str, key: str) -> set[int]:
+        """Return the steps that MLflow has of a metric; asked once, then remembered."""
+        known = self._known.get(mlflow_id)
+        if known is None:
+            known = self._known[mlflow_id] = {
+                name: {m.step for m in self._client.get_metric_history(mlflow_id, name)}
+                for name in self._client.get_run(mlflow_id).data.metrics
+            }
+        return known.setdefault(key, set())
+
+    def _send_file(self, mlflow_id: str, path: Path, name: str) -> None:
+        folder, _, base = name.rpartition("/")
+        if base == path.name:
+            self._client.log_artifact(mlflow_id, str(path), folder or None)
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = shutil.copyfile(path, Path(scratch) / base)
+            self._client.log_artifact(mlflow_id, str(copy), folder or None)
+
+
+def dataset_input(data_hash: str) -> Any:
+    """Return MLflow's record of the corpus as training data; its digest is the DVC hash."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = json.dumps({"uri": "data.dvc", "dvc_hash": data_hash})
+    dataset = Dataset(
+        name="data",
+        digest=data_hash[:_DATASET_DIGEST_LIMIT],
+        source_type="dvc",
+        source=source,
+        schema=None,
+        profile=None,
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+
+
+def _artifact_tags(made: Artifact, stage: StageRecord) -> list[Any]:
+    from mlflow.entities import RunTag
+
+    tags = {
+        CACHED: "true" if stage.cached else "false",
+        DIGEST: made.digest,
+        "ingot.artifact": redact(str(made.path)),
+        "ingot.artifact_bytes": str(made.size),
+    }
+    return [RunTag(key, value) for key, value in tags.items()]
+
+
+def _created_ms(made: Artifact) -> int:
+    if made.manifest.provenance is None:
+        return 0
+    return int(dt.datetime.fromisoformat(made.manifest.provenance.created_at).timestamp() * 1000)
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

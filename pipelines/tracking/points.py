@@ -1,0 +1,67 @@
+"""Metric points: what `metrics.jsonl` and live progress say, in the form that MLflow keeps. Pure functions."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STEP = "step"
+TIME = "time"
+"""The field of a line that holds its wall-clock time (seconds since 1970), if it has one."""
+_UNFIT = re.compile(r"[^\w\-. /:]")
+_KEY_LIMIT = 250
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of one metric."""
+
+    key: str
+    value: float
+    step: int
+    timestamp_ms: int
+
+
+def points_of(values: Mapping[str, Any], *, step: int, timestamp_ms: int) -> list[Point]:
+    """Return the numbers of one measurement; nested mappings get keys with slashes, other values are left out."""
+    return [Point(fit_key(key), value, step, timestamp_ms) for key, value in numbers(values) if key not in {STEP, TIME}]
+
+
+def read_metrics(path: Path, *, timestamp_ms: int) -> Iterator[Point]:
+    """Yield every point of a `metrics.jsonl`, in its order.
+
+    Args:
+        path: the file; each line an object with `step` and numbers.
+        timestamp_ms: used for lines that carry no time of their own.
+    """
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            moment = row.get(TIME)
+            stamp = int(moment * 1000) if isinstance(moment, int | float) else timestamp_ms
+            yield from points_of(row, step=int(row[STEP]), timestamp_ms=stamp)
+
+
+def numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield (key, number) for every number in a nested mapping, NaN and infinities included; truth values are not."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from numbers(value, f"{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield key, float(value)
+
+
+def fit_key(key: str) -> str:
+    """Return a key with only the characters that MLflow accepts, cut to its limit."""
+    return _UNFIT.sub("_", key)[:_KEY_LIMIT]
+
+
+def same(a: float, b: float) -> bool:
+    """Return whether two logged values are the same number; NaN equals NaN."""
+    return a == b or (math.isnan(a) and math.isnan(b))
