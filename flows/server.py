@@ -24,12 +24,13 @@ from pipelines.errors import TransientError
 _START_DEADLINE_S = 120.0
 _POLL_S = 0.1
 _SETTINGS = {
-    "PREFECT_LOGGING_LEVEL": "ERROR",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
     "DO_NOT_TRACK": "1",
 }
 
+# With nobody to read its pages during the run, log lines go to the terminal alone; errors reach it as our own messages.
+_PRIVATE = {"PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_LOGGING_TO_API_ENABLED": "false"}
 _SERVER = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 
 
@@ -53,7 +54,8 @@ def api(store_root: Path) -> Iterator[str]:
     home.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
-    os.environ.setdefault("PREFECT_HOME", str(home))
+    for key, value in (_PRIVATE | {"PREFECT_HOME": str(home)}).items():
+        os.environ.setdefault(key, value)
     log_path = home / "server.log"
     with log_path.open("ab") as log:
         server = subprocess.Popen(

@@ -1,0 +1,105 @@
+"""Recipes: inheritance, overrides, and errors that name path, value and the nearest valid name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import recipe
+from flows.config import RunConfig
+from pipelines.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_every_recipe_that_ships_is_valid_and_described(name: str) -> None:
+    assert isinstance(recipe.resolve(name), RunConfig)
+    assert len(recipe.description(name)) > 10
+
+
+def test_the_agreed_recipes_exist() -> None:
+    assert {"smoke", "demo", "demo-long", "demo-encoder"} <= set(recipe.names())
+
+
+def test_an_extended_recipe_keeps_what_it_does_not_replace() -> None:
+    base, longer = recipe.resolve("demo"), recipe.resolve("demo-long")
+    assert longer.pretrain.steps > base.pretrain.steps
+    assert longer.prepare == base.prepare
+    assert longer.compress == base.compress
+
+
+def test_an_override_wins_over_the_file() -> None:
+    assert recipe.resolve("smoke", ["pretrain.optimizer.lr=0.5", "pretrain.steps=99"]).pretrain.optimizer.lr == 0.5
+
+
+def test_an_override_that_is_not_toml_is_a_string() -> None:
+    assert recipe.resolve("smoke", ["promote.model_name=my-model"]).promote.model_name == "my-model"
+
+
+def test_a_number_picks_one_child_and_any_other_key_sets_all() -> None:
+    table: dict[str, Any] = {"compress": [{"method": "rtn", "bits": 8}, {"method": "rtn", "bits": 4}]}
+    recipe.apply(table, "compress.1.bits=3")
+    assert [child["bits"] for child in table["compress"]] == [8, 3]
+    recipe.apply(table, "compress.method=gptq")
+    assert [child["method"] for child in table["compress"]] == ["gptq", "gptq"]
+
+
+def test_children_that_became_equal_are_one_child() -> None:
+    overrides = ["compress.method=gptq", "compress.bits=4", "compress.group_size=64"]
+    assert len(recipe.resolve("demo", overrides).compress) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("pretrain.stepps=3", ["pretrain.stepps", "'steps'"]),
+        ("pretrain.optimizer.lrr=3", ["pretrain.optimizer.lrr", "'lr'"]),
+        ("pretrian.steps=3", ["pretrian", "'pretrain'"]),
+        ("pretrain.steps=many", ["pretrain.steps", "'many'"]),
+        ("pretrain.steps=0", ["pretrain.steps", "0"]),
+        ("pretrain.batch_size=7", ["pretrain", "7", "valid"]),
+        ("pretrain.model.heads=7", ["pretrain", "heads = 7", "valid"]),
+        ("compress.0.method=gtpq", ["gtpq", "gptq"]),
+        ("compress.0.bitts=4", ["compress.0", "bitts", "bits"]),
+        ("promote.candidate=nobody", ["promote.candidate", "nobody"]),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_path_value_and_nearest_name(override: str, said: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        recipe.resolve("demo", [override])
+    for part in said:
+        assert part in str(error.value)
+
+
+def test_lisa_deeper_than_the_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="lisa"):
+        recipe.resolve("demo", ["pretrain.lisa.enabled=true", "pretrain.lisa.layers=99"])
+
+
+def test_an_unknown_recipe_offers_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="'demo'"):
+        recipe.resolve("dmo")
+
+
+def test_an_override_without_a_value_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"section\.key=value"):
+        recipe.resolve("demo", ["pretrain.steps"])
+
+
+def test_an_index_beyond_the_children_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no element 9"):
+        recipe.resolve("demo", ["compress.9.bits=4"])
+
+
+def test_broken_toml_is_refused_by_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("[pretrain\nsteps = 3")
+    with pytest.raises(ConfigError, match=r"mine\.toml is not valid TOML"):
+        recipe.resolve(str(path))
+
+
+def test_a_recipe_of_ones_own_extends_one_that_ships(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "smoke"\n[pretrain]\nsteps = 41\n')
+    assert recipe.resolve(str(path)).pretrain.steps == 41
