@@ -12,17 +12,21 @@ import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from pipelines import fingerprint
 from pipelines.errors import IntegrityError
+from pipelines.faults import fault_point
 from pipelines.provenance import Provenance
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+
+_RETIRED = ".retired-"
+_REBUILD = "delete the folder and run again to rebuild it"
 
 
 class FileRecord(BaseModel):
@@ -56,6 +60,8 @@ class Manifest(BaseModel):
     summary: dict[str, Any]
     """Small JSON facts about the result, for tables."""
     provenance: Provenance | None = None
+    seal: str = ""
+    """sha256 over everything above, as it is on disk: a flipped bit in the manifest itself does not pass either."""
 
     @property
     def digest(self) -> str:
@@ -122,10 +128,12 @@ def publish(
     files = {}
     for path in sorted(p for p in build.rglob("*") if p.is_file()):
         name = path.relative_to(build).as_posix()
-        _sync(path)
+        sync(path)
         files[name] = FileRecord(
             sha256=fingerprint.hash_file(path), size=path.stat().st_size, observation=_observed(name, observations)
         )
+    for folder in (p for p in build.rglob("*") if p.is_dir()):
+        sync(folder)
     manifest = Manifest(
         stage=stage,
         node=node,
@@ -136,16 +144,29 @@ def publish(
         summary=dict(summary),
         provenance=provenance,
     )
+    return commit(build, final, manifest)
+
+
+def commit(build: Path, final: Path, manifest: Manifest) -> Artifact:
+    """Publish the folder `build`, whose files are synced and described by `manifest`: manifest last, one rename.
+
+    `build` and `final` lie on the same file system; an existing artifact at `final` is replaced.
+    """
+    fault_point("artifact.before_manifest", path=build)
+    manifest = manifest.model_copy(update={"seal": _seal(json.loads(manifest.model_dump_json()))})
     write_text(build / MANIFEST, manifest.model_dump_json(indent=1))
+    fault_point("artifact.after_manifest", path=build)
     final.parent.mkdir(parents=True, exist_ok=True)
     if final.exists():
         # A rename cannot replace a filled folder; the old one steps aside first, and a crash here leaves no artifact,
         # which the next run sees as work to do, never as a mixture.
-        retired = final.with_name(f".retired-{final.name}-{os.getpid()}")
-        final.rename(retired)
-        shutil.rmtree(retired)
+        final.rename(final.with_name(f"{_RETIRED}{final.name}-{os.getpid()}"))
+        fault_point("artifact.mid_swap", path=build)
     build.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
+    fault_point("artifact.after_rename", path=final)
+    for retired in final.parent.glob(f"{_RETIRED}{final.name}-*"):
+        shutil.rmtree(retired)
     return Artifact(final, manifest)
 
 
@@ -156,30 +177,55 @@ def load(path: Path) -> Artifact:
         IntegrityError: no manifest, an unreadable one, or one of a newer schema.
     """
     try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise IntegrityError(f"{path} is not an artifact: it has no {MANIFEST}") from None
-    try:
-        raw = json.loads(text)
-        if isinstance(raw, dict) and raw.get("schema_version", 0) > SCHEMA_VERSION:
+        raw = json.loads((path / MANIFEST).read_bytes())
+        version = raw["schema_version"]
+        if isinstance(version, int) and version > SCHEMA_VERSION:
             raise IntegrityError(
-                f"{path / MANIFEST} has schema version {raw['schema_version']}; this checkout reads {SCHEMA_VERSION}",
+                f"{path / MANIFEST} has schema version {version}; this checkout reads {SCHEMA_VERSION}",
                 hint="update the checkout to the version that wrote it",
             )
-        return Artifact(path, Manifest.model_validate(raw))
-    except (json.JSONDecodeError, ValidationError) as error:
+        manifest = Manifest.model_validate(raw)
+        seal = _seal(raw)
+    except FileNotFoundError:
+        raise IntegrityError(f"{path} is not an artifact: it has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError(f"{path / MANIFEST} is damaged: {error}", hint=_REBUILD) from error
+    if seal != manifest.seal:
         raise IntegrityError(
-            f"{path / MANIFEST} is damaged: {error}", hint="delete the folder and run again"
-        ) from error
+            f"{path / MANIFEST} is damaged: its seal is {manifest.seal}, its content gives {seal}", hint=_REBUILD
+        )
+    _refuse_escaping(path, manifest)
+    return Artifact(path, manifest)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new one, never a part, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's names, on to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _seal(raw: Mapping[str, Any]) -> str:
+    return fingerprint.digest({name: value for name, value in raw.items() if name != "seal"})
+
+
+def _refuse_escaping(path: Path, manifest: Manifest) -> None:
+    """Refuse file names that lead out of the artifact: a manifest may come from elsewhere."""
+    for name in manifest.files:
+        parts = PurePosixPath(name).parts
+        if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+            raise IntegrityError(f"{path / MANIFEST} names the file {name!r}, which lies outside of the artifact")
 
 
 def _observed(name: str, observations: Collection[str]) -> bool:
@@ -193,11 +239,3 @@ def _verify_file(path: Path, record: FileRecord) -> None:
             f"{path} does not match its manifest: expected sha256 {record.sha256}, found {found}",
             hint="`ingot verify` lists every damaged artifact; delete this one and run again to rebuild it",
         )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -43,10 +43,23 @@ class Store:
         return found if found.manifest.fingerprint == fingerprint else None
 
     def artifacts(self) -> Iterator[Artifact]:
-        """Yield every published artifact, oldest first."""
-        folders = self.root.glob("artifacts/*/*/" + artifact.MANIFEST)
-        for manifest in sorted(folders, key=lambda p: (p.stat().st_mtime, p)):
-            yield artifact.load(manifest.parent)
+        """Yield every published artifact, oldest first, without those whose manifest is damaged."""
+        for folder in self._folders():
+            with contextlib.suppress(IntegrityError):
+                yield artifact.load(folder)
+
+    def damaged(self) -> Iterator[IntegrityError]:
+        """Yield an error for every published folder whose manifest cannot be trusted."""
+        for folder in self._folders():
+            try:
+                artifact.load(folder)
+            except IntegrityError as error:
+                yield error
+
+    def _folders(self) -> list[Path]:
+        """Return every published folder, oldest first; folders of unfinished work start with a dot."""
+        manifests = self.root.glob("artifacts/*/[!.]*/" + artifact.MANIFEST)
+        return [path.parent for path in sorted(manifests, key=lambda p: (p.stat().st_mtime, p))]
 
     def scratch(self, stage: str, fingerprint: str) -> Path:
         """Return the scratch folder of a stage execution: the same one at every attempt."""
