@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -41,7 +42,12 @@ class ComputeConfig(Settings):
 class StoreConfig(Settings):
     """Where artifacts live."""
 
-    path: str = Field(".ingot", min_length=1, description="Folder of the store.", json_schema_extra=NOT_IDENTITY)
+    path: str = Field(
+        default_factory=lambda: os.environ.get("INGOT_STORE", ".ingot"),
+        min_length=1,
+        description="Folder of the store; relative to the checkout. Default: $INGOT_STORE, else .ingot.",
+        json_schema_extra=NOT_IDENTITY,
+    )
 
 
 class RunConfig(Settings):

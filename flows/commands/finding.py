@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from flows.config import StoreConfig
 from flows.runs import RunRecord, Runs
 from pipelines import artifact
 from pipelines.artifact import Artifact
@@ -17,7 +18,7 @@ _MIN_DIGITS = 6
 
 def store() -> Store:
     """Return the checkout's default store."""
-    return Store(CHECKOUT / ".ingot")
+    return Store(CHECKOUT / StoreConfig().path)
 
 
 def find_artifact(target: str) -> Artifact | None:

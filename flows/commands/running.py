@@ -9,6 +9,7 @@ from typing import Any
 
 from flows import console, graph, recipe
 from flows import plan as planning
+from flows.commands import finding
 from flows.config import RunConfig
 from flows.plan import Selection, Step
 from flows.runs import Runs
@@ -64,7 +65,7 @@ def resume(run_id: str | None, *, as_json: bool, quiet: bool) -> None:
     Raises:
         ConfigError: the run is finished, or still at work.
     """
-    runs = Runs(Store(CHECKOUT / ".ingot").root)
+    runs = Runs(finding.store().root)
     if run_id is None:
         unfinished = [r for r in runs.all() if r.status != "done"]
         if not unfinished:
@@ -78,7 +79,7 @@ def resume(run_id: str | None, *, as_json: bool, quiet: bool) -> None:
 
 def promote(candidate: str | None, run_id: str | None, *, as_json: bool) -> None:
     """Put a model of a finished run through the gate."""
-    record = Runs(Store(CHECKOUT / ".ingot").root).get(run_id)
+    record = Runs(finding.store().root).get(run_id)
     overrides = record.overrides + ([f"promote.candidate={candidate}"] if candidate else [])
     run(record.recipe, overrides, "promote", None, ["promote"], wait_s=None, as_json=as_json, quiet=False)
 

@@ -1,0 +1,154 @@
+"""The whole graph by the real command: first run, cached run, changed field, damage, kill and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flows.runs import Runs
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+Ingot = Callable[..., subprocess.CompletedProcess[str]]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def states(store: Path) -> dict[str, str]:
+    """Node -> state of the newest run."""
+    return {name: node.state for name, node in Runs(store).get().nodes.items()}
+
+
+def copy_of(store: Path, folder: Path) -> Path:
+    """A store of one's own that starts as a copy."""
+    shutil.copytree(store, folder / "store")
+    return folder / "store"
+
+
+def test_a_run_ends_with_a_champion_and_a_report(smoke_store: Path, smoke_result: dict[str, Any]) -> None:
+    assert smoke_result["status"] == "done"
+    assert set(states(smoke_store).values()) == {"done"}
+    assert smoke_result["champion"]["version"]
+    page = Path(smoke_result["report"]).read_text()
+    assert "<svg" in page or "data:image/png" in page
+
+
+def test_the_registry_names_the_champion(smoke: Ingot) -> None:
+    rows = json.loads(smoke("list", "models", "--json").stdout)
+    champion = next(row for row in rows if "champion" in row["aliases"])
+    assert {"name", "version", "aliases", "path", "metrics"} <= set(champion)
+    assert Path(champion["path"]).exists()
+
+
+def test_a_second_run_is_answered_from_the_plan(smoke: Ingot, smoke_store: Path) -> None:
+    before = len(Runs(smoke_store).all())
+    code = (
+        "import sys\nfrom flows.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "assert not {'torch._C', 'prefect', 'mlflow', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", "--recipe", "smoke"],
+        cwd=CHECKOUT, capture_output=True, text=True, env=os.environ | {"INGOT_STORE": str(smoke_store)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "nothing was run" in done.stdout
+    assert len(Runs(smoke_store).all()) == before
+
+
+def test_lineage_leads_from_the_champion_to_the_corpus(smoke: Ingot) -> None:
+    shown = smoke("show", "evaluate.pretrain").stdout
+    assert "pretrain" in shown
+    assert "corpus: data.dvc" in shown
+
+
+def test_exported_models_load_in_plain_transformers(smoke: Ingot, tmp_path: Path) -> None:
+    smoke("export", "champion", str(tmp_path / "model"))
+    code = (
+        "import sys\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "ids = tokenizer('To be, or', return_tensors='pt')['input_ids']\n"
+        "print(tokenizer.decode(model.generate(ids, max_new_tokens=4)[0]))\n"
+        "assert not any(name.split('.')[0] in {'flows', 'pipelines', 'models'} for name in sys.modules)"
+    )
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model")], cwd=tmp_path, env=clean, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_changed_field_reruns_exactly_what_reads_it(smoke_store: Path, tmp_path: Path, run_in: Ingot) -> None:
+    store = copy_of(smoke_store, tmp_path)
+    done = run_in(store, "run", "--recipe", "smoke", "evaluate.tasks.items=6", check=0)
+    assert "evaluate.tasks.items: 8 -> 6" in done.stdout
+    found = states(store)
+    assert {name for name, state in found.items() if state == "done"} == {
+        name for name in found if name.startswith(("evaluate.", "promote"))
+    }
+
+
+def test_a_flipped_byte_is_named_with_both_hashes_and_nothing_is_overwritten(
+    smoke_store: Path, tmp_path: Path, run_in: Ingot
+) -> None:
+    store = copy_of(smoke_store, tmp_path)
+    weights = next(store.glob("artifacts/pretrain/*/model/model.safetensors"))
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    for arguments in (("verify",), ("run", "--recipe", "smoke", "evaluate.tasks.items=5")):
+        done = run_in(store, *arguments, check=3)
+        assert "model.safetensors" in done.stderr
+        assert "expected sha256" in done.stderr
+        assert "found" in done.stderr
+    assert weights.read_bytes() == damaged
+
+
+def test_a_killed_run_leaves_nothing_behind_and_the_same_command_finishes_it(
+    smoke_store: Path, empty_store: Path, run_in: Ingot, environment_of: Callable[[Path], dict[str, str]]
+) -> None:
+    empty_store.mkdir(parents=True)
+    command = [sys.executable, "-c", "from flows.cli import main; main()", "run", "--recipe", "smoke"]
+    log = empty_store / "killed.log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, cwd=CHECKOUT, env=environment_of(empty_store), stdout=stream, stderr=stream)
+        deadline = time.monotonic() + 240
+        while not list(empty_store.glob("scratch/pretrain-*/**/step-*/manifest.json")):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert alive == []
+    assert [row["status"] for row in json.loads(run_in(empty_store, "list", "runs", "--json", check=0).stdout)] == [
+        "killed"
+    ]
+    run_in(empty_store, "resume", check=0)
+    model = "artifacts/pretrain/*/model/model.safetensors"
+    assert next(empty_store.glob(model)).read_bytes() == next(smoke_store.glob(model)).read_bytes()
+    assert list(empty_store.glob("artifacts/*/.building-*")) == []
+
+
+def test_gc_keeps_what_the_newest_run_and_the_champion_need(smoke_store: Path, tmp_path: Path, run_in: Ingot) -> None:
+    store = copy_of(smoke_store, tmp_path)
+    extra = store / "artifacts" / "pretrain" / ("0" * 32)
+    shutil.copytree(next(store.glob("artifacts/pretrain/*")), extra)
+    manifest = json.loads((extra / "manifest.json").read_text())
+    (extra / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
+    assert str(extra) in run_in(store, "gc", "--dry-run", check=0).stdout
+    assert extra.exists()
+    run_in(store, "gc", check=0)
+    assert not extra.exists()
+    assert "nothing was run" in run_in(store, "run", "--recipe", "smoke", check=0).stdout
