@@ -181,6 +181,14 @@ def gc(
 
 
 @app.command()
+def sync(as_json: Json = False) -> None:
+    """Send MLflow what it missed while it could not be reached."""
+    from flows.commands import storing
+
+    storing.sync(as_json=as_json)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Check this machine and this checkout, and say what is missing and how to get it."""
     from flows.commands import checking

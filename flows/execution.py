@@ -200,8 +200,9 @@ def closing(execution: Execution) -> Iterator[None]:
         message = repr(error)
         raise
     finally:
-        execution.record.tracking_pending = execution.session.pending
         execution.runs.finish(execution.record, status, code, message)
         if status in {"done", "refused"}:
             execution.report()
         execution.session.close(status)
+        execution.record.tracking_pending = execution.session.pending
+        execution.runs.save(execution.record)

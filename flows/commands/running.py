@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from flows import console, graph, recipe
 from flows import plan as planning
@@ -102,15 +104,17 @@ def _run_flow(
     from flows.server import api
 
     console.say("starting Prefect ...")
+    # Prefect catches SIGTERM during a flow and then passes it on to the handler that was there before: this one.
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, _stop)
     with api(store_root):
-        from prefect.exceptions import TerminationSignal
-
         from flows.train_to_registry import train_to_registry
 
-        try:
-            return train_to_registry(name, overrides, only, since, list(force), wait_s)
-        except (TerminationSignal, KeyboardInterrupt):
-            raise Preempted("the run was asked to stop", hint="the same command goes on where it stopped") from None
+        return train_to_registry(name, overrides, only, since, list(force), wait_s)
+
+
+def _stop(_signum: int, _frame: FrameType | None) -> NoReturn:
+    raise Preempted("the run was asked to stop", hint="the same command goes on where it stopped")
 
 
 def _print_plan(steps: list[Step], config: RunConfig) -> None:

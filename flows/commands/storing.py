@@ -11,7 +11,7 @@ from flows import console
 from flows.commands.finding import find, find_artifact, store
 from flows.runs import RunRecord, Runs
 from pipelines.artifact import Artifact
-from pipelines.errors import ConfigError, IntegrityError
+from pipelines.errors import ConfigError, IntegrityError, TransientError
 from pipelines.registry import champions
 
 
@@ -85,6 +85,22 @@ def rollback(model: str | None, *, as_json: bool) -> None:
         print(json.dumps(record, indent=1, default=str))
     else:
         print(f"champion of {record['model']} is v{record['version']} again (was v{record['previous']})")
+
+
+def sync(*, as_json: bool) -> None:
+    """Send MLflow what it missed.
+
+    Raises:
+        TransientError: it still cannot be reached.
+    """
+    from pipelines import tracking
+    from pipelines.tracking.config import TrackingConfig
+
+    results = tracking.sync(TrackingConfig(), store().root)
+    rows = [{"run": r.run_id, "state": "sent" if r.synced else "pending", "message": r.message} for r in results]
+    console.table(rows, ["run", "state", "message"], as_json=as_json)
+    if any(not r.synced for r in results):
+        raise TransientError("MLflow still lacks a part of these runs", hint="start it, then `ingot sync` again")
 
 
 def _artifacts_of(run: RunRecord) -> list[Artifact]:
