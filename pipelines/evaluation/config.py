@@ -1,0 +1,94 @@
+"""Configuration of the evaluate stage."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipelines.settings import NOT_IDENTITY, Settings
+
+TaskName = Literal["next_line", "cloze", "addition"]
+BaselineName = Literal["gzip", "xz", "order1", "order2", "order3", "unigram"]
+
+
+class TaskConfig(Settings):
+    """The local lm-eval tasks made from the test split."""
+
+    names: tuple[TaskName, ...] = Field(
+        default=("next_line", "cloze", "addition"), description="Tasks to generate and run; empty runs none."
+    )
+    items: int = Field(default=64, ge=2, le=10_000, description="Items per task.")
+    seed: int = Field(default=0, ge=0, description="Seed of the choice of items.")
+    batch_size: int = Field(default=32, ge=1, le=4096, description="Sequences per forward pass in lm-eval.")
+
+
+class LatencyConfig(Settings):
+    """The probe of latency and memory, run in a process of its own; it measures and never changes a result."""
+
+    enabled: bool = Field(default=True, description="Measure latency and peak memory.")
+    prompt_tokens: int = Field(default=128, ge=2, le=1 << 20, description="Tokens of the prompt (prefill).")
+    new_tokens: int = Field(default=16, ge=1, le=1 << 16, description="Tokens generated one by one (decode).")
+    repeats: int = Field(default=5, ge=1, le=1000, description="Repeats; the median is reported.")
+    timeout_s: float = Field(default=300.0, gt=0, description="Seconds after which the probe is given up.")
+
+
+class EvaluateConfig(Settings):
+    """How a model is measured on the held-out documents."""
+
+    max_documents: int | None = Field(
+        default=None,
+        ge=2,
+        description="Score this many of the test documents, chosen by hash; the result is marked as truncated. "
+        "Default: all.",
+    )
+    context: int | None = Field(
+        default=None, ge=8, description="Tokens a window shows the model. Default: the sequence length of prepare."
+    )
+    stride: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens scored per window of a decoder; the rest of the window is context. "
+        "Default: three quarters of the context.",
+    )
+    mask_rate: float = Field(default=0.15, gt=0.0, lt=1.0, description="Share of tokens an encoder has to restore.")
+    mask_seed: int = Field(default=0, ge=0, description="Seed of the masks of an encoder.")
+    batch_tokens: int = Field(
+        default=4096,
+        ge=16,
+        description="Tokens per forward pass. Part of the identity: another batch shape rounds differently.",
+    )
+    bootstrap_samples: int = Field(default=2000, ge=100, le=1_000_000, description="Bootstrap resamples of documents.")
+    bootstrap_seed: int = Field(default=0, ge=0, description="Seed of the bootstrap.")
+    confidence: float = Field(default=0.95, ge=0.5, le=0.999, description="Coverage of all intervals.")
+    baselines: tuple[BaselineName, ...] = Field(
+        default=("gzip", "xz", "order1", "order2", "order3", "unigram"),
+        description="Null arms measured beside a parent: two compressors and token counts with Witten-Bell backoff "
+        "for a decoder, unigram for an encoder.",
+    )
+    baseline_tokens: int = Field(
+        default=20_000_000, ge=1000, description="Train tokens that the count models read at most."
+    )
+    kl_tokens: int = Field(
+        default=8192, ge=0, description="Tokens on which a child's predictions are compared with its parent's."
+    )
+    tasks: TaskConfig = Field(default_factory=TaskConfig, description="lm-eval tasks.")
+    latency: LatencyConfig = Field(
+        default_factory=LatencyConfig,
+        description="Probe of latency and memory.",
+        json_schema_extra=NOT_IDENTITY,
+    )
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> EvaluateConfig:
+        if self.context is not None and self.stride is not None and self.stride > self.context:
+            raise ValueError(
+                f"stride {self.stride} is longer than context {self.context}: tokens would be left out; "
+                f"valid: 1 to {self.context}"
+            )
+        if self.context is not None and self.batch_tokens < self.context:
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} does not hold one window of context {self.context}; "
+                f"valid: {self.context} or more"
+            )
+        return self

@@ -1,0 +1,198 @@
+"""Runs the generated tasks through lm-eval's own harness, and gives it encoders as a model class of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import numpy as np
+import torch
+from lm_eval.api import task as lm_eval_task
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import hash_string
+
+from pipelines.errors import NumericError
+from pipelines.evaluation.scoring import Scorer, negative_log_likelihood
+from pipelines.evaluation.tasks import Task
+from pipelines.evaluation.windows import Batch
+
+VERSION: str = lm_eval.__version__
+_RUNNING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of one task."""
+
+    accuracy: float
+    stderr: float
+    n: int
+    chance: float
+    hash: str
+    """lm-eval's hash over items, prompts and targets: equal hashes, same questions."""
+    correct: tuple[int, ...]
+    """0 or 1 for each item, in the order of the data file."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row of evaluation.json."""
+        return {
+            "accuracy": self.accuracy,
+            "stderr": self.stderr,
+            "n": self.n,
+            "chance": self.chance,
+            "hash": self.hash,
+        }
+
+
+def run(
+    scorer: Scorer, tokenizer: Any, tasks: Sequence[Task], *, folder: Path, cache: Path, batch_size: int
+) -> dict[str, Outcome]:
+    """Run tasks with lm-eval and return their outcomes by name.
+
+    Args:
+        scorer: the loaded model.
+        tokenizer: its tokenizer, as transformers loads it.
+        tasks: what to run; their files are in `folder`.
+        folder: written by `tasks.write`.
+        cache: folder for the tables that `datasets` makes of the data files.
+        batch_size: sequences per forward pass.
+
+    Raises:
+        NumericError: a log likelihood is not finite.
+    """
+    if not tasks:
+        return {}
+    with _RUNNING, _quietly():
+        if scorer.family == "decoder":
+            model = CausalLM(pretrained=scorer.model, tokenizer=tokenizer, batch_size=batch_size)
+        else:
+            model = MaskedLM(scorer, tokenizer, batch_size)
+        results = simple_evaluate(
+            model,
+            tasks=[_absolute(task, folder, cache) for task in tasks],
+            task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+            # The harness would seed the global generators of this process; nothing it does here draws from them.
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
+    return {task.name: _outcome(task, results, scorer.name) for task in tasks}
+
+
+def _absolute(task: Task, folder: Path, cache: Path) -> dict[str, Any]:
+    files = {"test": str((folder / f"{task.name}.jsonl").resolve())}
+    return task.config | {"dataset_kwargs": {"data_files": files, "cache_dir": str(cache)}}
+
+
+def _outcome(task: Task, results: dict[str, Any], model: str) -> Outcome:
+    row = results["results"][task.name]
+    samples = sorted(results["samples"][task.name], key=lambda sample: sample["doc_id"])
+    scores = torch.tensor([response[0] for sample in samples for response in sample["filtered_resps"]])
+    if not bool(torch.isfinite(scores).all()):
+        raise NumericError(f"{model} gives non-finite log likelihoods in task {task.name}")
+    return Outcome(
+        accuracy=float(row["acc,none"]),
+        stderr=float(row["acc_stderr,none"]),
+        n=len(samples),
+        chance=task.chance,
+        hash=hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)),
+        correct=tuple(int(sample["acc"]) for sample in samples),
+    )
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the harness's bars and notes out of the terminal, where the run shows its own progress."""
+    logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
+    level, bar = logger.level, lm_eval_task.tqdm
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    lm_eval_task.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        lm_eval_task.tqdm = bar
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+class CausalLM(HFLM):
+    """lm-eval's own class for decoders, without its progress bars."""
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """See `HFLM.loglikelihood`."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+
+class MaskedLM(LM):
+    """An encoder as lm-eval sees it.
+
+    A continuation of k tokens is scored from left to right: token i is predicted with the tokens before it in sight
+    and the k - i tokens from it on masked (Kauf and Ivanova 2023), so that the pieces of a word do not give each
+    other away.
+
+    Args:
+        scorer: the loaded encoder.
+        tokenizer: its tokenizer, with a start and a mask token.
+        batch_size: sequences per forward pass.
+    """
+
+    def __init__(self, scorer: Scorer, tokenizer: Any, batch_size: int) -> None:
+        super().__init__()
+        self._scorer, self._tokenizer, self._batch_size = scorer, tokenizer, batch_size
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Return (log likelihood in nats, whether every token is the most likely one) of each request."""
+        rows = [row for number, request in enumerate(requests) for row in self._rows(number, *request.args)]
+        rows.sort(key=lambda row: -len(row[1]))
+        nats, greedy = np.zeros(len(requests)), np.ones(len(requests), dtype=bool)
+        for start in range(0, len(rows), self._batch_size):
+            batch = _one_per_row(rows[start : start + self._batch_size])
+            with torch.inference_mode():
+                logits_NV = self._scorer.logits(batch).cpu()
+                targets = torch.from_numpy(batch.targets)
+                scored = negative_log_likelihood(logits_NV, targets).double().numpy()
+            np.add.at(nats, batch.documents, scored)
+            np.logical_and.at(greedy, batch.documents, (logits_NV.argmax(dim=-1) == targets).numpy())
+        return [(-float(n), bool(g)) for n, g in zip(nats, greedy, strict=True)]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Refused: an encoder gives a text no likelihood."""
+        raise NotImplementedError("an encoder gives a text no likelihood")
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Refused: an encoder does not generate."""
+        raise NotImplementedError("an encoder does not generate text")
+
+    def _rows(self, number: int, context: str, continuation: str) -> Iterator[tuple[int, list[int], int, int]]:
+        """Yield (request, shown tokens, scored position, target) for each token of the continuation."""
+        seen = self._tokenizer.encode(context, add_special_tokens=False)
+        pieces = self._tokenizer.encode(context + continuation, add_special_tokens=False)[len(seen) :]
+        room = self._scorer.model.config.max_position_embeddings - 1 - len(pieces)
+        prefix = [self._tokenizer.bos_token_id, *seen[-room:]]
+        for i, target in enumerate(pieces):
+            hidden = [self._tokenizer.mask_token_id] * (len(pieces) - i)
+            yield number, prefix + pieces[:i] + hidden, len(prefix) + i, target
+
+
+def _one_per_row(rows: list[tuple[int, list[int], int, int]]) -> Batch:
+    ids = np.zeros((len(rows), max(len(row[1]) for row in rows)), dtype=np.int64)
+    shown = np.zeros(ids.shape, dtype=np.bool_)
+    for i, (_, tokens, _, _) in enumerate(rows):
+        ids[i, : len(tokens)] = tokens
+        shown[i, : len(tokens)] = True
+    columns, targets, requests = (np.array([row[k] for row in rows]) for k in (2, 3, 0))
+    return Batch(ids, shown, np.arange(len(rows)), columns, targets, requests)

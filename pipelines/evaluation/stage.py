@@ -1,0 +1,258 @@
+"""The evaluate stage: held-out bits per byte, tasks, size, latency, and a child against its parent.
+
+evaluation.json        the numbers; the same inputs give the same bytes
+document_nats.npy      negative log likelihood of each document, for paired comparison with any other model
+document_bytes.npy     bytes of each document (of its masked tokens for an encoder)
+task_outcomes.json     0 or 1 for each item of each task, for paired comparison
+tasks/                 the tasks as lm-eval reads them
+observations.json      latency, memory and time: not part of the result
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from pipelines.artifact import Artifact
+from pipelines.errors import ConfigError
+from pipelines.evaluation import baselines, comparison, heldout, probe, scoring, tasks, windows
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.heldout import Heldout
+from pipelines.evaluation.scoring import Family, Scorer
+from pipelines.evaluation.windows import Batch
+from pipelines.stage import Progress, StageContext, Summary
+
+_PROBING = threading.Lock()
+"""Two probes at once would measure each other."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is scored, in which forward passes; the same for every model of one family and configuration."""
+
+    batches: Sequence[Batch]
+    sizes: NDArray[np.int64]
+    """Bytes that the scored tokens of each document stand for [documents]."""
+    masked: tuple[NDArray[np.bool_], ...]
+    """Masked positions of each document; empty for a decoder."""
+
+
+def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
+    """Measure the model of `inputs["model"]` on the test documents of `inputs["prepare"]`.
+
+    With `parent_model` and `parent_evaluation` among the inputs the model is a child, and is compared with its parent.
+
+    Raises:
+        IntegrityError: the model does not load, or has another tokenizer than the prepared data.
+        NumericError: the model gives numbers that are not finite.
+    """
+    started = time.monotonic()
+    transformers_logging.disable_progress_bar()
+    prepared, model = inputs["prepare"].path, inputs["model"].path / "model"
+    heldout.check_tokenizer(prepared, model)
+    held = heldout.load(prepared, config.max_documents)
+    device = _device(context)
+    scorer = scoring.load(model, device)
+    plan = plan_batches(config, held, scorer.family, prepared)
+
+    def report(done: int, total: int) -> None:
+        context.report(Progress(context.node, done, total, "tokens", "held-out documents"))
+
+    nats = scoring.document_nats(scorer, plan.batches, len(held.documents), report)
+    evaluation = _headline(config, held, scorer, plan, nats, model)
+    if "parent_model" not in inputs:
+        evaluation["baselines"] = _baselines(config, prepared, held, scorer.family, plan)
+    outcomes = _run_tasks(config, held, scorer, model, out_dir, context, evaluation)
+    if "parent_model" in inputs:
+        evaluation["versus_parent"] = _versus_parent(config, inputs, scorer, plan, nats, outcomes)
+    observed = _probe(config, model, device, context)
+    _write(out_dir, evaluation, outcomes, nats, plan.sizes, observed | {"wall_s": round(time.monotonic() - started, 3)})
+    return _summary(evaluation, observed)
+
+
+def plan_batches(config: EvaluateConfig, held: Heldout, family: Family, prepared: Path) -> Plan:
+    """Lay out the forward passes.
+
+    Raises:
+        ConfigError: the stride or the batch does not fit the context, which comes from the prepared data.
+    """
+    context = config.context or int(held.index["sequence_length"])
+    stride = config.stride or max(1, context * 3 // 4)
+    if stride > context or config.batch_tokens < context:
+        raise ConfigError(
+            f"evaluate.stride = {stride} and evaluate.batch_tokens = {config.batch_tokens} do not fit a context of "
+            f"{context} tokens; valid: a stride of 1 to {context}, and {context} or more batch tokens"
+        )
+    if family == "decoder":
+        cuts = [w for d, ids in enumerate(held.tokens) for w in windows.causal_windows(len(ids), d, context, stride)]
+        return Plan(windows.causal_batches(held.tokens, cuts, config.batch_tokens), held.sizes, ())
+    masked = tuple(
+        windows.mask(document.id, len(ids), config.mask_rate, config.mask_seed)
+        for document, ids in zip(held.documents, held.tokens, strict=True)
+    )
+    cuts = [w for d, hidden in enumerate(masked) for w in windows.masked_windows(d, context, hidden)]
+    token_sizes = heldout.token_sizes(prepared / "tokenizer" / heldout.TOKENIZER)
+    sizes = [token_sizes[ids[hidden]].sum() for ids, hidden in zip(held.tokens, masked, strict=True)]
+    batches = windows.masked_batches(held.tokens, cuts, config.batch_tokens, held.index["mask_id"])
+    return Plan(batches, np.array(sizes, dtype=np.int64), masked)
+
+
+# ---- parts of evaluation.json -----------------------------------------------------------------------------------
+
+
+def _headline(
+    config: EvaluateConfig, held: Heldout, scorer: Scorer, plan: Plan, nats: NDArray[np.float64], model: Path
+) -> dict[str, Any]:
+    scored = sum(len(batch.targets) for batch in plan.batches)
+    return {
+        "format": 1,
+        "family": scorer.family,
+        "bits_per_byte": comparison.bits_per_byte(nats, plan.sizes, **_bootstrap(config)).to_json(),
+        "bits_per_token": float(nats.sum()) / (scored * math.log(2.0)),
+        "scored_tokens": scored,
+        "scored_bytes": int(plan.sizes.sum()),
+        "documents": len(held.documents),
+        "documents_total": held.total,
+        "truncated": held.truncated,
+        "confidence": config.confidence,
+        "size_bytes": sum(path.stat().st_size for path in model.rglob("*") if path.is_file()),
+        "weights_bytes": sum(path.stat().st_size for path in model.glob("*.safetensors")),
+        "baselines": {},
+        "versus_parent": None,
+    }
+
+
+def _baselines(config: EvaluateConfig, prepared: Path, held: Heldout, family: Family, plan: Plan) -> dict[str, float]:
+    if family == "decoder":
+        return baselines.for_decoder(config, prepared, held)
+    return baselines.for_encoder(config, prepared, held, plan.masked, int(plan.sizes.sum()))
+
+
+def _run_tasks(
+    config: EvaluateConfig,
+    held: Heldout,
+    scorer: Scorer,
+    model: Path,
+    out_dir: Path,
+    context: StageContext,
+    evaluation: dict[str, Any],
+) -> dict[str, list[int]]:
+    """Generate, write and run the tasks, enter their rows into `evaluation`, and return the outcome of every item."""
+    made, skipped = tasks.generate(config.tasks, held.documents, scorer.family)
+    evaluation |= {"tasks": {}, "skipped_tasks": skipped, "harness": None}
+    if not made:
+        return {}
+    # lm-eval takes seconds to import: only a run with tasks pays for it.
+    from pipelines.evaluation import harness
+
+    tasks.write(made, out_dir / "tasks")
+    outcomes = harness.run(
+        scorer,
+        AutoTokenizer.from_pretrained(model, local_files_only=True),
+        made,
+        folder=out_dir / "tasks",
+        cache=context.scratch / "datasets",
+        batch_size=config.tasks.batch_size,
+    )
+    evaluation["tasks"] = {name: outcome.to_json() for name, outcome in outcomes.items()}
+    evaluation["harness"] = f"lm-eval {harness.VERSION}"
+    return {name: list(outcome.correct) for name, outcome in outcomes.items()}
+
+
+def _versus_parent(
+    config: EvaluateConfig,
+    inputs: Mapping[str, Artifact],
+    scorer: Scorer,
+    plan: Plan,
+    nats: NDArray[np.float64],
+    outcomes: dict[str, list[int]],
+) -> dict[str, Any]:
+    evaluated = inputs["parent_evaluation"]
+    parent_nats = np.load(evaluated.path / "document_nats.npy", allow_pickle=False)
+    parent_outcomes = evaluated.read_json("task_outcomes.json")
+    parent_size = evaluated.read_json("evaluation.json")["size_bytes"]
+    model = inputs["model"].path / "model"
+    result: dict[str, Any] = {
+        "bits_per_byte_ratio": comparison.paired_ratio(nats, parent_nats, plan.sizes, **_bootstrap(config)).to_json(),
+        "size_ratio": sum(path.stat().st_size for path in model.rglob("*") if path.is_file()) / parent_size,
+        "task_accuracy_difference": {
+            name: comparison.paired_difference(correct, parent_outcomes[name], **_bootstrap(config)).to_json()
+            for name, correct in outcomes.items()
+            if name in parent_outcomes
+        },
+    }
+    if config.kl_tokens:
+        parent = scoring.load(inputs["parent_model"].path / "model", scorer.device)
+        result |= scoring.divergence(parent, scorer, windows.take(plan.batches, config.kl_tokens))
+    return result
+
+
+def _probe(config: EvaluateConfig, model: Path, device: str, context: StageContext) -> dict[str, Any]:
+    if not config.latency.enabled:
+        return {}
+    context.report(Progress(context.node, 0, 1, "probe", "latency and memory"))
+    with _PROBING:
+        return probe.measure(model, config.latency, device)
+
+
+# ---- output -----------------------------------------------------------------------------------------------------
+
+
+def _write(
+    out_dir: Path,
+    evaluation: dict[str, Any],
+    outcomes: dict[str, list[int]],
+    nats: NDArray[np.float64],
+    sizes: NDArray[np.int64],
+    observed: dict[str, Any],
+) -> None:
+    for name, value in (("evaluation", evaluation), ("task_outcomes", outcomes), ("observations", observed)):
+        text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+        (out_dir / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    np.save(out_dir / "document_nats.npy", nats, allow_pickle=False)
+    np.save(out_dir / "document_bytes.npy", sizes, allow_pickle=False)
+
+
+def _summary(evaluation: dict[str, Any], observed: dict[str, Any]) -> Summary:
+    versus = evaluation["versus_parent"] or {}
+    return {
+        "family": evaluation["family"],
+        "bits_per_byte": evaluation["bits_per_byte"]["value"],
+        "low": evaluation["bits_per_byte"]["low"],
+        "high": evaluation["bits_per_byte"]["high"],
+        "documents": evaluation["documents"],
+        "truncated": evaluation["truncated"],
+        "size_bytes": evaluation["size_bytes"],
+        "tasks": {name: row["accuracy"] for name, row in evaluation["tasks"].items()},
+        "baselines": evaluation["baselines"],
+        "ratio": versus.get("bits_per_byte_ratio", {}).get("value"),
+        "kl_nats_per_token": versus.get("kl_nats_per_token"),
+        **observed.get("latency", {}),
+    }
+
+
+def _bootstrap(config: EvaluateConfig) -> dict[str, Any]:
+    return {
+        "samples": config.bootstrap_samples,
+        "seed": config.bootstrap_seed,
+        "confidence": config.confidence,
+    }
+
+
+def _device(context: StageContext) -> str:
+    wanted = context.compute.get("device", "auto")
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(wanted)
