@@ -1,0 +1,140 @@
+"""The contract of compression methods, and the one error measure that all of them are compared by.
+
+A method is one module in this package; its file name is its registry name. It defines
+
+    kind            "weight", "structure", "kv_cache" or "training"
+    bits            what it can store a weight in, for tables: "2-8"
+    calibration     what it must be shown: "none" or "hessian" (the input second moment of each layer)
+    paper           where it comes from
+    Config          its parameters, a `MethodConfig`
+
+and, for kind "weight", the pure functions of `WeightMethod`. A module without `kind` is a helper, not a method.
+
+Shapes: O output features, I input features, G groups along I, S weights in a group.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from models.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy_module("torch")
+
+Kind = Literal["weight", "structure", "kv_cache", "training"]
+Calibration = Literal["none", "hessian"]
+
+
+class MethodConfig(BaseModel):
+    """Base of every method's parameters: frozen, complete, and closed to unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    @property
+    def label(self) -> str:
+        """Short text for names of children, for instance `int4-g32`; letters, digits and dashes only."""
+        return ""
+
+    def fitted(self, columns: Collection[int]) -> Self:  # noqa: ARG002 - methods with groups use it
+        """Return the parameters under which layers of all these widths share one storage scheme."""
+        return self
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration saw at the input of one layer."""
+
+    hessian_II: Tensor | None = None
+    """X^T X over all calibration tokens, float32 or float64; None where nothing was measured."""
+    tokens: int = 0
+    """Number of rows of X."""
+
+    def second_moment(self, method: str, columns: int) -> Tensor:
+        """Return `hessian_II` as float64.
+
+        Raises:
+            ValueError: it is missing, not finite, or not of `columns` x `columns`.
+        """
+        if self.hessian_II is None:
+            raise ValueError(f"{method} needs calibration: statistics.hessian_II is None")
+        if self.hessian_II.shape != (columns, columns):
+            found = tuple(self.hessian_II.shape)
+            raise ValueError(f"{method}: hessian_II has shape {found}; the layer has {columns} input features")
+        if not bool(torch.isfinite(self.hessian_II).all()):
+            raise ValueError(f"{method}: hessian_II holds non-finite values; the calibration activations overflowed")
+        return self.hessian_II.double()
+
+
+class Packed(ABC):
+    """One compressed weight matrix: what is stored, and what it stands for."""
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """Return the weight [O, I] that the stored tensors stand for, float32."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that is stored: codes, scales, masks, zero points, shape."""
+
+    def stored_bits(self) -> int:
+        """Return the size of all that is stored, in bits."""
+        return 8 * sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def scheme(self) -> dict[str, Any] | None:
+        """Return the `weights` entry of a compressed-tensors config group; None where no public layout fits."""
+        return None
+
+    def widened(self) -> Packed:
+        """Return the same weight with float32 scales, for readers that compute in the dtype of the scales."""
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the packed layer to x [..., I]; returns [..., O] in the dtype of x."""
+        return torch.nn.functional.linear(x, self.dequantize().to(x.dtype))
+
+
+class WeightMethod(Protocol):
+    """A method module of kind "weight"."""
+
+    kind: Kind
+    bits: str
+    calibration: Calibration
+    paper: str
+    Config: type[MethodConfig]
+    not_informative: str
+    """Why the comparison with a naive baseline says nothing; empty where it does."""
+
+    def compress(self, weight_OI: Tensor, statistics: Statistics, config: Any) -> Packed:
+        """Return the compressed weight."""
+
+    def restore(self, tensors: Mapping[str, Tensor], config: Any) -> Packed:
+        """Rebuild a `Packed` from its `tensors()`."""
+
+    def nulls(self, weight_OI: Tensor, statistics: Statistics, config: Any) -> dict[str, Packed]:
+        """Return the null arms: naive choices at the same stored bits, by name."""
+
+
+def relative_error(weight_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor | None = None) -> float:
+    """Return ||X (W - W')^T||^2 / ||X W^T||^2, or ||W - W'||^2 / ||W||^2 without a Hessian.
+
+    Args:
+        weight_OI: the original weight.
+        approximation_OI: what replaced it.
+        hessian_II: X^T X.
+    """
+    error_OI = weight_OI.double() - approximation_OI.double()
+    return _energy(error_OI, hessian_II) / max(_energy(weight_OI.double(), hessian_II), 1e-300)
+
+
+def _energy(matrix_OI: Tensor, hessian_II: Tensor | None) -> float:
+    weighted_OI = matrix_OI if hessian_II is None else matrix_OI @ hessian_II.double()
+    return float((weighted_OI * matrix_OI).sum())
