@@ -97,7 +97,7 @@ class Artifact:
             IntegrityError: naming the file, the expected and the found sha256.
         """
         for name, record in self.manifest.files.items():
-            _verify_file(self.path / name, record)
+            verify_file(self.path / name, record)
 
 
 def publish(
@@ -232,7 +232,12 @@ def _observed(name: str, observations: Collection[str]) -> bool:
     return any(name == o or (o.endswith("/") and name.startswith(o)) for o in observations)
 
 
-def _verify_file(path: Path, record: FileRecord) -> None:
+def verify_file(path: Path, record: FileRecord) -> None:
+    """Hash one file again.
+
+    Raises:
+        IntegrityError: naming the file, the expected and the found sha256.
+    """
     found = fingerprint.hash_file(path) if path.is_file() else "(missing)"
     if found != record.sha256:
         raise IntegrityError(

@@ -1,0 +1,389 @@
+"""Checkpoints: hashed artifacts, written by all ranks together, of which the newest valid one wins.
+
+    checkpoints/step-00000050/rank-00000.safetensors ...   what each rank owns; see `shards.py`
+                              state.json                   step, counters, loop state, shapes
+                              manifest.json                hashes, written last, sealed
+    checkpoints/step-00000040.corrupt/                     found damaged, kept for a look
+    checkpoints/.writing-00000060/                         unfinished; removed at the next start
+
+A checkpoint appears by one rename. It belongs to no ZeRO stage and no world size: each rank reads the ranges it owns
+from whichever files hold them. A rank that sees a fault tells the others before anyone acts on it, so all ranks always
+choose the same checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import re
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from models.optim.fragments import FragmentOptimizer
+from pipelines import artifact, fingerprint
+from pipelines.artifact import Artifact, FileRecord, Manifest
+from pipelines.errors import ConfigError, IngotError, IntegrityError, TransientError
+from pipelines.faults import fault_point
+from pipelines.training import shards
+from pipelines.training.ranks import Ranks
+from pipelines.training.shards import MASTER, Piece
+
+log = logging.getLogger(__name__)
+
+STATE = "state.json"
+FORMAT = 1
+
+_STEP = re.compile(r"step-(\d{8})")
+_TEMPORARY = (".writing-*", ".pruned-*", ".retired-*")
+_POLL_S = 0.02
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass
+class _Job:
+    """One save, from the snapshot to publication."""
+
+    step: int
+    ranks: Ranks
+    writers: int
+    """Ranks 0 to `writers - 1` write: all of them, or rank 0 alone where all hold the same."""
+    tensors: dict[Piece, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    state: str
+    """Content of `state.json`."""
+    written: threading.Event = field(default_factory=threading.Event)
+    abandoned: bool = False
+    error: Exception | None = None
+    thread: threading.Thread | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size of this rank's share."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+class Checkpoints:
+    """The checkpoints of one training run.
+
+    Args:
+        folder: where they lie; shared by all ranks.
+        keep: how many to keep.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        if keep < 2:
+            raise ConfigError(
+                f"keep is {keep}; at least 2 checkpoints are needed, because the newest may turn out to be damaged"
+            )
+        self.folder = folder
+        self.keep = keep
+        self._job: _Job | None = None
+
+    @property
+    def fallbacks(self) -> int:
+        """How many checkpoints of this run were found damaged, over all its attempts."""
+        return len(list(self.folder.glob("*.corrupt*")))
+
+    def steps(self) -> list[int]:
+        """Return the steps of the published checkpoints, oldest first; by name, as clocks and mtimes may lie."""
+        found = (_STEP.fullmatch(path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(match[1]) for match in found if match)
+
+    # ---- saving ---------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        optimizer: FragmentOptimizer,
+        state: Mapping[str, Any],
+        *,
+        rank: int,
+        world: int,
+        wait: bool = True,
+    ) -> None:
+        """Save masters, moments, counters and `state`; a collective call.
+
+        A checkpoint of this step that exists already is left as it is.
+
+        Args:
+            step: optimizer steps done.
+            optimizer: what to save, in fragments.
+            state: JSON facts of the training loop, the same on all ranks.
+            rank: this rank.
+            world: number of ranks.
+            wait: return when the checkpoint is published; else when the tensors are copied, and it is published in the
+                background. Errors then surface in the next `save` or in `finish`.
+
+        Raises:
+            TransientError: the disk is full, also after older checkpoints were pruned.
+        """
+        self.finish()
+        ranks = _ranks(rank, world)
+        if _agreed(ranks, self._final(step).exists()):
+            return
+        job = _snapshot(step, optimizer, state, ranks, copy=not wait)
+        self._start(job)
+        self._job = job
+        if wait:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for a save in the background; a collective call. Raises what `save` raises."""
+        if self._job is None:
+            return
+        job, self._job = self._job, None
+        for last in (False, True):
+            fault = self._outcome(job)
+            if fault is None:
+                return
+            if job.ranks.rank == 0:
+                shutil.rmtree(self._build(job.step), ignore_errors=True)
+                if not last:
+                    self._make_room()
+            if last or not isinstance(fault, TransientError):
+                raise fault
+            log.warning("%s; trying once more with older checkpoints removed", fault.message)
+            job.ranks.barrier()
+            job.error, job.abandoned = None, False
+            job.written.clear()
+            self._start(job)
+
+    def _start(self, job: _Job) -> None:
+        build = self._build(job.step)
+        if job.ranks.rank == 0:
+            fault_point("checkpoint.before_write", step=job.step)
+            shutil.rmtree(build, ignore_errors=True)
+            build.mkdir(parents=True)
+        job.ranks.barrier()
+        job.thread = threading.Thread(target=self._work, args=(job,), name=f"checkpoint-{job.step}")
+        job.thread.start()
+
+    def _work(self, job: _Job) -> None:
+        """Write this rank's share, and on rank 0 publish when every rank has; runs in a thread, without collectives."""
+        try:
+            if job.ranks.rank < job.writers:
+                self._write_share(job)
+            job.written.set()
+            if job.ranks.rank == 0 and self._others_have_written(job):
+                self._publish(job)
+        except Exception as error:  # noqa: BLE001 - it is raised again in `finish`, on all ranks
+            job.error = error
+            job.written.set()
+
+    def _write_share(self, job: _Job) -> None:
+        build, rank = self._build(job.step), job.ranks.rank
+        path = build / f"rank-{rank:05d}.safetensors"
+        record = shards.write(path, job.tensors)
+        spans = [(piece.name, piece.start, piece.numel) for piece in job.tensors if piece.kind == MASTER]
+        note = {"file": path.name, "record": record.model_dump(), "shapes": job.shapes, "spans": spans}
+        artifact.write_text(_note(build, rank), json.dumps(note))
+
+    def _others_have_written(self, job: _Job) -> bool:
+        build = self._build(job.step)
+        missing = set(range(job.writers))
+        pause = threading.Event()
+        while not job.abandoned:
+            missing = {rank for rank in missing if not _note(build, rank).exists()}
+            if not missing:
+                return True
+            pause.wait(_POLL_S)
+        return False
+
+    def _publish(self, job: _Job) -> None:
+        build = self._build(job.step)
+        fault_point("checkpoint.after_shards", step=job.step, path=build)
+        notes = [json.loads(_note(build, rank).read_text(encoding="utf-8")) for rank in range(job.writers)]
+        shapes = {name: shape for note in notes for name, shape in note["shapes"].items()}
+        spans = [tuple(span) for note in notes for span in note["spans"]]
+        if gaps := list(shards.uncovered(shapes, spans)):
+            raise IngotError("the ranks do not hold every weight exactly once: " + "; ".join(gaps[:3]))
+        for rank in range(job.writers):
+            _note(build, rank).unlink()
+        artifact.write_text(build / STATE, json.dumps({**json.loads(job.state), "shapes": shapes}))
+        files = {note["file"]: FileRecord.model_validate(note["record"]) for note in notes}
+        state = build / STATE
+        files[STATE] = FileRecord(sha256=fingerprint.hash_file(state), size=state.stat().st_size)
+        identity = {"stage": "checkpoint", "step": job.step}
+        manifest = Manifest(
+            stage="checkpoint",
+            node="pretrain",
+            fingerprint=fingerprint.digest(identity),
+            identity=identity,
+            parents={},
+            files=files,
+            summary={"step": job.step, "world": job.ranks.world},
+        )
+        artifact.commit(build, self._final(job.step), manifest)
+        self._prune(self.keep)
+
+    def _outcome(self, job: _Job) -> IngotError | Exception | None:
+        """Wait for all ranks, and return what went wrong on any of them; the same kind of error on every rank."""
+        assert job.thread is not None
+        job.written.wait()
+        job.abandoned = not _agreed(job.ranks, job.error is None, every=True)
+        job.thread.join()
+        full = isinstance(job.error, OSError) and job.error.errno in _NO_SPACE
+        failed = job.ranks.gathered(float(job.error is not None))
+        without_space, needed = job.ranks.summed([float(full), float(job.bytes if job.ranks.rank < job.writers else 0)])
+        if not any(failed):
+            return None
+        if without_space and without_space == sum(failed):
+            free = shutil.disk_usage(self.folder).free
+            return TransientError(
+                f"no space for the checkpoint of step {job.step} in {self.folder}: it needs {needed:.0f} bytes, "
+                f"{free} are free",
+                hint="free some space and run the same command again: it goes on from the newest checkpoint",
+            )
+        blamed = ", ".join(str(rank) for rank, error in enumerate(failed) if error)
+        return job.error or IngotError(f"the checkpoint of step {job.step} failed on rank {blamed}; see its log")
+
+    # ---- retention ------------------------------------------------------------------------------------------------
+
+    def _prune(self, keep: int) -> None:
+        """Remove the oldest; renamed first, so that no half-deleted folder ever looks like a checkpoint."""
+        for step in self.steps()[:-keep]:
+            pruned = self.folder / f".pruned-{step:08d}"
+            self._final(step).rename(pruned)
+            fault_point("checkpoint.during_pruning", step=step, path=pruned)
+            shutil.rmtree(pruned)
+
+    def _make_room(self) -> None:
+        self._prune(1)
+        for pattern in (*_TEMPORARY, "*.corrupt*/rank-*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    # ---- loading --------------------------------------------------------------------------------------------------
+
+    def load_latest(self, optimizer: FragmentOptimizer, *, rank: int, world: int) -> dict[str, Any] | None:
+        """Load the newest valid checkpoint into the optimizer; a collective call, the same result on all ranks.
+
+        A damaged one is renamed `*.corrupt` and counted in `fallbacks`. Only the masters are loaded: making the live
+        weights follow is the engine's part. Temporary folders of killed attempts are removed.
+
+        Returns:
+            The saved loop state with its `step`; None where no checkpoint was ever published.
+
+        Raises:
+            IntegrityError: there are checkpoints, but none is valid.
+        """
+        ranks = _ranks(rank, world)
+        if rank == 0:
+            for pattern in _TEMPORARY:
+                for path in self.folder.glob(pattern):
+                    shutil.rmtree(path)
+        for step in self._common_steps(ranks):
+            found, fault = self._verified(step, ranks)
+            if _agreed(ranks, fault is None, every=True):
+                assert found is not None
+                return _load(found, optimizer)
+            log.warning(
+                "checkpoint of step %d is damaged%s", step, f": {fault}" if fault else " (seen by another rank)"
+            )
+            if rank == 0:
+                self._set_aside(step)
+            ranks.barrier()
+        if _agreed(ranks, self.fallbacks > 0):
+            raise IntegrityError(
+                f"{self.folder} has checkpoints, but every one is damaged; see the log for files and hashes",
+                hint=f"to train again from the start, delete {self.folder}",
+            )
+        return None
+
+    def _common_steps(self, ranks: Ranks) -> list[int]:
+        """Return rank 0's list, newest first: a shared file system may show another rank an older one."""
+        own = self.steps()[::-1] if ranks.rank == 0 else []
+        (count,) = ranks.summed([float(len(own))])
+        return [int(step) for step in ranks.summed([float(s) for s in own] or [0.0] * int(count))] if count else []
+
+    def _verified(self, step: int, ranks: Ranks) -> tuple[Artifact | None, IntegrityError | None]:
+        """Check manifest and layout on every rank, and hash this rank's part of the files."""
+        try:
+            found = artifact.load(self._final(step))
+            for name in sorted(found.manifest.files)[ranks.rank :: ranks.world]:
+                artifact.verify_file(found.path / name, found.manifest.files[name])
+        except IntegrityError as error:
+            return None, error
+        return found, None
+
+    def _set_aside(self, step: int) -> None:
+        base = f"step-{step:08d}.corrupt"
+        taken = len(list(self.folder.glob(base + "*")))
+        self._final(step).rename(self.folder / (f"{base}-{taken + 1}" if taken else base))
+
+    def _final(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _build(self, step: int) -> Path:
+        return self.folder / f".writing-{step:08d}"
+
+
+def _note(build: Path, rank: int) -> Path:
+    """Return where a rank says that its share is written."""
+    return build / f"rank-{rank:05d}.json"
+
+
+def _ranks(rank: int, world: int) -> Ranks:
+    """Return the ranks, on the device that the process group's backend can reduce on."""
+    cuda = world > 1 and distributed.get_backend() == "nccl"
+    return Ranks(rank, world, torch.device("cuda" if cuda else "cpu"))
+
+
+def _agreed(ranks: Ranks, fact: bool, *, every: bool = False) -> bool:
+    """Return what rank 0 says of a fact, or with `every`, whether all ranks say so."""
+    facts = ranks.gathered(float(fact))
+    return all(facts) if every else bool(facts[0])
+
+
+def _snapshot(step: int, optimizer: FragmentOptimizer, state: Mapping[str, Any], ranks: Ranks, *, copy: bool) -> _Job:
+    """Gather what this rank writes; with `copy`, training may go on changing it."""
+    tensors: dict[Piece, Tensor] = {}
+    shapes = {}
+    for fragment in optimizer.fragments:
+        shapes[fragment.name] = tuple(fragment.shape)
+        if fragment.numel:
+            for kind, tensor in ((MASTER, fragment.master), *optimizer.fragment_state(fragment).items()):
+                piece = Piece(fragment.name, kind, fragment.start, fragment.numel)
+                tensors[piece] = tensor.detach().to("cpu", copy=True) if copy else tensor
+    content = {"format": FORMAT, "step": step, "counters": optimizer.counters(), "state": dict(state)}
+    # ZeRO 0: every rank holds all of it, and one copy is enough. 48 bits are exact in the float64 that is gathered.
+    held = int(fingerprint.digest([piece.key for piece in sorted(tensors)])[:12], 16)
+    writers = 1 if len(set(ranks.gathered(float(held)))) == 1 else ranks.world
+    return _Job(step, ranks, writers, tensors, shapes, fingerprint.canonical_json(content))
+
+
+def _load(found: Artifact, optimizer: FragmentOptimizer) -> dict[str, Any]:
+    content = found.read_json(STATE)
+    if content["format"] != FORMAT:
+        raise IntegrityError(f"{found.path} has format {content['format']}; this checkout reads {FORMAT}")
+    files = [found.path / name for name in sorted(found.manifest.files) if name.endswith(".safetensors")]
+    with shards.Reader(files) as reader:
+        empty = []
+        for fragment in optimizer.fragments:
+            saved = content["shapes"].get(fragment.name)
+            if saved is None or tuple(saved) != tuple(fragment.shape):
+                raise IntegrityError(
+                    f"{found.path} is of another model: {fragment.name} is {list(fragment.shape)}, saved was {saved}"
+                )
+            where = (fragment.start, fragment.numel)
+            if fragment.numel:
+                fragment.master.copy_(reader.read(fragment.name, MASTER, *where))
+            moments = [kind for kind in reader.kinds(fragment.name, *where) if kind != MASTER]
+            if moments:
+                loaded = {kind: reader.read(fragment.name, kind, *where) for kind in moments}
+                optimizer.load_fragment_state(fragment, loaded)
+            else:
+                empty.append(fragment)
+        # Last: loading one fragment may allocate moments for its neighbours in the same flat buffer.
+        for fragment in empty:
+            optimizer.load_fragment_state(fragment, {})
+    optimizer.load_counters(content["counters"])
+    return {**content["state"], "step": content["step"]}
