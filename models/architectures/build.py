@@ -53,9 +53,7 @@ def build(config: ArchitectureConfig, *, seed: int) -> PreTrainedModel:
     model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(
-                initial_tensor(name, parameter.shape, seed=seed, std=config.init_std, layers=config.layers)
-            )
+            parameter.copy_(initial_tensor(name, parameter.shape, seed=seed, std=config.init_std, layers=config.layers))
     return model
 
 

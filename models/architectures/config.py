@@ -85,7 +85,7 @@ PRESETS: dict[str, dict[str, int | bool]] = {
     "3b": {"width": 3072, "layers": 28, "heads": 24, "kv_heads": 8, "ffn_width": 8192},
     "7b": {"width": 4096, "layers": 32, "heads": 32, "ffn_width": 11008, "tie_embeddings": False},
 }
-"""Name -> shape. Names are nominal: the vocabulary adds its share (4,096 tokens for the small, 32,000 for the large)."""
+"""Name -> shape. Names are nominal: the vocabulary adds its share (4,096 tokens where small, 32,000 where large)."""
 
 
 def preset(family: Family, name: str, overrides: dict[str, object] | None = None) -> Shape:

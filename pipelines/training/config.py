@@ -52,7 +52,9 @@ class OptimizerConfig(Settings):
     weight_decay: float = Field(0.01, ge=0.0, le=10.0, description="Decoupled weight decay of matrices.")
     clip: float | None = Field(1.0, gt=0.0, description="Bound of the global gradient norm; none: no clipping.")
     bias_correction: bool = Field(True, description="Correct the moments for their start at zero (lamb).")
-    clamp: tuple[float, float] | None = Field(None, description="Bounds of the trust ratio (lamb); none: unbounded.")
+    clamp: tuple[float, float] | None = Field(
+        None, description="Bounds of the weight norm in the trust ratio (lamb, lars); none: unbounded."
+    )
 
     @property
     def peak_lr(self) -> float:
@@ -83,12 +85,16 @@ class LisaConfig(Settings):
 
 
 class ScheduleConfig(Settings):
-    """Learning rate over the steps: linear warm-up to the peak, then decay."""
+    """Learning rate over the steps: warm-up to the peak, then decay."""
 
-    warmup: int = Field(50, ge=0, description="Steps of linear warm-up.")
-    decay: Literal["constant", "linear", "cosine", "polynomial"] = Field("cosine", description="Form of the decay.")
+    warmup: int = Field(50, ge=0, description="Steps of warm-up.")
+    warmup_form: Literal["linear", "sqrt"] = Field("linear", description="Form of the warm-up.")
+    decay: Literal["constant", "linear", "polynomial", "cosine", "wsd"] = Field(
+        "cosine", description="Form of the decay; wsd stays at the peak and falls linearly at the end."
+    )
     power: float = Field(1.0, gt=0.0, le=10.0, description="Exponent of the polynomial decay.")
-    final_ratio: float = Field(0.0, ge=0.0, le=1.0, description="Learning rate at the last step over the peak.")
+    stable: float = Field(0.8, ge=0.0, lt=1.0, description="Share of the steps after warm-up at the peak (wsd).")
+    floor: float = Field(0.0, ge=0.0, le=1.0, description="Learning rate at the last step over the peak.")
 
 
 class MaskingConfig(Settings):
@@ -191,7 +197,7 @@ class PretrainConfig(Settings):
     def _warmup_fits_the_steps(self) -> Self:
         if self.schedule.warmup >= self.steps:
             raise ValueError(
-                f"schedule.warmup = {self.schedule.warmup}; the run has {self.steps} steps, valid: 0 to {self.steps - 1}"
+                f"schedule.warmup = {self.schedule.warmup}; of {self.steps} steps, valid: 0 to {self.steps - 1}"
             )
         return self
 

@@ -2,8 +2,8 @@
 
 Legend: B sequences of a micro batch, T tokens of a sequence, N targets, V vocabulary.
 
-A loss is the *sum* of nats over the targets. The trainer divides it by the number of targets of the whole step, over all
-micro batches and ranks, so every token weighs the same however the batch is cut (users of other trainers have been
+A loss is the *sum* of nats over the targets. The trainer divides it by the number of targets of the whole step, over
+all micro batches and ranks, so every token weighs the same however the batch is cut (users of other trainers have been
 bitten by the mean of means: accelerate#3877, torchtitan#1842).
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from pipelines.training.config import MaskingConfig
 from pipelines.training.sampler import Ids, philox
@@ -66,9 +66,9 @@ def hide_tokens(
 ) -> tuple[Ids, Ids]:
     """Return (shown tokens, targets) of one sequence under masked language modelling.
 
-    A token is a target with `rule.probability`; a target is shown as the mask token (the last of `special`), as a random
-    token, or as itself. Special tokens are never targets. The choice is a pure function of (seed, sample, epoch): each
-    64-bit word of the sample's own stream decides one token, its high half whether, its low half how.
+    A token is a target with `rule.probability`; a target is shown as the mask token (the last of `special`), as a
+    random token, or as itself. Special tokens are never targets. The choice is a pure function of (seed, sample,
+    epoch): each 64-bit word of the sample's own stream decides one token, its high half whether, its low half how.
     """
     length = len(tokens_T)
     words = philox(seed, sample, 2 * length, block=epoch + 1)
@@ -130,7 +130,7 @@ Task = CausalTask | MaskedTask
 
 def summed_nats(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """Return the summed cross entropy in float32; `IGNORED` targets add nothing."""
-    return F.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
+    return functional.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
 
 
 class Objective(nn.Module):
@@ -146,11 +146,11 @@ class Objective(nn.Module):
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the summed nats of the micro batch, float32 scalar."""
-        model = cast(Any, self.model)
+        model = cast("Any", self.model)
         hidden_BTD = model.model(input_ids=inputs_BT).last_hidden_state
         asked_BT = targets_BT != IGNORED
         return summed_nats(self._logits(hidden_BTD[asked_BT]), targets_BT[asked_BT])
 
     def _logits(self, hidden_ND: Tensor) -> Tensor:
-        model = cast(Any, self.model)
+        model = cast("Any", self.model)
         return model.lm_head(hidden_ND) if hasattr(model, "lm_head") else model.decoder(model.head(hidden_ND))

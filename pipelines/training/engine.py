@@ -1,0 +1,212 @@
+"""What turns a loss into an update: DeepSpeed through Accelerate, or plain PyTorch in one process.
+
+Both engines train the same `Objective` with one of our optimizers, so everything above them (loop, checkpoints,
+metrics) is written once. DeepSpeed and Accelerate are imported only when they are used.
+
+Traps that this file is built around (each was seen, see README "Design"):
+
+* `Accelerator(cpu=True)` silently drops DeepSpeed for plain DDP, and without it a CPU rank believes that it is alone.
+  Rank and world therefore come from the process group, and the engine that came back is checked.
+* The first CPU process group compiles a shared-memory extension, and waits for ever on a stale lock of an earlier
+  build. It is declared incompatible before it is looked for.
+* DeepSpeed's own checkpoints unpickle what they load; they are never used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from models.optim.fragments import FragmentOptimizer, StepRecord
+from pipelines.errors import ConfigError
+from pipelines.training.config import PretrainConfig
+from pipelines.training.objectives import Batch
+from pipelines.training.ranks import Ranks
+
+MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], FragmentOptimizer]
+
+_LOSS_SCALE_ONE = 1.0
+
+
+class Engine(Protocol):
+    """What the training loop needs of an engine."""
+
+    objective: nn.Module
+    """The objective with this rank's live parameters."""
+    optimizer: FragmentOptimizer
+    ranks: Ranks
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the summed nats of a micro batch."""
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of `loss`, summed over ranks and micro batches; `last` ends the step's accumulation."""
+        ...
+
+    def step(self, lr: float) -> StepRecord:
+        """Update the weights and clear the gradients."""
+        ...
+
+    def publish_weights(self) -> None:
+        """Make the model compute with the optimizer's master weights, after these were loaded."""
+        ...
+
+
+class PlainEngine:
+    """One process, no sharding: the reference that the DeepSpeed engine is tested against."""
+
+    def __init__(self, objective: nn.Module, make: MakeOptimizer, *, device: torch.device, precision: str) -> None:
+        self.objective = objective.to(device)
+        self.optimizer = make(_named(objective))
+        self.ranks = Ranks(0, 1, device)
+        self._autocast = precision == "bf16"
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the summed nats of a micro batch."""
+        with torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=self._autocast):
+            result: Tensor = self.objective(batch.inputs_BT, batch.targets_BT)
+        return result
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:  # noqa: ARG002 - nothing is reduced at the end
+        """Add the gradients of `loss`."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, lr: float) -> StepRecord:
+        """Update the weights and clear the gradients."""
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.optimizer.last_step
+
+    def publish_weights(self) -> None:
+        """Do nothing: the parameters are the master weights."""
+
+
+class DeepSpeedEngine:
+    """DeepSpeed with ZeRO stage 0 to 3, prepared by Accelerate, driven by our optimizer on its fragments."""
+
+    def __init__(self, objective: nn.Module, make: MakeOptimizer, config: PretrainConfig, device: torch.device) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
+        from pipelines.training import fragments
+
+        self._fragments = fragments
+        self.optimizer = make(_named(objective))
+        self._engine = prepare(objective, self.optimizer, config)
+        self.objective = self._engine.module
+        self.ranks = Ranks.current(device)
+        check(self._engine, self.ranks, config)
+        fragments.attach(self._engine)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the summed nats of a micro batch."""
+        result: Tensor = self._engine(batch.inputs_BT, batch.targets_BT)
+        return result
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of `loss`; DeepSpeed averages over ranks, so the sum needs a factor of the world size."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.ranks.world, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> StepRecord:
+        """Update the weights and clear the gradients."""
+        set_lr(self.optimizer, lr)
+        self._engine.step()
+        return self.optimizer.last_step
+
+    def publish_weights(self) -> None:
+        """Copy the loaded master weights into the live (possibly half-precision, possibly sharded) weights."""
+        self._fragments.refresh_weights(self._engine)
+
+
+def create(config: PretrainConfig, objective: nn.Module, make: MakeOptimizer, device: torch.device) -> Engine:
+    """Return the engine that the configuration asks for."""
+    if config.engine == "plain":
+        return PlainEngine(objective, make, device=device, precision=config.precision)
+    return DeepSpeedEngine(objective, make, config, device)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DeepSpeed through Accelerate
+
+
+def deepspeed_settings(config: PretrainConfig, parameters: int) -> dict[str, Any]:
+    """Return the DeepSpeed configuration; nothing in it is left for a library to fill in.
+
+    Clipping is off because the optimizer clips, with the norm of the active tensors only.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation,
+        "train_batch_size": config.batch_size,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "round_robin_gradients": False,
+            # Buckets are buffers: a bucket larger than the model would only waste memory.
+            "reduce_bucket_size": min(parameters, 500_000_000),
+            "allgather_bucket_size": min(parameters, 500_000_000),
+        },
+        "bf16": {"enabled": config.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+def prepare(objective: nn.Module, optimizer: FragmentOptimizer, config: PretrainConfig) -> Any:
+    """Return the DeepSpeed engine that Accelerate made of the objective and the optimizer."""
+    import deepspeed
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin
+
+    if os.environ.pop("ACCELERATE_USE_CPU", None):
+        raise ConfigError("ACCELERATE_USE_CPU is set: Accelerate would drop DeepSpeed", hint="unset it and run again")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("WARNING")
+    settings = deepspeed_settings(config, sum(p.numel() for p in objective.parameters()))
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
+        gradient_accumulation_steps=config.accumulation,
+        mixed_precision="bf16" if config.precision == "bf16" else "no",
+    )
+    prepared, _ = accelerator.prepare(objective, optimizer)
+    return prepared
+
+
+def check(engine: Any, ranks: Ranks, config: PretrainConfig) -> None:
+    """Refuse an engine that is not the one that was asked for.
+
+    Raises:
+        ConfigError: naming what disagrees.
+    """
+    import deepspeed
+
+    if not isinstance(engine, deepspeed.DeepSpeedEngine):
+        raise ConfigError(f"Accelerate prepared a {type(engine).__name__}, not a DeepSpeed engine")
+    found = {
+        "ranks in the process group": (ranks.world, config.world_size),
+        "engine's data-parallel world": (engine.dp_world_size, config.world_size),
+        "engine's ZeRO stage": (int(engine.zero_optimization_stage()), config.zero_stage),
+        "engine's batch size": (engine.train_batch_size(), config.batch_size),
+        "engine's accumulation": (engine.gradient_accumulation_steps(), config.accumulation),
+    }
+    for what, (is_, wanted) in found.items():
+        if is_ != wanted:
+            raise ConfigError(f"{what} is {is_}, the configuration says {wanted}")
+
+
+def _named(objective: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(objective.named_parameters())

@@ -1,0 +1,164 @@
+"""The `pretrain` stage: from packed tokens to a trained model, by N ranks that may be killed at any time.
+
+The ranks work in the scratch folder, which is the same at every attempt, so that resuming happens by itself; only a
+finished run is copied to the artifact.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines import artifact
+from pipelines.artifact import Artifact
+from pipelines.errors import ConfigError
+from pipelines.launch import launch
+from pipelines.stage import Progress, StageContext, Summary
+from pipelines.training.config import PretrainConfig
+from pipelines.training.job import Job
+from pipelines.training.metrics import Record, Tail
+
+_FOLLOW_S = 0.25
+"""Seconds between looks at the metrics file."""
+
+
+def run(config: PretrainConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
+    """Train the model and lay out the artifact; see `pipelines.stage`.
+
+    Raises:
+        ConfigError: the model cannot be built for this tokenizer, or the device is not there.
+        Preempted, NumericError, TransientError, IntegrityError: as the ranks ended.
+    """
+    job = make_job(config, inputs["prepare"], context)
+    artifact.write_text(job.work / "job.json", job.model_dump_json(indent=1))
+    if not job.facts.exists():
+        _train(job, context)
+    shutil.copytree(job.model, out_dir / "model")
+    for path in (job.facts, job.metrics, job.observations):
+        shutil.copyfile(path, out_dir / path.name)
+    return summary(out_dir)
+
+
+def make_job(config: PretrainConfig, prepared: Artifact, context: StageContext) -> Job:
+    """Return the order for the ranks, after checking what only the tokenizer and the machine can tell.
+
+    Raises:
+        ConfigError: naming the value that does not fit.
+    """
+    index = prepared.read_json("index.json")
+    try:
+        config.architecture(index)
+    except ValueError as error:
+        raise ConfigError(f"pretrain.model does not fit the tokenizer: {error}") from error
+    device = _device(context.compute.get("device", "auto"), config.world_size)
+    threads = context.compute.get("threads") or max(1, len(os.sched_getaffinity(0)) // config.world_size)
+    context.scratch.mkdir(parents=True, exist_ok=True)
+    return Job(config=config, index=index, data=prepared.path, work=context.scratch, device=device, threads=threads)
+
+
+def environment(job: Job) -> dict[str, str]:
+    """Return the variables of a rank: threads, device, and what makes its arithmetic repeatable."""
+    return {
+        "OMP_NUM_THREADS": str(job.threads),
+        "MKL_NUM_THREADS": str(job.threads),
+        "DS_ACCELERATOR": job.device,
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def summary(out_dir: Path) -> Summary:
+    """Return the headline numbers of a finished artifact folder."""
+    facts = read_json(out_dir / "training.json")
+    observed = read_json(out_dir / "observations.json")
+    names = ("family", "preset", "parameters", "steps", "tokens", "validation_loss", "bits_per_byte", "skipped_steps")
+    return {name: facts[name] for name in names} | {"tokens_per_s": observed["tokens_per_s"]}
+
+
+def progress(record: Record, total: int, node: str, seconds_per_step: float | None) -> Progress:
+    """Return one record as a line for people and numbers for MLflow."""
+    loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+    parts = [f"loss {loss}", f"{record['tokens_per_s']:,.0f} tokens/s"]
+    if "val/loss" in record:
+        parts.insert(1, f"validation {record['val/loss']:.4f}")
+    if seconds_per_step is not None:
+        parts.append(f"{_span(seconds_per_step * (total - record['step']))} left")
+    numbers = {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
+    return Progress(node, record["step"], total, "steps", ", ".join(parts), numbers)
+
+
+def _train(job: Job, context: StageContext) -> None:
+    follow = _Follower(job, context)
+    compute = context.compute
+    launch(
+        [sys.executable, "-m", "pipelines.training.worker", str(job.work / "job.json")],
+        world_size=job.config.world_size,
+        log_dir=job.logs,
+        env=environment(job),
+        heartbeat_timeout_s=compute.get("heartbeat_timeout_s"),
+        grace_s=compute.get("grace_s", 60.0),
+        on_poll=follow,
+    )
+    follow.report()
+
+
+class _Follower:
+    """Reports what appears in the metrics file."""
+
+    def __init__(self, job: Job, context: StageContext) -> None:
+        self._tail = Tail(job.metrics)
+        self._context = context
+        self._total = job.config.steps
+        self._next = 0.0
+        self._first: tuple[int, float] | None = None
+
+    def __call__(self) -> None:
+        """Look, but not at every poll of the launcher."""
+        if time.monotonic() >= self._next:
+            self.report()
+            self._next = time.monotonic() + _FOLLOW_S
+
+    def report(self) -> None:
+        """Report every new record."""
+        for record in self._tail.new_records():
+            self._context.report(progress(record, self._total, self._context.node, self._pace(record["step"])))
+
+    def _pace(self, step: int) -> float | None:
+        """Return the seconds per step of this attempt, validation and checkpoints included."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (step, now)
+            return None
+        first_step, first_time = self._first
+        return (now - first_time) / max(step - first_step, 1)
+
+
+def read_json(path: Path) -> Any:
+    """Parse one JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _device(wanted: str, world_size: int) -> str:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if wanted == "cpu" or (wanted == "auto" and gpus == 0):
+        return "cpu"
+    if gpus < world_size:
+        raise ConfigError(
+            f"compute.device = {wanted}: {gpus} GPUs for pretrain.world_size = {world_size}",
+            hint=f"set pretrain.world_size to at most {gpus}, or compute.device to cpu" if gpus else None,
+        )
+    return "cuda"
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,51 @@
+"""From the configuration to the update rule and its learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from models.optim import lisa, schedule
+from models.optim.adamw import AdamW
+from models.optim.fragments import FragmentOptimizer
+from models.optim.lamb import Lamb
+from models.optim.lars import Lars
+from pipelines.training.config import PretrainConfig
+
+
+def make_optimizer(config: PretrainConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> FragmentOptimizer:
+    """Return the configured optimizer over named parameters.
+
+    With LISA each layer is a group of its own: ZeRO 1 and 2 cut group by group, so every rank holds its share of every
+    layer, and the memory that frozen layers give back is given back on every rank.
+    """
+    chosen = config.optimizer
+    params: Any = lisa.layer_groups(parameters) if config.lisa.enabled else list(parameters)
+    common: dict[str, Any] = {
+        "lr": chosen.peak_lr,
+        "weight_decay": chosen.weight_decay,
+        "max_grad_norm": chosen.clip,
+    }
+    if chosen.name == "lars":
+        return Lars(params, momentum=chosen.betas[0], clamp=chosen.clamp, **common)
+    common |= {"betas": chosen.betas, "eps": chosen.epsilon}
+    if chosen.name == "adamw":
+        return AdamW(params, **common)
+    return Lamb(params, bias_correction=chosen.bias_correction, clamp=chosen.clamp, **common)
+
+
+def learning_rate(config: PretrainConfig, step: int) -> float:
+    """Return the learning rate of a step; steps count from 0."""
+    chosen = config.schedule
+    return config.optimizer.peak_lr * schedule.multiplier(
+        step,
+        total=config.steps,
+        warmup=chosen.warmup,
+        warmup_form=chosen.warmup_form,
+        decay=chosen.decay,
+        floor=chosen.floor,
+        power=chosen.power,
+        stable=chosen.stable,
+    )

@@ -1,0 +1,220 @@
+"""One rank of a pretraining: `python -m pipelines.training.worker JOB.json`, started by `pipelines.launch`.
+
+Ends with the exit code of the error that stopped it, 0 when the model is written, 75 when it was asked to stop.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from models.architectures.build import build
+from models.architectures.config import ArchitectureConfig, count_parameters, flops_per_token
+from pipelines import artifact
+from pipelines.data.shards import ShardReader
+from pipelines.errors import IngotError, Preempted
+from pipelines.launch import beat
+from pipelines.training import engine as engines
+from pipelines.training import export
+from pipelines.training.checkpoint import Checkpoints
+from pipelines.training.feed import Feed
+from pipelines.training.job import Job
+from pipelines.training.loop import Journal, State, Trainer
+from pipelines.training.metrics import MetricsLog, read_records
+from pipelines.training.objectives import CausalTask, MaskedTask, Objective, Task
+from pipelines.training.ranks import Ranks
+from pipelines.training.throughput import Peak, peak
+from pipelines.training.updates import make_optimizer
+
+
+class StopRequest:
+    """Remembers SIGTERM and SIGINT; the second one ends the process at once, leaving the older checkpoint."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def install(self) -> None:
+        """Take over both signals of this process."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def __call__(self) -> bool:
+        """Tell whether a signal has come."""
+        return self.received
+
+    def _receive(self, _number: int, _frame: Any) -> None:
+        if self.received:
+            os._exit(Preempted.exit_code)
+        self.received = True
+
+
+def main(arguments: list[str]) -> int:
+    """Run one rank; return its exit code."""
+    job = Job.model_validate_json(Path(arguments[0]).read_text(encoding="utf-8"))
+    stop = StopRequest()
+    stop.install()
+    try:
+        pretrain(job, stop)
+    except IngotError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+    return 0
+
+
+def pretrain(job: Job, stop: StopRequest) -> None:
+    """Train from the newest valid checkpoint, or from the start, to the end, and write the model.
+
+    Raises:
+        Preempted: a signal asked for it; the state is saved.
+        IntegrityError: checkpoints exist, and none is valid.
+        NumericError: too many non-finite steps in a row.
+    """
+    config = job.config
+    beat()
+    device = _device(job)
+    architecture = config.architecture(job.index)
+    model = build(architecture, seed=config.seed)
+    engine = engines.create(config, Objective(model), lambda parameters: make_optimizer(config, parameters), device)
+    beat()
+    ranks = engine.ranks
+    checkpoints = Checkpoints(job.checkpoints, config.checkpoint.keep)
+    saved = checkpoints.load_latest(engine.optimizer, rank=ranks.rank, world=ranks.world)
+    state = State() if saved is None else State(**saved)
+    if saved is not None:
+        engine.publish_weights()
+    own = peak(device, config.precision)
+    journal = _open_journal(job, state) if ranks.rank == 0 else None
+    Trainer(
+        config=config,
+        engine=engine,
+        feed=_feed(job, architecture, ranks),
+        saves=checkpoints,
+        state=state,
+        diagnostics=job.work / "diagnostics",
+        journal=journal,
+        stop_requested=stop,
+        tokens_per_step=config.batch_size * architecture.max_positions,
+        flops_per_token=flops_per_token(architecture, architecture.max_positions),
+        peak_flops=sum(ranks.gathered(own.flops)),
+    ).run()
+    weights = export.gather_weights(engine.optimizer, ranks)
+    if ranks.rank == 0:
+        _finish(job, architecture, state, weights, own)
+    ranks.barrier()
+
+
+def task_for(job: Job, architecture: ArchitectureConfig) -> Task:
+    """Return what the model is asked to predict."""
+    if architecture.family == "decoder":
+        return CausalTask(architecture.pad_id)
+    special = (architecture.bos_id, architecture.eos_id, architecture.pad_id, architecture.mask_id)
+    return MaskedTask(job.config.masking, job.config.seed, architecture.vocab_size, special)
+
+
+def facts(job: Job, architecture: ArchitectureConfig, state: State) -> dict[str, Any]:
+    """Return what two runs of the same configuration have in common to the last bit: `training.json`."""
+    records = read_records(job.losses)
+    losses = [record["loss"] for record in records]
+    return {
+        "family": architecture.family,
+        "preset": job.config.preset,
+        "parameters": count_parameters(architecture),
+        "steps": state.step,
+        "tokens": state.step * job.config.batch_size * architecture.max_positions,
+        "skipped_steps": state.skipped,
+        "final_loss": _json_number(float.fromhex(losses[-1])),
+        "validation_loss": state.validation,
+        "best_validation_loss": state.best,
+        "bits_per_byte": bits_per_byte(job, state.validation),
+        "losses": losses,
+        "validations": [{"step": r["step"], "loss": r["validation"]} for r in records if "validation" in r],
+    }
+
+
+def bits_per_byte(job: Job, nats_per_token: float | None) -> float | None:
+    """Return bits per byte of the validation text, by its mean bytes per token; a decoder's losses only have any."""
+    split = job.index["splits"]["validation"]
+    if nats_per_token is None or job.config.family != "decoder":
+        return None
+    return nats_per_token / math.log(2) * split["tokens"] / split["bytes"]
+
+
+def _device(job: Job) -> torch.device:
+    """Choose this rank's device, and make its arithmetic repeatable."""
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    if job.device == "cpu":
+        torch.set_num_threads(job.threads)
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _feed(job: Job, architecture: ArchitectureConfig, ranks: Ranks) -> Feed:
+    config = job.config
+    return Feed(
+        train=ShardReader(job.data, "train"),
+        validation=ShardReader(job.data, "validation"),
+        task=task_for(job, architecture),
+        ranks=ranks,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        validation_sequences=config.validation_sequences,
+    )
+
+
+def _open_journal(job: Job, state: State) -> Journal:
+    """Cut the records back to the step that training goes on from, and note the attempt."""
+    attempts = read_records(job.attempts)
+    artifact.write_text(
+        job.attempts, "".join(f'{{"resumed_at": {n}}}\n' for n in [*(a["resumed_at"] for a in attempts), state.step])
+    )
+    return Journal(
+        metrics=MetricsLog(job.metrics, resume_at=state.step), losses=MetricsLog(job.losses, resume_at=state.step)
+    )
+
+
+def _finish(
+    job: Job, architecture: ArchitectureConfig, state: State, weights: dict[str, torch.Tensor], own: Peak
+) -> None:
+    """Write the model, then the observations, and last the facts, whose existence says that all is there."""
+    export.write_model(job.model, architecture, weights, job.config.precision)
+    export.copy_tokenizer(job.data, job.model)
+    export.write_json(job.observations, _observations(job, own))
+    export.write_json(job.facts, facts(job, architecture, state))
+
+
+def _observations(job: Job, own: Peak) -> dict[str, Any]:
+    records = read_records(job.metrics)
+    rates = sorted(record["tokens_per_s"] for record in records)
+    parts = sorted({key for record in records for key in record if key.startswith("time/")})
+    return {
+        "tokens_per_s": rates[len(rates) // 2],
+        "mfu": sorted(record["mfu"] for record in records)[len(records) // 2],
+        "peak_flops_per_rank": own.flops,
+        "peak_source": own.source,
+        "memory_bytes": records[-1]["memory_bytes"],
+        "seconds": {part.removeprefix("time/"): round(sum(r.get(part, 0.0) for r in records), 3) for part in parts},
+        "resumed_at": [attempt["resumed_at"] for attempt in read_records(job.attempts)[1:]],
+        "device": job.device,
+        "threads_per_rank": job.threads,
+    }
+
+
+def _json_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
