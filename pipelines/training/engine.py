@@ -74,7 +74,7 @@ class PlainEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:  # noqa: ARG002 - nothing is reduced at the end
         """Add the gradients of `loss`."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self, lr: float) -> StepRecord:
         """Update the weights and clear the gradients."""

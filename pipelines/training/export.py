@@ -18,6 +18,8 @@ from pipelines import artifact
 from pipelines.errors import IntegrityError
 from pipelines.training.ranks import Ranks
 
+_PREFIX = "model."
+"""What `Objective` puts before the names of the model that it wraps."""
 _CLASSES = {"decoder": "LlamaForCausalLM", "encoder": "ModernBertForMaskedLM"}
 
 
@@ -47,7 +49,7 @@ def gather_weights(optimizer: FragmentOptimizer, ranks: Ranks) -> dict[str, Tens
         if ranks.world > 1:
             distributed.reduce(bits, dst=0)
         if ranks.rank == 0:
-            weights[name] = bits.cpu().view(torch.float32).view(shape)
+            weights[name.removeprefix(_PREFIX)] = bits.cpu().view(torch.float32).view(shape)
     return weights
 
 

@@ -51,8 +51,17 @@ class State:
 class Saves(Protocol):
     """What the loop needs of `checkpoint.Checkpoints`."""
 
-    def save(self, step: int, optimizer: FragmentOptimizer, state: Mapping[str, Any], *, rank: int, world: int) -> Any:
-        """Save one checkpoint; every rank calls it."""
+    def save(
+        self,
+        step: int,
+        optimizer: FragmentOptimizer,
+        state: Mapping[str, Any],
+        *,
+        rank: int,
+        world: int,
+        wait: bool,
+    ) -> None:
+        """Save one checkpoint, in the background unless `wait`; every rank calls it."""
         ...
 
 
@@ -108,7 +117,7 @@ class Trainer:
             batches = self.feed.batches(step)
         targets, stops = self.engine.ranks.summed([sum(b.targets for b in batches), self.stop_requested()])
         if stops:
-            self._save()
+            self._save(wait=True)
             raise Preempted(f"stopped after step {step}", hint="run the same command again: it goes on from there")
         if self.config.lisa.enabled and step % self.config.lisa.interval == 0:
             self._activate(self._draw(step // self.config.lisa.interval))
@@ -192,16 +201,21 @@ class Trainer:
 
     def _save_when_due(self) -> None:
         if self.state.step % self.config.checkpoint.every == 0 or self.state.step == self.config.steps:
-            self._save()
+            self._save(wait=self.state.step == self.config.steps)
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool) -> None:
         """Save the state, except amid non-finite steps: the older checkpoint is the one that is known to be good."""
         if self.state.skipped_in_row or self._saved == self.state.step:
             return
         ranks = self.engine.ranks
         with self._times("checkpoint"):
             self.saves.save(
-                self.state.step, self.engine.optimizer, asdict(self.state), rank=ranks.rank, world=ranks.world
+                self.state.step,
+                self.engine.optimizer,
+                asdict(self.state),
+                rank=ranks.rank,
+                world=ranks.world,
+                wait=wait,
             )
         self._saved = self.state.step
 
