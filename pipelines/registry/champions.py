@@ -1,0 +1,104 @@
+"""Who was champion, since when, by whom and why: `.ingot/registry/history.jsonl`, append-only, readable without MLflow.
+
+MLflow's aliases have no history of their own. The alias in MLflow is the truth about now; this file is the truth
+about before, and what `ingot plan` reads.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import getpass
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+HISTORY = "registry/history.jsonl"
+PROMOTE, ROLLBACK, OBSERVED, REGISTERED, REFUSED = "promote", "rollback", "observed", "registered", "refused"
+_MOVES = (PROMOTE, ROLLBACK, OBSERVED)
+
+Record = dict[str, Any]
+
+
+def append(store_root: Path, model: str, action: str, *, version: str | None, why: str, **facts: Any) -> Record:
+    """Add one record, durably; a record that a power cut left unfinished is closed off, never merged with ours."""
+    record = {
+        "time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "who": f"{_user()}@{socket.gethostname()}",
+        "model": model,
+        "action": action,
+        "version": version,
+        "why": why,
+        **facts,
+    }
+    path = store_root / HISTORY
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, sort_keys=True) + "\n"
+    with path.open("a+b") as stream:
+        if stream.tell() and not _ends_a_line(stream.fileno()):
+            text = "\n" + text
+        stream.write(text.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+    return record
+
+
+def read(store_root: Path, model: str | None = None) -> list[Record]:
+    """Return every record, oldest first; unfinished lines are left out."""
+    try:
+        lines = (store_root / HISTORY).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    records = [record for text in lines if (record := _parse(text)) is not None]
+    return [record for record in records if model in {None, record["model"]}]
+
+
+def champion(store_root: Path, model: str) -> Record | None:
+    """Return the record that made the present champion, or None when there is none."""
+    standing = line(store_root, model)
+    return standing[-1] if standing else None
+
+
+def line(store_root: Path, model: str) -> list[Record]:
+    """Return the line of champions, the present one last: each rollback removes the one it took back."""
+    standing: list[Record] = []
+    for record in read(store_root, model):
+        if record["action"] not in _MOVES:
+            continue
+        if record["version"] is None:
+            standing.clear()
+        elif len(standing) > 1 and record["action"] != PROMOTE and record["version"] == standing[-2]["version"]:
+            standing.pop()
+        elif not standing or standing[-1]["version"] != record["version"]:
+            standing.append(record)
+    return standing
+
+
+def models(store_root: Path) -> list[str]:
+    """Return the names of all registered models that this store knows of."""
+    return sorted({record["model"] for record in read(store_root) if record["action"] != REFUSED})
+
+
+def fingerprints(store_root: Path) -> set[str]:
+    """Return the fingerprints of every model that was registered from this store: what `gc` must keep."""
+    return {r["fingerprint"] for r in read(store_root) if r["action"] != REFUSED and r.get("fingerprint")}
+
+
+def _parse(text: str) -> Record | None:
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and {"model", "action", "version"} <= record.keys() else None
+
+
+def _ends_a_line(descriptor: int) -> bool:
+    return os.pread(descriptor, 1, os.fstat(descriptor).st_size - 1) == b"\n"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"

@@ -1,0 +1,175 @@
+"""What the gate knows of one model: its identity and its measurements, from artifacts or from a registered version.
+
+An `Evidence` also says what is wrong with the measurements themselves: missing, of another model, on another corpus.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.artifact import Artifact
+from pipelines.errors import GateRefused
+
+EVIDENCE_FILE = "evidence.json"
+NATS_FILE = "document_nats.npy"
+SIZES_FILE = "document_bytes.npy"
+OUTCOMES_FILE = "task_outcomes.json"
+TEST_SPLIT = "documents/test.jsonl.zst"
+PARENT = "pretrain"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One model's identity and measurements."""
+
+    name: str
+    """`pretrain` or the name of a child."""
+    fingerprint: str
+    digest: str
+    base: str | None
+    """Fingerprint of the model that it was derived from; None for a pretrained one."""
+    family: str
+    test_digest: str
+    """sha256 of the held-out documents: equal for two models measured on the same text."""
+    bits_per_byte: Mapping[str, float]
+    """value, low, high."""
+    tasks: Mapping[str, Mapping[str, float]]
+    """Task -> accuracy, stderr, n, chance."""
+    size_bytes: int
+    nats: NDArray[np.float64]
+    """Negative log likelihood of each held-out document [documents]."""
+    sizes: NDArray[np.int64]
+    """Bytes of each held-out document [documents]."""
+    outcomes: Mapping[str, list[int]] = field(default_factory=dict)
+    """Task -> 0 or 1 for each item, in one order for all models measured on the same text."""
+    baselines: Mapping[str, float] = field(default_factory=dict)
+    kl_nats: float | None = None
+    decode_ms: float | None = None
+    truncated: bool = False
+    method: str = "none"
+    bits: float | None = None
+    problems: tuple[str, ...] = ()
+    """Why the measurements cannot be trusted; empty when they can."""
+    version: str | None = None
+    """Version in the registry, for a registered model."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything but the arrays, as JSON values."""
+        return {
+            name: value for name, value in vars(self).items() if name not in {"nats", "sizes", "problems", "version"}
+        }
+
+
+def read(inputs: Mapping[str, Artifact]) -> dict[str, Evidence]:
+    """Return the evidence on every model among the inputs of the promote stage, the parent first.
+
+    Args:
+        inputs: `prepare`, `model:<name>` and `evaluation:<name>` artifacts.
+
+    Raises:
+        GateRefused: a model has no evaluation.
+    """
+    models = {key.partition(":")[2]: model for key, model in inputs.items() if key.startswith("model:")}
+    prints = {model.digest: model.manifest.fingerprint for model in models.values()}
+    missing = [name for name in models if f"evaluation:{name}" not in inputs]
+    if missing or not models:
+        raise GateRefused(
+            f"no evaluation of {', '.join(missing)}" if missing else "no model is put forward",
+            hint="run the evaluate stage first: `ingot run`",
+        )
+    order = sorted(models, key=lambda name: name != PARENT)
+    read_one = {
+        name: of_artifacts(name, models[name], inputs[f"evaluation:{name}"], inputs["prepare"]) for name in order
+    }
+    return {name: replace(one, base=prints.get(one.base or "", one.base)) for name, one in read_one.items()}
+
+
+def of_artifacts(name: str, model: Artifact, evaluation: Artifact, prepare: Artifact) -> Evidence:
+    """Return the evidence on one model; `base` is the digest of its parent model, if it has one."""
+    measured = evaluation.read_json("evaluation.json")
+    versus = measured.get("versus_parent") or {}
+    method, bits = _method(model)
+    return Evidence(
+        name=name,
+        fingerprint=model.manifest.fingerprint,
+        digest=model.digest,
+        base=model.manifest.parents.get("model"),
+        family=str(measured.get("family", "decoder")),
+        test_digest=test_digest(prepare),
+        bits_per_byte=measured["bits_per_byte"],
+        tasks=measured.get("tasks") or {},
+        size_bytes=int(measured["size_bytes"]),
+        nats=_load(evaluation.path / NATS_FILE),
+        sizes=_load(evaluation.path / SIZES_FILE),
+        outcomes=_json(evaluation, OUTCOMES_FILE),
+        baselines=measured.get("baselines") or {},
+        kl_nats=versus.get("kl_nats_per_token"),
+        decode_ms=_decode_ms(evaluation),
+        truncated=bool(measured.get("truncated", False)),
+        method=method,
+        bits=bits,
+        problems=tuple(_problems(model, evaluation, prepare)),
+    )
+
+
+def save(evidence: Evidence, folder: Path) -> None:
+    """Write evidence beside a registered model, for comparison with later candidates."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / NATS_FILE, evidence.nats, allow_pickle=False)
+    np.save(folder / SIZES_FILE, evidence.sizes, allow_pickle=False)
+    text = json.dumps(evidence.facts(), indent=1, sort_keys=True)
+    (folder / EVIDENCE_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load(folder: Path, version: str) -> Evidence:
+    """Read back what `save` wrote."""
+    facts = json.loads((folder / EVIDENCE_FILE).read_text(encoding="utf-8"))
+    return Evidence(**facts, nats=_load(folder / NATS_FILE), sizes=_load(folder / SIZES_FILE), version=version)
+
+
+def test_digest(prepare: Artifact) -> str:
+    """Return the identity of the held-out documents of a prepare artifact."""
+    record = prepare.manifest.files.get(TEST_SPLIT)
+    return record.sha256 if record is not None else prepare.digest
+
+
+def _load(path: Path) -> NDArray[Any]:
+    return np.load(path, allow_pickle=False)
+
+
+def _decode_ms(evaluation: Artifact) -> float | None:
+    return (_json(evaluation, "observations.json").get("latency") or {}).get("decode_ms_per_token")
+
+
+def _json(made: Artifact, name: str) -> dict[str, Any]:
+    """Return a JSON file of an artifact, empty when it has none."""
+    return made.read_json(name) if name in made.manifest.files else {}
+
+
+def _method(model: Artifact) -> tuple[str, float | None]:
+    if "compression.json" not in model.manifest.files:
+        return "none", None
+    record = model.read_json("compression.json")
+    return str(record.get("method", "unknown")), record.get("bits_per_weight")
+
+
+def _problems(model: Artifact, evaluation: Artifact, prepare: Artifact) -> list[str]:
+    """Say why an evaluation does not speak for a model."""
+    found = []
+    if evaluation.manifest.parents.get("model") != model.digest:
+        found.append("the evaluation is of another model")
+    if evaluation.manifest.parents.get("prepare") != prepare.digest:
+        found.append("the evaluation used another prepared corpus")
+    ours, theirs = (a.manifest.files.get(f"{d}/tokenizer.json") for a, d in ((model, "model"), (prepare, "tokenizer")))
+    if ours is None or theirs is None:
+        found.append("tokenizer.json is missing")
+    elif ours.sha256 != theirs.sha256:
+        found.append(f"wrong tokenizer: {ours.sha256[:12]}, the corpus has {theirs.sha256[:12]}")
+    return found

@@ -1,0 +1,246 @@
+"""The gate: pure functions from evidence to a decision, with every number that it rests on.
+
+A model passes when its numbers are sane and it beats the champion beyond the noise of the choice of documents. A
+compressed child must stay within its budget against its own parent; it may then replace that parent, or another child
+of it, and must beat any other champion beyond noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from pipelines.evaluation.comparison import Interval, paired_difference, paired_ratio
+from pipelines.registry.config import PromoteConfig
+from pipelines.registry.evidence import PARENT, Evidence
+
+UNIFORM_BITS_PER_BYTE = 8.0
+"""What guessing every byte with equal probability costs: a model above it knows less than nothing."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One condition of the gate, as the user reads it."""
+
+    name: str
+    found: str
+    required: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The outcome of the gate for one candidate."""
+
+    accepted: bool
+    candidate: str
+    rule: str
+    """Which rule decided, in words."""
+    checks: tuple[Check, ...]
+    versus_champion: Mapping[str, float] | None = None
+    """Candidate's bits per byte over the champion's: value, low, high."""
+
+    @property
+    def broken(self) -> list[str]:
+        """Names of the conditions that do not hold."""
+        return [check.name for check in self.checks if not check.passed]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the decision as JSON values."""
+        return asdict(self) | {"broken": self.broken}
+
+
+def choose(models: Mapping[str, Evidence], config: PromoteConfig) -> tuple[Evidence, list[str]]:
+    """Return the candidate, and a line for each smaller child that was passed over.
+
+    Args:
+        models: name -> evidence, the parent among them.
+        config: `candidate` names the rule or the model.
+    """
+    if config.candidate != "smallest":
+        return models[config.candidate], []
+    passed_over: list[str] = []
+    for child in sorted((m for m in models.values() if m.base is not None), key=lambda m: m.size_bytes):
+        broken = [check.name for check in _own_checks(child, _parent_of(child, models), config) if not check.passed]
+        if not broken:
+            return child, passed_over
+        passed_over.append(f"{child.name} ({child.size_bytes} bytes): {', '.join(broken)}")
+    return models[PARENT], passed_over
+
+
+def within_budget(models: Mapping[str, Evidence], config: PromoteConfig) -> list[Evidence]:
+    """Return the children that pass every check against their own parent."""
+    return [
+        child
+        for child in models.values()
+        if child.base is not None and all(c.passed for c in _own_checks(child, _parent_of(child, models), config))
+    ]
+
+
+def decide(
+    candidate: Evidence, models: Mapping[str, Evidence], champion: Evidence | None, config: PromoteConfig
+) -> Decision:
+    """Decide whether the candidate may become champion.
+
+    Args:
+        candidate: who is put forward.
+        models: every model of the run, among them the candidate's parent.
+        champion: who holds the title; None when nobody does.
+        config: budgets and confidence.
+    """
+    parent = _parent_of(candidate, models) if candidate.base is not None else None
+    checks = _own_checks(candidate, parent, config)
+    if not all(check.passed for check in checks):
+        return Decision(accepted=False, candidate=candidate.name, rule="own measurements", checks=tuple(checks))
+    if champion is None:
+        return _accept(candidate, "first champion: nobody to beat", checks)
+    if (champion.fingerprint, champion.digest) == (candidate.fingerprint, candidate.digest):
+        return _accept(candidate, "is the champion already", checks)
+    if difference := _incomparable(candidate, champion):
+        return _without_comparison(candidate, difference, checks, config)
+    ratio = paired_ratio(candidate.nats, champion.nats, candidate.sizes, confidence=config.confidence)
+    return _against_champion(candidate, champion, ratio, checks)
+
+
+def table(decision: Decision) -> str:
+    """Return the checks as a plain-text table, broken ones marked."""
+    rows = [("check", "found", "required", "")]
+    rows += [(c.name, c.found, c.required, "ok" if c.passed else "BROKEN") for c in decision.checks]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _own_checks(model: Evidence, parent: Evidence | None, config: PromoteConfig) -> list[Check]:
+    """Return the checks that need no champion; a model whose numbers are not sane is compared with nothing."""
+    checks = _sanity(model)
+    if all(check.passed for check in checks):
+        checks += _null_arms(model, parent, config)
+        if parent is not None:
+            checks += _budget(model, parent, config)
+    return checks
+
+
+def _sanity(model: Evidence) -> list[Check]:
+    bits = model.bits_per_byte["value"]
+    numbers = [*model.bits_per_byte.values(), *(t["accuracy"] for t in model.tasks.values()), *model.nats.tolist()]
+    return [
+        *(Check("measurements", problem, "of this model", passed=False) for problem in model.problems),
+        Check(
+            "finite numbers", str(sum(not _finite(n) for n in numbers)) + " not finite", "none", _all_finite(numbers)
+        ),
+        Check("bits per byte", f"{bits:.4f}", "above 0, below 8", _finite(bits) and 0.0 < bits < UNIFORM_BITS_PER_BYTE),
+    ]
+
+
+def _null_arms(model: Evidence, parent: Evidence | None, config: PromoteConfig) -> Iterable[Check]:
+    """Compare with compressors and count models; a child's are those measured beside its parent."""
+    baselines = {**(parent.baselines if parent else {}), **model.baselines}
+    bits = model.bits_per_byte["value"]
+    for name in config.must_beat:
+        if name not in baselines:
+            yield Check(f"beats {name}", f"{bits:.4f}", "not measured; see evaluate.baselines", passed=False)
+        else:
+            yield Check(f"beats {name}", f"{bits:.4f}", f"below {baselines[name]:.4f}", bits < baselines[name])
+
+
+def _budget(child: Evidence, parent: Evidence, config: PromoteConfig) -> Iterable[Check]:
+    """Compare a child with its own parent."""
+    yield _quality(child, parent, config)
+    for task in parent.tasks:
+        yield _task(task, child, parent, config)
+    size = child.size_bytes / parent.size_bytes
+    yield Check("bytes / parent", f"{size:.3f}", f"at most {config.max_bytes_ratio:g}", size <= config.max_bytes_ratio)
+    if config.max_kl_nats is not None:
+        yield _limit("KL to parent, nats/token", child.kl_nats, config.max_kl_nats)
+    if config.max_latency_ratio is not None:
+        timed = child.decode_ms is not None and parent.decode_ms is not None and parent.decode_ms > 0
+        ratio = child.decode_ms / parent.decode_ms if timed and child.decode_ms and parent.decode_ms else None
+        yield _limit("decode time / parent", ratio, config.max_latency_ratio)
+
+
+def _quality(child: Evidence, parent: Evidence, config: PromoteConfig) -> Check:
+    name, required = "bits per byte / parent", f"upper end at most {config.max_bits_per_byte_ratio:g}"
+    if difference := _incomparable(child, parent):
+        return Check(name, difference, required, passed=False)
+    ratio = paired_ratio(child.nats, parent.nats, child.sizes, confidence=config.confidence)
+    return Check(name, str(ratio), required, ratio.high <= config.max_bits_per_byte_ratio)
+
+
+def _task(task: str, child: Evidence, parent: Evidence, config: PromoteConfig) -> Check:
+    """Compare an accuracy with the parent's: only a loss beyond budget and beyond the noise of the items counts."""
+    name, required = f"accuracy lost, {task}", f"lower end at most {config.max_task_accuracy_drop:g}"
+    if task not in child.tasks:
+        return Check(name, "not measured", required, passed=False)
+    lost = _accuracy_lost(task, child, parent, config.confidence)
+    return Check(name, str(lost), required, lost.low <= config.max_task_accuracy_drop)
+
+
+def _accuracy_lost(task: str, child: Evidence, parent: Evidence, confidence: float) -> Interval:
+    """Return parent's minus child's accuracy: paired by item where outcomes are known, else from standard errors."""
+    before, after = parent.outcomes.get(task, ()), child.outcomes.get(task, ())
+    if len(before) == len(after) > 1:
+        return paired_difference(before, after, confidence=confidence)
+    lost = parent.tasks[task]["accuracy"] - child.tasks[task]["accuracy"]
+    errors = (parent.tasks[task]["stderr"], child.tasks[task]["stderr"])
+    noise = NormalDist().inv_cdf(0.5 + confidence / 2) * math.hypot(*errors)
+    return Interval(lost, lost - noise, lost + noise)
+
+
+def _limit(name: str, value: float | None, limit: float) -> Check:
+    if value is None:
+        return Check(name, "not measured", f"at most {limit:g}", passed=False)
+    return Check(name, f"{value:.4f}", f"at most {limit:g}", _finite(value) and value <= limit)
+
+
+def _incomparable(one: Evidence, other: Evidence) -> str | None:
+    """Say why two models' numbers must not be compared, or None when they may."""
+    if one.family != other.family:
+        return f"a {one.family} and a {other.family} count different bits"
+    if one.test_digest != other.test_digest:
+        return f"held-out text differs: {one.test_digest[:12]} and {other.test_digest[:12]}"
+    if not np.array_equal(one.sizes, other.sizes):
+        return f"measured on different documents: {len(one.sizes)} and {len(other.sizes)} of them"
+    return None
+
+
+def _without_comparison(candidate: Evidence, difference: str, checks: list[Check], config: PromoteConfig) -> Decision:
+    required = "the same documents (promote.allow_new_test_set=true goes on without)"
+    check = Check("comparable with champion", difference, required, config.allow_new_test_set)
+    rule = f"no comparison with the champion: {difference}"
+    return Decision(config.allow_new_test_set, candidate.name, rule, (*checks, check))
+
+
+def _against_champion(candidate: Evidence, champion: Evidence, ratio: Interval, checks: list[Check]) -> Decision:
+    beats = ratio.high < 1.0
+    related = candidate.base is not None and candidate.base in {champion.fingerprint, champion.base}
+    required = "any: a child within budget of the champion's model" if related and not beats else "upper end below 1"
+    check = Check(f"bits per byte / champion v{champion.version}", str(ratio), required, beats or related)
+    rule = (
+        "beats the champion beyond noise"
+        if beats
+        else "child within budget of the champion's own model"
+        if related
+        else "must beat the champion beyond noise"
+    )
+    return Decision(beats or related, candidate.name, rule, (*checks, check), ratio.to_json())
+
+
+def _accept(candidate: Evidence, rule: str, checks: list[Check]) -> Decision:
+    return Decision(accepted=True, candidate=candidate.name, rule=rule, checks=tuple(checks))
+
+
+def _parent_of(child: Evidence, models: Mapping[str, Evidence]) -> Evidence:
+    return next((m for m in models.values() if m.fingerprint == child.base), models[PARENT])
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _all_finite(values: list[float]) -> bool:
+    return all(_finite(value) for value in values)

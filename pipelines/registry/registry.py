@@ -1,0 +1,291 @@
+"""MLflow's model registry, used so that any step may be interrupted and repeated.
+
+A version is found again by fingerprint and digest before one is made; its bytes are fetched back and hashed before an
+alias moves; aliases move under a lease. So a promotion that is cut anywhere ends, when repeated, with one version, one
+champion and one line of champions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines import fingerprint, lease
+from pipelines.errors import ConfigError, IntegrityError
+from pipelines.faults import fault_point
+from pipelines.redaction import redact
+from pipelines.registry import champions, listing
+from pipelines.registry import evidence as evidence_of
+from pipelines.registry.evidence import Evidence
+from pipelines.registry.package import MODEL_FOLDER, OURS
+from pipelines.tracking.client import connect, experiment_id, reachable
+from pipelines.tracking.config import TrackingConfig, resolve_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+_LEASE_WAIT_S = 900.0
+_PROMOTES = "ingot.promotes"
+_KEY_DIGITS = 16
+
+
+class Registry:
+    """One registered model.
+
+    Args:
+        client: connection to MLflow.
+        uri: where it is.
+        model: name of the registered model.
+        store_root: root of the store, for the champions.
+    """
+
+    def __init__(self, client: MlflowClient, uri: str, model: str, store_root: Path) -> None:
+        self._client = client
+        self._uri = uri
+        self.model = model
+        self.store_root = store_root
+
+    def champion(self) -> ModelVersion | None:
+        """Return the version that the alias `champion` names, and note in the history when others moved it."""
+        found = self._by_alias(CHAMPION)
+        known = champions.champion(self.store_root, self.model)
+        version = str(found.version) if found is not None else None
+        if version != (known["version"] if known else None):
+            tags = found.tags if found is not None else {}
+            self._note(champions.OBSERVED, version, "alias found moved: by hand, or by a run that was cut off", tags)
+        return found
+
+    def evidence(self, version: ModelVersion) -> Evidence:
+        """Fetch what a registered version was judged by."""
+        with self._fetched(version, OURS) as folder:
+            return evidence_of.load(folder, str(version.version))
+
+    def find(self, facts: Evidence) -> ModelVersion | None:
+        """Return the registered version of this very model, or None."""
+        wanted = f"name = '{self.model}' and tags.fingerprint = '{facts.fingerprint}'"
+        versions = self._client.search_model_versions(wanted)
+        return next((v for v in versions if v.tags.get("digest") == facts.digest), None)
+
+    def register(
+        self, facts: Evidence, folder: Path, tags: Mapping[str, str], *, run_id: str, description: str
+    ) -> ModelVersion:
+        """Return the version of this model, making it only if there is none.
+
+        Args:
+            facts: the model.
+            folder: what to upload; see `package.build`.
+            tags: facts to find and judge the version by.
+            run_id: MLflow run that carries the files.
+            description: shown in MLflow's interface.
+        """
+        if (known := self.find(facts)) is not None:
+            return known
+        self._ensure_model()
+        place = f"models/{facts.name}-{facts.fingerprint[:_KEY_DIGITS]}"
+        self._client.log_artifacts(run_id, str(folder), place)
+        fault_point("promote.after_upload")
+        source = f"{self._client.get_run(run_id).info.artifact_uri}/{place}"
+        made = self._client.create_model_version(
+            self.model, source, run_id=run_id, tags=dict(tags), description=description
+        )
+        fault_point("promote.after_version")
+        return made
+
+    def verify(self, version: ModelVersion, hashes: Mapping[str, str]) -> None:
+        """Fetch a version's model files back and hash them.
+
+        Args:
+            version: the registered version.
+            hashes: file name -> sha256 that the artifact's manifest has.
+
+        Raises:
+            IntegrityError: naming the file and both hashes; the version, if no alias names it, is removed.
+        """
+        with self._fetched(version, MODEL_FOLDER) as folder:
+            found = {
+                f"{MODEL_FOLDER}/{path.relative_to(folder).as_posix()}": fingerprint.hash_file(path)
+                for path in folder.rglob("*")
+                if path.is_file()
+            }
+        wrong = sorted(n for n in hashes.keys() | found.keys() if hashes.get(n) != found.get(n))
+        if not wrong:
+            self._client.set_model_version_tag(self.model, version.version, "validation_status", "approved")
+            return
+        if CHAMPION not in self._aliases(version):
+            self._client.delete_model_version(self.model, version.version)
+        name = wrong[0]
+        raise IntegrityError(
+            f"version {version.version} of {self.model}: {name} came back from the registry as "
+            f"{found.get(name, '(missing)')}, expected sha256 {hashes.get(name, '(no such file)')}",
+            hint="the version was not promoted; check the registry's storage, then run `ingot promote` again",
+        )
+
+    def crown(self, version: ModelVersion, why: str, facts: Mapping[str, Any]) -> None:
+        """Make a verified version the champion, and write it into the history once."""
+        number = str(version.version)
+        fault_point("promote.before_alias")
+        previous = self._by_alias(CHAMPION)
+        self._client.set_registered_model_alias(self.model, CHAMPION, number)
+        fault_point("promote.after_alias")
+        self.release(CHALLENGER, number)
+        known = champions.champion(self.store_root, self.model)
+        if known is None or known["version"] != number or known["action"] == champions.OBSERVED:
+            before = str(previous.version) if previous is not None else None
+            self._note(champions.PROMOTE, number, why, version.tags, previous=before, **facts)
+
+    def note_registered(self, version: ModelVersion) -> None:
+        """Write a version that did not become champion into the history, once."""
+        number = str(version.version)
+        if all(record["version"] != number for record in champions.read(self.store_root, self.model)):
+            self._note(champions.REGISTERED, number, "child within budget", version.tags)
+
+    def challenge(self, version: ModelVersion) -> None:
+        """Name a version the challenger: registered, under examination, not champion."""
+        if CHAMPION not in self._aliases(version):
+            self._client.set_registered_model_alias(self.model, CHALLENGER, str(version.version))
+
+    def release(self, alias: str, number: str) -> None:
+        """Take an alias from a version, if it has it."""
+        named = self._by_alias(alias)
+        if named is not None and str(named.version) == number:
+            self._client.delete_registered_model_alias(self.model, alias)
+
+    def rollback(self, why: str) -> champions.Record:
+        """Give the title back to the champion before the present one.
+
+        Raises:
+            ConfigError: there was none before.
+        """
+        current = self.champion()
+        standing = champions.line(self.store_root, self.model)
+        if current is None or len(standing) < 2:
+            raise ConfigError(
+                f"{self.model} has no earlier champion to go back to", hint="`ingot list models` shows its versions"
+            )
+        number = standing[-2]["version"]
+        tags = self._client.get_model_version(self.model, number).tags
+        self._client.set_registered_model_alias(self.model, CHAMPION, number)
+        before = str(current.version)
+        return self._note(champions.ROLLBACK, number, why or f"rollback from version {before}", tags, previous=before)
+
+    def run_for(self, facts: Evidence, experiment: str) -> str:
+        """Return the MLflow run that carries a model's files when tracking names none."""
+        wanted = f"tags.`{_PROMOTES}` = '{facts.fingerprint}'"
+        if found := self._client.search_runs([experiment], filter_string=wanted, max_results=1):
+            return str(found[0].info.run_id)
+        tags = {_PROMOTES: facts.fingerprint, "ingot.node": "promote"}
+        created = self._client.create_run(experiment, run_name=f"promote {self.model}", tags=tags).info.run_id
+        self._client.set_terminated(created)
+        return str(created)
+
+    @contextlib.contextmanager
+    def _fetched(self, version: ModelVersion, part: str) -> Iterator[Path]:
+        """Download one folder of a registered version for the length of the block."""
+        from mlflow.artifacts import download_artifacts
+
+        uri = self._client.get_model_version_download_uri(self.model, str(version.version))
+        scratch = Path(tempfile.mkdtemp(prefix="fetched-", dir=self._scratch()))
+        try:
+            place = download_artifacts(artifact_uri=f"{uri}/{part}", dst_path=str(scratch), tracking_uri=self._uri)
+            yield Path(place)
+        finally:
+            shutil.rmtree(scratch)
+
+    def _scratch(self) -> Path:
+        folder = self.store_root / "scratch"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _by_alias(self, alias: str) -> ModelVersion | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_model_version_by_alias(self.model, alias)
+        except MlflowException as error:
+            # INVALID_PARAMETER_VALUE is MLflow's word for "no such alias".
+            if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+                return None
+            raise
+
+    def _aliases(self, version: ModelVersion) -> list[str]:
+        return list(self._client.get_model_version(self.model, str(version.version)).aliases)
+
+    def _ensure_model(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.create_registered_model(self.model)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _note(
+        self, action: str, version: str | None, why: str, tags: Mapping[str, str], **facts: Any
+    ) -> champions.Record:
+        about: dict[str, Any] = {
+            name: tags[name] for name in ("fingerprint", "digest", "base", "method", "bits") if name in tags
+        }
+        if "bits_per_byte" in tags:
+            about["bits_per_byte"] = float(tags["bits_per_byte"])
+        if redact(self._uri) == self._uri:
+            about["tracking_uri"] = self._uri
+        return champions.append(self.store_root, self.model, action, version=version, why=redact(why), **about, **facts)
+
+
+@contextlib.contextmanager
+def opened(config: TrackingConfig, store_root: Path, model: str) -> Iterator[tuple[Registry, str]]:
+    """Hold the right to change one registered model, and connect to it.
+
+    Yields:
+        The registry and the id of the experiment.
+
+    Raises:
+        TransientError: MLflow does not answer.
+        LockedError: another promotion takes longer than a quarter of an hour.
+    """
+    uri = resolve_uri(config, store_root)
+    lock = store_root / "leases" / f"registry-{model}.lock"
+    with (
+        lease.hold(lock, what=f"the registered model {model}", wait_s=_LEASE_WAIT_S),
+        reachable(uri, what=f"registered model {model}"),
+    ):
+        client = connect(config, store_root)
+        yield Registry(client, uri, model, store_root), experiment_id(client, config, store_root)
+
+
+def rollback(store_root: Path, model: str, *, config: TrackingConfig | None = None, why: str = "") -> champions.Record:
+    """Restore the previous champion of a registered model, and return the line written to the history.
+
+    Args:
+        store_root: root of the store.
+        model: name of the registered model.
+        config: where MLflow is; default: where the champion was registered.
+        why: reason, for the history.
+
+    Raises:
+        ConfigError: there is no earlier champion.
+        TransientError: MLflow does not answer.
+    """
+    with opened(config or where(store_root, model), store_root, model) as (registry, _):
+        return registry.rollback(why)
+
+
+def where(store_root: Path, model: str) -> TrackingConfig:
+    """Return the MLflow that a model was last registered with; the environment's and the store's own come after."""
+    records = [record for record in champions.read(store_root, model) if "tracking_uri" in record]
+    if records and "MLFLOW_TRACKING_URI" not in os.environ:
+        return TrackingConfig(uri=records[-1]["tracking_uri"])
+    return TrackingConfig()
+
+
+def list_models(store_root: Path, config: TrackingConfig | None = None) -> list[dict[str, Any]]:
+    """Return one row per version of every registered model; see `listing.rows`."""
+    known = champions.models(store_root)
+    return listing.rows(config or (where(store_root, known[-1]) if known else TrackingConfig()), store_root)

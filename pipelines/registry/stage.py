@@ -1,0 +1,145 @@
+"""The promote stage: gate, registration, verification, alias.
+
+Nothing is registered before the gate has said yes, and the alias moves last.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines import provenance
+from pipelines.artifact import Artifact
+from pipelines.errors import GateRefused
+from pipelines.redaction import redact
+from pipelines.registry import card, champions, evidence, gate, package
+from pipelines.registry.config import PromoteConfig
+from pipelines.registry.evidence import Evidence
+from pipelines.registry.gate import Decision
+from pipelines.registry.registry import CHALLENGER, Registry, opened
+from pipelines.stage import Progress, StageContext, Summary
+from pipelines.tracking.config import TrackingConfig
+
+DECISION = "decision.json"
+
+
+def run(config: PromoteConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
+    """Judge the candidate and make it champion.
+
+    Args:
+        config: gate and name of the registered model.
+        inputs: `prepare`, `model:<name>`, `evaluation:<name>`.
+        out_dir: receives decision.json and model_card.md.
+        context: `tracking` names MLflow and the run of this stage.
+
+    Raises:
+        GateRefused: with a table of the numbers, the broken conditions named.
+        TransientError: MLflow does not answer.
+        IntegrityError: the registry returned other bytes than it was given.
+    """
+    models = evidence.read(inputs)
+    candidate, passed_over = gate.choose(models, config)
+    tracking = TrackingConfig(**{k: v for k, v in context.tracking.items() if k in TrackingConfig.model_fields})
+    with opened(tracking, context.store, config.model_name) as (registry, experiment):
+        holder = registry.champion()
+        champion = registry.evidence(holder) if holder is not None and "fingerprint" in holder.tags else None
+        decision = gate.decide(candidate, models, champion, config)
+        text = card.render(candidate, models, inputs, decision, config)
+        _write(decision, passed_over, text, out_dir)
+        if not decision.accepted:
+            _refuse(decision, registry, candidate)
+        run_id = context.tracking.get("run_id") or registry.run_for(candidate, experiment)
+        job = _Promotion(registry, inputs, models, run_id, context)
+        version = job.register(candidate, text)
+        registry.crown(version, decision.rule, {"versus_champion": decision.versus_champion, "run_id": run_id})
+        if config.register_children:
+            for child in gate.within_budget(models, config):
+                extra = job.register(child, card.render(child, models, inputs, decision, config))
+                registry.release(CHALLENGER, str(extra.version))
+                registry.note_registered(extra)
+    return {
+        "model": config.model_name,
+        "version": str(version.version),
+        "candidate": candidate.name,
+        "rule": decision.rule,
+        "bits_per_byte": candidate.bits_per_byte["value"],
+        "size_bytes": candidate.size_bytes,
+    }
+
+
+class _Promotion:
+    """What the registration of each model of one run shares."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        inputs: Mapping[str, Artifact],
+        models: Mapping[str, Evidence],
+        run_id: str,
+        context: StageContext,
+    ) -> None:
+        self._registry, self._inputs, self._models = registry, inputs, models
+        self._run_id, self._context = run_id, context
+
+    def register(self, facts: Evidence, text: str) -> Any:
+        """Return the verified version of one model."""
+        self._context.report(Progress(self._context.node, 0, 1, "models", f"registering {facts.name}"))
+        model = self._inputs[f"model:{facts.name}"]
+        folder = self._context.scratch / f"package-{facts.name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        if self._registry.find(facts) is None:
+            package.build(model, facts, text, folder)
+        version = self._registry.register(
+            facts, folder, version_tags(facts, model, self._inputs["prepare"]), run_id=self._run_id, description=text
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        self._registry.challenge(version)
+        self._registry.verify(version, package.hashes_of(model))
+        return version
+
+
+def version_tags(facts: Evidence, model: Artifact, prepare: Artifact) -> dict[str, str]:
+    """Return the tags of a version: where it comes from, and its headline numbers."""
+    record = model.manifest.provenance
+    return {
+        "fingerprint": facts.fingerprint,
+        "digest": facts.digest,
+        "base": facts.base or "",
+        "method": facts.method,
+        "bits": "" if facts.bits is None else f"{facts.bits:g}",
+        "family": facts.family,
+        "dvc_hash": (record.data_hash if record else None) or "",
+        "git_commit": record.git_commit if record else provenance.git_commit(),
+        "prepare_digest": prepare.digest,
+        "test_digest": facts.test_digest,
+        "bits_per_byte": repr(facts.bits_per_byte["value"]),
+        "size_bytes": str(facts.size_bytes),
+        "truncated_evaluation": str(facts.truncated).lower(),
+        **{f"accuracy.{task}": repr(result["accuracy"]) for task, result in facts.tasks.items()},
+    }
+
+
+def _write(decision: Decision, passed_over: list[str], text: str, out_dir: Path) -> None:
+    record = decision.to_json() | {"passed_over": passed_over}
+    (out_dir / DECISION).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (out_dir / package.CARD).write_text(text, encoding="utf-8")
+
+
+def _refuse(decision: Decision, registry: Registry, candidate: Evidence) -> None:
+    broken = ", ".join(decision.broken)
+    champions.append(
+        registry.store_root,
+        registry.model,
+        champions.REFUSED,
+        version=None,
+        why=redact(f"{decision.rule}: {broken}"),
+        fingerprint=candidate.fingerprint,
+        decision=decision.to_json(),
+    )
+    raise GateRefused(
+        f"{candidate.name} is not promoted to {registry.model}; broken: {broken}\n{gate.table(decision)}",
+        hint="the artifacts are kept; change the recipe or its promote budgets, then run again",
+    )
