@@ -43,7 +43,6 @@ class Config(MethodConfig):
     storage: Literal["packed", "bitmask"] = Field(
         "packed", description="packed: dense codes, loads anywhere; bitmask: mask and survivors, our loader"
     )
-    seed: int = Field(0, ge=0, description="seed of the random mask that Wanda is compared with")
 
     @property
     def label(self) -> str:
@@ -84,7 +83,7 @@ def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
 
 def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG001
     """Return pruning by magnitude, and at random, with the same share of zeros in the same storage."""
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(0)
     random_OI = torch.rand(weight_OI.shape, generator=generator).to(weight_OI.device)
     arms = {"magnitude": weight_OI.abs(), "random": random_OI}
     return {name: _pack(weight_OI, _mask(score, config), config) for name, score in arms.items()}

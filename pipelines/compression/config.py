@@ -1,0 +1,103 @@
+"""Configuration of the compress stage: one child, its method, and the method's own parameters in the same table.
+
+A recipe writes `{method = "gptq", bits = 4, group_size = 32, samples = 128}`: keys of the engine are fields here, all
+others go to the method's own `Config`, which validates them. The resolved parameters, defaults included, are identity.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import Field, SerializeAsAny, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from models.compression import registry
+from models.compression.base import MethodConfig
+from models.compression.grid import GridConfig
+from pipelines.settings import NOT_IDENTITY, Settings
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class CompressConfig(Settings):
+    """One compressed child of a model."""
+
+    name: str = Field(
+        "",
+        description="Name of the child in the graph; empty: made of the method and its parameters.",
+        json_schema_extra=NOT_IDENTITY,
+    )
+    method: str = Field("rtn", description="How to compress; `ingot list compressors` shows the methods.")
+    from_: str = Field(
+        "",
+        alias="from",
+        description="Another child to start from (prune, then quantize); empty: the pretrained model.",
+        json_schema_extra=NOT_IDENTITY,  # the input's own fingerprint stands for it
+    )
+    samples: int = Field(64, ge=1, le=1_000_000, description="Training sequences shown to methods that calibrate.")
+    seed: int = Field(0, ge=0, description="Seed of the choice of calibration sequences.")
+    skip: tuple[str, ...] = Field(
+        (), description="Layers to leave alone, as patterns on module names: '*.down_proj', 'model.layers.0.*'."
+    )
+    embeddings: Literal["keep", "bfloat16", "quantize"] = Field(
+        "keep",
+        description="Token matrices: as they are, in half the bytes, or rounded to the grid of the other layers.",
+    )
+    parameters: SerializeAsAny[MethodConfig] = Field(
+        default_factory=MethodConfig, description="Parameters of the method; written flat, beside these keys."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, raw: Any) -> Any:
+        """Move the keys that are not fields here into the method's own table, and validate them there."""
+        if not isinstance(raw, Mapping):
+            return raw
+        keys = [field.alias or key for key, field in cls.model_fields.items() if key != "parameters"]
+        own = {key: value for key, value in raw.items() if key in keys}
+        method = own.get("method", cls.model_fields["method"].default)
+        table = raw.get("parameters", {})
+        flat = table.model_dump() if isinstance(table, MethodConfig) else dict(table)
+        flat |= {key: value for key, value in raw.items() if key not in keys and key != "parameters"}
+        return own | {"parameters": _parameters(str(method), flat, keys)}
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if self.embeddings == "quantize" and not isinstance(self.parameters, GridConfig):
+            raise ValueError(f"embeddings = 'quantize' needs a method with an integer grid; {self.method!r} has none")
+        name = self.name or "-".join(part for part in (self.method, self.parameters.label) if part)
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"name = {name!r} is used for folders and models: letters, digits, '.', '_', '-' only")
+        if not self.name:
+            object.__setattr__(self, "name", name)
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that can change a result, the method's resolved parameters beside them."""
+        mine = super().identity()
+        return mine.pop("parameters") | mine
+
+
+def _parameters(method: str, table: dict[str, Any], fields: list[str]) -> MethodConfig:
+    """Validate the method's parameters; errors carry the key as their place, so the whole path is shown."""
+    try:
+        known: type[MethodConfig] = registry.get(method).Config
+    except ValueError as error:
+        raise _refusal("method", method, str(error)) from None
+    valid = [*known.model_fields, *fields]
+    for key, value in table.items():
+        if key not in known.model_fields:
+            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise _refusal(key, value, f"not a key of method {method!r}{meant} (valid: {', '.join(valid)})")
+    return known.model_validate(table)
+
+
+def _refusal(key: str, value: Any, reason: str) -> ValidationError:
+    detail = PydanticCustomError("compress", "{reason}", {"reason": reason})
+    return ValidationError.from_exception_data(
+        "CompressConfig", [InitErrorDetails(type=detail, loc=(key,), input=value)]
+    )

@@ -1,0 +1,123 @@
+"""The walk through a model, block by block, each calibrated on the output of the blocks already compressed."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from models.compression.base import MethodConfig, Packed, Statistics, relative_error
+from pipelines.compression import calibration, skeleton
+from pipelines.compression.folder import WeightReader
+from pipelines.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One compressed layer."""
+
+    packed: Packed
+    shape: tuple[int, int]
+    weight_error: float
+    """||W - W'||^2 / ||W||^2."""
+    output_error: float | None
+    """||X (W - W')^T||^2 / ||X W^T||^2 on the calibration tokens; None without calibration."""
+    null: dict[str, float] = field(default_factory=dict)
+    """The same error for naive choices at the same stored bits."""
+
+    def report(self, stored_bits: int) -> dict[str, Any]:
+        """Return the layer's row of `compression.json`; `stored_bits` is its size in the folder."""
+        row: dict[str, Any] = {"shape": list(self.shape), "stored_bits": stored_bits}
+        row |= {"bits_per_weight": stored_bits / (self.shape[0] * self.shape[1]), "weight_error": self.weight_error}
+        if self.output_error is not None:
+            row |= {"output_error": self.output_error, "null": self.null}
+        return row
+
+
+def targets(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
+    """Return the names of the linear layers inside the stack, without those that match a pattern of `skip`.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or nothing left to compress.
+    """
+    stack, _ = skeleton.blocks(model)
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(f"{stack}.")]
+    for pattern in skip:
+        if not fnmatch.filter(linear, pattern):
+            raise ConfigError(
+                f"compress.skip: {pattern!r} matches no layer", hint=f"layers: {', '.join(linear[:8])}, …"
+            )
+    left = [name for name in linear if not any(fnmatch.fnmatchcase(name, pattern) for pattern in skip)]
+    if not left:
+        raise ConfigError(f"compress.skip = {list(skip)} leaves no layer to compress")
+    return left
+
+
+@torch.no_grad()
+def walk(
+    model: PreTrainedModel,
+    reader: WeightReader,
+    method: ModuleType,
+    config: MethodConfig,
+    *,
+    names: Sequence[str],
+    tokens_NT: NDArray[np.int64] | None,
+    device: torch.device,
+) -> Iterator[dict[str, Layer]]:
+    """Yield the compressed layers of one block after another.
+
+    Args:
+        model: skeleton from `skeleton.build`; its parameters come and go.
+        reader: where the parent's weights are.
+        method: a method module of kind "weight".
+        config: its parameters.
+        names: layers to compress.
+        tokens_NT: calibration sequences; None for methods that need none.
+        device: where blocks are computed.
+    """
+    stack, layers = skeleton.blocks(model)
+    prefix = None
+    if tokens_NT is not None:
+        skeleton.load_rest(model, stack, reader, device)
+        prefix = calibration.enter(model, layers, tokens_NT, device)
+    for index, block in enumerate(layers):
+        place = f"{stack}.{index}"
+        skeleton.load(block, place, reader, device, model.dtype)
+        chosen = {n: model.get_submodule(n) for n in names if n.startswith(f"{place}.")}
+        linear = {n: m for n, m in chosen.items() if isinstance(m, nn.Linear)}
+        measured = {} if prefix is None else calibration.measure(block, linear, index, prefix)
+        yield {n: _compress(n, m, measured.get(n, Statistics()), method, config) for n, m in linear.items()}
+        if prefix is not None:
+            prefix.advance(index, block)
+        skeleton.release(block)
+
+
+def _compress(name: str, module: nn.Linear, seen: Statistics, method: ModuleType, config: MethodConfig) -> Layer:
+    """Compress one layer and leave its dequantized weight in the module."""
+    weight_OI = module.weight.detach().cpu().float()
+    try:
+        packed: Packed = method.compress(weight_OI, seen, config)
+        arms: Mapping[str, Packed] = {} if seen.hessian_II is None else method.nulls(weight_OI, seen, config)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    dense_OI = packed.dequantize()
+    skeleton.set_parameter(module, "weight", dense_OI.to(module.weight.device, module.weight.dtype))
+    return Layer(
+        packed,
+        shape=(module.out_features, module.in_features),
+        weight_error=relative_error(weight_OI, dense_OI),
+        output_error=_output_error(weight_OI, dense_OI, seen),
+        null={arm: relative_error(weight_OI, p.dequantize(), seen.hessian_II) for arm, p in sorted(arms.items())},
+    )
+
+
+def _output_error(weight_OI: Tensor, dense_OI: Tensor, seen: Statistics) -> float | None:
+    return None if seen.hessian_II is None else relative_error(weight_OI, dense_OI, seen.hessian_II)
