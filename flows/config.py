@@ -75,6 +75,9 @@ class RunConfig(Settings):
         for name in names:
             if names.count(name) > 1 or name == "pretrain":
                 raise ValueError(f"two models are called {name!r}; give each compress child a `name` of its own")
+        for position, child in enumerate(self.compress):
+            if child.from_ and child.from_ not in names[:position]:
+                raise ValueError(f"compress.{position}.from = {child.from_!r} is no child above it: {names[:position]}")
         if self.promote.candidate not in {"pretrain", "smallest", *names}:
             known = ", ".join(["pretrain", "smallest", *names])
             raise ValueError(f"promote.candidate is {self.promote.candidate!r}; this recipe has {known}")

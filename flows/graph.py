@@ -48,26 +48,26 @@ def nodes(config: RunConfig) -> list[Node]:
     ]
     models = {"pretrain": "pretrain"}
     for child in config.compress:
+        source = models[child.from_ or "pretrain"]
         models[child.name] = f"compress.{child.name}"
-        graph += [
-            Node(models[child.name], STAGES["compress"], child, {"prepare": "prepare", "model": "pretrain"}),
-            Node(
-                f"evaluate.{child.name}",
-                STAGES["evaluate"],
-                config.evaluate,
-                {
-                    "prepare": "prepare",
-                    "model": models[child.name],
-                    "parent_model": "pretrain",
-                    "parent_evaluation": "evaluate.pretrain",
-                },
-            ),
-        ]
+        graph.append(Node(models[child.name], STAGES["compress"], child, {"prepare": "prepare", "model": source}))
+        graph.append(_evaluation_of(child.name, models[child.name], config))
     inputs = {"prepare": "prepare"}
     for name, model in models.items():
         inputs |= {f"model:{name}": model, f"evaluation:{name}": f"evaluate.{name}"}
     graph.append(Node("promote", STAGES["promote"], config.promote, inputs))
     return graph
+
+
+def _evaluation_of(child: str, model: str, config: RunConfig) -> Node:
+    """Measure a child beside the pretrained model, also when other children lie between the two."""
+    inputs = {
+        "prepare": "prepare",
+        "model": model,
+        "parent_model": "pretrain",
+        "parent_evaluation": "evaluate.pretrain",
+    }
+    return Node(f"evaluate.{child}", STAGES["evaluate"], config.evaluate, inputs)
 
 
 def identify(config: RunConfig, data_hash: str) -> dict[str, Identified]:
