@@ -95,7 +95,7 @@ class WeightWriter:
         if len(self._shards) == 1:
             self._part(0).rename(self._folder / f"{self._stem}.safetensors")
             return
-        where = {}
+        where: dict[str, str] = {}
         for index, names in enumerate(self._shards):
             final = f"{self._stem}-{index + 1:05d}-of-{len(self._shards):05d}.safetensors"
             self._part(index).rename(self._folder / final)

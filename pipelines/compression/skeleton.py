@@ -44,7 +44,7 @@ def parameters_on_meta() -> Iterator[None]:
         light = parameter if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, light)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
@@ -80,7 +80,7 @@ def load_rest(model: transformers.PreTrainedModel, stack: str, reader: WeightRea
             set_parameter(model, name, reader.dense(name).to(device, model.dtype))
     for child in model.modules():
         for name, buffer in child.named_buffers(recurse=False):
-            child.register_buffer(name, buffer.to(device), persistent=name not in child._non_persistent_buffers_set)
+            setattr(child, name, buffer.to(device))
 
 
 def release(module: nn.Module) -> None:
