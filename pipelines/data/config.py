@@ -1,0 +1,99 @@
+"""Configuration of the corpus and of the prepare stage. Imports neither torch nor DVC."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
+
+from pipelines.settings import NOT_IDENTITY, Settings
+
+
+class DataConfig(Settings):
+    """Which corpus. None of this is identity: the DVC hash that it leads to is."""
+
+    path: str = Field(
+        "data", description="Folder of the corpus, relative to the checkout.", json_schema_extra=NOT_IDENTITY
+    )
+    dvc_file: str = Field("data.dvc", description="DVC file that tracks it.", json_schema_extra=NOT_IDENTITY)
+    rev: str | None = Field(
+        None,
+        description="Git revision (tag, branch, commit) whose corpus is used; unset for the one in the work tree.",
+        json_schema_extra=NOT_IDENTITY,
+    )
+
+    @field_validator("path", "dvc_file")
+    @classmethod
+    def _inside_the_checkout(cls, value: str) -> str:
+        if not value or value.startswith(("/", "~")) or ".." in value.split("/"):
+            raise ValueError(f"{value!r} must be a relative path inside the checkout")
+        return value
+
+    @field_validator("rev")
+    @classmethod
+    def _a_revision(cls, value: str | None) -> str | None:
+        # git would read a leading dash as an option.
+        if value is not None and (not value.strip() or value.startswith("-") or ":" in value):
+            raise ValueError(f"{value!r} is not a git revision: name a tag, a branch or a commit")
+        return value
+
+
+class PrepareConfig(Settings):
+    """From corpus to tokenizer and packed sequences."""
+
+    vocab_size: int = Field(
+        4096, ge=260, le=1_000_000, description="Tokens in the vocabulary: 4 special, 256 bytes, the rest merges."
+    )
+    sequence_length: int = Field(256, ge=8, le=1_048_576, description="Tokens per packed sequence.")
+    seed: int = Field(
+        2867,
+        ge=0,
+        lt=2**32,
+        # This one gives the bundled corpus validation and test splits of 3.5 % each with every kind of source in both.
+        description="Seed of the split and of the MinHash permutations.",
+    )
+    validation_fraction: float = Field(0.035, gt=0, lt=0.5, description="Expected share of the works in validation.")
+    test_fraction: float = Field(0.035, gt=0, lt=0.5, description="Expected share of the works in test.")
+    max_bad_fraction: float = Field(
+        1e-4, ge=0, le=1, description="Share of malformed records above which the stage stops with exit code 3."
+    )
+    max_line_bytes: int = Field(
+        16 << 20, ge=1 << 10, le=1 << 30, description="A longer line is quarantined unread; bounds memory."
+    )
+    min_characters: int = Field(100, ge=1, description="Shorter documents are dropped.")
+    max_characters: int = Field(1_000_000, ge=1, description="Longer documents are dropped.")
+    max_repeated_lines: float = Field(
+        0.4, gt=0, le=1, description="Largest share of a document's characters in lines that repeat an earlier line."
+    )
+    max_repeated_ngrams: float = Field(
+        0.4, gt=0, le=1, description="Largest share of a document's 10-word runs that repeat an earlier run."
+    )
+    near_duplicate_similarity: float = Field(
+        0.5, ge=0.3, le=1, description="Jaccard similarity of word shingles from which two documents are duplicates."
+    )
+    shingle_words: int = Field(5, ge=1, le=32, description="Words per shingle.")
+    permutations: int = Field(128, ge=16, le=1024, multiple_of=4, description="MinHash permutations per document.")
+    shard_bytes: int = Field(
+        64 << 20, ge=1 << 12, le=1 << 34, description="Size above which a shard of sequences is closed."
+    )
+    workers: int = Field(
+        2, ge=1, le=256, description="Processes that clean and hash documents.", json_schema_extra=NOT_IDENTITY
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.validation_fraction + self.test_fraction >= 0.9:
+            raise ValueError(
+                f"validation_fraction {self.validation_fraction} + test_fraction {self.test_fraction} leave too little "
+                "to train on: keep their sum below 0.9"
+            )
+        if self.min_characters > self.max_characters:
+            raise ValueError(f"min_characters {self.min_characters} is above max_characters {self.max_characters}")
+        return self
+
+
+class PrepareJob(Settings):
+    """What the prepare stage is given: the corpus and what to do with it."""
+
+    data: DataConfig = Field(default_factory=DataConfig, description="Which corpus.")
+    prepare: PrepareConfig = Field(default_factory=PrepareConfig, description="From corpus to packed tokens.")

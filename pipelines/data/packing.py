@@ -1,0 +1,49 @@
+"""Packing: documents end to end in sequences of one length.
+
+Each document becomes `<|bos|> text <|eos|>`; documents follow each other without padding and may cross from one
+sequence into the next. A document starts where a `<|bos|>` stands. The tail that does not fill a sequence is dropped:
+it is less than one sequence per split, and no consumer then needs to know about padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def pack(
+    documents: Iterable[Sequence[int]], sequence_length: int, *, bos_id: int, eos_id: int
+) -> Iterator[NDArray[np.int64]]:
+    """Yield full sequences, int64 [sequences, sequence_length], a block per document that completes any.
+
+    Args:
+        documents: token ids of each document, without special tokens.
+        sequence_length: tokens per sequence.
+        bos_id: put before each document.
+        eos_id: put after each document.
+    """
+    tail = np.empty(0, dtype=np.int64)
+    for tokens in documents:
+        tail = np.concatenate([tail, [bos_id], np.asarray(tokens, dtype=np.int64), [eos_id]])
+        if full := len(tail) // sequence_length:
+            yield tail[: full * sequence_length].reshape(full, sequence_length)
+            tail = tail[full * sequence_length :]
+
+
+def unpack(sequences: NDArray[np.int64], *, bos_id: int, eos_id: int) -> list[list[int]]:
+    """Return the documents that were packed, without special tokens; a cut last one is returned as far as it goes.
+
+    Args:
+        sequences: [sequences, sequence_length], in their order.
+        bos_id: marks the start of a document.
+        eos_id: marks its end.
+    """
+    stream = sequences.reshape(-1)
+    starts = np.flatnonzero(stream == bos_id)
+    ends = [*starts[1:], len(stream)]
+    return [
+        [int(token) for token in stream[start + 1 : end] if token != eos_id]
+        for start, end in zip(starts, ends, strict=True)
+    ]

@@ -1,0 +1,133 @@
+"""Packed sequences on disk: plain `.npy` shards of bounded size, found through `index.json`, read by memory map."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.errors import IntegrityError
+
+INDEX = "index.json"
+FORMAT = 1
+DTYPES = ("uint16", "uint32")
+
+
+def dtype_for(vocab_size: int) -> str:
+    """Return the smallest type that holds every token id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def write(
+    blocks: Iterable[NDArray[np.int64]], folder: Path, split: str, *, sequence_length: int, dtype: str, shard_bytes: int
+) -> list[dict[str, Any]]:
+    """Write a stream of sequences as shards of one split and return their index entries.
+
+    Args:
+        blocks: [sequences, sequence_length] each.
+        folder: folder of the artifact; shards go to `folder/split`.
+        split: name of the split.
+        sequence_length: tokens per sequence.
+        dtype: type on disk.
+        shard_bytes: a shard holds as many whole sequences as fit, at least one.
+    """
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    limit = max(shard_bytes // (sequence_length * np.dtype(dtype).itemsize), 1)
+    entries: list[dict[str, Any]] = []
+    pending: list[NDArray[Any]] = []
+
+    def flush(sequences: NDArray[Any]) -> None:
+        name = f"{split}/shard-{len(entries):05}.npy"
+        np.save(folder / name, sequences, allow_pickle=False)
+        entries.append({"file": name, "sequences": len(sequences)})
+
+    for block in blocks:
+        pending.append(block.astype(dtype))
+        while sum(map(len, pending)) >= limit:
+            joined = np.concatenate(pending)
+            flush(joined[:limit])
+            pending = [joined[limit:]]
+    if sum(map(len, pending)):
+        flush(np.concatenate(pending))
+    return entries
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read `index.json`.
+
+    Raises:
+        IntegrityError: missing, damaged or of another format.
+    """
+    path = folder / INDEX
+    try:
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise IntegrityError(f"{path} cannot be read: {error}", hint="run the prepare stage again") from None
+    if index.get("format") != FORMAT or index.get("dtype") not in DTYPES:
+        raise IntegrityError(
+            f"{path} has format {index.get('format')!r} and dtype {index.get('dtype')!r}; "
+            f"this checkout reads format {FORMAT} with {' or '.join(DTYPES)}"
+        )
+    return index
+
+
+class ShardReader:
+    """The sequences of one split, in order, read where they are needed.
+
+    Args:
+        folder: a prepare artifact.
+        split: train, validation or test.
+
+    Raises:
+        IntegrityError: a shard is missing, holds objects, or is not shaped as the index says.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.index = read_index(folder)
+        if split not in self.index["splits"]:
+            raise IntegrityError(f"{folder / INDEX} has no split {split!r}; it has {', '.join(self.index['splits'])}")
+        self.sequence_length: int = self.index["sequence_length"]
+        entries = self.index["splits"][split]["shards"]
+        self._shards = [_open(folder, entry, self.index) for entry in entries]
+        self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, number: int) -> NDArray[np.int64]:
+        return self.take([number])[0]
+
+    def take(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the sequences with these numbers, int64 [n, sequence_length].
+
+        Raises:
+            IndexError: a number is outside 0..len-1.
+        """
+        wanted = np.asarray(indices, dtype=np.int64)
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
+            raise IndexError(f"sequence numbers {wanted.min()}..{wanted.max()} are outside 0..{len(self) - 1}")
+        out = np.empty((len(wanted), self.sequence_length), dtype=np.int64)
+        home = np.searchsorted(self._starts, wanted, side="right") - 1
+        for shard in np.unique(home):
+            rows = home == shard
+            out[rows] = self._shards[shard][wanted[rows] - self._starts[shard]]
+        return out
+
+
+def _open(folder: Path, entry: Mapping[str, Any], index: Mapping[str, Any]) -> NDArray[Any]:
+    path = folder / entry["file"]
+    try:
+        shard: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path} is not a shard: {error}", hint="delete the artifact and run again") from None
+    expected = (entry["sequences"], index["sequence_length"])
+    if shard.shape != expected or shard.dtype != np.dtype(index["dtype"]):
+        raise IntegrityError(
+            f"{path} holds {shard.dtype} {shard.shape}; the index says {index['dtype']} {expected}",
+            hint="delete the artifact and run again",
+        )
+    return shard

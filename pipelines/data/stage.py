@@ -1,0 +1,203 @@
+"""The prepare stage: from the corpus that DVC names to documents, a tokenizer and packed sequences, by split.
+
+Five steps, each a stream from disk to disk: survey (read, clean, filter, drop copies), deduplicate, split, train the
+tokenizer, pack. The same corpus and configuration give the same bytes, whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from pipelines.artifact import Artifact
+from pipelines.data import dedup, packing, reader, shards, spool, tokenizer, versioning
+from pipelines.data.config import PrepareConfig, PrepareJob
+from pipelines.data.report import Tally
+from pipelines.data.split import SPLITS, assign, group_names
+from pipelines.data.survey import QUARANTINE, Survey, survey
+from pipelines.errors import IntegrityError
+from pipelines.stage import Progress, StageContext, Summary
+
+TOKENIZER = "tokenizer"
+REPORT = "report.json"
+_STEPS = ("survey", "deduplicate", "split", "tokenizer", "pack")
+_ENCODE_BATCH = 64
+"""Documents tokenized at a time: the bound on texts in memory while packing."""
+
+
+def run(config: PrepareJob, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:  # noqa: ARG001 - the stage contract
+    """Prepare the corpus; see the module for the steps and `tokenizer/`, `index.json`, `report.json` for the result.
+
+    Raises:
+        IntegrityError: the corpus is not the one that data.dvc names, is empty, has too many malformed records, or is
+            too small to be split or packed.
+    """
+    prepare = config.prepare
+    context.scratch.mkdir(parents=True, exist_ok=True)
+    corpus = versioning.checkout_corpus(config.data, context.scratch)
+    tally = Tally()
+    say = _announcer(context)
+    records = reader.read(corpus.path, max_line_bytes=prepare.max_line_bytes, md5=corpus.md5)
+    found = survey(records, context.scratch, prepare, tally, lambda done: say(0, f"{done} documents"))
+    say(1, f"{len(found.works)} documents to compare")
+    first_of_cluster = dedup.clusters(found.signatures, prepare.near_duplicate_similarity)
+    say(2, "dividing works among splits")
+    groups = _split(found, first_of_cluster, prepare, out_dir, tally)
+    say(3, f"{tally.documents('train')} documents to learn from")
+    trained = tokenizer.train(_texts(out_dir, "train"), prepare.vocab_size)
+    tokenizer.save(trained, out_dir / TOKENIZER, prepare.sequence_length)
+    say(4, f"{trained.get_vocab_size()} tokens in the vocabulary")
+    index = _pack(trained, out_dir, prepare, tally)
+    report = {
+        **tally.to_json(),
+        "duplicates": _duplicates(first_of_cluster, tally),
+        "groups": groups,
+        "quarantined": found.quarantined,
+    }
+    _write_json(out_dir / REPORT, report)
+    shutil.copyfile(context.scratch / QUARANTINE, out_dir / QUARANTINE)
+    say(5, "done")
+    return _summary(index, tally, found.quarantined, corpus.hash)
+
+
+def _announcer(context: StageContext) -> Callable[[int, str], None]:
+    def say(step: int, message: str) -> None:
+        name = _STEPS[min(step, len(_STEPS) - 1)]
+        context.report(Progress(context.node, step, len(_STEPS), "steps", f"{name}: {message}"))
+
+    return say
+
+
+def _split(
+    found: Survey, first_of_cluster: list[int], config: PrepareConfig, out_dir: Path, tally: Tally
+) -> dict[str, int]:
+    """Write `documents/<split>.jsonl.zst` without the near-duplicates and return the number of groups per split."""
+    if not found.works:
+        raise IntegrityError(
+            f"no document is left of the corpus; dropped: {tally.reasons() or 'none, it is empty'}",
+            hint="check the thresholds in the section prepare, and the corpus with `ingot data status`",
+        )
+    near = ((found.works[first], work) for first, work in zip(first_of_cluster, found.works, strict=True))
+    group_of = group_names(found.works + [later for _, later in found.links], [*found.links, *near])
+    side_of = assign((group_of[work] for work in found.works), config)
+    with contextlib.ExitStack() as stack:
+        writers = {split: stack.enter_context(spool.DocumentWriter(_documents(out_dir, split))) for split in SPLITS}
+        for number, document in enumerate(spool.documents(found.spool)):
+            if first_of_cluster[number] != number:
+                tally.drop(document.source, "near duplicate")
+                continue
+            split = side_of[group_of[document.work]]
+            writers[split].write(document)
+            tally.keep(document.source, split, len(document.text.encode()))
+    return {split: sum(side == split for side in side_of.values()) for split in SPLITS}
+
+
+def _pack(trained: Tokenizer, out_dir: Path, config: PrepareConfig, tally: Tally) -> dict[str, Any]:
+    """Tokenize and pack every split, write `index.json` and return it."""
+    bos, eos, pad, mask = range(len(tokenizer.SPECIAL_TOKENS))
+    dtype = shards.dtype_for(trained.get_vocab_size())
+    splits: dict[str, Any] = {}
+    for split in SPLITS:
+        tokens = _Counted(_tokens(trained, out_dir, split))
+        blocks = packing.pack(tokens, config.sequence_length, bos_id=bos, eos_id=eos)
+        written = shards.write(
+            blocks,
+            out_dir,
+            split,
+            sequence_length=config.sequence_length,
+            dtype=dtype,
+            shard_bytes=config.shard_bytes,
+        )
+        sequences = sum(entry["sequences"] for entry in written)
+        if not sequences:
+            raise IntegrityError(
+                f"the {split} split has {tokens.total} tokens, less than one sequence of {config.sequence_length}",
+                hint="lower prepare.sequence_length, or raise the split's fraction",
+            )
+        splits[split] = {
+            "shards": written,
+            "sequences": sequences,
+            "tokens": sequences * config.sequence_length,
+            "dropped_tokens": tokens.total - sequences * config.sequence_length,
+            "documents": tally.documents(split),
+            "bytes": tally.bytes(split),
+        }
+    index = {
+        "format": shards.FORMAT,
+        "sequence_length": config.sequence_length,
+        "vocab_size": trained.get_vocab_size(),
+        "dtype": dtype,
+        "bos_id": bos,
+        "eos_id": eos,
+        "pad_id": pad,
+        "mask_id": mask,
+        "splits": splits,
+    }
+    _write_json(out_dir / shards.INDEX, index)
+    return index
+
+
+class _Counted:
+    """Passes documents on and counts their tokens, the two that packing adds included."""
+
+    def __init__(self, documents: Iterator[list[int]]) -> None:
+        self._documents = documents
+        self.total = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for tokens in self._documents:
+            self.total += len(tokens) + 2
+            yield tokens
+
+
+def _documents(out_dir: Path, split: str) -> Path:
+    return out_dir / "documents" / f"{split}.jsonl.zst"
+
+
+def _texts(out_dir: Path, split: str) -> Iterator[str]:
+    return (document.text for document in spool.documents(_documents(out_dir, split)))
+
+
+def _tokens(trained: Tokenizer, out_dir: Path, split: str) -> Iterator[list[int]]:
+    batch: list[str] = []
+    for text in _texts(out_dir, split):
+        batch.append(text)
+        if len(batch) == _ENCODE_BATCH:
+            yield from tokenizer.encode(trained, batch)
+            batch = []
+    yield from tokenizer.encode(trained, batch)
+
+
+def _duplicates(first_of_cluster: list[int], tally: Tally) -> dict[str, int]:
+    sizes: dict[int, int] = {}
+    for first in first_of_cluster:
+        sizes[first] = sizes.get(first, 0) + 1
+    return {
+        "exact": tally.reasons().get("exact duplicate", 0),
+        "near": tally.reasons().get("near duplicate", 0),
+        "near_clusters": sum(size > 1 for size in sizes.values()),
+        "largest_near_cluster": max(sizes.values()),
+    }
+
+
+def _summary(index: dict[str, Any], tally: Tally, quarantined: int, data_hash: str) -> Summary:
+    return {
+        "data": data_hash,
+        "vocab_size": index["vocab_size"],
+        "sequence_length": index["sequence_length"],
+        **{f"{split}_tokens": index["splits"][split]["tokens"] for split in SPLITS},
+        **{f"{split}_documents": index["splits"][split]["documents"] for split in SPLITS},
+        **{f"{split}_bytes": index["splits"][split]["bytes"] for split in SPLITS},
+        "dropped": tally.reasons(),
+        "quarantined": quarantined,
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

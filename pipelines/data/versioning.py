@@ -1,0 +1,301 @@
+"""Which corpus a run uses, proved by hash. DVC versions the data; this module reads what DVC wrote.
+
+`data.dvc` names the corpus by one hash: the md5 of a file, or, for a folder, of a JSON list of the md5 and path of
+every file in it. Reading that needs no DVC, so a plan knows the hash in milliseconds. DVC itself runs when files have
+to move.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.data import dvc
+from pipelines.data.config import DataConfig
+from pipelines.errors import ConfigError, IntegrityError, TransientError
+from pipelines.provenance import CHECKOUT
+
+log = logging.getLogger(__name__)
+
+_REPAIR = (
+    "`dvc pull --force {dvc_file}` restores the recorded corpus; `ingot data add` records this one as a new version"
+)
+_CHUNK_BYTES = 1 << 20
+_DIRECTORY = ".dir"
+"""DVC's suffix of the hash of a folder."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Verified files of one version of the corpus."""
+
+    path: Path
+    """A folder, or one file."""
+    hash: str
+    """DVC hash."""
+    md5: dict[str, str]
+    """Name relative to `path` -> md5; a reader checks it again, against changes after the verification."""
+
+
+# ---- what data.dvc says
+
+
+def data_hash(config: DataConfig, checkout: Path = CHECKOUT) -> str:
+    """Return the DVC hash of the configured corpus, at `config.rev` when that is set. Reads no data.
+
+    Raises:
+        ConfigError: no such revision, no DVC file, or one that does not track `config.path`.
+    """
+    return str(_tracked(config, checkout)["md5"])
+
+
+def _tracked(config: DataConfig, checkout: Path) -> dict[str, Any]:
+    """Return the entry of data.dvc for the corpus: md5, size, nfiles."""
+    text = _dvc_file(config, checkout)
+    where = config.dvc_file + (f" at {config.rev}" if config.rev else "")
+    try:
+        outs = yaml.safe_load(text)["outs"]
+        (out,) = [out for out in outs if out["path"] == config.path]
+        return {"md5": out["md5"], "size": out.get("size"), "nfiles": out.get("nfiles", 1)}
+    except (yaml.YAMLError, TypeError, KeyError, ValueError):
+        raise ConfigError(
+            f"{where} does not track {config.path!r} by md5", hint=f"`ingot data add` tracks {config.path!r} with DVC"
+        ) from None
+
+
+def _dvc_file(config: DataConfig, checkout: Path) -> str:
+    if config.rev is None:
+        try:
+            return (checkout / config.dvc_file).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{checkout / config.dvc_file} does not exist", hint="`ingot data add` creates it from the corpus"
+            ) from None
+    shown = _git(checkout, "show", f"{config.rev}:./{config.dvc_file}")
+    if shown.returncode != 0:
+        raise ConfigError(
+            f"data.rev = {config.rev!r}: {shown.stderr.strip().removeprefix('fatal: ')}",
+            hint="`git tag` and `git log data.dvc` list the revisions of the corpus; `git fetch --tags` brings more",
+        )
+    return shown.stdout
+
+
+def _git(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, timeout=60)
+
+
+# ---- proof that files are what the hash says
+
+
+def hash_tree(md5: Mapping[str, str]) -> str:
+    """Return DVC's hash of a folder with these files (relative path -> md5)."""
+    entries = [{"md5": md5[name], "relpath": name} for name in sorted(md5)]
+    return hashlib.md5(json.dumps(entries, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + _DIRECTORY
+
+
+def hash_files(path: Path) -> dict[str, str]:
+    """Return relative path -> md5 of every file under a folder, or of the one file that `path` is."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    root = path.parent if path.is_file() else path
+    return {file.relative_to(root).as_posix(): _md5(file) for file in files}
+
+
+def verify(config: DataConfig, checkout: Path = CHECKOUT) -> Corpus:
+    """Hash the corpus in the work tree and compare it with what data.dvc says.
+
+    Raises:
+        IntegrityError: missing or different; the message names the file, both hashes and the repair.
+    """
+    path = checkout / config.path
+    if not path.exists():
+        raise IntegrityError(f"{path} does not exist", hint="`ingot data pull` brings it from the DVC remote")
+    expected = data_hash(config.model_copy(update={"rev": None}), checkout)
+    return _verified(path, expected, checkout, _REPAIR.format(dvc_file=config.dvc_file))
+
+
+def _verified(path: Path, expected: str, checkout: Path, hint: str) -> Corpus:
+    found = hash_files(path)
+    total = hash_tree(found) if path.is_dir() else next(iter(found.values()))
+    if total != expected:
+        difference = _first_difference(path, found, _listing(expected, checkout))
+        raise IntegrityError(
+            f"{path} is not the corpus that was recorded: expected md5 {expected}, found {total}{difference}", hint=hint
+        )
+    return Corpus(path, expected, found)
+
+
+def _first_difference(path: Path, found: Mapping[str, str], expected: Mapping[str, str] | None) -> str:
+    if expected is None:
+        return ""
+    names = sorted(found.keys() | expected.keys())
+    wrong = [name for name in names if found.get(name) != expected.get(name)]
+    sentences = [
+        f"\n    {path / name}: expected md5 {expected.get(name, '(no such file)')}, found {found.get(name, '(missing)')}"
+        for name in wrong[:5]
+    ]
+    return "".join(sentences) + (f"\n    and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+
+
+def _listing(tree_hash: str, checkout: Path) -> dict[str, str] | None:
+    """Return relative path -> md5 as recorded, from DVC's cache or from a remote that is a folder; None if unknown."""
+    if not tree_hash.endswith(_DIRECTORY):
+        return None
+    for root in (checkout / ".dvc" / "cache", *_local_remotes(checkout)):
+        file = root / "files" / "md5" / tree_hash[:2] / tree_hash[2:]
+        if file.is_file() and _md5(file) + _DIRECTORY == tree_hash:
+            return {entry["relpath"]: entry["md5"] for entry in json.loads(file.read_text(encoding="utf-8"))}
+    return None
+
+
+def _local_remotes(checkout: Path) -> list[Path]:
+    shown = _git(checkout, "config", "--file", str(checkout / ".dvc" / "config"), "--get-regexp", r"^'?remote.*\.url$")
+    urls = [line.split(maxsplit=1)[1] for line in shown.stdout.splitlines()]
+    return [(checkout / ".dvc" / url).resolve() for url in urls if "://" not in url]
+
+
+def _md5(path: Path) -> str:
+    md5 = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            md5.update(chunk)
+    return md5.hexdigest()
+
+
+# ---- files for a run
+
+
+def ensure(config: DataConfig, checkout: Path = CHECKOUT) -> None:
+    """Pull the corpus when none of it is here. What is here is never overwritten: a run refuses it if it differs."""
+    if config.rev is None and not (checkout / config.path).exists():
+        log.info("%s is not here: pulling it from the DVC remote", config.path)
+        pull(config, checkout)
+
+
+def checkout_corpus(config: DataConfig, scratch: Path, checkout: Path = CHECKOUT) -> Corpus:
+    """Return verified files of the configured corpus; at a revision, fetched below `scratch`, the work tree untouched.
+
+    Raises:
+        IntegrityError: the files are not what the DVC hash says.
+        ConfigError: no such revision.
+    """
+    if config.rev is None:
+        ensure(config, checkout)
+        return verify(config, checkout)
+    expected = data_hash(config, checkout)
+    target = scratch / f"corpus-{expected.removesuffix(_DIRECTORY)}"
+    hint = f"the DVC remote is damaged for {config.rev}; `ingot data push` from a clone that has this version"
+    if not target.exists():
+        _fetch(config, target, checkout)
+    return _verified(target, expected, checkout, hint)
+
+
+def _fetch(config: DataConfig, target: Path, checkout: Path) -> None:
+    from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException
+
+    partial = target.with_name(f".{target.name}.partial")
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        DVCFileSystem(str(checkout), rev=config.rev).get(config.path, str(partial), recursive=True)
+    except FileNotFoundError as error:
+        raise IntegrityError(
+            f"the corpus at {config.rev} is not in the DVC cache or remote: {error}",
+            hint="`ingot data push` from a clone that has this version",
+        ) from None
+    except (DvcException, OSError) as error:
+        raise TransientError(f"fetching the corpus at {config.rev} failed: {error}") from error
+    partial.rename(target)
+
+
+# ---- `ingot data ...`
+
+
+def status(config: DataConfig, checkout: Path = CHECKOUT) -> dict[str, Any]:
+    """Return the recorded hash, whether the work tree matches it, and whether the remote has it."""
+    tracked = _tracked(config, checkout)
+    try:
+        verify(config, checkout)
+        work_tree = "matches"
+    except IntegrityError as error:
+        work_tree = error.message
+    try:
+        said = json.loads(dvc.run(checkout, "status", "--cloud", "--json", config.dvc_file))
+        remote = "up to date" if not said else f"{len(said)} objects differ: `ingot data push` or `ingot data pull`"
+    except TransientError as error:
+        remote = error.message
+    return {"hash": tracked["md5"], "bytes": tracked["size"], "files": tracked["nfiles"], "work_tree": work_tree} | {
+        "remote": remote
+    }
+
+
+def pull(config: DataConfig, checkout: Path = CHECKOUT, *, force: bool = False) -> dict[str, Any]:
+    """Bring the recorded corpus from the DVC remote and verify it; edited files are kept unless `force`.
+
+    Raises:
+        IntegrityError: edited files are in the way, or the remote or cache lacks an object or has a damaged one.
+    """
+    try:
+        dvc.run(checkout, "pull", *(["--force"] if force else []), config.dvc_file)
+    except IntegrityError as error:
+        listing = _listing(data_hash(config, checkout), checkout) or {}
+        raise IntegrityError(error.message + _bad_objects(listing, checkout), hint=error.hint) from None
+    corpus = verify(config, checkout)
+    return {"hash": corpus.hash, "files": len(corpus.md5), "path": str(corpus.path)}
+
+
+def _bad_objects(listing: Mapping[str, str], checkout: Path) -> str:
+    """Say which objects a remote that is a folder lacks or has damaged."""
+    sentences = []
+    for remote in _local_remotes(checkout):
+        for name, md5 in listing.items():
+            file = remote / "files" / "md5" / md5[:2] / md5[2:]
+            found = _md5(file) if file.is_file() else "(missing)"
+            if found != md5:
+                sentences.append(f"\n    {name} = {file}: expected md5 {md5}, found {found}")
+    return "".join(sentences)
+
+
+def push(config: DataConfig, checkout: Path = CHECKOUT) -> dict[str, Any]:
+    """Send the recorded corpus to the DVC remote."""
+    dvc.run(checkout, "push", config.dvc_file)
+    return {"hash": data_hash(config, checkout), "remote": "up to date"}
+
+
+def add(config: DataConfig, checkout: Path = CHECKOUT) -> dict[str, Any]:
+    """Record the corpus in the work tree as a new version: writes data.dvc, which is then committed to git."""
+    if not (checkout / config.path).exists():
+        raise ConfigError(f"{checkout / config.path} does not exist", hint="put JSON Lines shards there first")
+    dvc.run(checkout, "add", config.path)
+    tracked = _tracked(config, checkout)
+    return {"hash": tracked["md5"], "bytes": tracked["size"], "files": tracked["nfiles"], "next": _commit(config)}
+
+
+def import_url(config: DataConfig, checkout: Path, url: str) -> dict[str, Any]:
+    """Bring a corpus from a URL (s3://, https://, a path) and record it; the one that is here must be moved away first.
+
+    Raises:
+        ConfigError: a corpus is here already.
+    """
+    if (checkout / config.path).exists():
+        raise ConfigError(
+            f"{checkout / config.path} exists and would be replaced",
+            hint=f"move it away; its versions stay in the DVC remote. Then `ingot data import {url}` again",
+        )
+    dvc.run(checkout, "import-url", "--force", url, config.path)
+    tracked = _tracked(config, checkout)
+    return {"hash": tracked["md5"], "bytes": tracked["size"], "files": tracked["nfiles"], "next": _commit(config)}
+
+
+def _commit(config: DataConfig) -> str:
+    return f"git add {config.dvc_file} && git commit; then `ingot data push`"
