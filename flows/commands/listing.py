@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 from flows import console, recipe
 from flows.commands.finding import store
 from flows.runs import Runs
 from pipelines.errors import ConfigError
+from pipelines.provenance import CHECKOUT
 
 Rows = list[dict[str, Any]]
 
@@ -79,9 +82,18 @@ def _compressors() -> Rows:
 
 
 def _optimizers() -> Rows:
-    from models.optim import registry
+    """Name each optimizer with the first line of its module, read without importing it (and torch with it)."""
+    from pipelines.training.config import OptimizerConfig
 
-    return registry.describe()
+    return [
+        {"name": name, "description": _first_line(CHECKOUT / "models" / "optim" / f"{name}.py")}
+        for name in get_args(OptimizerConfig.model_fields["name"].annotation)
+    ]
+
+
+def _first_line(source: Path) -> str:
+    text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0]
 
 
 _LISTS: dict[str, tuple[Callable[[], Rows], list[str]]] = {
@@ -90,5 +102,5 @@ _LISTS: dict[str, tuple[Callable[[], Rows], list[str]]] = {
     "artifacts": (_artifacts, ["fingerprint", "node", "size", "created_at", "path"]),
     "recipes": (_recipes, ["name", "description"]),
     "compressors": (_compressors, ["name", "kind", "bits", "calibration", "paper"]),
-    "optimizers": (_optimizers, ["name", "paper", "description"]),
+    "optimizers": (_optimizers, ["name", "description"]),
 }
