@@ -27,7 +27,10 @@ def for_decoder(config: EvaluateConfig, prepared: Path, held: Heldout) -> dict[s
     """
     text = "\n".join(document.text for document in held.documents).encode()
     size = int(held.sizes.sum())
-    found = {name: compressed_bits(name, text) / size for name in config.baselines if name in ("gzip", "xz")}
+    found: dict[str, float] = {}
+    for name in ("gzip", "xz"):
+        if name in config.baselines:
+            found[name] = compressed_bits(name, text) / size
     orders = {name: _ORDERS[name] for name in config.baselines if name in _ORDERS}
     if orders:
         counts = count(config, prepared, held, max(orders.values()))

@@ -69,9 +69,11 @@ class Scorer:
         else:
             shown_BL = torch.from_numpy(batch.shown).to(self.device).long()
             logits_BLV = self.model(input_ids=ids_BL, attention_mask=shown_BL).logits
-        logits_NV = logits_BLV[row_N, column_N]
+        everything = logits_BLV.flatten(0, 1)
+        # When every output is scored, in order, the selection would only copy.
+        logits_NV = everything if len(row_N) == len(everything) else logits_BLV[row_N, column_N]
         # A sum is finite only if all its terms are: one cheap pass instead of a comparison of every logit.
-        if not bool(torch.isfinite(logits_NV.sum(dtype=torch.float64))):
+        if not bool(torch.isfinite(logits_NV.sum())):
             raise NumericError(
                 f"{self.name} gives logits that are not finite", hint="the model is damaged or diverged; train it again"
             )

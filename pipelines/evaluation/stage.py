@@ -74,6 +74,9 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     evaluation = _headline(config, held, scorer, plan, nats, model)
     if "parent_model" not in inputs:
         evaluation["baselines"] = _baselines(config, prepared, held, scorer.family, plan)
+        train_tokens = int(held.index["splits"]["train"]["tokens"])
+        evaluation["baseline_train_tokens"] = min(train_tokens, config.baseline_tokens)
+        evaluation["baselines_truncated"] = train_tokens > config.baseline_tokens
     outcomes = _run_tasks(config, held, scorer, model, out_dir, context, evaluation)
     if "parent_model" in inputs:
         evaluation["versus_parent"] = _versus_parent(config, inputs, scorer, plan, nats, outcomes)
@@ -127,8 +130,8 @@ def _headline(
         "documents_total": held.total,
         "truncated": held.truncated,
         "confidence": config.confidence,
-        "size_bytes": sum(path.stat().st_size for path in model.rglob("*") if path.is_file()),
-        "weights_bytes": sum(path.stat().st_size for path in model.glob("*.safetensors")),
+        "size_bytes": _bytes_of(model, "*"),
+        "weights_bytes": _bytes_of(model, "*.safetensors"),
         "baselines": {},
         "versus_parent": None,
     }
@@ -186,7 +189,7 @@ def _versus_parent(
     model = inputs["model"].path / "model"
     result: dict[str, Any] = {
         "bits_per_byte_ratio": comparison.paired_ratio(nats, parent_nats, plan.sizes, **_bootstrap(config)).to_json(),
-        "size_ratio": sum(path.stat().st_size for path in model.rglob("*") if path.is_file()) / parent_size,
+        "size_ratio": _bytes_of(model, "*") / parent_size,
         "task_accuracy_difference": {
             name: comparison.paired_difference(correct, parent_outcomes[name], **_bootstrap(config)).to_json()
             for name, correct in outcomes.items()
@@ -249,6 +252,10 @@ def _bootstrap(config: EvaluateConfig) -> dict[str, Any]:
         "seed": config.bootstrap_seed,
         "confidence": config.confidence,
     }
+
+
+def _bytes_of(folder: Path, pattern: str) -> int:
+    return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())
 
 
 def _device(context: StageContext) -> str:
