@@ -38,28 +38,33 @@ def run(config: PrepareJob, inputs: Mapping[str, Artifact], out_dir: Path, conte
         IntegrityError: the corpus is not the one that data.dvc names, is empty, has too many malformed records, or is
             too small to be split or packed.
     """
-    prepare = config.prepare
     context.scratch.mkdir(parents=True, exist_ok=True)
     corpus = versioning.checkout_corpus(config.data, context.scratch)
+    return prepare(corpus, config.prepare, out_dir, context)
+
+
+def prepare(corpus: versioning.Corpus, config: PrepareConfig, out_dir: Path, context: StageContext) -> Summary:
+    """Prepare files that were verified before; they are verified again as they are read.
+
+    Raises:
+        IntegrityError: the files changed, are empty, have too many malformed records, or are too few.
+    """
+    context.scratch.mkdir(parents=True, exist_ok=True)
     tally = Tally()
     say = _announcer(context)
-    records = reader.read(corpus.path, max_line_bytes=prepare.max_line_bytes, md5=corpus.md5)
-    found = survey(records, context.scratch, prepare, tally, lambda done: say(0, f"{done} documents"))
+    records = reader.read(corpus.path, max_line_bytes=config.max_line_bytes, md5=corpus.md5)
+    found = survey(records, context.scratch, config, tally, lambda done: say(0, f"{done} documents"))
     say(1, f"{len(found.works)} documents to compare")
-    first_of_cluster = dedup.clusters(found.signatures, prepare.near_duplicate_similarity)
+    first_of_cluster = dedup.clusters(found.signatures, config.near_duplicate_similarity)
     say(2, "dividing works among splits")
-    groups = _split(found, first_of_cluster, prepare, out_dir, tally)
+    groups = _split(found, first_of_cluster, config, out_dir, tally)
     say(3, f"{tally.documents('train')} documents to learn from")
-    trained = tokenizer.train(_texts(out_dir, "train"), prepare.vocab_size)
-    tokenizer.save(trained, out_dir / TOKENIZER, prepare.sequence_length)
+    trained = tokenizer.train(_texts(out_dir, "train"), config.vocab_size)
+    tokenizer.save(trained, out_dir / TOKENIZER, config.sequence_length)
     say(4, f"{trained.get_vocab_size()} tokens in the vocabulary")
-    index = _pack(trained, out_dir, prepare, tally)
-    report = {
-        **tally.to_json(),
-        "duplicates": _duplicates(first_of_cluster, tally),
-        "groups": groups,
-        "quarantined": found.quarantined,
-    }
+    index = _pack(trained, out_dir, config, tally)
+    duplicates = _duplicates(first_of_cluster, tally)
+    report = {**tally.to_json(), "duplicates": duplicates, "groups": groups, "quarantined": found.quarantined}
     _write_json(out_dir / REPORT, report)
     shutil.copyfile(context.scratch / QUARANTINE, out_dir / QUARANTINE)
     say(5, "done")

@@ -7,6 +7,7 @@ to move.
 
 from __future__ import annotations
 
+import configparser
 import hashlib
 import json
 import logging
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 _REPAIR = (
     "`dvc pull --force {dvc_file}` restores the recorded corpus; `ingot data add` records this one as a new version"
 )
+_NAMED = 5
+"""Files that a message names when more are wrong."""
 _CHUNK_BYTES = 1 << 20
 _DIRECTORY = ".dir"
 """DVC's suffix of the hash of a folder."""
@@ -139,10 +142,10 @@ def _first_difference(path: Path, found: Mapping[str, str], expected: Mapping[st
     names = sorted(found.keys() | expected.keys())
     wrong = [name for name in names if found.get(name) != expected.get(name)]
     sentences = [
-        f"\n    {path / name}: expected md5 {expected.get(name, '(no such file)')}, found {found.get(name, '(missing)')}"
-        for name in wrong[:5]
+        f"\n    {path / name}: expected md5 {expected.get(name, '(none)')}, found {found.get(name, '(missing)')}"
+        for name in wrong[:_NAMED]
     ]
-    return "".join(sentences) + (f"\n    and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+    return "".join(sentences) + (f"\n    and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else "")
 
 
 def _listing(tree_hash: str, checkout: Path) -> dict[str, str] | None:
@@ -157,8 +160,10 @@ def _listing(tree_hash: str, checkout: Path) -> dict[str, str] | None:
 
 
 def _local_remotes(checkout: Path) -> list[Path]:
-    shown = _git(checkout, "config", "--file", str(checkout / ".dvc" / "config"), "--get-regexp", r"^'?remote.*\.url$")
-    urls = [line.split(maxsplit=1)[1] for line in shown.stdout.splitlines()]
+    """Return the remotes of DVC's configuration that are folders; relative ones are relative to `.dvc/`."""
+    config = configparser.ConfigParser(interpolation=None)
+    config.read([checkout / ".dvc" / "config", checkout / ".dvc" / "config.local"], encoding="utf-8")
+    urls = [config[section]["url"] for section in config.sections() if "remote" in section and "url" in config[section]]
     return [(checkout / ".dvc" / url).resolve() for url in urls if "://" not in url]
 
 
