@@ -55,11 +55,12 @@ def hash_file(path: Path) -> str:
 
 def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """Return every field that differs, as dotted paths in sorted order."""
-    before, after = dict(_flatten(old)), dict(_flatten(new))
+    before, after = dict(_flatten(old)) if old else {}, dict(_flatten(new)) if new else {}
     return [
         Change(path, before.get(path, _MISSING), after.get(path, _MISSING))
         for path in sorted(before.keys() | after.keys())
-        if before.get(path, _MISSING) != after.get(path, _MISSING)
+        # As text: 1, 1.0 and True are equal in Python, and three different values in JSON.
+        if path not in before or path not in after or canonical_json(before[path]) != canonical_json(after[path])
     ]
 
 

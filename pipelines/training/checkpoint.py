@@ -19,7 +19,7 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,7 @@ class Checkpoints:
         path = build / f"rank-{rank:05d}.safetensors"
         record = shards.write(path, job.tensors)
         spans = [(piece.name, piece.start, piece.numel) for piece in job.tensors if piece.kind == MASTER]
-        note = {"file": path.name, "record": record.model_dump(), "shapes": job.shapes, "spans": spans}
+        note = {"file": path.name, "record": record.model_dump(), "spans": spans}
         artifact.write_text(_note(build, rank), json.dumps(note))
 
     def _others_have_written(self, job: _Job) -> bool:
@@ -201,13 +201,12 @@ class Checkpoints:
         build = self._build(job.step)
         fault_point("checkpoint.after_shards", step=job.step, path=build)
         notes = [json.loads(_note(build, rank).read_text(encoding="utf-8")) for rank in range(job.writers)]
-        shapes = {name: shape for note in notes for name, shape in note["shapes"].items()}
         spans = [tuple(span) for note in notes for span in note["spans"]]
-        if gaps := list(shards.uncovered(shapes, spans)):
+        if gaps := list(shards.uncovered(job.shapes, spans)):
             raise IngotError("the ranks do not hold every weight exactly once: " + "; ".join(gaps[:3]))
         for rank in range(job.writers):
             _note(build, rank).unlink()
-        artifact.write_text(build / STATE, json.dumps({**json.loads(job.state), "shapes": shapes}))
+        artifact.write_text(build / STATE, json.dumps({**json.loads(job.state), "shapes": job.shapes}))
         files = {note["file"]: FileRecord.model_validate(note["record"]) for note in notes}
         state = build / STATE
         files[STATE] = FileRecord(sha256=fingerprint.hash_file(state), size=state.stat().st_size)
@@ -228,7 +227,11 @@ class Checkpoints:
         """Wait for all ranks, and return what went wrong on any of them; the same kind of error on every rank."""
         assert job.thread is not None
         job.written.wait()
-        job.abandoned = not _agreed(job.ranks, job.error is None, every=True)
+        try:
+            job.abandoned = not _agreed(job.ranks, job.error is None, every=True)
+        except BaseException:
+            job.abandoned = True  # a rank is gone: rank 0 must not wait for its share
+            raise
         job.thread.join()
         full = isinstance(job.error, OSError) and job.error.errno in _NO_SPACE
         failed = job.ranks.gathered(float(job.error is not None))
@@ -346,9 +349,7 @@ def _agreed(ranks: Ranks, fact: bool, *, every: bool = False) -> bool:
 def _snapshot(step: int, optimizer: FragmentOptimizer, state: Mapping[str, Any], ranks: Ranks, *, copy: bool) -> _Job:
     """Gather what this rank writes; with `copy`, training may go on changing it."""
     tensors: dict[Piece, Tensor] = {}
-    shapes = {}
     for fragment in optimizer.fragments:
-        shapes[fragment.name] = tuple(fragment.shape)
         if fragment.numel:
             for kind, tensor in ((MASTER, fragment.master), *optimizer.fragment_state(fragment).items()):
                 piece = Piece(fragment.name, kind, fragment.start, fragment.numel)
@@ -357,22 +358,18 @@ def _snapshot(step: int, optimizer: FragmentOptimizer, state: Mapping[str, Any],
     # ZeRO 0: every rank holds all of it, and one copy is enough. 48 bits are exact in the float64 that is gathered.
     held = int(fingerprint.digest([piece.key for piece in sorted(tensors)])[:12], 16)
     writers = 1 if len(set(ranks.gathered(float(held)))) == 1 else ranks.world
-    return _Job(step, ranks, writers, tensors, shapes, fingerprint.canonical_json(content))
+    return _Job(step, ranks, writers, tensors, dict(optimizer.layout.shapes), fingerprint.canonical_json(content))
 
 
 def _load(found: Artifact, optimizer: FragmentOptimizer) -> dict[str, Any]:
     content = found.read_json(STATE)
     if content["format"] != FORMAT:
         raise IntegrityError(f"{found.path} has format {content['format']}; this checkout reads {FORMAT}")
+    _refuse_other_model(found, content["shapes"], optimizer.layout.shapes)
     files = [found.path / name for name in sorted(found.manifest.files) if name.endswith(".safetensors")]
     with shards.Reader(files) as reader:
         empty = []
         for fragment in optimizer.fragments:
-            saved = content["shapes"].get(fragment.name)
-            if saved is None or tuple(saved) != tuple(fragment.shape):
-                raise IntegrityError(
-                    f"{found.path} is of another model: {fragment.name} is {list(fragment.shape)}, saved was {saved}"
-                )
             where = (fragment.start, fragment.numel)
             if fragment.numel:
                 fragment.master.copy_(reader.read(fragment.name, MASTER, *where))
@@ -387,3 +384,11 @@ def _load(found: Artifact, optimizer: FragmentOptimizer) -> dict[str, Any]:
             optimizer.load_fragment_state(fragment, {})
     optimizer.load_counters(content["counters"])
     return {**content["state"], "step": content["step"]}
+
+
+def _refuse_other_model(found: Artifact, saved: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]]) -> None:
+    """Compare all tensors, not this rank's only: every rank must come to the same answer."""
+    for name in sorted({*saved, *own}):
+        here, there = (list(shapes[name]) if name in shapes else "absent" for shapes in (own, saved))
+        if here != there:
+            raise IntegrityError(f"{found.path} is of another model: {name} is {here}, saved was {there}")

@@ -71,15 +71,18 @@ def write(path: Path, tensors: Mapping[Piece, Tensor]) -> FileRecord:
     Returns:
         Size and sha256, taken while writing.
     """
-    sha = hashlib.sha256()
+    sha, size = hashlib.sha256(), 0
+    chunks: Iterable[bytes | memoryview] = itertools.chain([_header(tensors)], map(_raw, tensors.values()))
     with path.open("wb") as stream:
-        for chunk in itertools.chain([_header(tensors)], map(_raw, tensors.values())):
+        for chunk in chunks:
             stream.write(chunk)
             sha.update(chunk)
+            size += len(chunk)
             fault_point("checkpoint.mid_shard", path=path)
         stream.flush()
         os.fsync(stream.fileno())
-    return FileRecord(sha256=sha.hexdigest(), size=path.stat().st_size)
+    fault_point("checkpoint.after_shard", path=path)
+    return FileRecord(sha256=sha.hexdigest(), size=size)
 
 
 def _header(tensors: Mapping[Piece, Tensor]) -> bytes:
@@ -96,7 +99,7 @@ def _header(tensors: Mapping[Piece, Tensor]) -> bytes:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
 
 
 class Reader:
