@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,16 @@ from pipelines.errors import ConfigError, Preempted
 from pipelines.provenance import CHECKOUT
 from pipelines.registry import champions
 from pipelines.store import Store
+
+# Progress is told by our own lines; the bars and hints of libraries would only tear them apart.
+_QUIET_LIBRARIES = {
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_LONGEST_SHOWN = 24
 
 
 def plan(
@@ -104,6 +115,8 @@ def _run_flow(
     from flows.server import api
 
     console.say("starting Prefect ...")
+    for key, value in _QUIET_LIBRARIES.items():
+        os.environ.setdefault(key, value)
     # Prefect catches SIGTERM during a flow and then passes it on to the handler that was there before: this one.
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _stop)
@@ -175,10 +188,8 @@ def _summary(run_id: str, config: RunConfig, store: Store, *, as_json: bool) -> 
 
 
 def headline(summary: dict[str, Any]) -> str:
-    """Return the first few numbers of a stage summary in one line."""
-    shown = [
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in summary.items()
-        if isinstance(value, int | float | str) and not isinstance(value, bool)
-    ]
-    return ", ".join(shown[:4])
+    """Return the first few facts of a stage summary in one line, numbers first."""
+    numbers = {k: f"{v:.4g}" for k, v in summary.items() if isinstance(v, float)}
+    numbers |= {k: str(v) for k, v in summary.items() if isinstance(v, int) and not isinstance(v, bool)}
+    words = {k: v for k, v in summary.items() if isinstance(v, str) and len(v) <= _LONGEST_SHOWN}
+    return ", ".join(f"{key} {value}" for key, value in list((numbers | words).items())[:4])

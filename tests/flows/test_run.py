@@ -117,7 +117,7 @@ def test_a_flipped_byte_is_named_with_both_hashes_and_nothing_is_overwritten(
 def test_a_killed_run_leaves_nothing_behind_and_the_same_command_finishes_it(
     smoke_store: Path, empty_store: Path, run_in: Ingot, environment_of: Callable[[Path], dict[str, str]]
 ) -> None:
-    empty_store.mkdir(parents=True)
+    shutil.copytree(smoke_store / "artifacts" / "prepare", empty_store / "artifacts" / "prepare")
     command = [sys.executable, "-c", "from flows.cli import main; main()", "run", "--recipe", "smoke"]
     log = empty_store / "killed.log"
     with log.open("wb") as stream:
