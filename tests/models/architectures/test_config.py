@@ -59,7 +59,7 @@ def test_a_preset_has_about_the_size_that_its_name_says(family: Family, name: st
 
 
 def test_the_smallest_preset_is_half_a_million_and_the_largest_seven_billion() -> None:
-    assert list(PRESETS)[0] == "0.5m"
+    assert next(iter(PRESETS)) == "0.5m"
     assert list(PRESETS)[-1] == "7b"
 
 
