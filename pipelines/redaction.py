@@ -14,7 +14,7 @@ from typing import Any
 HIDDEN = "***"
 
 _SECRET_NAME = re.compile(
-    r"secret|passw(or)?d|passphrase|credential|api_?key|access_?key|private_?key|signature|(^|[._-])auth($|[._-])"
+    r"secret|passw(or)?d|passphrase|credential|api[_-]?key|access[_-]?key|private[_-]?key|signature|(^|[._-])auth($|[._-])"
     r"|(^|[._-])(?<!bos.)(?<!eos.)(?<!pad.)(?<!mask.)(?<!unk.)(?<!sep.)(?<!cls.)(?<!per.)(token|pat|sas|dsn)$|(auth|access|api|session|refresh|bearer|hf|hub|github|gitlab)_?token",
     re.IGNORECASE,
 )

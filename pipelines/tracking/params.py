@@ -37,7 +37,8 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list | tuple) and any(isinstance(child, Mapping) for child in value):
         items = ((_child_name(index, child), child) for index, child in enumerate(value))
     else:
-        yield path, value
+        if path:
+            yield path, value
         return
     for key, child in items:
         yield from _leaves(child, f"{path}.{key}" if path else key)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -60,8 +59,3 @@ def numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def fit_key(key: str) -> str:
     """Return a key with only the characters that MLflow accepts, cut to its limit."""
     return _UNFIT.sub("_", key)[:_KEY_LIMIT]
-
-
-def same(a: float, b: float) -> bool:
-    """Return whether two logged values are the same number; NaN equals NaN."""
-    return a == b or (math.isnan(a) and math.isnan(b))

@@ -1,0 +1,50 @@
+"""Where runs are tracked: recipe before environment before the store's own SQLite."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from pipelines.tracking.config import TrackingConfig, artifact_root, resolve_uri
+
+
+def test_the_default_is_sqlite_in_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert resolve_uri(TrackingConfig(), tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_the_environment_beats_the_default_and_the_recipe_beats_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert resolve_uri(TrackingConfig(), tmp_path) == "http://127.0.0.1:5000"
+    assert resolve_uri(TrackingConfig(uri="http://127.0.0.1:6000"), tmp_path) == "http://127.0.0.1:6000"
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "ftp://x"])
+def test_a_plain_folder_is_refused_with_the_reason(uri: str) -> None:
+    with pytest.raises(ValidationError, match="registry needs one"):
+        TrackingConfig(uri=uri)
+
+
+def test_nothing_about_tracking_is_identity() -> None:
+    assert TrackingConfig(experiment="a").identity() == TrackingConfig(experiment="b").identity() == {}
+
+
+def test_artifacts_lie_beside_sqlite_and_elsewhere_where_the_server_says(tmp_path: Path) -> None:
+    assert artifact_root("sqlite:///x/mlflow.db", tmp_path) == (tmp_path / "mlartifacts").as_uri()
+    assert artifact_root("http://host", tmp_path) is None
+
+
+def test_configuration_and_session_import_no_mlflow() -> None:
+    code = (
+        "import sys, pipelines.tracking, pipelines.tracking.config, pipelines.registry.config, "
+        "pipelines.registry.champions, pipelines.registry.registry; "
+        "print([m for m in ('mlflow', 'torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
