@@ -125,6 +125,8 @@ def publish(
         provenance: who, when and from which code.
         observations: payload files (or folders, ending in `/`) that hold timings or logs, not results.
     """
+    for stale in (build / MANIFEST, *build.glob(f".{MANIFEST}.*.tmp")):
+        stale.unlink(missing_ok=True)  # of an attempt that was killed here
     files = {}
     for path in sorted(p for p in build.rglob("*") if p.is_file()):
         name = path.relative_to(build).as_posix()
