@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from models.architectures.config import PRESETS, ArchitectureConfig, Family, Shape, preset
 from pipelines.settings import NOT_IDENTITY, Settings
 
-_DEFAULT_LR = {"lamb": 2e-2, "adamw": 3e-3, "lars": 1.0}
+_DEFAULT_LR = {"lamb": 2e-2, "adamw": 3e-3, "lars": 2e-2}
 _DEFAULT_EPS = {"lamb": 1e-6, "adamw": 1e-8, "lars": 1e-6}
 
 
@@ -43,7 +43,7 @@ class OptimizerConfig(Settings):
 
     name: Literal["lamb", "adamw", "lars"] = Field("lamb", description="Update rule.")
     lr: float | None = Field(
-        None, gt=0.0, le=100.0, description="Peak learning rate; none: 0.02 for lamb, 0.003 for adamw, 1.0 for lars."
+        None, gt=0.0, le=100.0, description="Peak learning rate; none: 0.02 for lamb and lars, 0.003 for adamw."
     )
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(
         (0.9, 0.95), description="Decay of the first and second moment; lars uses the first as its momentum."

@@ -65,12 +65,18 @@ class Saves(Protocol):
         ...
 
 
-@dataclass
+@dataclass(frozen=True)
 class Journal:
-    """Where rank 0 writes what happened; on other ranks there is none."""
+    """Where rank 0 writes what happened; the other ranks have an empty one."""
 
-    metrics: MetricsLog
-    losses: MetricsLog
+    metrics: MetricsLog | None = None
+    losses: MetricsLog | None = None
+
+    def close(self) -> None:
+        """Close the files."""
+        for log in (self.metrics, self.losses):
+            if log is not None:
+                log.close()
 
 
 @dataclass
@@ -83,7 +89,7 @@ class Trainer:
     saves: Saves
     state: State
     diagnostics: Path
-    journal: Journal | None
+    journal: Journal
     stop_requested: Callable[[], bool]
     tokens_per_step: int
     flops_per_token: float
@@ -220,7 +226,7 @@ class Trainer:
         self._saved = self.state.step
 
     def _log(self, loss: float, lr: float, record: StepRecord, validated: bool) -> None:
-        if self.journal is None:
+        if self.journal.losses is None or self.journal.metrics is None:
             return
         exact: dict[str, Any] = {"step": self.state.step, "loss": loss.hex()}
         if validated and self.state.validation is not None:

@@ -5,6 +5,8 @@ Ends with the exit code of the error that stopped it, 0 when the model is writte
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
 import signal
@@ -83,33 +85,22 @@ def pretrain(job: Job, stop: StopRequest) -> None:
     beat()
     device = _device(job)
     architecture = config.architecture(job.index)
-    model = build(architecture, seed=config.seed)
-    engine = engines.create(config, Objective(model), lambda parameters: make_optimizer(config, parameters), device)
+    objective = Objective(build(architecture, seed=config.seed))
+    engine = engines.create(config, objective, lambda parameters: make_optimizer(config, parameters), device)
     beat()
     ranks = engine.ranks
     checkpoints = Checkpoints(job.checkpoints, config.checkpoint.keep)
     saved = checkpoints.load_latest(engine.optimizer, rank=ranks.rank, world=ranks.world)
-    state = State() if saved is None else State(**saved)
     if saved is not None:
         engine.publish_weights()
+    state = State() if saved is None else State(**saved)
     own = peak(device, config.precision)
-    journal = _open_journal(job, state) if ranks.rank == 0 else None
-    Trainer(
-        config=config,
-        engine=engine,
-        feed=_feed(job, architecture, ranks),
-        saves=checkpoints,
-        state=state,
-        diagnostics=job.work / "diagnostics",
-        journal=journal,
-        stop_requested=stop,
-        tokens_per_step=config.batch_size * architecture.max_positions,
-        flops_per_token=flops_per_token(architecture, architecture.max_positions),
-        peak_flops=sum(ranks.gathered(own.flops)),
-    ).run()
+    with contextlib.closing(_open_journal(job, state, ranks)) as journal:
+        _trainer(job, architecture, engine, checkpoints, state, journal, stop, own).run()
+    checkpoints.finish()
     weights = export.gather_weights(engine.optimizer, ranks)
     if ranks.rank == 0:
-        _finish(job, architecture, state, weights, own)
+        _finish(job, architecture, state, weights, own, checkpoints.fallbacks)
     ranks.barrier()
 
 
@@ -174,24 +165,56 @@ def _feed(job: Job, architecture: ArchitectureConfig, ranks: Ranks) -> Feed:
     )
 
 
-def _open_journal(job: Job, state: State) -> Journal:
-    """Cut the records back to the step that training goes on from, and note the attempt."""
-    attempts = read_records(job.attempts)
-    artifact.write_text(
-        job.attempts, "".join(f'{{"resumed_at": {n}}}\n' for n in [*(a["resumed_at"] for a in attempts), state.step])
+def _trainer(
+    job: Job,
+    architecture: ArchitectureConfig,
+    engine: engines.Engine,
+    checkpoints: Checkpoints,
+    state: State,
+    journal: Journal,
+    stop: StopRequest,
+    own: Peak,
+) -> Trainer:
+    length = architecture.max_positions
+    return Trainer(
+        config=job.config,
+        engine=engine,
+        feed=_feed(job, architecture, engine.ranks),
+        saves=checkpoints,
+        state=state,
+        diagnostics=job.work / "diagnostics",
+        journal=journal,
+        stop_requested=stop,
+        tokens_per_step=job.config.batch_size * length,
+        flops_per_token=flops_per_token(architecture, length),
+        peak_flops=sum(engine.ranks.gathered(own.flops)),
     )
+
+
+def _open_journal(job: Job, state: State, ranks: Ranks) -> Journal:
+    """Cut the records back to the step that training goes on from, and note the attempt; on rank 0 only."""
+    if ranks.rank != 0:
+        return Journal()
+    starts = [attempt["resumed_at"] for attempt in read_records(job.attempts)]
+    lines = [json.dumps({"resumed_at": step}) + "\n" for step in (*starts, state.step)]
+    artifact.write_text(job.attempts, "".join(lines))
     return Journal(
         metrics=MetricsLog(job.metrics, resume_at=state.step), losses=MetricsLog(job.losses, resume_at=state.step)
     )
 
 
 def _finish(
-    job: Job, architecture: ArchitectureConfig, state: State, weights: dict[str, torch.Tensor], own: Peak
+    job: Job,
+    architecture: ArchitectureConfig,
+    state: State,
+    weights: dict[str, torch.Tensor],
+    own: Peak,
+    fallbacks: int,
 ) -> None:
     """Write the model, then the observations, and last the facts, whose existence says that all is there."""
     export.write_model(job.model, architecture, weights, job.config.precision)
     export.copy_tokenizer(job.data, job.model)
-    export.write_json(job.observations, _observations(job, own))
+    export.write_json(job.observations, _observations(job, own) | {"checkpoint_fallbacks": fallbacks})
     export.write_json(job.facts, facts(job, architecture, state))
 
 

@@ -1,4 +1,4 @@
-"""The pretrain section: defaults that run, impossible values refused with value and range, identity of the right fields."""
+"""The pretrain section: defaults that run, impossible values refused with value and range, what is identity."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_lisa_layers_count_only_when_lisa_is_on() -> None:
 
 def test_each_rule_has_a_rate_of_its_own_unless_one_is_given() -> None:
     rates = {name: OptimizerConfig(name=name).peak_lr for name in ("lamb", "adamw", "lars")}
-    assert len(set(rates.values())) == 3
+    assert rates["adamw"] < rates["lamb"]  # one is relative to the weights, the other is not
     assert OptimizerConfig(name="adamw", lr=0.5, eps=0.25).peak_lr == 0.5
     assert OptimizerConfig(name="adamw", eps=0.25).epsilon == 0.25
     assert OptimizerConfig(name="adamw").epsilon != OptimizerConfig(name="lamb").epsilon
