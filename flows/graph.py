@@ -38,6 +38,11 @@ class Identified:
         """sha256 that the node's artifact is found by."""
         return fingerprint.digest(self.identity)
 
+    @property
+    def lineage(self) -> str:
+        """sha256 that its unfinished work is found by."""
+        return fingerprint.digest(self.node.stage.lineage(self.node.config, self.input_keys))
+
 
 def nodes(config: RunConfig) -> list[Node]:
     """Return the nodes in an order in which each comes after its inputs."""

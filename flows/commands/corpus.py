@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from pipelines.data import versioning
@@ -12,7 +13,7 @@ from pipelines.provenance import CHECKOUT
 
 def run(verb: str, *arguments: Any, as_json: bool) -> None:
     """Run one of the verbs on the corpus of this checkout and print its result."""
-    verbs = {
+    verbs: dict[str, Callable[..., dict[str, Any]]] = {
         "status": versioning.status,
         "pull": versioning.pull,
         "push": versioning.push,
