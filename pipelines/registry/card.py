@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jinja2
+import zstandard
 
 from pipelines.artifact import Artifact
 from pipelines.redaction import redact
@@ -148,16 +152,34 @@ def render(
 def source_rows(prepare: Artifact) -> list[dict[str, Any]]:
     """Return one row per source of the corpus: source, licence, documents read and kept."""
     report = prepare.read_json("report.json") if "report.json" in prepare.manifest.files else {}
+    sources = report.get("sources") or {}
+    licences = licences_of(prepare, set(sources))
     return [
         {
             "source": name,
-            "licence": ", ".join(row.get("licenses") or [row.get("license", "unknown")]),
+            "licence": ", ".join(sorted(licences.get(name) or ["unknown"])),
             "read": row.get("read", ""),
             "kept": row.get("kept", ""),
-            "dropped": row.get("dropped") or {},
         }
-        for name, row in sorted((report.get("sources") or {}).items())
+        for name, row in sorted(sources.items())
     ]
+
+
+def licences_of(prepare: Artifact, sources: set[str]) -> dict[str, set[str]]:
+    """Return source -> licences of its documents; the train split is read only for sources that the others lack."""
+    found: dict[str, set[str]] = {}
+    for split in ("test", "validation", "train"):
+        name = f"documents/{split}.jsonl.zst"
+        if name in prepare.manifest.files and not sources <= found.keys():
+            for document in _documents(prepare.path / name):
+                found.setdefault(str(document["source"]), set()).add(str(document["license"]))
+    return found
+
+
+def _documents(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as stream, zstandard.ZstdDecompressor().stream_reader(stream) as raw:
+        for line in io.TextIOWrapper(raw, encoding="utf-8"):
+            yield json.loads(line)
 
 
 def _front_matter(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Evidence:
     fingerprint: str
     digest: str
     base: str | None
-    """Fingerprint of the model that it was derived from; None for a pretrained one."""
+    """Fingerprint of the pretrained model that it descends from, through however many children; None for that one."""
     family: str
     test_digest: str
     """sha256 of the held-out documents: equal for two models measured on the same text."""
@@ -77,22 +77,23 @@ def read(inputs: Mapping[str, Artifact]) -> dict[str, Evidence]:
         GateRefused: a model has no evaluation.
     """
     models = {key.partition(":")[2]: model for key, model in inputs.items() if key.startswith("model:")}
-    prints = {model.digest: model.manifest.fingerprint for model in models.values()}
     missing = [name for name in models if f"evaluation:{name}" not in inputs]
     if missing or not models:
         raise GateRefused(
             f"no evaluation of {', '.join(missing)}" if missing else "no model is put forward",
             hint="run the evaluate stage first: `ingot run`",
         )
-    order = sorted(models, key=lambda name: name != PARENT)
-    read_one = {
-        name: of_artifacts(name, models[name], inputs[f"evaluation:{name}"], inputs["prepare"]) for name in order
+    by_digest = {model.digest: model for model in models.values()}
+    return {
+        name: of_artifacts(name, models[name], inputs[f"evaluation:{name}"], inputs["prepare"], by_digest)
+        for name in sorted(models, key=lambda name: name != PARENT)
     }
-    return {name: replace(one, base=prints.get(one.base or "", one.base)) for name, one in read_one.items()}
 
 
-def of_artifacts(name: str, model: Artifact, evaluation: Artifact, prepare: Artifact) -> Evidence:
-    """Return the evidence on one model; `base` is the digest of its parent model, if it has one."""
+def of_artifacts(
+    name: str, model: Artifact, evaluation: Artifact, prepare: Artifact, by_digest: Mapping[str, Artifact]
+) -> Evidence:
+    """Return the evidence on one model; `by_digest` holds the models that it may descend from."""
     measured = evaluation.read_json("evaluation.json")
     versus = measured.get("versus_parent") or {}
     method, bits = _method(model)
@@ -100,7 +101,7 @@ def of_artifacts(name: str, model: Artifact, evaluation: Artifact, prepare: Arti
         name=name,
         fingerprint=model.manifest.fingerprint,
         digest=model.digest,
-        base=model.manifest.parents.get("model"),
+        base=_base(model, by_digest),
         family=str(measured.get("family", "decoder")),
         test_digest=test_digest(prepare),
         bits_per_byte=measured["bits_per_byte"],
@@ -138,6 +139,15 @@ def test_digest(prepare: Artifact) -> str:
     """Return the identity of the held-out documents of a prepare artifact."""
     record = prepare.manifest.files.get(TEST_SPLIT)
     return record.sha256 if record is not None else prepare.digest
+
+
+def _base(model: Artifact, by_digest: Mapping[str, Artifact]) -> str | None:
+    """Follow a child up to the pretrained model, which its evaluation compares it with."""
+    above = model.manifest.parents.get("model")
+    if above is None:
+        return None
+    parent = by_digest.get(above)
+    return above if parent is None else _base(parent, by_digest) or parent.manifest.fingerprint
 
 
 def _load(path: Path) -> NDArray[Any]:

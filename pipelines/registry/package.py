@@ -65,7 +65,6 @@ def hashes_of(model: Artifact) -> dict[str, str]:
 
 
 def _describe(folder: Path, source: Path, evidence: Evidence) -> None:
-    from mlflow import pyfunc
     from mlflow.models import Model, ModelSignature
     from mlflow.types.schema import ColSpec, Schema
 
@@ -93,8 +92,11 @@ def _describe(folder: Path, source: Path, evidence: Evidence) -> None:
         components=["tokenizer"],
         tokenizer_type=_tokenizer_type(source),
     )
-    pyfunc.add_to_model(
-        described, loader_module="mlflow.transformers", conda_env="conda.yaml", python_env="python_env.yaml"
+    described.add_flavor(
+        "python_function",
+        loader_module="mlflow.transformers",
+        python_version=platform.python_version(),
+        env={"conda": "conda.yaml", "virtualenv": "python_env.yaml"},
     )
     described.model_size_bytes = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
     described.save(str(folder / "MLmodel"))

@@ -109,6 +109,7 @@ class Registry:
             IntegrityError: naming the file and both hashes; the version, if no alias names it, is removed.
         """
         with self._fetched(version, MODEL_FOLDER) as folder:
+            fault_point("promote.after_fetch", path=folder / "model.safetensors")
             found = {
                 f"{MODEL_FOLDER}/{path.relative_to(folder).as_posix()}": fingerprint.hash_file(path)
                 for path in folder.rglob("*")
