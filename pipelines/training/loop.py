@@ -165,8 +165,8 @@ class Trainer:
             artifact.write_text(path, json.dumps(self._diagnosis(record, losses), indent=1))
         if state.skipped_in_row > self.config.max_skipped:
             raise NumericError(
-                f"step {state.step} is the {state.skipped_in_row}th non-finite step in a row; "
-                f"pretrain.max_skipped = {self.config.max_skipped}; the batch is described in {path}",
+                f"step {state.step} was not finite, {state.skipped_in_row} in a row with it; pretrain.max_skipped = "
+                f"{self.config.max_skipped}; the batch is described in {path}",
                 hint="lower pretrain.optimizer.lr or set pretrain.optimizer.clip",
             )
 

@@ -1,0 +1,256 @@
+"""One rank, in this process: same bytes twice, exact resume, models that plain transformers loads, exit codes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from models.architectures.build import build
+from pipelines.artifact import Artifact
+from pipelines.errors import NumericError, Preempted
+from pipelines.training.job import Job
+from pipelines.training.metrics import read_records
+from pipelines.training.ranks import Ranks
+from pipelines.training.worker import StopRequest, task_for
+
+Run = Callable[..., int]
+MakeJob = Callable[..., Job]
+FAMILIES = {"decoder": AutoModelForCausalLM, "encoder": AutoModelForMaskedLM}
+
+
+@pytest.fixture
+def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def plan(*faults: dict[str, Any]) -> None:
+        path = tmp_path / "faults.json"
+        path.write_text(json.dumps(faults))
+        monkeypatch.setenv("INGOT_FAULTS", str(path))
+
+    return plan
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((folder / "training.json").read_text())
+    return result
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / "model").iterdir())}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_settings_give_the_same_bytes(family: str, run_plain: Run, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        torch.manual_seed(len(name))
+        assert run_plain(tmp_path / name, family=family) == 0
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    assert facts(tmp_path / "a") == facts(tmp_path / "b")
+
+
+def test_another_seed_gives_another_model(run_plain: Run, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        assert run_plain(tmp_path / str(seed), seed=seed) == 0
+    assert digest(tmp_path / "0")["model.safetensors"] != digest(tmp_path / "1")["model.safetensors"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_loads_in_plain_transformers_and_has_the_recorded_loss(
+    family: str, run_plain: Run, plain_job: MakeJob, tmp_path: Path, prepared: Artifact
+) -> None:
+    assert run_plain(tmp_path, family=family, validation_sequences=100) == 0
+    model = FAMILIES[family].from_pretrained(tmp_path / "model")
+    assert sum(p.numel() for p in model.parameters()) == facts(tmp_path)["parameters"]
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) == 61
+    job = plain_job(tmp_path, family=family)
+    nats, targets = validation_by_hand(job, model)
+    assert nats / targets == pytest.approx(facts(tmp_path)["validation_loss"], rel=1e-6)
+
+
+def validation_by_hand(job: Job, model: Any) -> tuple[float, int]:
+    """Sum the nats of every validation target, one sequence at a time, on plain logits."""
+    import numpy as np
+
+    from pipelines.data.shards import ShardReader
+    from pipelines.training.objectives import IGNORED, VALIDATION_EPOCH
+
+    reader = ShardReader(job.data, "validation")
+    task = task_for(job, job.config.architecture(job.index))
+    nats, count = 0.0, 0
+    for number in range(len(reader)):
+        batch = task.batch(reader.take(np.array([number])), np.array([number]), np.array([VALIDATION_EPOCH]))
+        with torch.no_grad():
+            chances = model(input_ids=batch.inputs_BT).logits.log_softmax(-1)[0]
+        for position, target in enumerate(batch.targets_BT[0].tolist()):
+            if target != IGNORED:
+                nats -= chances[position, target].item()
+                count += 1
+    return nats, count
+
+
+def test_a_decoder_generates(run_plain: Run, tmp_path: Path) -> None:
+    assert run_plain(tmp_path) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    written = model.generate(torch.tensor([[0, 5]]), max_new_tokens=4, do_sample=False)
+    assert written.shape[1] > 2
+    assert model.generation_config.eos_token_id == 1
+
+
+def test_training_moves_every_weight_and_lowers_the_loss(run_plain: Run, plain_job: MakeJob, tmp_path: Path) -> None:
+    assert run_plain(tmp_path, steps=40, optimizer={"lr": 0.05}) == 0
+    job = plain_job(tmp_path)
+    start = build(job.config.architecture(job.index), seed=job.config.seed).state_dict()
+    final = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(not torch.equal(start[name], tensor) for name, tensor in final.items())
+    assert facts(tmp_path)["validation_loss"] < 0.9 * math.log(61)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer": {"name": "adamw"}, "family": "encoder"},
+        {"lisa": {"enabled": True, "layers": 1, "interval": 4, "weights": "norm"}},
+        {"optimizer": {"name": "lars"}, "lisa": {"enabled": True, "layers": 2, "interval": 3}, "log_every": 2},
+    ],
+)
+@pytest.mark.parametrize("stop_after", [1, 5])
+def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(
+    stop_after: int,
+    changes: dict[str, Any],
+    run_plain: Run,
+    faults: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    assert run_plain(tmp_path / "quiet", **changes) == 0
+    faults({"point": "train.after_step", "step": stop_after, "action": "SIGTERM"})
+    assert run_plain(tmp_path / "stopped", **changes) == Preempted.exit_code
+    assert not (tmp_path / "stopped" / "training.json").exists()
+    assert run_plain(tmp_path / "stopped", **changes) == 0
+    assert digest(tmp_path / "stopped") == digest(tmp_path / "quiet")
+    assert facts(tmp_path / "stopped") == facts(tmp_path / "quiet")
+    steps = [record["step"] for record in read_records(tmp_path / "stopped" / "metrics.jsonl")]
+    assert steps == [record["step"] for record in read_records(tmp_path / "quiet" / "metrics.jsonl")]
+    assert json.loads((tmp_path / "stopped" / "observations.json").read_text())["resumed_at"] == [stop_after]
+
+
+def test_a_crash_between_checkpoints_repeats_the_lost_steps_exactly(
+    run_plain: Run, faults: Callable[..., None], tmp_path: Path
+) -> None:
+    assert run_plain(tmp_path / "quiet") == 0
+    faults({"point": "train.after_step", "step": 5, "action": "raise"})
+    with pytest.raises(RuntimeError, match="injected"):
+        run_plain(tmp_path / "crashed")
+    assert run_plain(tmp_path / "crashed") == 0
+    assert facts(tmp_path / "crashed") == facts(tmp_path / "quiet")
+    assert digest(tmp_path / "crashed") == digest(tmp_path / "quiet")
+    assert json.loads((tmp_path / "crashed" / "observations.json").read_text())["resumed_at"] == [4]
+
+
+def test_a_non_finite_step_changes_nothing_and_training_goes_on(
+    run_plain: Run, faults: Callable[..., None], tmp_path: Path
+) -> None:
+    faults({"point": "train.loss", "step": 4, "action": "nan"})
+    assert run_plain(tmp_path) == 0
+    result = facts(tmp_path)
+    assert result["skipped_steps"] == 1
+    assert [math.isfinite(float.fromhex(loss)) for loss in result["losses"]] == [True] * 3 + [False] + [True] * 2
+    record = read_records(tmp_path / "metrics.jsonl")[3]
+    assert (record["step"], record["loss"], record["grad_norm"], record["skipped"]) == (4, None, None, 1)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    assert not (tmp_path / "checkpoints" / "step-00000004").exists()
+
+
+def test_too_many_non_finite_steps_end_the_run_with_a_diagnosis(
+    run_plain: Run, plain_job: MakeJob, faults: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faults(*({"point": "train.loss", "step": step, "action": "nan"} for step in (3, 4, 5)))
+    assert run_plain(tmp_path, max_skipped=1) == NumericError.exit_code
+    message = capsys.readouterr().err
+    assert "step 4 was not finite, 2 in a row with it; pretrain.max_skipped = 1" in message
+    diagnosis = json.loads((tmp_path / "diagnostics" / "step-4.json").read_text())
+    assert diagnosis["loss_by_rank"] == ["nan"]
+    assert diagnosis["last_checkpoint"] == 2
+    assert diagnosis["sample_ids"] == expected_ids(plain_job(tmp_path), step=3)
+    assert not (tmp_path / "training.json").exists()
+
+
+def expected_ids(job: Job, step: int) -> list[int]:
+    from pipelines.training.sampler import step_ids
+
+    return step_ids(job.config.seed, step, job.config.batch_size, 90).tolist()
+
+
+def test_metrics_tell_what_a_user_watches(run_plain: Run, tmp_path: Path) -> None:
+    assert run_plain(tmp_path) == 0
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [record["tokens"] for record in records] == [n * 8 * 24 for n in range(1, 7)]
+    for record in records:
+        assert record["tokens_per_s"] > 0
+        assert 0 < record["mfu"] < 1
+        assert record["memory_bytes"] > 1e7
+        assert all(record[f"time/{part}"] > 0 for part in ("data", "forward", "backward", "step"))
+        assert {key for key in record if key.startswith("trust/")} == {
+            "trust/embedding",
+            "trust/layer.0",
+            "trust/layer.1",
+            "trust/layer.2",
+        }
+    assert [record["step"] for record in records if "val/loss" in record] == [3, 6]
+    exact = facts(tmp_path)["losses"]
+    assert [record["loss"].hex() for record in records] == exact
+
+
+def test_the_learning_rate_warms_up_and_decays_to_its_floor(run_plain: Run, tmp_path: Path) -> None:
+    assert run_plain(tmp_path, schedule={"warmup": 2, "decay": "linear", "floor": 0.1}, optimizer={"lr": 0.5}) == 0
+    rates = [record["lr"] for record in read_records(tmp_path / "metrics.jsonl")]
+    assert rates == pytest.approx([0.25, 0.5, 0.3875, 0.275, 0.1625, 0.05])
+
+
+def test_lines_of_metrics_can_be_fewer_but_facts_are_the_same(run_plain: Run, tmp_path: Path) -> None:
+    assert run_plain(tmp_path / "all") == 0
+    assert run_plain(tmp_path / "few", log_every=4) == 0
+    assert [r["step"] for r in read_records(tmp_path / "few" / "metrics.jsonl")] == [3, 4, 6]
+    assert facts(tmp_path / "few") == facts(tmp_path / "all")
+
+
+def test_frozen_layers_keep_every_bit_until_they_are_drawn(run_plain: Run, plain_job: MakeJob, tmp_path: Path) -> None:
+    changes = {"lisa": {"enabled": True, "layers": 1, "interval": 6}, "optimizer": {"weight_decay": 0.5, "lr": 0.1}}
+    assert run_plain(tmp_path, **changes) == 0
+    (active,) = read_records(tmp_path / "metrics.jsonl")[0]["lisa/active"]
+    job = plain_job(tmp_path)
+    start = build(job.config.architecture(job.index), seed=0).state_dict()
+    final = load_file(tmp_path / "model" / "model.safetensors")
+    moved = {name for name, tensor in final.items() if not torch.equal(tensor, start[name])}
+    expected = {name for name in final if ".layers." not in name or f".layers.{active}." in name}
+    assert moved == expected
+
+
+def test_bits_per_byte_are_nats_per_byte_over_log_two(run_plain: Run, tmp_path: Path) -> None:
+    assert run_plain(tmp_path) == 0
+    result = facts(tmp_path)
+    assert result["bits_per_byte"] == pytest.approx(result["validation_loss"] / math.log(2) / 3)
+    assert result["best_validation_loss"] <= result["validation_loss"]
+
+
+def test_a_second_signal_is_remembered_as_one_request(run_plain: Run) -> None:
+    stop = StopRequest()
+    assert not stop()
+    stop._receive(15, None)
+    assert stop()
+
+
+def test_a_rank_that_is_alone_sums_to_itself() -> None:
+    alone = Ranks.current(torch.device("cpu"))
+    assert (alone.rank, alone.world) == (0, 1)
+    assert alone.summed([1.5, 2.0]) == [1.5, 2.0]
+    assert alone.gathered(0.1) == [0.1]
