@@ -21,6 +21,7 @@ _OURS = {
     # A registry that unpickles runs whatever its files say; ours never needs to.
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 _RETRIES = {
     # MLflow's own defaults wait for up to 7 x 120 s on a server that does not answer.

@@ -1,0 +1,234 @@
+"""The gate's truth table: better, worse, within noise, a child over each budget, not finite, not comparable."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.registry.config import PromoteConfig
+from pipelines.registry.evidence import Evidence, load, save
+from pipelines.registry.gate import choose, decide, table, within_budget
+
+DOCUMENTS = 60
+SIZES = np.random.default_rng(0).integers(100, 4000, DOCUMENTS)
+DIFFICULTY = np.random.default_rng(1).uniform(0.7, 1.3, DOCUMENTS)
+CONFIG = PromoteConfig()
+
+
+def model(name: str, bits: float, *, base: str | None = None, scatter: float = 0.0, **changes: Any) -> Evidence:
+    """Return evidence on a model of these bits per byte; `scatter` is noise of its own on each document."""
+    own = np.random.default_rng(len(name)).normal(0.0, scatter, DOCUMENTS)
+    nats = bits * math.log(2.0) * SIZES * DIFFICULTY * (1.0 + own)
+    value = float(nats.sum() / (SIZES.sum() * math.log(2.0)))
+    facts: dict[str, Any] = {
+        "name": name,
+        "fingerprint": f"print of {name}",
+        "digest": f"digest of {name}",
+        "base": base,
+        "family": "decoder",
+        "test_digest": "t" * 64,
+        "bits_per_byte": {"value": value, "low": value - 0.02, "high": value + 0.02},
+        "tasks": {"cloze": {"accuracy": 0.75, "stderr": 0.05, "n": 64, "chance": 0.25}},
+        "size_bytes": 1000 if base is None else 300,
+        "nats": nats,
+        "sizes": SIZES,
+        "baselines": {"gzip": 3.24, "order1": 3.15} if base is None else {},
+        "kl_nats": None if base is None else 0.01,
+        "decode_ms": 4.0,
+    }
+    return Evidence(**(facts | changes))
+
+
+PARENT = model("pretrain", 2.0)
+CHAMPION = model("old", 2.05, version="3")
+
+
+def family(child: Evidence) -> dict[str, Evidence]:
+    """Return a parent and its child by name."""
+    return {"pretrain": PARENT, child.name: child}
+
+
+def child_of_parent(bits: float = 2.002, **changes: Any) -> Evidence:
+    """Return a child of PARENT."""
+    return model("child", bits, base=PARENT.fingerprint, **changes)
+
+
+@pytest.mark.parametrize(
+    ("bits", "scatter", "accepted"),
+    [
+        (2.0, 0.0, True),
+        (2.1, 0.0, False),
+        (2.05, 0.0, False),
+        (2.045, 0.15, False),
+        (1.7, 0.15, True),
+    ],
+    ids=["better", "worse", "equal", "within noise", "better beyond noise"],
+)
+def test_a_parent_must_beat_the_champion_beyond_noise(bits: float, scatter: float, accepted: bool) -> None:
+    candidate = model("pretrain", bits, scatter=scatter)
+    decision = decide(candidate, {"pretrain": candidate}, CHAMPION, CONFIG)
+    assert decision.accepted is accepted
+    assert decision.versus_champion is not None
+    assert (decision.versus_champion["high"] < 1.0) is accepted
+    assert decision.broken == ([] if accepted else ["bits per byte / champion v3"])
+
+
+def test_the_noise_band_is_the_paired_bootstrap_done_by_hand() -> None:
+    candidate = model("pretrain", 2.0, scatter=0.1)
+    decision = decide(candidate, {"pretrain": candidate}, CHAMPION, CONFIG)
+    draws = np.random.default_rng(7).integers(0, DOCUMENTS, (4000, DOCUMENTS))
+    ratios = np.array([candidate.nats[d].sum() / CHAMPION.nats[d].sum() for d in draws])
+    assert decision.versus_champion is not None
+    assert decision.versus_champion["value"] == pytest.approx(candidate.nats.sum() / CHAMPION.nats.sum())
+    assert decision.versus_champion["low"] == pytest.approx(np.quantile(ratios, 0.025), abs=3e-3)
+    assert decision.versus_champion["high"] == pytest.approx(np.quantile(ratios, 0.975), abs=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "limits", "broken"),
+    [
+        ({"bits": 2.1}, {}, "bits per byte / parent"),
+        ({"size_bytes": 1001}, {}, "bytes / parent"),
+        ({"tasks": {"cloze": {"accuracy": 0.3, "stderr": 0.05, "n": 64, "chance": 0.25}}}, {}, "accuracy lost, cloze"),
+        ({"tasks": {}}, {}, "accuracy lost, cloze"),
+        ({"kl_nats": 0.3}, {"max_kl_nats": 0.1}, "KL to parent, nats/token"),
+        ({"kl_nats": None}, {"max_kl_nats": 0.1}, "KL to parent, nats/token"),
+        ({"decode_ms": 9.0}, {"max_latency_ratio": 1.5}, "decode time / parent"),
+        ({"decode_ms": None}, {"max_latency_ratio": 1.5}, "decode time / parent"),
+        ({"bits": 3.3, "baselines": {}}, {"must_beat": ("gzip",), "max_bits_per_byte_ratio": 2.0}, "beats gzip"),
+        ({}, {"must_beat": ("order9",)}, "beats order9"),
+        ({"test_digest": "u" * 64}, {}, "bits per byte / parent"),
+    ],
+)
+def test_a_child_over_one_budget_is_refused_and_that_budget_is_named(
+    changes: dict[str, Any], limits: dict[str, Any], broken: str
+) -> None:
+    child = child_of_parent(**changes)
+    decision = decide(child, family(child), None, PromoteConfig(**limits))
+    assert not decision.accepted
+    assert decision.broken == [broken]
+    assert any(line.startswith(broken) and line.endswith("BROKEN") for line in table(decision).splitlines())
+
+
+def test_a_child_within_all_budgets_is_accepted() -> None:
+    child = child_of_parent()
+    limits = PromoteConfig(max_kl_nats=0.1, max_latency_ratio=1.5, must_beat=("gzip", "order1"))
+    assert decide(child, family(child), None, limits).accepted
+
+
+def test_a_loss_of_accuracy_within_its_noise_is_no_reason_to_refuse() -> None:
+    tasks = {"cloze": {"accuracy": 0.66, "stderr": 0.06, "n": 64, "chance": 0.25}}
+    child = child_of_parent(tasks=tasks)
+    assert decide(child, family(child), None, CONFIG).accepted
+
+
+def test_paired_outcomes_show_a_loss_that_standard_errors_hide() -> None:
+    right, wrong = [1] * 128, [0] * 20 + [1] * 108
+    row = {"accuracy": 1.0, "stderr": 0.08, "n": 128, "chance": 0.25}
+    parent = replace(PARENT, tasks={"cloze": row}, outcomes={"cloze": right})
+    worse = child_of_parent(tasks={"cloze": row | {"accuracy": 108 / 128}})
+    unpaired = decide(worse, {"pretrain": parent, "child": worse}, None, CONFIG)
+    paired_child = replace(worse, outcomes={"cloze": wrong})
+    paired = decide(paired_child, {"pretrain": parent, "child": paired_child}, None, CONFIG)
+    assert unpaired.accepted
+    assert paired.broken == ["accuracy lost, cloze"]
+
+
+@pytest.mark.parametrize(
+    ("champion", "accepted"),
+    [
+        (replace(PARENT, version="1"), True),
+        (model("sibling", 1.99, base=PARENT.fingerprint, version="1"), True),
+        (model("stranger", 1.99, version="1"), False),
+        (model("stranger", 2.1, version="1"), True),
+        (None, True),
+    ],
+    ids=["its parent", "a sibling", "a better stranger", "a worse stranger", "nobody"],
+)
+def test_a_child_may_replace_its_own_family_and_must_beat_strangers(champion: Evidence | None, accepted: bool) -> None:
+    child = child_of_parent()
+    assert decide(child, family(child), champion, CONFIG).accepted is accepted
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_refused_before_any_comparison(poison: float) -> None:
+    nats = PARENT.nats.copy()
+    nats[3] = poison
+    candidate = replace(PARENT, nats=nats)
+    decision = decide(candidate, {"pretrain": candidate}, CHAMPION, CONFIG)
+    assert decision.broken == ["finite numbers"]
+    assert decision.versus_champion is None
+
+
+@pytest.mark.parametrize("bits", [math.nan, 0.0, -1.0, 8.0, 50.0])
+def test_bits_per_byte_that_no_model_has_are_refused(bits: float) -> None:
+    candidate = replace(PARENT, bits_per_byte={"value": bits, "low": 1.0, "high": 2.0})
+    assert "bits per byte" in decide(candidate, {"pretrain": candidate}, None, CONFIG).broken
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"test_digest": "u" * 64}, "held-out text differs"),
+        ({"family": "encoder"}, "count different bits"),
+        ({"sizes": SIZES[:-1], "nats": PARENT.nats[:-1]}, "different documents"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_with_the_reason_unless_allowed(
+    changes: dict[str, Any], reason: str
+) -> None:
+    candidate = replace(PARENT, **changes)
+    decision = decide(candidate, {"pretrain": candidate}, CHAMPION, CONFIG)
+    assert not decision.accepted
+    assert reason in decision.rule
+    assert "promote.allow_new_test_set=true" in table(decision)
+    assert decide(candidate, {"pretrain": candidate}, CHAMPION, PromoteConfig(allow_new_test_set=True)).accepted
+
+
+def test_the_champion_itself_passes_again() -> None:
+    again = replace(CHAMPION, version=None)
+    assert decide(again, {"old": again, "pretrain": PARENT}, CHAMPION, CONFIG).rule == "is the champion already"
+
+
+def test_problems_with_the_evaluation_are_refused_by_their_words() -> None:
+    candidate = replace(PARENT, problems=("the evaluation is of another model",))
+    decision = decide(candidate, {"pretrain": candidate}, None, CONFIG)
+    assert "the evaluation is of another model" in table(decision)
+    assert not decision.accepted
+
+
+def test_smallest_takes_the_smallest_child_within_budget_and_says_whom_it_passed_over() -> None:
+    good = child_of_parent()
+    small = replace(child_of_parent(2.3), name="tiny", fingerprint="print of tiny", size_bytes=50)
+    models = {"pretrain": PARENT, "tiny": small, "child": good}
+    chosen, passed_over = choose(models, CONFIG)
+    assert chosen is good
+    assert passed_over == ["tiny (50 bytes): bits per byte / parent"]
+    assert within_budget(models, CONFIG) == [good]
+
+
+def test_smallest_falls_back_to_the_parent() -> None:
+    bad = child_of_parent(2.5)
+    chosen, passed_over = choose(family(bad), CONFIG)
+    assert chosen is PARENT
+    assert len(passed_over) == 1
+    assert choose({"pretrain": PARENT}, CONFIG) == (PARENT, [])
+
+
+def test_a_named_candidate_is_taken_whatever_it_measures() -> None:
+    bad = child_of_parent(2.5)
+    assert choose(family(bad), PromoteConfig(candidate="child"))[0] is bad
+
+
+def test_evidence_survives_the_registry(tmp_path: Any) -> None:
+    child = child_of_parent(outcomes={"cloze": [1, 0, 1]})
+    save(child, tmp_path)
+    again = load(tmp_path, "7")
+    assert again.facts() == child.facts()
+    assert again.version == "7"
+    assert np.array_equal(again.nats, child.nats)
+    assert decide(replace(again, version=None), family(child), again, CONFIG).rule == "is the champion already"
