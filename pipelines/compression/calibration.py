@@ -6,7 +6,6 @@ Shapes: N sequences, T tokens, D width, I input features.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.compression.base import Statistics
+from pipelines.data.shards import ShardReader
 from pipelines.errors import IntegrityError, NumericError
 
 _BATCH = 8
@@ -55,20 +55,15 @@ def sample_tokens(prepare: Path, *, samples: int, seed: int, masked: bool) -> ND
     Raises:
         IntegrityError: the train split is empty.
     """
-    index = json.loads((prepare / "index.json").read_text(encoding="utf-8"))
-    generator = np.random.default_rng([seed, _PURPOSE])
-    rows = _sequences(prepare, index["splits"]["train"])
-    total = sum(len(shard) for shard in rows)
-    if not total:
+    train = ShardReader(prepare, "train")
+    if not len(train):
         raise IntegrityError(f"{prepare}: the train split is empty, so there is nothing to calibrate on")
-    chosen = np.sort(generator.choice(total, size=min(samples, total), replace=False))
-    starts = np.cumsum([0, *(len(shard) for shard in rows)])
-    where = np.searchsorted(starts, chosen, side="right") - 1
-    tokens_NT = np.stack([rows[s][n - starts[s]] for s, n in zip(where, chosen, strict=True)]).astype(np.int64)
+    generator = np.random.default_rng([seed, _PURPOSE])
+    tokens_NT = train.take(np.sort(generator.choice(len(train), size=min(samples, len(train)), replace=False)))
     if masked:
-        special = [index[key] for key in ("bos_id", "eos_id", "pad_id", "mask_id")]
+        special = [train.index[key] for key in ("bos_id", "eos_id", "pad_id", "mask_id")]
         hidden = (generator.random(tokens_NT.shape) < _HIDDEN_SHARE) & ~np.isin(tokens_NT, special)
-        tokens_NT = np.where(hidden, index["mask_id"], tokens_NT)
+        tokens_NT = np.where(hidden, train.index["mask_id"], tokens_NT)
     return tokens_NT
 
 
@@ -135,11 +130,6 @@ def _accumulate(sum_II: Tensor) -> Any:
         sum_II.add_((rows_NI.T @ rows_NI).cpu())
 
     return hook
-
-
-def _sequences(prepare: Path, split: Mapping[str, Any]) -> list[NDArray[Any]]:
-    files = [prepare / shard["file"] for shard in split["shards"]]
-    return [np.load(path, mmap_mode="r", allow_pickle=False) for path in files]
 
 
 def _batches(tokens_NT: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

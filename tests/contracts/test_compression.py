@@ -1,0 +1,181 @@
+"""The contract of every weight method that the registry finds: a new one is tested here before its author writes a test.
+
+Each runs with its defaults on one layer with correlated inputs, and through the stage on a small decoder and encoder.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel, ValidationError
+from torch import Tensor
+
+from models.architectures.build import build
+from models.architectures.config import ArchitectureConfig
+from models.compression import registry
+from models.compression.base import MethodConfig, Packed, Statistics, relative_error
+from pipelines import artifact
+from pipelines.artifact import Artifact
+from pipelines.compression.config import CompressConfig
+from pipelines.compression.folder import WeightReader
+from pipelines.compression.load import load_model
+from pipelines.compression.stage import run
+from pipelines.data import shards
+from pipelines.errors import ConfigError
+from pipelines.stage import StageContext
+
+IDS = {"bos_id": 60, "eos_id": 61, "pad_id": 62, "mask_id": 63}
+WEIGHT_METHODS = registry.names("weight")
+
+
+@pytest.fixture(params=WEIGHT_METHODS)
+def method(request: pytest.FixtureRequest) -> ModuleType:
+    """Every weight method."""
+    return registry.get(request.param)
+
+
+@pytest.fixture(scope="module")
+def layer() -> tuple[Tensor, Statistics]:
+    """A weight [64, 128] and the statistics of correlated inputs with uneven channels."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.eye(128) + torch.randn(128, 128, generator=generator) / 128**0.5
+    scale = torch.exp(0.7 * torch.randn(128, generator=generator))
+    inputs = (torch.randn(800, 128, generator=generator) @ mixing * scale).double()
+    return torch.randn(64, 128, generator=generator), Statistics(inputs.T @ inputs, 800)
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_a_method_says_what_it_is(name: str) -> None:
+    module = registry.get(name)
+    assert module.kind in {"weight", "structure", "kv_cache", "training"}
+    assert module.calibration in {"none", "hessian"}
+    assert module.bits
+    assert module.paper
+    assert module.__doc__
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_a_configuration_is_frozen_closed_described_and_json(name: str) -> None:
+    kind: type[MethodConfig] = registry.get(name).Config
+    config = kind()
+    assert issubclass(kind, BaseModel)
+    assert all(field.description for field in kind.model_fields.values())
+    assert kind.model_validate(json.loads(config.model_dump_json())) == config
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        kind(no_such_parameter=1)  # type: ignore[call-arg]
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(config, next(iter(kind.model_fields)), 1)
+
+
+def test_compression_is_deterministic_and_leaves_its_input_alone(method: ModuleType, layer: Any) -> None:
+    weight, seen = layer
+    before = weight.clone()
+    one, two = (method.compress(weight, seen, method.Config()).tensors() for _ in range(2))
+    assert torch.equal(weight, before)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_packed_round_trip_is_bit_exact(method: ModuleType, layer: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weight, seen = layer
+    packed: Packed = method.compress(weight, seen, method.Config())
+    save_file(packed.tensors(), tmp_path / "layer.safetensors")
+    again = method.restore(load_file(tmp_path / "layer.safetensors"), method.Config())
+    assert torch.equal(again.dequantize(), packed.dequantize())
+    assert torch.equal(packed.widened().dequantize(), packed.dequantize())
+
+
+def test_counted_bits_are_the_bytes_of_what_is_stored(method: ModuleType, layer: Any) -> None:
+    weight, seen = layer
+    packed: Packed = method.compress(weight, seen, method.Config())
+    size = sum(len(tensor.contiguous().view(torch.uint8).flatten()) for tensor in packed.tensors().values())
+    assert packed.stored_bits() == 8 * size
+    assert packed.stored_bits() < 0.6 * 32 * weight.numel()
+
+
+def test_the_method_does_something_and_not_too_much(method: ModuleType, layer: Any) -> None:
+    weight, seen = layer
+    dense = method.compress(weight, seen, method.Config()).dequantize()
+    assert dense.shape == weight.shape
+    assert dense.dtype == torch.float32
+    assert bool(torch.isfinite(dense).all())
+    assert 0 < relative_error(weight, dense, seen.hessian_II) < 0.5
+
+
+def test_the_method_is_no_worse_than_its_null_arms_at_equal_bits(method: ModuleType, layer: Any) -> None:
+    weight, seen = layer
+    config = method.Config()
+    packed, arms = method.compress(weight, seen, config), method.nulls(weight, seen, config)
+    assert bool(arms) != bool(method.not_informative), "either arms to compare with, or the reason why there are none"
+    error = relative_error(weight, packed.dequantize(), seen.hessian_II)
+    for name, arm in arms.items():
+        assert arm.stored_bits() == packed.stored_bits(), name
+        assert error < relative_error(weight, arm.dequantize(), seen.hessian_II), name
+
+
+def test_missing_calibration_is_refused_by_name(method: ModuleType, layer: Any) -> None:
+    weight, _ = layer
+    if method.calibration == "none":
+        assert method.compress(weight, Statistics(), method.Config()).dequantize().shape == weight.shape
+    else:
+        name = method.__name__.rpartition(".")[2]
+        with pytest.raises(ValueError, match=f"{name} needs calibration"):
+            method.compress(weight, Statistics(), method.Config())
+
+
+@pytest.fixture(scope="module")
+def prepare(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A train split of random tokens."""
+    folder = tmp_path_factory.mktemp("prepare") / "build"
+    folder.mkdir()
+    tokens = torch.randint(0, 60, (8, 32), generator=torch.Generator().manual_seed(0)).numpy()
+    entries = shards.write([tokens], folder, "train", sequence_length=32, dtype="uint16", shard_bytes=4096)
+    index = {"format": 1, "sequence_length": 32, "vocab_size": 64, "dtype": "uint16"} | IDS
+    (folder / "index.json").write_text(json.dumps(index | {"splits": {"train": {"shards": entries}}}))
+    return _publish(folder)
+
+
+@pytest.fixture(scope="module", params=["decoder", "encoder"])
+def parent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A small model of either family."""
+    shape = ArchitectureConfig(
+        family=request.param, width=32, layers=2, heads=2, ffn_width=64, vocab_size=64, max_positions=32, **IDS
+    )
+    folder = tmp_path_factory.mktemp(request.param) / "build"
+    build(shape, seed=0).save_pretrained(folder / "model")
+    return _publish(folder)
+
+
+def test_both_families_are_compressed_or_refused_by_name(
+    method: ModuleType, prepare: Artifact, parent: Artifact, tmp_path: Path
+) -> None:
+    name = method.__name__.rpartition(".")[2]
+    context = StageContext(node="compress.x", scratch=tmp_path, compute={"device": "cpu"})
+    config = CompressConfig.model_validate({"method": name})
+    try:
+        run(config, {"prepare": prepare, "model": parent}, tmp_path, context)
+    except ConfigError as error:
+        assert name in str(error)  # noqa: PT017 - a refusal is one of the two right answers
+        return
+    report = json.loads((tmp_path / "compression.json").read_text())
+    assert report["totals"]["layers"] == len(report["layers"]) > 0
+    assert report["totals"]["bytes"] < report["totals"]["parent_bytes"]
+    model, reader = load_model(tmp_path / "model"), WeightReader(tmp_path / "model")
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(32).unsqueeze(0)).logits
+    assert bool(torch.isfinite(logits).all())
+    for layer_name in report["layers"]:
+        assert torch.equal(model.get_parameter(f"{layer_name}.weight"), reader.dense(f"{layer_name}.weight"))
+
+
+def _publish(folder: Path) -> Artifact:
+    return artifact.publish(
+        folder, folder.with_name("artifact"), stage="x", node="x", identity={}, parents={}, summary={}
+    )

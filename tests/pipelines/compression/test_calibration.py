@@ -1,0 +1,118 @@
+"""Calibration against a plain forward pass of the whole model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.compression import rtn
+from pipelines.compression import calibration, skeleton, walk
+from pipelines.compression.folder import WeightReader
+from pipelines.compression.load import load_model
+from pipelines.errors import IntegrityError
+
+
+def _recorded(model: nn.Module, names: list[str], tokens: Tensor) -> dict[str, Tensor]:
+    """Run the whole model once and return X^T X at each named layer."""
+    sums: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = inputs[0].flatten(0, -2).double()
+            sums[name] = rows.T @ rows
+
+        return keep
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    with torch.no_grad():
+        model(input_ids=tokens)
+    for handle in handles:
+        handle.remove()
+    return sums
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder"])
+def test_each_layer_sees_the_outputs_of_the_compressed_prefix(family: str, small: Any) -> None:
+    """Replay: before block n is compressed, its inputs are those of a model whose blocks below n are compressed."""
+    bench = small(family=family, layers=4)
+    source = bench.parent.path / "model"
+    model, reader = skeleton.build(source), WeightReader(source)
+    tokens = calibration.sample_tokens(bench.prepare.path, samples=12, seed=0, masked=False)
+    names = walk.targets(model, ())
+    seen: dict[str, Any] = {}
+
+    class Spy:
+        @staticmethod
+        def compress(weight: Tensor, statistics: Any, config: Any) -> Any:
+            seen[names[len(seen)]] = statistics
+            return rtn.compress(weight, statistics, config)
+
+        nulls = staticmethod(rtn.nulls)
+
+    replay = load_model(source)
+    config = rtn.Config(bits=2)
+    steps = walk.walk(
+        model,
+        reader,
+        Spy,
+        config,
+        names=names,
+        tokens_NT=tokens,
+        device=torch.device("cpu"),  # type: ignore[arg-type]
+    )
+    for index, block in enumerate(steps):
+        expected = _recorded(replay, list(block), torch.from_numpy(tokens))
+        for name in block:
+            assert seen[name].tokens == tokens.size, index
+            scale = expected[name].abs().max()
+            assert torch.allclose(seen[name].hessian_II / scale, expected[name] / scale, atol=1e-5), name
+        for name, layer in block.items():
+            replay.get_submodule(name).weight.data.copy_(layer.packed.dequantize())
+
+
+def test_the_same_seed_takes_the_same_text_and_another_does_not(small: Any) -> None:
+    prepare = small().prepare.path
+    one, same, other = (calibration.sample_tokens(prepare, samples=8, seed=s, masked=False) for s in (3, 3, 4))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+    assert len({tuple(row) for row in one.tolist()}) == 8
+
+
+def test_a_small_split_is_taken_whole(small: Any) -> None:
+    assert calibration.sample_tokens(small().prepare.path, samples=999, seed=0, masked=False).shape == (24, 96)
+
+
+def test_an_encoder_sees_three_tokens_in_ten_masked_and_no_special_one(small: Any) -> None:
+    prepare = small().prepare.path
+    plain = calibration.sample_tokens(prepare, samples=24, seed=0, masked=False)
+    shown = calibration.sample_tokens(prepare, samples=24, seed=0, masked=True)
+    hidden = shown == 259
+    assert np.array_equal(shown[~hidden], plain[~hidden])
+    assert 0.25 < hidden.mean() < 0.35
+    assert not hidden[plain >= 256].any()
+
+
+def test_an_empty_train_split_is_refused(tmp_path: Path) -> None:
+    split = {"shards": [], "sequences": 0}
+    index = {"format": 1, "dtype": "uint16", "sequence_length": 8, "splits": {"train": split}}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(IntegrityError, match="nothing to calibrate on"):
+        calibration.sample_tokens(tmp_path, samples=4, seed=0, masked=False)
+
+
+@pytest.mark.parametrize(("count", "size"), [(24, 8), (7, 7), (13, 1), (10, 5)])
+def test_batches_have_one_size(count: int, size: int, small: Any) -> None:
+    bench = small()
+    model = skeleton.build(bench.parent.path / "model")
+    stack, layers = skeleton.blocks(model)
+    skeleton.load_rest(model, stack, WeightReader(bench.parent.path / "model"), torch.device("cpu"))
+    tokens = calibration.sample_tokens(bench.prepare.path, samples=count, seed=0, masked=False)
+    prefix = calibration.enter(model, layers, tokens, torch.device("cpu"))
+    assert [len(batch) for batch in prefix.hidden] == [size] * (count // size)
+    assert len(prefix.arguments) == len(layers)

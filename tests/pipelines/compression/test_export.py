@@ -1,0 +1,107 @@
+"""Children load in a fresh process with transformers alone, and are there what the stage says they are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipelines.compression.folder import WeightReader
+from pipelines.compression.load import load_model
+
+CHILDREN = [
+    {"method": "rtn"},
+    {"method": "rtn", "bits": 4, "group_size": 64},
+    {"method": "gptq", "symmetric": False},
+    {"method": "wanda", "pattern": "2:4"},
+    {"method": "rtn", "bits": 6, "embeddings": "quantize"},
+    {"method": "gptq", "embeddings": "bfloat16"},
+]
+
+
+def plain_transformers(folder: Path, kind: str, tokens: Tensor, work: Path) -> tuple[Tensor, dict[str, Any]]:
+    """Return (logits, what the process said)."""
+    asked = work / "tokens.json"
+    asked.write_text(json.dumps(tokens.tolist()))
+    script = Path(__file__).with_name("load_child.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), kind, str(asked)], capture_output=True, text=True, cwd=work
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return load_file(folder.parent / "logits.safetensors")["logits"], json.loads(done.stdout.splitlines()[-1])
+
+
+def dense_logits(parent: Path, child: Path, tokens: Tensor) -> Tensor:
+    """Return the logits of the parent with the child's dequantized weights put into it: no packed layer is involved."""
+    model, reader = load_model(parent), WeightReader(child)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(reader.dense(name))
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+@pytest.mark.parametrize("table", CHILDREN, ids=lambda t: "-".join(str(v) for v in t.values()))
+@pytest.mark.parametrize(("family", "kind"), [("decoder", "AutoModelForCausalLM"), ("encoder", "AutoModelForMaskedLM")])
+def test_a_child_loads_without_our_code_and_computes_the_dequantized_model(
+    table: dict[str, Any], family: str, kind: str, small: Any, compress: Callable[..., Any], tmp_path: Path
+) -> None:
+    bench = small(family=family)
+    out, report = compress(bench, table)
+    assert report["loads_with"] == "transformers"
+    logits, said = plain_transformers(out / "model", kind, bench.held_BT, tmp_path)
+    assert torch.equal(logits, dense_logits(bench.parent.path / "model", out / "model", bench.held_BT))
+    assert said["ours"] == []
+    if family == "decoder":
+        assert [len(row) for row in said["generated"]] == [6] * len(bench.held_BT)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_matrix_of_its_own_is_handled_like_the_embedding(
+    tied: bool, small: Any, compress: Callable[..., Any], tmp_path: Path
+) -> None:
+    bench = small(tie_embeddings=tied)
+    out, _ = compress(bench, {"method": "rtn", "bits": 8, "embeddings": "quantize"})
+    stored = load_file(out / "model" / "model.safetensors")
+    assert ("lm_head.weight_packed" in stored) is not tied
+    assert "model.embed_tokens.weight_packed" in stored
+    logits, _ = plain_transformers(out / "model", "AutoModelForCausalLM", bench.held_BT, tmp_path)
+    assert torch.equal(logits, dense_logits(bench.parent.path / "model", out / "model", bench.held_BT))
+
+
+def test_a_bitmask_child_is_refused_by_transformers_and_loaded_by_ours(
+    small: Any, compress: Callable[..., Any]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    bench = small()
+    out, report = compress(bench, {"method": "wanda", "value_bits": 32, "storage": "bitmask"})
+    assert report["loads_with"] == "pipelines.compression.load"
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(out / "model")
+    with torch.no_grad():
+        logits = load_model(out / "model")(input_ids=bench.held_BT).logits
+    assert torch.equal(logits, dense_logits(bench.parent.path / "model", out / "model", bench.held_BT))
+
+
+def test_a_width_that_groups_do_not_divide_gets_a_group_that_does(small: Any, compress: Callable[..., Any]) -> None:
+    out, report = compress(small(), {"method": "rtn", "bits": 4, "group_size": 16})
+    groups = json.loads((out / "model" / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert sorted(group["weights"]["group_size"] for group in groups.values()) == [8, 16]
+    down = report["layers"]["model.layers.0.mlp.down_proj"]
+    assert down["shape"] == [32, 88]
+    assert down["bits_per_weight"] > report["layers"]["model.layers.0.mlp.up_proj"]["bits_per_weight"]
+
+
+def test_tokenizer_and_generation_config_come_along(small: Any, compress: Callable[..., Any]) -> None:
+    out, _ = compress(small(), {"method": "rtn"})
+    assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors"} <= {
+        path.name for path in (out / "model").iterdir()
+    }
