@@ -82,6 +82,10 @@ class Stage:
         """Return what the fingerprint is taken over; `inputs` maps input names to fingerprints or data hashes."""
         return {"stage": self.name, "version": self.version, "config": config.identity(), "inputs": dict(inputs)}
 
+    def lineage(self, config: Settings, inputs: Mapping[str, str]) -> dict[str, Any]:
+        """Return what an unfinished attempt must share with this one to be gone on from: names the scratch folder."""
+        return {**self.identity(config, inputs), "config": config.lineage()}
+
     def source_digest(self) -> str:
         """Return the sha256 over this stage's source files."""
         return _source_digest(self.sources)
@@ -106,7 +110,7 @@ STAGES: dict[str, Stage] = {
             version=1,
             entry="pipelines.data.stage:run",
             sources=("pipelines/data",),
-            observations=("observations.json",),
+            observations=("report.json", "quarantine.jsonl"),
         ),
         Stage(
             "pretrain",

@@ -46,10 +46,11 @@ class PrepareConfig(Settings):
     )
     sequence_length: int = Field(256, ge=8, le=1_048_576, description="Tokens per packed sequence.")
     seed: int = Field(
-        2867,
+        # For the bundled corpus this one holds out 3.6 % each for validation and test, with plays, scripture and
+        # manuals in both. Two texts of one play would count as two pieces of evidence: test has modern texts only.
+        2703,
         ge=0,
         lt=2**32,
-        # This one gives the bundled corpus validation and test splits of 3.5 % each with every kind of source in both.
         description="Seed of the split and of the MinHash permutations.",
     )
     validation_fraction: float = Field(0.035, gt=0, lt=0.5, description="Expected share of the works in validation.")

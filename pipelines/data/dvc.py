@@ -19,6 +19,8 @@ DEADLINE_S = 3600.0
 """Longest time that one command may take, waiting for the lock included: pulls of large corpora are slow."""
 LOCK_WAIT_S = 120.0
 """Longest wait for another DVC command."""
+RESTORE = "`ingot data push` from a checkout that has this version of the corpus restores the remote"
+CHECK_REMOTE = "check the remote: `dvc remote list`, its address and credentials"
 _RETRY_S = 0.5
 
 
@@ -77,8 +79,6 @@ def _error(arguments: tuple[str, ...], stderr: str) -> IngotError:
     if any(sign in stderr for sign in ("missing-files", "Missing cache files", "failed to push data to the cloud")):
         return IntegrityError(
             f"{command}: the remote (or the cache) lacks an object that data.dvc names, or has a damaged one\n{said}",
-            hint="whoever added this version of the corpus must `ingot data push` it",
+            hint=RESTORE,
         )
-    return TransientError(
-        f"{command} failed\n{said}", hint="check the remote: `dvc remote list`, its address and credentials"
-    )
+    return TransientError(f"{command} failed\n{said}", hint=CHECK_REMOTE)

@@ -30,20 +30,3 @@ def pack(
         if full := len(tail) // sequence_length:
             yield tail[: full * sequence_length].reshape(full, sequence_length)
             tail = tail[full * sequence_length :]
-
-
-def unpack(sequences: NDArray[np.int64], *, bos_id: int, eos_id: int) -> list[list[int]]:
-    """Return the documents that were packed, without special tokens; a cut last one is returned as far as it goes.
-
-    Args:
-        sequences: [sequences, sequence_length], in their order.
-        bos_id: marks the start of a document.
-        eos_id: marks its end.
-    """
-    stream = sequences.reshape(-1)
-    starts = np.flatnonzero(stream == bos_id)
-    ends = [*starts[1:], len(stream)]
-    return [
-        [int(token) for token in stream[start + 1 : end] if token != eos_id]
-        for start, end in zip(starts, ends, strict=True)
-    ]

@@ -197,15 +197,15 @@ def checkout_corpus(config: DataConfig, scratch: Path, checkout: Path = CHECKOUT
         return verify(config, checkout)
     expected = data_hash(config, checkout)
     target = scratch / f"corpus-{expected.removesuffix(_DIRECTORY)}"
-    hint = f"the DVC remote is damaged for {config.rev}; `ingot data push` from a clone that has this version"
     if not target.exists():
         _fetch(config, target, checkout)
-    return _verified(target, expected, checkout, hint)
+    return _verified(target, expected, checkout, f"delete {target} and run again; else {dvc.RESTORE}")
 
 
 def _fetch(config: DataConfig, target: Path, checkout: Path) -> None:
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
+    from dvc_data.index import DataIndexDirError
 
     partial = target.with_name(f".{target.name}.partial")
     if partial.is_dir():
@@ -213,13 +213,12 @@ def _fetch(config: DataConfig, target: Path, checkout: Path) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         DVCFileSystem(str(checkout), rev=config.rev).get(config.path, str(partial), recursive=True)
-    except FileNotFoundError as error:
-        raise IntegrityError(
-            f"the corpus at {config.rev} is not in the DVC cache or remote: {error}",
-            hint="`ingot data push` from a clone that has this version",
-        ) from None
-    except (DvcException, OSError) as error:
-        raise TransientError(f"fetching the corpus at {config.rev} failed: {error}") from error
+    except (FileNotFoundError, DataIndexDirError, DvcException, OSError) as error:
+        if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError):
+            raise IntegrityError(
+                f"the corpus at {config.rev} is not in the DVC cache or remote: {error}", hint=dvc.RESTORE
+            ) from None
+        raise TransientError(f"fetching the corpus at {config.rev} failed: {error}", hint=dvc.CHECK_REMOTE) from error
     partial.rename(target)
 
 
@@ -252,10 +251,14 @@ def pull(config: DataConfig, checkout: Path = CHECKOUT, *, force: bool = False) 
     """
     try:
         dvc.run(checkout, "pull", *(["--force"] if force else []), config.dvc_file)
-    except IntegrityError as error:
+    except (IntegrityError, TransientError) as error:
         listing = _listing(data_hash(config, checkout), checkout) or {}
-        raise IntegrityError(error.message + _bad_objects(listing, checkout), hint=error.hint) from None
-    corpus = verify(config, checkout)
+        if bad := _bad_objects(listing, checkout):
+            raise IntegrityError(error.message + bad, hint=dvc.RESTORE) from None
+        raise
+    # DVC trusts its cache without hashing it again.
+    hint = "the DVC cache is damaged: delete .dvc/cache/files, then `ingot data pull --force`"
+    corpus = _verified(checkout / config.path, data_hash(config, checkout), checkout, hint)
     return {"hash": corpus.hash, "files": len(corpus.md5), "path": str(corpus.path)}
 
 

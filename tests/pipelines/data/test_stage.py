@@ -1,0 +1,241 @@
+"""The prepare stage as a whole: corrupt input, planted copies, worker counts, and what the artifact promises."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from pipelines.data import spool, stage
+from pipelines.data.config import PrepareConfig
+from pipelines.data.shards import ShardReader
+from pipelines.data.split import SPLITS
+from pipelines.data.versioning import Corpus, hash_files
+from pipelines.errors import IntegrityError
+from pipelines.stage import STAGES, Progress, StageContext
+
+Records = list[dict[str, Any]]
+OBSERVATIONS = set(STAGES["prepare"].observations)
+
+BAD_LINES = (
+    b'{"text": "caf\xe9"}',
+    b'{"text": "cut',
+    b'{"text": "a\x00b"}',
+    b'{"text": 5}',
+    b'{"id": "no text"}',
+    b'{"text": ' + b"[" * 5000,
+    b'{"text": "' + b"x" * 2000 + b'"}',
+)
+
+
+def results(folder: Path) -> dict[str, str]:
+    """sha256 of every result file."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    digests = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {name: digest for name, digest in digests.items() if name not in OBSERVATIONS}
+
+
+def kept(folder: Path) -> dict[str, list[spool.Document]]:
+    return {split: list(spool.documents(folder / "documents" / f"{split}.jsonl.zst")) for split in SPLITS}
+
+
+def test_a_corrupt_corpus_gives_the_bytes_of_the_clean_one_and_lists_every_bad_record(
+    tmp_path: Path,
+    make_documents: Callable[..., Records],
+    write_shard: Callable[..., Path],
+    prepare: Callable[..., Path],
+) -> None:
+    records = make_documents(120, words=60)
+    clean = write_shard(tmp_path / "clean" / "a.jsonl", records).parent
+    lines = [json.dumps(record).encode() for record in records]
+    for number, bad in enumerate(BAD_LINES):
+        lines.insert(10 * number + 3, bad)
+    dirty = tmp_path / "dirty"
+    dirty.mkdir()
+    with gzip.open(dirty / "a.jsonl.gz", "wb") as file:
+        file.write(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    first = prepare(clean, max_line_bytes=1024)
+    second = prepare(dirty, max_line_bytes=1024, max_bad_fraction=0.1)
+    assert results(first) == results(second)
+    quarantined = [json.loads(line) for line in (second / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [bad["line"] for bad in quarantined] == [10 * n + 4 for n in range(len(BAD_LINES))]
+    raw = gzip.decompress((dirty / "a.jsonl.gz").read_bytes())
+    for bad, line in zip(quarantined, BAD_LINES, strict=True):
+        assert raw[bad["offset"] :].startswith(line)
+    assert json.loads((second / "report.json").read_text(encoding="utf-8"))["quarantined"] == len(BAD_LINES)
+
+
+def test_too_many_malformed_records_stop_the_stage_with_the_first_five(
+    tmp_path: Path,
+    make_documents: Callable[..., Records],
+    write_shard: Callable[..., Path],
+    prepare: Callable[..., Path],
+) -> None:
+    shard = write_shard(tmp_path / "c" / "a.jsonl", make_documents(100, words=60))
+    shard.write_bytes(shard.read_bytes() + b"\n".join(BAD_LINES) + b"\n")
+    with pytest.raises(IntegrityError, match=r"7 of 107 records are malformed \(6\.54%\)") as caught:
+        prepare(shard.parent, max_bad_fraction=0.05, max_line_bytes=1024)
+    assert caught.value.exit_code == 3
+    assert caught.value.message.count("a.jsonl, line 10") == 5
+    listed = Path(str(caught.value.hint).split()[-1]).read_text(encoding="utf-8")
+    assert len(listed.splitlines()) == 7
+
+
+def test_a_damaged_shard_stops_the_stage_however_many_records_may_be_bad(
+    tmp_path: Path, make_documents: Callable[..., Records], prepare: Callable[..., Path]
+) -> None:
+    raw = "".join(json.dumps(record) + "\n" for record in make_documents(100)).encode()
+    folder = tmp_path / "c"
+    folder.mkdir()
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(raw)[:-2000])
+    with pytest.raises(IntegrityError, match="damaged shard"):
+        prepare(folder, max_bad_fraction=0.9)
+    prepare(folder, max_bad_fraction=1.0)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"text": "too short"}\n'])
+def test_a_corpus_without_documents_stops_the_stage(tmp_path: Path, content: str, prepare: Callable[..., Path]) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "a.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(IntegrityError, match="no document is left"):
+        prepare(tmp_path / "c")
+
+
+def test_a_split_smaller_than_one_sequence_stops_the_stage(
+    tmp_path: Path,
+    make_documents: Callable[..., Records],
+    write_shard: Callable[..., Path],
+    prepare: Callable[..., Path],
+) -> None:
+    folder = write_shard(tmp_path / "c" / "a.jsonl", make_documents(30)).parent
+    with pytest.raises(IntegrityError, match="less than one sequence of 4096"):
+        prepare(folder, sequence_length=4096)
+
+
+def test_planted_copies_are_dropped_and_counted_and_unique_documents_stay(
+    tmp_path: Path,
+    make_documents: Callable[..., Records],
+    write_shard: Callable[..., Path],
+    prepare: Callable[..., Path],
+) -> None:
+    unique = make_documents(200, words=150)
+    poison = dict(unique[7])
+    exact = [poison | {"id": f"exact-{n}"} for n in range(10)]
+    disguised = [poison | {"id": f"disguised-{n}", "text": "\u200b".join(poison["text"].upper())} for n in range(3)]
+    words = poison["text"].split()
+    edited = [poison | {"id": f"edited-{n}", "text": " ".join([*words[:n], "CHANGED", *words[n:]])} for n in (20, 70)]
+    out = prepare(write_shard(tmp_path / "c" / "a.jsonl", unique + exact + disguised + edited).parent)
+    ids = sorted(document.id for documents in kept(out).values() for document in documents)
+    assert ids == sorted(record["id"] for record in unique)
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert report["duplicates"] == {"exact": 13, "near": 2, "near_clusters": 1, "largest_near_cluster": 3}
+    assert report["sources"][poison["source"]]["dropped"] == {"exact duplicate": 13, "near duplicate": 2}
+
+
+def test_works_that_share_a_copy_land_on_one_side(
+    tmp_path: Path,
+    make_documents: Callable[..., Records],
+    write_shard: Callable[..., Path],
+    prepare: Callable[..., Path],
+) -> None:
+    records = [record | {"work": f"work-{number // 4}"} for number, record in enumerate(make_documents(160))]
+    for chain in range(0, 36, 4):
+        records[4 * chain + 5] |= {"text": records[4 * chain]["text"]}
+    out = prepare(write_shard(tmp_path / "c" / "a.jsonl", records).parent, test_fraction=0.3, validation_fraction=0.3)
+    side = {document.work: split for split, documents in kept(out).items() for document in documents}
+    for chain in range(0, 36, 4):
+        assert side[f"work-{chain}"] == side[f"work-{chain + 1}"]
+    assert set(side.values()) == set(SPLITS)
+
+
+def test_the_number_of_workers_changes_no_byte(
+    tmp_path: Path,
+    make_documents: Callable[..., Records],
+    write_shard: Callable[..., Path],
+    prepare: Callable[..., Path],
+) -> None:
+    folder = write_shard(tmp_path / "c" / "a.jsonl", make_documents(900, words=400)).parent
+    alone, together = prepare(folder, workers=1), prepare(folder, workers=2)
+    assert results(alone) == results(together)
+    assert (alone / "report.json").read_bytes() == (together / "report.json").read_bytes()
+
+
+def test_a_second_attempt_in_the_same_scratch_is_not_mixed_with_the_first(
+    tmp_path: Path,
+    make_documents: Callable[..., Records],
+    write_shard: Callable[..., Path],
+    prepare: Callable[..., Path],
+) -> None:
+    folder = write_shard(tmp_path / "c" / "a.jsonl", make_documents(60)).parent
+    reference = prepare(folder)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for name in ("spool.jsonl.zst", "signatures.u32", "quarantine.jsonl"):
+        (scratch / name).write_bytes(b"left over from a killed attempt" * 100)
+    out = tmp_path / "again"
+    out.mkdir()
+    config = PrepareConfig(vocab_size=300, sequence_length=16, workers=1)
+    stage.prepare(Corpus(folder, "hash", hash_files(folder)), config, out, StageContext("prepare", scratch))
+    assert results(out) == results(reference)
+    assert (out / "quarantine.jsonl").read_bytes() == b""
+
+
+def test_a_corpus_that_changes_after_its_verification_is_refused(
+    tmp_path: Path, make_documents: Callable[..., Records], write_shard: Callable[..., Path]
+) -> None:
+    shard = write_shard(tmp_path / "c" / "a.jsonl", make_documents(60))
+    verified = Corpus(shard.parent, "hash", hash_files(shard.parent))
+    shard.write_bytes(shard.read_bytes().replace(b"d0-5", b"d0-6", 1))
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(IntegrityError, match=r"a\.jsonl changed while it was read: expected md5 \w{32}, found \w{32}"):
+        stage.prepare(verified, PrepareConfig(), out, StageContext("prepare", tmp_path / "scratch"))
+    assert list(out.iterdir()) == []
+
+
+def test_progress_is_reported_from_the_first_step_to_the_last(
+    tmp_path: Path, make_documents: Callable[..., Records], write_shard: Callable[..., Path]
+) -> None:
+    folder = write_shard(tmp_path / "c" / "a.jsonl", make_documents(60)).parent
+    reports: list[Progress] = []
+    out = tmp_path / "out"
+    out.mkdir()
+    context = StageContext("prepare", tmp_path / "scratch", report=reports.append)
+    config = PrepareConfig(vocab_size=300, sequence_length=16)
+    stage.prepare(Corpus(folder, "hash", hash_files(folder)), config, out, context)
+    assert [report.done for report in reports] == [1, 2, 3, 4, 5]
+    assert {report.total for report in reports} == {5}
+
+
+def test_the_index_agrees_with_the_shards_the_documents_and_the_tokenizer(bundled: Path) -> None:
+    index = json.loads((bundled / "index.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_file(str(bundled / "tokenizer" / "tokenizer.json"))
+    assert index["vocab_size"] == tokenizer.get_vocab_size()
+    for split, documents in kept(bundled).items():
+        facts = index["splits"][split]
+        reader = ShardReader(bundled, split)
+        assert facts["sequences"] == len(reader)
+        assert facts["tokens"] == len(reader) * index["sequence_length"]
+        assert facts["documents"] == len(documents)
+        assert facts["bytes"] == sum(len(document.text.encode()) for document in documents)
+        assert 0 <= facts["dropped_tokens"] < index["sequence_length"]
+
+
+def test_decoding_the_packed_test_split_gives_its_documents_back(bundled: Path) -> None:
+    index = json.loads((bundled / "index.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_file(str(bundled / "tokenizer" / "tokenizer.json"))
+    reader = ShardReader(bundled, "test")
+    stream = reader.take(np.arange(len(reader))).ravel()
+    starts = np.flatnonzero(stream == index["bos_id"])
+    decoded = [tokenizer.decode(piece[:-1].tolist()) for piece in np.split(stream, starts[1:])]
+    texts = [document.text for document in kept(bundled)["test"]]
+    whole = len(decoded) - 1
+    assert [text.removeprefix("<|bos|>") for text in decoded[:whole]] == texts[:whole]
+    assert len(texts) - whole <= 1
