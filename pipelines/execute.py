@@ -47,13 +47,14 @@ def materialize(
     key = fingerprint.digest(identity)
     if not force and (cached := store.find(stage.name, key)):
         return cached
-    with store.lease(stage.name, key, wait_s=wait_s):
+    lineage = fingerprint.digest(stage.lineage(config, input_keys))
+    with store.lease(stage.name, lineage, wait_s=wait_s):
         # Another run may have published it while this one waited for the lease.
         if not force and (cached := store.find(stage.name, key)):
             return cached
         for used in inputs.values():
             used.verify()
-        scratch = store.scratch(stage.name, key)
+        scratch = store.scratch(stage.name, lineage)
         scratch.mkdir(parents=True, exist_ok=True)
         build = store.build_folder(stage.name, key)
         started = time.monotonic()

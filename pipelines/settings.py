@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 NOT_IDENTITY: dict[str, Any] = {"identity": False}
 """`Field(json_schema_extra=NOT_IDENTITY)` marks a field that cannot change a result (worker counts, log level)."""
+
+ELASTIC: dict[str, Any] = {"elastic": True}
+"""`Field(json_schema_extra=ELASTIC)` marks a field that changes a result by rounding only (number of ranks, sharding):
+it is identity, but a run that was cut short under one value may go on under another."""
 
 
 class Settings(BaseModel):
@@ -17,21 +22,28 @@ class Settings(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that can change a result, as JSON values: what enters a fingerprint."""
-        return {name: _identity_of(getattr(self, name)) for name in type(self).model_fields if self._is_identity(name)}
+        return self._chosen(lambda extra: extra.get("identity") is not False)
 
-    @classmethod
-    def _is_identity(cls, name: str) -> bool:
-        extra = cls.model_fields[name].json_schema_extra
-        return not (isinstance(extra, dict) and extra.get("identity") is False)
+    def lineage(self) -> dict[str, Any]:
+        """Return the identity without elastic fields: runs that agree in it can go on from each other's state."""
+        return self._chosen(lambda extra: extra.get("identity") is not False and not extra.get("elastic"))
+
+    def _chosen(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        extras = {name: field.json_schema_extra for name, field in type(self).model_fields.items()}
+        return {
+            name: _as_json(getattr(self, name), wanted)
+            for name, extra in extras.items()
+            if wanted(extra if isinstance(extra, dict) else {})
+        }
 
 
-def _identity_of(value: Any) -> Any:
+def _as_json(value: Any, wanted: Callable[[dict[str, Any]], bool]) -> Any:
     if isinstance(value, Settings):
-        return value.identity()
+        return value._chosen(wanted)  # noqa: SLF001 - of the class above
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, list | tuple):
-        return [_identity_of(child) for child in value]
+        return [_as_json(child, wanted) for child in value]
     if isinstance(value, dict):
-        return {key: _identity_of(child) for key, child in value.items()}
+        return {key: _as_json(child, wanted) for key, child in value.items()}
     return value

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from models.architectures.config import PRESETS, ArchitectureConfig, Family, Shape, preset
-from pipelines.settings import NOT_IDENTITY, Settings
+from pipelines.settings import ELASTIC, NOT_IDENTITY, Settings
 
 _DEFAULT_LR = {"lamb": 2e-2, "adamw": 3e-3, "lars": 2e-2}
 _DEFAULT_EPS = {"lamb": 1e-6, "adamw": 1e-8, "lars": 1e-6}
@@ -137,11 +137,15 @@ class PretrainConfig(Settings):
     engine: Literal["deepspeed", "plain"] = Field(
         "deepspeed", description="deepspeed through Accelerate, or plain PyTorch in one process."
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="ZeRO stage: what DeepSpeed shards over the ranks.")
-    world_size: int = Field(2, ge=1, le=65536, description="Ranks: one process each.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="ZeRO stage: what DeepSpeed shards over the ranks.", json_schema_extra=ELASTIC
+    )
+    world_size: int = Field(2, ge=1, le=65536, description="Ranks: one process each.", json_schema_extra=ELASTIC)
     steps: int = Field(400, ge=1, description="Optimizer steps.")
     batch_size: int = Field(8, ge=1, description="Sequences of one optimizer step, over all ranks.")
-    micro_batch_size: int = Field(4, ge=1, description="Sequences of one forward pass on one rank.")
+    micro_batch_size: int = Field(
+        4, ge=1, description="Sequences of one forward pass on one rank.", json_schema_extra=ELASTIC
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Arithmetic; bf16 keeps fp32 master weights.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of weights, data order, masks and layer draws.")
     validate_every: int = Field(50, ge=1, description="Steps between validations; one follows the last step.")

@@ -16,7 +16,7 @@ from pipelines.artifact import Artifact
 from pipelines.errors import IntegrityError, LockedError
 from pipelines.execute import materialize
 from pipelines.fingerprint import digest
-from pipelines.settings import Settings
+from pipelines.settings import ELASTIC, Settings
 from pipelines.stage import Stage, StageContext, StageFunction
 from pipelines.store import Store
 
@@ -25,6 +25,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 class Config(Settings):
     text: str = Field("hello", description="What the stage writes.")
+    ranks: int = Field(1, description="Ranks.", json_schema_extra=ELASTIC)
 
 
 class Counting(Stage):
@@ -61,11 +62,14 @@ class Bench:
     def runs(self) -> int:
         return len(self.stage.contexts)
 
-    def make(self, text: str = "hello", inputs: Mapping[str, Artifact] | None = None, **options: Any) -> Artifact:
+    def make(
+        self, text: str = "hello", inputs: Mapping[str, Artifact] | None = None, *, ranks: int = 1, **options: Any
+    ) -> Artifact:
         context = StageContext(node="prepare", scratch=Path("/nowhere"))
         keys = {name: used.manifest.fingerprint for name, used in (inputs or {}).items()}
+        config = Config(text=text, ranks=ranks)
         return materialize(
-            self.stage, Config(text=text), inputs or {}, self.store, context, input_keys=keys, data_hash="d", **options
+            self.stage, config, inputs or {}, self.store, context, input_keys=keys, data_hash="d", **options
         )
 
 
@@ -113,6 +117,17 @@ def test_a_failed_body_publishes_nothing_and_the_next_attempt_finds_its_scratch(
     assert [path.name for path in made.path.parent.iterdir()] == [made.path.name]
 
 
+def test_another_number_of_ranks_goes_on_from_the_same_scratch_and_makes_an_artifact_of_its_own(bench: Bench) -> None:
+    object.__setattr__(bench.stage, "fault", RuntimeError("power cut"))
+    with pytest.raises(RuntimeError, match="power cut"):
+        bench.make(ranks=4)
+    object.__setattr__(bench.stage, "fault", None)
+    made = bench.make(ranks=2)
+    assert bench.stage.contexts[0].scratch == bench.stage.contexts[1].scratch
+    assert made.manifest.identity["config"]["ranks"] == 2
+    assert bench.make(ranks=4).path != made.path
+
+
 def test_a_damaged_artifact_manifest_is_work_to_do(bench: Bench) -> None:
     made = bench.make()
     (made.path / artifact.MANIFEST).write_text("{")
@@ -140,13 +155,14 @@ def test_the_context_carries_the_store_and_the_scratch_of_this_identity(bench: B
     made = bench.make()
     (context,) = bench.stage.contexts
     assert context.store == bench.store.root
-    assert context.scratch == bench.store.scratch("prepare", made.manifest.fingerprint)
+    lineage = digest(bench.stage.lineage(Config(), {}))
+    assert lineage != made.manifest.fingerprint
+    assert context.scratch == bench.store.scratch("prepare", lineage)
 
 
 def test_a_locked_artifact_is_refused_or_served_from_the_cache(bench: Bench) -> None:
     made = bench.make()
-    key = made.manifest.fingerprint
-    with bench.store.lease("prepare", key, wait_s=0):
+    with bench.store.lease("prepare", digest(bench.stage.lineage(Config(), {})), wait_s=0):
         assert bench.make(wait_s=0).digest == made.digest  # nothing to build: no lease is needed
         with pytest.raises(LockedError, match="stage prepare-"):
             bench.make(force=True, wait_s=0)
@@ -158,7 +174,7 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from pipelines import execute
-from pipelines.settings import Settings
+from pipelines.settings import ELASTIC, Settings
 from pipelines.stage import Stage, StageContext
 from pipelines.store import Store
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import Field, ValidationError
 
 from pipelines import fingerprint
-from pipelines.settings import NOT_IDENTITY, Settings
+from pipelines.settings import ELASTIC, NOT_IDENTITY, Settings
 
 
 class Child(Settings):
@@ -21,6 +21,7 @@ class Section(Settings):
     shape: tuple[int, int] = Field((2, 3), description="Shape.")
     children: list[Child] = Field(default_factory=list, description="Children.")
     named: dict[str, Child] = Field(default_factory=dict, description="By name.")
+    ranks: int = Field(2, description="Ranks.", json_schema_extra=ELASTIC)
     log_level: str = Field("info", description="Level.", json_schema_extra=NOT_IDENTITY)
 
 
@@ -31,7 +32,17 @@ def test_identity_leaves_out_what_cannot_change_a_result_at_every_depth() -> Non
         "shape": [2, 3],
         "children": [{"method": "rtn"}],
         "named": {"a": {"method": "gptq"}},
+        "ranks": 2,
     }
+
+
+def test_an_elastic_field_is_identity_and_not_lineage() -> None:
+    """Another number of ranks gives another artifact, and goes on from the same checkpoints."""
+    few, many = Section(ranks=1), Section(ranks=8)
+    assert few.identity() != many.identity()
+    assert few.lineage() == many.lineage()
+    assert {"ranks": 1, **few.lineage()} == few.identity()
+    assert Section(lr=0.2).lineage() != few.lineage()
 
 
 def test_a_field_outside_identity_does_not_change_the_fingerprint_and_any_other_does() -> None:
