@@ -62,20 +62,20 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     )
 
 
-@pytest.fixture
-def tiny() -> Callable[..., dict[str, Any]]:
-    """Return pretrain settings for a 2-rank run of six steps on `prepared`, with changes."""
-    return lambda **changes: {**TINY, **changes}
+@pytest.fixture(scope="session")
+def tiny_settings() -> dict[str, Any]:
+    """Return pretrain settings for a 2-rank run of six steps on `prepared`."""
+    return TINY
 
 
 @pytest.fixture
-def plain_job(prepared: Artifact, tiny: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
+def plain_job(prepared: Artifact) -> Callable[..., Any]:
     """Return the order for a run in this process: `plain_job(folder, **changes of the settings)`."""
     from pipelines.training.config import PretrainConfig
     from pipelines.training.job import Job
 
     def make(folder: Path, **changes: Any) -> Job:
-        config = PretrainConfig.model_validate({**tiny(**changes), **PLAIN})
+        config = PretrainConfig.model_validate({**TINY, **changes, **PLAIN})
         folder.mkdir(parents=True, exist_ok=True)
         index = prepared.read_json("index.json")
         return Job(config=config, index=index, data=prepared.path, work=folder, device="cpu", threads=1)
