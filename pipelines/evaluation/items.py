@@ -27,6 +27,7 @@ _LINE_CHARACTERS = range(20, 161)
 _RARE = range(2, 21)
 """How often a cloze word occurs in the test split."""
 _WORD = re.compile(r"[^\W\d_]{5,14}")
+_ONE_BLANK = re.compile(r"\S $")
 _SENTENCE_END = re.compile(r"(?<=[.!?;:])\s+")
 
 
@@ -103,7 +104,7 @@ def cloze(documents: Sequence[Document], count: int, seed: int) -> list[Item]:
     for number, document in enumerate(documents):
         for match in _WORD.finditer(document.text):
             frequency[match.group()] += 1
-            if match.start() >= _CONTEXT_CHARACTERS // 3 and document.text[match.start() - 1] == " ":
+            if match.start() >= _CONTEXT_CHARACTERS // 3 and _ONE_BLANK.search(document.text[: match.start()][-2:]):
                 places[match.group()].append((number, match.start()))
     known = (word for word, times in frequency.items() if word.islower() and times in _RARE)
     rare = sorted(known, key=lambda word: (len(word), frequency[word], word))
