@@ -1,4 +1,4 @@
-"""The contract of every weight method that the registry finds: a new one is tested here before its author writes a test.
+"""The contract of every weight method that the registry finds: a new one is tested before its author writes a test.
 
 Each runs with its defaults on one layer with correlated inputs, and through the stage on a small decoder and encoder.
 """

@@ -1,6 +1,6 @@
-"""Load a model folder in a process that imports transformers and nothing of ours; print what came out.
+"""Load model folders in a process that imports transformers and nothing of ours; print what came out.
 
-Usage: python load_child.py FOLDER CLASS TOKENS.json; the logits go to FOLDER/../logits.safetensors.
+Usage: python load_child.py CLASS TOKENS.json FOLDER...; logits go to `logits.safetensors` beside each folder.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-folder, kind, tokens = Path(sys.argv[1]), sys.argv[2], json.loads(Path(sys.argv[3]).read_text())
-model = getattr(transformers, kind).from_pretrained(folder).eval()
-inputs = torch.tensor(tokens)
-with torch.no_grad():
-    save_file({"logits": model(input_ids=inputs).logits}, folder.parent / "logits.safetensors")
+kind, inputs = sys.argv[1], torch.tensor(json.loads(Path(sys.argv[2]).read_text()))
 generated = []
-if kind == "AutoModelForCausalLM":
-    out = model.generate(inputs[:, :8], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
-    generated = out[:, 8:].tolist()
+for folder in map(Path, sys.argv[3:]):
+    model = getattr(transformers, kind).from_pretrained(folder).eval()
+    with torch.no_grad():
+        save_file({"logits": model(input_ids=inputs).logits}, folder.parent / "logits.safetensors")
+    if kind == "AutoModelForCausalLM":
+        out = model.generate(inputs[:, :8], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+        generated.append(out[:, 8:].tolist())
 ours = sorted(name for name in sys.modules if name.split(".")[0] in {"models", "pipelines", "flows"})
 print(json.dumps({"generated": generated, "ours": ours}))
