@@ -1,0 +1,45 @@
+"""`python driver.py ORDER.json`: make a pretrain artifact as `ingot run` would, and end with its exit code.
+
+A process of its own, so that tests can send it real signals; run it again and it goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from pipelines import artifact
+from pipelines.errors import IngotError
+from pipelines.execute import materialize
+from pipelines.stage import STAGES, StageContext
+from pipelines.store import Store
+from pipelines.training.config import PretrainConfig
+
+
+def main(order: Path) -> int:
+    """Run one order; return the exit code."""
+    asked = json.loads(order.read_text(encoding="utf-8"))
+    prepared = artifact.load(Path(asked["prepared"]))
+    store = Store(Path(asked["store"]))
+    context = StageContext(node="pretrain", scratch=store.root, compute=asked["compute"])
+    try:
+        made = materialize(
+            STAGES["pretrain"],
+            PretrainConfig.model_validate(asked["config"]),
+            {"prepare": prepared},
+            store,
+            context,
+            input_keys={"prepare": prepared.manifest.fingerprint},
+            data_hash=None,
+            wait_s=asked["wait_s"],
+        )
+    except IngotError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(made.path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
