@@ -57,14 +57,8 @@ def attach(engine: Any) -> None:
             f"{type(engine.optimizer).__name__} is a DeepSpeed optimizer whose layout is not known here",
             hint="use ZeRO stage 1, 2 or 3 for half precision, and stages 0 to 3 for float32",
         )
-    try:
-        layout, found = read(engine, names)
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
-        raise ConfigError(
-            f"this DeepSpeed lays out {type(engine.optimizer).__name__} in an unknown way: {error!r}",
-            hint="install the version of deepspeed that infra/constraints.txt names",
-        ) from error
-    _verify(layout, found)
+    layout, elements = _agreed(engine, lambda: _counted(*read(engine, names)))
+    _verify(layout, elements)
     optimizer.bind(layout)
 
 
@@ -228,19 +222,42 @@ def _reducer(group: Any, device: torch.device) -> Callable[[Tensor], Tensor] | N
     return reduce
 
 
-def _verify(layout: Layout, found: Found) -> None:
-    """Check on all ranks together that fragments hold the live weights, and that they cover every tensor once."""
+def _agreed(engine: Any, read: Callable[[], tuple[Layout, Tensor]]) -> tuple[Layout, Tensor]:
+    """Read on every rank, and refuse on all ranks when one could not: a rank alone would leave the others waiting."""
+    problem, result = None, None
+    try:
+        result = read()
+    except (AttributeError, KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
+        problem = error
+    failures = torch.tensor([float(result is None)], device=engine.device)
+    dist.all_reduce(failures)
+    if result is None or failures.item():
+        raise ConfigError(
+            f"this DeepSpeed lays out {type(engine.optimizer).__name__} in an unknown way: "
+            f"{problem or 'another rank could not read it'!r}",
+            hint="install the version of deepspeed that infra/constraints.txt names",
+        ) from problem
+    return result
+
+
+def _counted(layout: Layout, found: Found) -> tuple[Layout, Tensor]:
+    """Return the elements of each tensor found on this rank, and how many fragments differ from the live weights."""
     index = {name: position for position, name in enumerate(layout.shapes)}
     elements = torch.zeros(2, len(index), dtype=torch.float64)
     for fragment, live in found:
         elements[0, index[fragment.name]] += fragment.numel
         same = live.numel() == fragment.numel and torch.equal(fragment.master.to(live), live)
         elements[1, index[fragment.name]] += not same
+    return layout, elements
+
+
+def _verify(layout: Layout, elements: Tensor) -> None:
+    """Check on all ranks together that fragments hold the live weights, and that they cover every tensor once."""
     totals, wrong = (elements if layout.reduce is None else layout.reduce(elements)).tolist()
-    for name, shape in layout.shapes.items():
-        if wrong[index[name]] or totals[index[name]] != math.prod(shape):
+    for position, (name, shape) in enumerate(layout.shapes.items()):
+        if wrong[position] or totals[position] != math.prod(shape):
             raise ConfigError(
                 f"{name}: the fp32 master at DeepSpeed's address is not the live weight "
-                f"({int(totals[index[name]])} of {math.prod(shape)} elements found)",
+                f"({int(totals[position])} of {math.prod(shape)} elements found)",
                 hint="this DeepSpeed version or option moves the flat buffers; attach before any other change to them",
             )

@@ -1,0 +1,163 @@
+"""A plain DeepSpeed script of one rank, run by test_fragments.py: binds, refuses, refreshes, and writes what happened.
+
+Uses three things of Ingot (an optimizer, `attach`, `refresh_weights`) and nothing else, as a user's script would.
+Run as `fragments_worker.py OUT` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from models.optim.adamw import AdamW
+from models.optim.lamb import Lamb
+from pipelines.training.fragments import attach, refresh_weights
+
+
+def model() -> nn.Module:
+    """Return a small model, equal on every call."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def engine_of(stage: int, optimizer: Callable[[nn.Module], Any] | None = None, **config: Any) -> Any:
+    """Return an engine of a ZeRO stage, made by deepspeed.initialize."""
+    network = model()
+    made = optimizer(network) if optimizer else Lamb(network.named_parameters(), lr=0.01)
+    zero = {"stage": stage, **config.pop("zero", {})}
+    settings = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **config,
+    }
+    return deepspeed.initialize(model=network, optimizer=made, config=settings)[0]
+
+
+def train(engine: Any, steps: int) -> list[float]:
+    """Take steps on fixed data; returns the losses."""
+    losses = []
+    data = torch.randn(4, 7, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for _ in range(steps):
+        loss = engine(data.to(next(engine.module.parameters()).dtype)).float().square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def refusal(engine: Any) -> str:
+    """Return what attach says."""
+    try:
+        attach(engine)
+    except Exception as error:  # noqa: BLE001 - the test looks at its type and text
+        return f"{type(error).__name__}: {error}"
+    return "attached"
+
+
+def refusals() -> dict[str, str]:
+    """Try everything that must be refused."""
+    said = {
+        "foreign optimizer": refusal(engine_of(1, lambda network: torch.optim.AdamW(network.parameters()))),
+        "round robin": refusal(engine_of(1, zero={"round_robin_gradients": True})),
+        "clipped twice": refusal(
+            engine_of(2, lambda n: Lamb(n.named_parameters(), max_grad_norm=1.0), gradient_clipping=1.0)
+        ),
+        "bf16 without ZeRO": refusal(engine_of(0, bf16={"enabled": True})),
+    }
+    shifted = engine_of(2)
+    mapped = [parameter for parameter in shifted.module.parameters() if parameter._hp_mapping is not None]
+    mapped[0]._hp_mapping.hp_fragment_address.start += 1
+    mapped[0]._hp_mapping.hp_fragment_address.numel -= 1
+    said["shifted address"] = refusal(shifted)
+    unknown = engine_of(3)
+    if dist.get_rank() == 0:  # the other rank must not be left waiting
+        del unknown.optimizer.grad_position
+    said["unknown layout"] = refusal(unknown)
+    return said
+
+
+def refreshed(stage: int, **config: Any) -> dict[str, bool]:
+    """Load other masters, as a checkpoint does, and see whether the live weights follow and training goes on."""
+    engine = engine_of(stage, **config)
+    attach(engine)
+    train(engine, 2)
+    for fragment in engine.basic_optimizer.fragments:
+        positions = torch.arange(fragment.start, fragment.start + fragment.numel)
+        fragment.master.copy_(positions / 64)
+    refresh_weights(engine)
+    live = {}
+    parameters = dict(engine.module.named_parameters())
+    gather = deepspeed.zero.GatheredParameters(list(parameters.values())) if stage == 3 else contextlib.nullcontext()
+    with gather:
+        for name, parameter in parameters.items():
+            live[name] = torch.equal(parameter.detach().float().flatten(), torch.arange(parameter.numel()) / 64)
+    losses = train(engine, 2)
+    return {**live, "trains": losses[1] < losses[0]}
+
+
+def half_precision() -> dict[str, list[float]]:
+    """Train with bf16 weights and fp32 masters: BF16_Optimizer (stage 1) and the ZeRO optimizers (2, 3)."""
+    losses = {}
+    for stage in (1, 2, 3):
+        extra = {"data_types": {"grad_accum_dtype": "fp32"}} if stage == 1 else {}
+        engine = engine_of(
+            stage, lambda network: Lamb(network.named_parameters(), lr=0.05), bf16={"enabled": True}, **extra
+        )
+        attach(engine)
+        losses[type(engine.optimizer).__name__ + str(stage)] = train(engine, 12)
+    return losses
+
+
+def by_callable() -> float:
+    """Make the optimizer from a function of the parameters, DeepSpeed's other way; returns the loss's fall."""
+    engine = deepspeed.initialize(
+        model=(network := model()),
+        model_parameters=list(network.parameters()),
+        optimizer=lambda parameters: AdamW(parameters, lr=0.01),
+        config={
+            "train_micro_batch_size_per_gpu": 4,
+            "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True,
+        },
+    )[0]
+    attach(engine)
+    assert {fragment.name.split(".")[1] for fragment in engine.basic_optimizer.fragments} <= {"weight", "bias"}
+    losses = train(engine, 5)
+    return losses[0] - losses[-1]
+
+
+def main() -> None:
+    """Run everything and write it down."""
+    torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", verbose=False)
+    facts = {
+        "refusals": refusals(),
+        "refreshed": {f"z{stage}": refreshed(stage) for stage in range(4)},
+        "refreshed_offloaded": {
+            f"z{stage}": refreshed(stage, zero={"offload_optimizer": {"device": "cpu"}}) for stage in (1, 2, 3)
+        },
+        "half_precision": half_precision(),
+        "by_callable": by_callable(),
+    }
+    (Path(sys.argv[1]) / f"rank{dist.get_rank()}.json").write_text(json.dumps(facts))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
