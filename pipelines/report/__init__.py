@@ -1,1 +1,41 @@
-"""The report of a run: one self-contained HTML page from the run record and its artifacts."""
+"""The report of a run: one self-contained HTML page from the run record and its artifacts.
+
+No script and no request: style and drawings are inside, and the page's own policy forbids everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from pipelines.artifact import Artifact, write_text
+from pipelines.report import axes, sections
+
+_TEMPLATE = "report.html.j2"
+
+
+def write(run_record: dict[str, Any], artifacts: Mapping[str, Artifact], path: Path) -> None:
+    """Write the report of a run; a reader sees the old page or the new one.
+
+    Args:
+        run_record: what `RunRecord.model_dump()` returns.
+        artifacts: node name -> artifact; what a run did not reach is missing, and the page says so.
+        path: the HTML file; its folder exists.
+    """
+    write_text(path, _environment().get_template(_TEMPLATE).render(sections.page(run_record, artifacts)))
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    texts = {"number": axes.number, "short": axes.short, "size": axes.size, "duration": axes.duration}
+    environment.filters.update(texts)
+    return environment

@@ -1,0 +1,304 @@
+"""The facts of each section of the report, from the run record and the artifacts; the template only lays them out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pipelines.artifact import Artifact
+from pipelines.evaluation import comparison
+from pipelines.redaction import redact, redact_value
+from pipelines.report import axes, charts, lineage, pareto
+from pipelines.report.charts import Axis, Series
+
+Facts = dict[str, Any]
+_PARENT = "pretrain"
+_EVALUATE = "evaluate."
+
+
+def page(record: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> Facts:
+    """Return everything that the template shows; a section that the run did not reach is None."""
+    evaluations = _evaluations(artifacts)
+    gate = _gate(record, artifacts.get("promote"))
+    rows = comparison.table(evaluations)
+    return {
+        "run": {**record, "error": redact(record.get("error") or ""), "overrides": [*map(redact, record["overrides"])]},
+        "headline": _headline(record, rows, gate),
+        "training": training(artifacts.get("pretrain")),
+        "time": _stage_times(record),
+        "data": data(artifacts.get("prepare")),
+        "evaluation": _evaluation(rows, evaluations, gate["candidate"]),
+        "gate": gate,
+        "lineage": {"picture": lineage.draw(record, artifacts), "rows": _lineage_rows(record, artifacts)},
+        "config": list(flatten(record.get("config") or {})),
+        "environment": _environment(record, artifacts),
+    }
+
+
+# ---- headline and gate ------------------------------------------------------------------------------------------
+
+
+def _headline(record: Mapping[str, Any], rows: list[Facts], gate: Facts) -> Facts:
+    """Return the decision in a sentence, and the few numbers that a reader came for."""
+    models = [row for row in rows if row["kind"] != "baseline"]
+    parent = next((row for row in models if row["model"] == _PARENT), None)
+    children = sorted((row for row in models if row is not parent), key=lambda row: row["size_bytes"])
+    shown = next((row for row in models if row["model"] == gate["candidate"]), None)
+    shown = shown or (children[0] if children else parent)
+    saved = None
+    if shown and parent and shown is not parent and parent["size_bytes"]:
+        saved = 1.0 - shown["size_bytes"] / parent["size_bytes"]
+    seconds = [entry["seconds"] for entry in record["nodes"].values() if entry.get("seconds")]
+    return {
+        "sentence": _sentence(record, gate),
+        "model": shown,
+        "parent": parent,
+        "saved": saved,
+        "seconds": sum(seconds) if seconds else None,
+    }
+
+
+def _sentence(record: Mapping[str, Any], gate: Facts) -> str:
+    if gate["accepted"]:
+        return f"{gate['candidate']} is champion: {gate['model']} version {gate['version']} ({gate['rule']})."
+    if record["status"] == "refused":
+        return "The gate refused: no new champion, and the one before stays."
+    if record["status"] == "failed":
+        return "The run failed before it could decide."
+    if record["status"] == "preempted":
+        return "The run was stopped; `ingot resume` goes on where it left off."
+    return "The run has not decided on a champion yet."
+
+
+def _gate(record: Mapping[str, Any], artifact: Artifact | None) -> Facts:
+    """Return the decision: from decision.json, or from the run's error where the gate refused."""
+    decision = _read(artifact, "decision.json") or {}
+    summary = artifact.manifest.summary if artifact else {}
+    model = ((record.get("config") or {}).get("promote") or {}).get("model_name", "")
+    return {
+        "accepted": decision.get("accepted", False),
+        "candidate": decision.get("candidate"),
+        "model": summary.get("model", model),
+        "version": summary.get("version", "?"),
+        "rule": decision.get("rule", ""),
+        "checks": decision.get("checks", []),
+        "broken": decision.get("broken", []),
+        "passed_over": decision.get("passed_over", []),
+        "versus_champion": decision.get("versus_champion"),
+        "reached": bool(decision),
+    }
+
+
+# ---- training ---------------------------------------------------------------------------------------------------
+
+
+def training(artifact: Artifact | None) -> Facts | None:
+    """Return the curves and facts of pretraining, None without its artifact."""
+    if artifact is None:
+        return None
+    rows = metrics(artifact)
+    observed = _read(artifact, "observations.json") or {}
+    seconds = sorted((observed.get("seconds") or {}).items(), key=lambda item: -item[1])
+    facts = _read(artifact, "training.json") or dict(artifact.manifest.summary)
+    steps = Axis("optimizer step")
+    return {
+        "facts": {name: value for name, value in facts.items() if not isinstance(value, list | dict)},
+        "observed": observed,
+        "loss": charts.lines(_losses(rows), steps, Axis("loss, nats per token"), "Loss over steps"),
+        "rate": _line(rows, "lr", steps, Axis("learning rate", zero=True), "Learning rate over steps"),
+        "norm": _line(rows, "grad_norm", steps, Axis("gradient norm", log=True), "Gradient norm over steps"),
+        "trust": _trust(rows, steps),
+        "speed": _line(rows, "tokens_per_s", steps, Axis("tokens per second", zero=True), "Throughput over steps"),
+        "split": charts.bars(seconds, "Seconds of training by part", axes.duration) if seconds else "",
+    }
+
+
+def metrics(artifact: Artifact) -> list[Facts]:
+    """Return the rows of metrics.jsonl by step; of a step that was repeated after a resume the last one counts."""
+    path = artifact.path / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.strip()]
+    by_step = {row["step"]: row for row in rows}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _losses(rows: list[Facts]) -> list[Series]:
+    curves = [_series(rows, "loss", "training")]
+    if any("val/loss" in row for row in rows):
+        seen = [(row["step"], row["val/loss"]) for row in rows if "val/loss" in row]
+        curves.append(Series("validation", seen, markers=True))
+    return curves
+
+
+def _line(rows: list[Facts], key: str, x: Axis, y: Axis, title: str) -> str:
+    return charts.lines([_series(rows, key, key)], x, y, title) if any(key in row for row in rows) else ""
+
+
+def _trust(rows: list[Facts], x: Axis) -> str:
+    """Return LAMB's trust ratios by layer group; of many groups a spread of those that the colours can tell apart."""
+    names = list(dict.fromkeys(key for row in rows for key in row if key.startswith("trust/")))
+    if not names:
+        return ""
+    if len(names) > charts.COLOURS:
+        last = charts.COLOURS - 1
+        names = [names[round(i * (len(names) - 1) / last)] for i in range(charts.COLOURS)]
+    curves = [_series(rows, name, name.removeprefix("trust/")) for name in names]
+    return charts.lines(curves, x, Axis("trust ratio ‖w‖ / ‖update‖", log=True), "Trust ratios over steps")
+
+
+def _series(rows: list[Facts], key: str, name: str) -> Series:
+    return Series(name, [(row["step"], row.get(key)) for row in rows])
+
+
+def _stage_times(record: Mapping[str, Any]) -> str:
+    rows = [(name, entry["seconds"]) for name, entry in record["nodes"].items() if entry.get("seconds") is not None]
+    return charts.bars(rows, "Seconds by node of the run", axes.duration) if rows else ""
+
+
+# ---- data -------------------------------------------------------------------------------------------------------
+
+
+def data(artifact: Artifact | None) -> Facts | None:
+    """Return the documents read, kept and dropped by source and reason, and the splits; None without the artifact."""
+    report = _read(artifact, "report.json")
+    if artifact is None or report is None:
+        return None
+    reasons = sorted({reason for source in report["sources"].values() for reason in source["dropped"]})
+    sources = [
+        {"name": name, **source, "reasons": [source["dropped"].get(reason, 0) for reason in reasons]}
+        for name, source in report["sources"].items()
+    ]
+    total = {
+        "name": "all",
+        "read": sum(s["read"] for s in sources),
+        "kept": sum(s["kept"] for s in sources),
+        "reasons": [sum(s["reasons"][i] for s in sources) for i in range(len(reasons))],
+    }
+    index = _read(artifact, "index.json") or {}
+    return {
+        "reasons": reasons,
+        "sources": sources,
+        "total": total,
+        "splits": _splits(report, index),
+        "duplicates": report.get("duplicates") or {},
+        "quarantined": report.get("quarantined", 0),
+        "index": index,
+    }
+
+
+def _splits(report: Facts, index: Facts) -> list[Facts]:
+    rows = []
+    for name in ("train", "validation", "test"):
+        parts = (report.get("splits") or {}).get(name, {})
+        written = (index.get("splits") or {}).get(name, {})
+        rows.append(
+            {
+                "name": name,
+                "documents": sum(part["documents"] for part in parts.values()),
+                "bytes": sum(part["bytes"] for part in parts.values()),
+                "sequences": written.get("sequences"),
+                "tokens": written.get("tokens"),
+                "groups": (report.get("groups") or {}).get(name),
+            }
+        )
+    return rows
+
+
+# ---- evaluation -------------------------------------------------------------------------------------------------
+
+
+def _evaluations(artifacts: Mapping[str, Artifact]) -> dict[str, Facts]:
+    """Return name -> evaluation, the parent first."""
+    found = {
+        name.removeprefix(_EVALUATE): comparison.read(artifact.path)
+        for name, artifact in artifacts.items()
+        if name.startswith(_EVALUATE)
+    }
+    return dict(sorted(found.items(), key=lambda item: item[0] != _PARENT))
+
+
+def _evaluation(rows: list[Facts], evaluations: Mapping[str, Facts], candidate: str | None) -> Facts | None:
+    if not evaluations:
+        return None
+    first = next(iter(evaluations.values()))
+    models = [
+        pareto.Model(r["model"], r["size_bytes"], r["bits_per_byte"], r["low"], r["high"], r["model"] == candidate)
+        for r in rows
+        if r["kind"] != "baseline"
+    ]
+    nulls = [(row["model"], row["bits_per_byte"]) for row in rows if row["kind"] == "baseline"]
+    x = Axis("bytes on disk (logarithmic)", log=True, text=axes.size)
+    return {
+        "rows": rows,
+        "tasks": [key.removeprefix("task.") for key in rows[0] if key.startswith("task.")],
+        "chance": {name: task.get("chance") for name, task in first["tasks"].items()},
+        "first": first,
+        "candidate": candidate,
+        "pareto": pareto.draw(models, nulls, x, Axis("bits per byte"), "Size against bits per byte"),
+    }
+
+
+# ---- lineage, configuration, environment ------------------------------------------------------------------------
+
+
+def _lineage_rows(record: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> list[Facts]:
+    rows = []
+    for name, entry in record["nodes"].items():
+        found = artifacts.get(name)
+        provenance = found.manifest.provenance if found else None
+        rows.append(
+            {
+                "name": name,
+                "state": entry["state"],
+                "seconds": entry.get("seconds"),
+                "fingerprint": entry["fingerprint"],
+                "digest": found.digest if found else None,
+                "size": found.size if found else None,
+                "commit": provenance.git_commit if provenance else None,
+                "created": provenance.created_at if provenance else None,
+            }
+        )
+    return rows
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, JSON value) of every setting, secrets blanked."""
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for index, item in enumerate(value):
+            name = item.get("name", index) if isinstance(item, Mapping) else index
+            yield from flatten(item, f"{prefix}[{name}]")
+    else:
+        shown = redact_value(prefix.rpartition(".")[2], value)
+        yield prefix, redact(shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False))
+
+
+def _environment(record: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> list[tuple[str, str]]:
+    """Return what the artifacts were made with; several values where they were not all made in one place."""
+    made = [a.manifest.provenance for a in artifacts.values() if a.manifest.provenance]
+    observed = _read(artifacts.get("pretrain"), "observations.json") or {}
+    first = next((e for e in _evaluations(artifacts).values()), {})
+    facts = {
+        "host of the run": record.get("host"),
+        "hosts of the artifacts": _distinct(p.host for p in made),
+        "Python": _distinct(p.python for p in made),
+        "git commits": _distinct(p.git_commit for p in made),
+        "training device": observed.get("device"),
+        "training threads per rank": observed.get("threads_per_rank"),
+        "peak arithmetic rate": observed.get("peak_source"),
+        "evaluation harness": first.get("harness"),
+        "started": record.get("started_at"),
+        "finished": record.get("finished_at"),
+    }
+    return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+
+
+def _distinct(values: Iterator[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
+
+
+def _read(artifact: Artifact | None, name: str) -> Any:
+    return artifact.read_json(name) if artifact and (artifact.path / name).exists() else None
