@@ -12,15 +12,16 @@ import jinja2
 import zstandard
 
 from pipelines.artifact import Artifact
-from pipelines.redaction import redact
+from pipelines.redaction import redact, redact_value
 from pipelines.registry.config import PromoteConfig
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.gate import Decision
 
 _PIPELINE = {"decoder": "text-generation", "encoder": "fill-mask"}
 _LOADER = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM"}
-_SPDX = {"public domain": "pdm", "cc0-1.0": "cc0-1.0", "apache-2.0": "apache-2.0", "mit": "mit", "psf-2.0": "psfl"}
-"""Licences of corpora -> names that model cards use; anything else is `other`, spelt out."""
+_CARD_NAMES = {"public-domain": "pdm", "public domain": "pdm"}
+"""Licences whose name on model cards is not simply theirs in lower case."""
+_KNOWN = {"pdm", "cc0-1.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-4.0", "apache-2.0", "mit"}
 _KEY_DIGITS = 16
 
 _PAGE = jinja2.Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True).from_string(  # noqa: S701 - Markdown
@@ -146,7 +147,7 @@ def render(
         data_hash=(record.data_hash if record else None) or "unknown",
         commit=record.git_commit if record else "unknown",
     )
-    return redact(f"---\n{front}---\n\n{page}")
+    return f"---\n{front}---\n\n{redact(page)}"
 
 
 def source_rows(prepare: Artifact) -> list[dict[str, Any]]:
@@ -188,9 +189,9 @@ def _front_matter(
     import yaml
 
     licences = sorted({row["licence"] for row in sources})
-    known = _SPDX.get(licences[0].lower()) if len(licences) == 1 else None
-    front: dict[str, Any] = {"license": known or "other"}
-    if known is None:
+    only = _CARD_NAMES.get(licences[0].lower(), licences[0].lower()) if len(licences) == 1 else None
+    front: dict[str, Any] = {"license": only if only in _KNOWN else "other"}
+    if only not in _KNOWN:
         front |= {"license_name": "licences-of-the-corpus", "license_details": "; ".join(licences) or "unknown"}
     front |= {"library_name": "transformers", "pipeline_tag": _PIPELINE[facts.family], "tags": ["ingot", facts.method]}
     front["datasets"] = [row["source"] for row in sources]
@@ -199,7 +200,7 @@ def _front_matter(
         front["base_model"] = f"{config.model_name}/{parent.name}-{parent.fingerprint[:_KEY_DIGITS]}"
         front["base_model_relation"] = "quantized"
     front["model-index"] = [{"name": f"{config.model_name}-{facts.name}", "results": [_index_entry(facts)]}]
-    return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(redact_value("", front), sort_keys=False, allow_unicode=True)
 
 
 def _index_entry(facts: Evidence) -> dict[str, Any]:

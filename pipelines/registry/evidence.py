@@ -23,6 +23,8 @@ SIZES_FILE = "document_bytes.npy"
 OUTCOMES_FILE = "task_outcomes.json"
 TEST_SPLIT = "documents/test.jsonl.zst"
 PARENT = "pretrain"
+_PRECISION = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
+"""Bits per weight of a model that is not compressed, by the `dtype` of its config.json."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Evidence:
     truncated: bool = False
     method: str = "none"
     bits: float | None = None
+    """Stored bits per weight."""
     problems: tuple[str, ...] = ()
     """Why the measurements cannot be trusted; empty when they can."""
     version: str | None = None
@@ -164,10 +167,11 @@ def _json(made: Artifact, name: str) -> dict[str, Any]:
 
 
 def _method(model: Artifact) -> tuple[str, float | None]:
+    """Return the compression method and the bits per weight of the layers that it compressed."""
     if "compression.json" not in model.manifest.files:
-        return "none", None
+        return "none", _PRECISION.get(str(_json(model, "model/config.json").get("dtype")))
     record = model.read_json("compression.json")
-    return str(record.get("method", "unknown")), record.get("bits_per_weight")
+    return str(record["method"]), record["totals"]["bits_per_weight"]
 
 
 def _problems(model: Artifact, evaluation: Artifact, prepare: Artifact) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines import lease
-from pipelines.errors import IngotError, TransientError
+from pipelines.errors import ConfigError, IngotError, TransientError
 from pipelines.redaction import redact
 from pipelines.tracking.config import TrackingConfig, artifact_root, resolve_uri
 
@@ -38,6 +38,8 @@ _LOUD = (
     "alembic.runtime.migration",
 )
 MIGRATION_WAIT_S = 120.0
+_LASTING = {"PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_PARAMETER_VALUE", "ENDPOINT_NOT_FOUND", "BAD_REQUEST"}
+"""MLflow's answers that another attempt would get again."""
 
 
 def set_environment(timeout_s: int) -> None:
@@ -88,10 +90,11 @@ def experiment_id(client: MlflowClient, config: TrackingConfig, store_root: Path
 
 @contextlib.contextmanager
 def reachable(uri: str, *, what: str) -> Iterator[None]:
-    """Turn every failure to reach MLflow inside the block into a `TransientError` that says what to do.
+    """Turn every failure of MLflow inside the block into an error that says what to do.
 
     Raises:
-        TransientError: MLflow did not answer, or answered that it cannot.
+        TransientError: MLflow did not answer, or answered that it cannot now.
+        ConfigError: MLflow understood and refused.
     """
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException
@@ -102,6 +105,11 @@ def reachable(uri: str, *, what: str) -> Iterator[None]:
     except IngotError:
         raise
     except (MlflowException, RequestException, SQLAlchemyError, ConnectionError) as error:
+        if getattr(error, "error_code", None) in _LASTING:
+            raise ConfigError(
+                f"{what}: MLflow at {redact(uri)} refused: {redact(_first_line(error))}",
+                hint="check tracking.uri, and the user and password or token of MLFLOW_TRACKING_*",
+            ) from error
         raise TransientError(
             f"{what}: tracking pending, MLflow at {redact(uri)} failed: {redact(_first_line(error))}",
             hint="every artifact is published; when MLflow answers again, `ingot sync` and `ingot promote` finish it",

@@ -86,7 +86,7 @@ class World:
         parents = {"prepare": (prepare or self.prepare).digest}
         if parent is not None:
             parents["model"] = parent.digest
-            facts = {"method": "rtn", "bits_per_weight": 8.5}
+            facts = {"method": "rtn", "totals": {"bits_per_weight": 8.5}}
             (build / "compression.json").write_text(json.dumps(facts))
         kind = "pretrain" if parent is None else "compress"
         node = "pretrain" if parent is None else f"compress.{name}"
