@@ -29,7 +29,9 @@ from pipelines.training.ranks import Ranks
 
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], FragmentOptimizer]
 
-_LOSS_SCALE_ONE = 1.0
+_LARGEST_BUCKET = 500_000_000
+_BUCKET_ALIGNMENT = 128
+"""Elements."""
 
 
 class Engine(Protocol):
@@ -143,8 +145,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def deepspeed_settings(config: PretrainConfig, parameters: int) -> dict[str, Any]:
     """Return the DeepSpeed configuration; nothing in it is left for a library to fill in.
 
-    Clipping is off because the optimizer clips, with the norm of the active tensors only.
+    Clipping is off because the optimizer clips, with the norm of the active tensors only. Buckets are buffers: larger
+    than the model they would only waste memory. DeepSpeed wants them aligned.
     """
+    bucket = min(_LARGEST_BUCKET, -(-parameters // _BUCKET_ALIGNMENT) * _BUCKET_ALIGNMENT)
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation,
@@ -153,9 +157,8 @@ def deepspeed_settings(config: PretrainConfig, parameters: int) -> dict[str, Any
         "zero_optimization": {
             "stage": config.zero_stage,
             "round_robin_gradients": False,
-            # Buckets are buffers: a bucket larger than the model would only waste memory.
-            "reduce_bucket_size": min(parameters, 500_000_000),
-            "allgather_bucket_size": min(parameters, 500_000_000),
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
         },
         "bf16": {"enabled": config.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},

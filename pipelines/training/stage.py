@@ -36,7 +36,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         Preempted, NumericError, TransientError, IntegrityError: as the ranks ended.
     """
     job = make_job(config, inputs["prepare"], context)
-    artifact.write_text(job.work / "job.json", job.model_dump_json(indent=1))
+    _order(job)
     if not job.facts.exists():
         _train(job, context)
     shutil.copytree(job.model, out_dir / "model")
@@ -91,6 +91,14 @@ def progress(record: Record, total: int, node: str, seconds_per_step: float | No
         parts.append(f"{_span(seconds_per_step * (total - record['step']))} left")
     numbers = {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
     return Progress(node, record["step"], total, "steps", ", ".join(parts), numbers)
+
+
+def _order(job: Job) -> None:
+    """Write the order; results of another order in the same folder (other ranks, say) do not count as this one's."""
+    path, text = job.work / "job.json", job.model_dump_json(indent=1)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        job.facts.unlink(missing_ok=True)
+    artifact.write_text(path, text)
 
 
 def _train(job: Job, context: StageContext) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,15 +174,22 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all_and_diagnosed(
     assert [r["skipped"] for r in read_records(tmp_path / "run/scratch/metrics.jsonl")] == [0, 1, 1, 2]
 
 
-def test_a_finished_run_is_laid_out_again_without_training(
-    stage: Stage, tiny_settings: dict[str, Any], run_plain: Callable[..., int], tmp_path: Path
+@pytest.mark.slow
+def test_a_finished_run_is_laid_out_again_without_training_unless_it_was_another_order(
+    stage: Stage, tiny_settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    assert run_plain(tmp_path / "scratch") == 0
     plain = {**tiny_settings, "engine": "plain", "world_size": 1, "zero_stage": 0}
-    attempt = stage(tmp_path, plain)
-    assert attempt.reports == []
-    assert attempt.facts["steps"] == 6
-    assert not (tmp_path / "scratch" / "logs").exists()
+    trained = stage(tmp_path, plain)
+    kept = trained.digest
+    assert [report.done for report in trained.reports] == [1, 2, 3, 4, 5, 6]
+    shutil.rmtree(trained.out)
+    again = stage(tmp_path, plain)
+    assert again.reports == []
+    assert again.digest == kept
+    shutil.rmtree(again.out)
+    other = stage(tmp_path, {**plain, "micro_batch_size": 1})
+    assert json.loads((other.out / "observations.json").read_text())["resumed_at"] == [6]
+    assert other.digest == kept
 
 
 def test_a_model_that_does_not_fit_the_tokenizer_is_refused(prepared: Artifact, tmp_path: Path) -> None:
