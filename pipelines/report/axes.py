@@ -85,7 +85,8 @@ def _linear_ticks(low: float, high: float, about: int) -> list[float]:
     step = next(power * nice for nice in _NICE if power * nice >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
+    places = 2 - math.floor(math.log10(step))
+    return [round(index * step, places) for index in range(first, last + 1)]
 
 
 def _log_ticks(low: float, high: float, about: int) -> list[float]:
