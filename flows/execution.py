@@ -23,6 +23,7 @@ from pipelines.stage import Progress, StageContext
 from pipelines.store import Store
 
 _SAVE_EVERY_S = 1.0
+_FLUSH_S = 10.0
 
 
 @dataclass
@@ -66,6 +67,9 @@ class Execution:
         started = time.monotonic()
         if name == "prepare" and not cached:
             versioning.ensure(self.config.data, CHECKOUT)
+        if name == "promote":
+            # A version names the MLflow run that made it, so MLflow has to know that run first.
+            self.session.flush(_FLUSH_S)
         with self._tracked(node) as stage_run:
 
             def report(progress: Progress) -> None:
@@ -201,8 +205,10 @@ def closing(execution: Execution) -> Iterator[None]:
         raise
     finally:
         execution.runs.finish(execution.record, status, code, message)
-        if status in {"done", "refused"}:
-            execution.report()
-        execution.session.close(status)
-        execution.record.tracking_pending = execution.session.pending
-        execution.runs.save(execution.record)
+        try:
+            if status in {"done", "refused"}:
+                execution.report()
+        finally:
+            execution.session.close(status)
+            execution.record.tracking_pending = execution.session.pending
+            execution.runs.save(execution.record)
