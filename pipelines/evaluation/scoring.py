@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.utils import logging as transformers_logging
 
 from pipelines.errors import IntegrityError, NumericError
 from pipelines.evaluation.windows import Batch
@@ -98,6 +99,7 @@ def load(model: Path, device: str) -> Scorer:
         IntegrityError: the folder does not hold a model that transformers reads.
     """
     family = family_of(model)
+    transformers_logging.disable_progress_bar()
     auto = AutoModelForCausalLM if family == "decoder" else AutoModelForMaskedLM
     try:
         loaded = auto.from_pretrained(model, dtype="auto", local_files_only=True)

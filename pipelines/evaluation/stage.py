@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from pipelines.artifact import Artifact
 from pipelines.errors import ConfigError
@@ -59,7 +58,6 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         NumericError: the model gives numbers that are not finite.
     """
     started = time.monotonic()
-    transformers_logging.disable_progress_bar()
     prepared, model = inputs["prepare"].path, inputs["model"].path / "model"
     heldout.check_tokenizer(prepared, model)
     held = heldout.load(prepared, config.max_documents)

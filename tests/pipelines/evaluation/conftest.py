@@ -137,7 +137,7 @@ def encoder(prepared: Artifact) -> ModernBertForMaskedLM:
         masked = torch.rand(ids.shape, generator=generator) < 0.15
         return {"input_ids": ids.masked_fill(masked, 3), "labels": ids.masked_fill(~masked, -100)}
 
-    _train(model, _rows(prepared), hide, steps=240, rows_per_step=32)
+    _train(model, _rows(prepared), hide, steps=300, rows_per_step=32)
     return model.eval()
 
 

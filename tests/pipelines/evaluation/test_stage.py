@@ -149,7 +149,8 @@ def test_a_trained_encoder_beats_the_unigram_at_masked_tokens_by_a_clear_margin(
     evaluation = found.read_json("evaluation.json")
     assert evaluation["family"] == "encoder"
     assert list(evaluation["baselines"]) == ["unigram"]
-    assert evaluation["bits_per_byte"]["high"] < 0.95 * evaluation["baselines"]["unigram"]
+    # The interval is over 12 documents, whose difficulty both arms share; the margin is of the estimates.
+    assert evaluation["bits_per_byte"]["value"] < 0.9 * evaluation["baselines"]["unigram"]
     share = evaluation["scored_tokens"] / sum(len(ids) - 2 for ids in heldout.load(prepared.path).tokens)
     assert 0.13 < share < 0.17
     sizes = np.load(found.path / "document_bytes.npy")
