@@ -257,7 +257,7 @@ def pull(config: DataConfig, checkout: Path = CHECKOUT, *, force: bool = False) 
             raise IntegrityError(error.message + bad, hint=dvc.RESTORE) from None
         raise
     # DVC trusts its cache without hashing it again.
-    hint = "the DVC cache is damaged: delete .dvc/cache/files, then `ingot data pull --force`"
+    hint = f"the DVC cache is damaged: delete .dvc/cache/files, then `dvc pull --force {config.dvc_file}`"
     corpus = _verified(checkout / config.path, data_hash(config, checkout), checkout, hint)
     return {"hash": corpus.hash, "files": len(corpus.md5), "path": str(corpus.path)}
 
