@@ -5,6 +5,7 @@ No script and no request: style and drawings are inside, and the page's own poli
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def write(run_record: dict[str, Any], artifacts: Mapping[str, Artifact], path: P
     write_text(path, _environment().get_template(_TEMPLATE).render(sections.page(run_record, artifacts)))
 
 
+@functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

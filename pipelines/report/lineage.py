@@ -14,8 +14,10 @@ SHORT = 12
 """Characters of a hash that are shown."""
 _COLUMNS = ("corpus", "prepare", "pretrain", "compress", "evaluate", "promote")
 _BOX, _HIGH, _GAP, _ROW = 162.0, 58.0, 28.0, 74.0
-_LETTERS = 22
+_LETTERS = 19
 """Letters of a name that fit a box."""
+_HEAD = 24.0
+"""Room for the names of the columns."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,13 @@ def draw(record: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> str:
     rows = max(sum(n.column == c for n in nodes) for c in range(len(_COLUMNS)))
     places = _places(nodes, rows)
     arrows = "".join(_arrow(places[a], places[b]) for a, b in edges(list(record["nodes"]), record.get("config") or {}))
-    width, height = len(_COLUMNS) * (_BOX + _GAP) - _GAP + 4, rows * _ROW
+    width, height = len(_COLUMNS) * (_BOX + _GAP) - _GAP + 4, rows * _ROW + _HEAD
     title = "Lineage: " + ", ".join(n.name for n in nodes)
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
         f"<title>{escape(title)}</title>"
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        f'<path d="M0 0L8 4L0 8z" class="tip"/></marker></defs>{arrows}'
+        f'<path d="M0 0L8 4L0 8z" class="tip"/></marker></defs>{_heads()}{arrows}'
         + "".join(_draw(n, places[n.name]) for n in nodes)
         + "</svg>"
     )
@@ -77,11 +79,16 @@ def _node(name: str, entry: Mapping[str, Any], artifact: Artifact | None) -> Nod
 
 
 def _places(nodes: Sequence[Node], rows: int) -> dict[str, tuple[float, float]]:
-    """Return the upper left corner of each box; a column is centred."""
+    """Return the upper left corner of each box; columns are centred, the one of compress stands at the bottom."""
     places: dict[str, tuple[float, float]] = {}
     for column in range(len(_COLUMNS)):
         members = [n for n in nodes if n.column == column]
-        top = (rows - len(members)) * _ROW / 2 + (_ROW - _HIGH) / 2
+        free: float = rows - len(members)
+        if column != _COLUMNS.index(
+            "compress"
+        ):  # its first row stays free for the arrow from pretrain to its evaluation
+            free /= 2
+        top = _HEAD + free * _ROW + (_ROW - _HIGH) / 2
         places |= {n.name: (2 + column * (_BOX + _GAP), top + i * _ROW) for i, n in enumerate(members)}
     return places
 
@@ -93,14 +100,20 @@ def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
         bend = start[0] - _GAP * 0.7
         return f'<path d="M{start[0]} {y1}C{bend} {y1} {bend} {y2} {end[0]} {y2}" class="edge" marker-end="url(#tip)"/>'
     x1, x2 = start[0] + _BOX, end[0]
-    direct = x2 - x1 <= _GAP + 1
-    bend = (x2 - x1) / 2 if direct else _GAP
-    return f'<path d="M{x1} {y1}C{x1 + bend} {y1} {x2 - bend} {y2} {x2} {y2}" class="edge" marker-end="url(#tip)"/>'
+    bend = x1 + _GAP / 2
+    path = f"M{x1} {y1}C{bend} {y1} {bend} {y2} {x1 + _GAP} {y2}H{x2}"
+    return f'<path d="{path}" class="edge" marker-end="url(#tip)"/>'
+
+
+def _heads() -> str:
+    middles = (2 + column * (_BOX + _GAP) + _BOX / 2 for column in range(len(_COLUMNS)))
+    return "".join(f'<text x="{x}" y="14" class="mid label">{c}</text>' for x, c in zip(middles, _COLUMNS, strict=True))
 
 
 def _draw(node: Node, place: tuple[float, float]) -> str:
     x, y = place
-    name = node.name if len(node.name) <= _LETTERS else node.name[: _LETTERS - 1] + "…"
+    child = node.name.partition(".")[2] or node.name  # the column says the stage
+    name = child if len(child) <= _LETTERS else child[: _LETTERS - 1] + "…"
     parts = [f'<g><title>{escape(node.name)}</title><rect x="{x}" y="{y}" width="{_BOX}" height="{_HIGH}" rx="5" ']
     parts.append(f'class="node {node.state}"/><text x="{x + 10}" y="{y + 19}" class="name">{escape(name)}</text>')
     for index, line in enumerate(node.lines):
