@@ -56,7 +56,7 @@ def materialize(
             used.verify()
         scratch = store.scratch(stage.name, lineage)
         scratch.mkdir(parents=True, exist_ok=True)
-        build = store.build_folder(stage.name, key)
+        build = store.build_folder(stage.name, lineage)
         started = time.monotonic()
         summary = stage.body()(config, inputs, build, dataclasses.replace(context, scratch=scratch, store=store.root))
         published = artifact.publish(

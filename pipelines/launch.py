@@ -265,7 +265,8 @@ def _supervise(
             break
         on_poll()
         if group.failed:
-            deadline = min(deadline, time.monotonic() + _SIBLING_GRACE_S)
+            saving = all(rank.code == Preempted.exit_code for rank in group.failed)
+            deadline = min(deadline, time.monotonic() + (grace_s if saving else _SIBLING_GRACE_S))
         if group.stop_requests > group.stops_seen:
             deadline = time.monotonic() + (grace_s if group.stops_seen == 0 and group.stop_requests == 1 else 0.0)
             group.stops_seen = group.stop_requests

@@ -32,6 +32,7 @@ from pipelines import artifact, fingerprint
 from pipelines.artifact import Artifact, FileRecord, Manifest
 from pipelines.errors import ConfigError, IngotError, IntegrityError, TransientError
 from pipelines.faults import fault_point
+from pipelines.launch import beat
 from pipelines.training import shards
 from pipelines.training.ranks import Ranks
 from pipelines.training.shards import MASTER, Piece
@@ -44,6 +45,8 @@ FORMAT = 1
 _STEP = re.compile(r"step-(\d{8})")
 _TEMPORARY = (".writing-*", ".pruned-*", ".retired-*")
 _POLL_S = 0.02
+_BEAT_S = 1.0
+"""A rank that waits for a disk is alive, and says so this often."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -226,13 +229,16 @@ class Checkpoints:
     def _outcome(self, job: _Job) -> IngotError | Exception | None:
         """Wait for all ranks, and return what went wrong on any of them; the same kind of error on every rank."""
         assert job.thread is not None
-        job.written.wait()
+        while not job.written.wait(_BEAT_S):
+            beat()
         try:
             job.abandoned = not _agreed(job.ranks, job.error is None, every=True)
         except BaseException:
             job.abandoned = True  # a rank is gone: rank 0 must not wait for its share
             raise
-        job.thread.join()
+        while job.thread.is_alive():
+            beat()
+            job.thread.join(_BEAT_S)
         full = isinstance(job.error, OSError) and job.error.errno in _NO_SPACE
         failed = job.ranks.gathered(float(job.error is not None))
         without_space, needed = job.ranks.summed([float(full), float(job.bytes if job.ranks.rank < job.writers else 0)])
@@ -313,6 +319,7 @@ class Checkpoints:
             found = artifact.load(self._final(step))
             for name in sorted(found.manifest.files)[ranks.rank :: ranks.world]:
                 artifact.verify_file(found.path / name, found.manifest.files[name])
+                beat()
         except IntegrityError as error:
             return None, error
         return found, None

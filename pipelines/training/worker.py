@@ -21,7 +21,7 @@ from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig, count_parameters, flops_per_token
 from pipelines import artifact
 from pipelines.data.shards import ShardReader
-from pipelines.errors import IngotError, Preempted
+from pipelines.errors import IngotError, NumericError, Preempted
 from pipelines.launch import beat
 from pipelines.training import engine as engines
 from pipelines.training import export
@@ -95,8 +95,12 @@ def pretrain(job: Job, stop: StopRequest) -> None:
         engine.publish_weights()
     state = State() if saved is None else State(**saved)
     own = peak(device, config.precision)
-    with contextlib.closing(_open_journal(job, state, ranks)) as journal:
-        _trainer(job, architecture, engine, checkpoints, state, journal, stop, own).run()
+    try:
+        with contextlib.closing(_open_journal(job, state, ranks)) as journal:
+            _trainer(job, architecture, engine, checkpoints, state, journal, stop, own).run()
+    except (NumericError, Preempted):
+        checkpoints.finish()  # raised on all ranks together: the save in the background is not lost
+        raise
     checkpoints.finish()
     weights = export.gather_weights(engine.optimizer, ranks)
     if ranks.rank == 0:

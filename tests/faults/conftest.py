@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -185,6 +186,25 @@ def pretraining(tmp_path: Path, prepared: Artifact) -> Callable[..., Pretraining
         return Pretraining(tmp_path, prepared, {**SETTINGS, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _killed_once(tmp_path_factory: pytest.TempPathFactory, prepared: Artifact) -> Path:
+    """A store whose pretraining lost rank 1 after step 7, with a checkpoint at 5; made once, copied by tests."""
+    run = Pretraining(tmp_path_factory.mktemp("killed"), prepared)
+    ended = run.attempt(faults=[{"point": "train.after_step", "rank": 1, "step": 7, "action": "SIGKILL"}])
+    assert ended.code == 4, ended.message
+    assert "rank 1 of 2 was killed by SIGKILL" in ended.message
+    assert run.checkpoints.steps() == [5]
+    return run.store.root
+
+
+@pytest.fixture
+def killed_at_7(pretraining: Callable[..., Pretraining], _killed_once: Path) -> Pretraining:
+    """A pretraining that was killed after step 7, with a checkpoint at 5, in a store of the test's own."""
+    run = pretraining()
+    shutil.copytree(_killed_once, run.store.root)
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -9,18 +9,12 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-KILL_AT_7 = [{"point": "train.after_step", "rank": 0, "step": 7, "action": "SIGKILL"}]
-
 
 @pytest.mark.parametrize(
     "changes", [{"world_size": 1}, {"zero_stage": 3}], ids=["two ranks to one", "ZeRO-2 to ZeRO-3"]
 )
-def test_a_run_goes_on_under_another_sharding(
-    pretraining: Callable[..., Any], uninterrupted: Any, changes: dict[str, Any]
-) -> None:
-    run = pretraining()
-    assert run.attempt(faults=KILL_AT_7).code == 4
-    finished = run.finish(**changes)
+def test_a_run_goes_on_under_another_sharding(killed_at_7: Any, uninterrupted: Any, changes: dict[str, Any]) -> None:
+    finished = killed_at_7.finish(**changes)
     assert finished.resumed_at == [5]
     assert finished.steps == uninterrupted.steps
     losses, expected = ([float.fromhex(loss) for loss in each.losses] for each in (finished, uninterrupted))

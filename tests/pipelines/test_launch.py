@@ -166,6 +166,21 @@ os.kill(os.getpid(), signal.SIGSEGV)
         launch(python(code), world_size=2, log_dir=tmp_path)
 
 
+def test_a_preempted_rank_leaves_the_others_the_grace_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler signalled the ranks themselves; rank 0 publishes for longer than a crashed rank's peers would get."""
+    monkeypatch.setattr(launcher, "_SIBLING_GRACE_S", 0.2)
+    code = """
+import os, sys, time
+if os.environ["RANK"] == "0":
+    time.sleep(1)
+    open(sys.argv[1], "w").close()
+sys.exit(75)
+"""
+    with pytest.raises(Preempted):
+        launch(python(code, tmp_path / "saved"), world_size=2, log_dir=tmp_path / "logs", grace_s=60)
+    assert (tmp_path / "saved").exists()
+
+
 def test_a_rank_that_finishes_early_does_not_end_the_run(tmp_path: Path) -> None:
     code = """
 import os, sys, time
