@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.utils import logging as transformers_logging
 
+from pipelines.compression import load as compressed
 from pipelines.errors import IntegrityError, NumericError
 from pipelines.evaluation.windows import Batch
 
@@ -93,16 +94,19 @@ def family_of(model: Path) -> Family:
 
 
 def load(model: Path, device: str) -> Scorer:
-    """Load a model folder through plain transformers, in the type it is stored in.
+    """Load a model folder, in the type it is stored in: through plain transformers wherever that reads it.
 
     Raises:
-        IntegrityError: the folder does not hold a model that transformers reads.
+        IntegrityError: the folder does not hold a readable model.
     """
     family = family_of(model)
     transformers_logging.disable_progress_bar()
     auto = AutoModelForCausalLM if family == "decoder" else AutoModelForMaskedLM
     try:
-        loaded = auto.from_pretrained(model, dtype="auto", local_files_only=True)
+        if compressed.is_private(model):
+            loaded: Any = compressed.load_model(model)
+        else:
+            loaded = auto.from_pretrained(model, dtype="auto", local_files_only=True)
     except (OSError, ValueError) as error:
         raise IntegrityError(f"{model} cannot be loaded by transformers: {error}") from error
     return Scorer(loaded.to(device).eval(), family, str(model), device)
