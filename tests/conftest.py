@@ -99,6 +99,7 @@ def run_plain(plain_job: Callable[..., Any]) -> Iterator[Callable[..., int]]:
 
     yield run
     torch.use_deterministic_algorithms(mode=False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -1,0 +1,156 @@
+"""Trainer against a bare PyTorch loop on the same model, in one process and turn by turn, so that the ratio is fair.
+
+    OMP_NUM_THREADS=1 python tests/bench/bench_trainer.py [--preset 4m] [--rounds 12] [--ranks 2 --zero 2]
+
+Prints tokens per second of the bare loop (torch AdamW, fused), of the trainer with AdamW and with LAMB (plain engine),
+and their ratios to the bare loop. With --ranks it then launches that many ranks under DeepSpeed for the same model and
+prints their throughput and where a step's time goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from models.architectures.build import build
+from pipelines.data import shards
+from pipelines.launch import launch
+from pipelines.training import worker
+from pipelines.training.checkpoint import Checkpoints
+from pipelines.training.config import PretrainConfig
+from pipelines.training.engine import create
+from pipelines.training.job import Job
+from pipelines.training.loop import State
+from pipelines.training.metrics import read_records
+from pipelines.training.objectives import Objective
+from pipelines.training.throughput import peak
+from pipelines.training.updates import make_optimizer
+
+VOCABULARY, LENGTH, BATCH = 4096, 256, 8
+TOKENS = LENGTH * BATCH
+
+
+def prepare(folder: Path) -> dict[str, Any]:
+    """Write random tokens as a prepare artifact and return its index."""
+    rng = np.random.Generator(np.random.Philox(0))
+    splits = {}
+    for split in ("train", "validation"):
+        tokens = rng.integers(4, VOCABULARY, (256, LENGTH))
+        entries = shards.write([tokens], folder, split, sequence_length=LENGTH, dtype="uint16", shard_bytes=1 << 26)
+        splits[split] = {"shards": entries, "sequences": 256, "tokens": tokens.size, "bytes": tokens.size * 3}
+    ids = {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
+    index = {"format": 1, "sequence_length": LENGTH, "vocab_size": VOCABULARY, "dtype": "uint16", **ids}
+    (folder / "index.json").write_text(json.dumps({**index, "splits": splits}))
+    (folder / "tokenizer").mkdir()
+    return {**index, "splits": splits}
+
+
+def job(folder: Path, index: dict[str, Any], name: str, **changes: Any) -> Job:
+    """Return the order of one run."""
+    values = {
+        "steps": 10_000,
+        "validate_every": 10_000,
+        "checkpoint": {"every": 10_000},
+        "batch_size": BATCH,
+        **changes,
+    }
+    work = folder / name
+    work.mkdir()
+    config = PretrainConfig.model_validate(values)
+    return Job(config=config, index=index, data=folder, work=work, device="cpu", threads=torch.get_num_threads())
+
+
+def bare(model: nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
+    """Return one step of the loop that a tutorial would show."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    return step
+
+
+def trainer(order: Job) -> Callable[[], None]:
+    """Return one step of the trainer, with data, metrics and all."""
+    architecture = order.config.architecture(order.index)
+    objective = Objective(build(architecture, seed=0))
+    device = worker._device(order)
+    engine = create(order.config, objective, lambda named: make_optimizer(order.config, named), device)
+    state = State()
+    journal = worker._open_journal(order, state, engine.ranks)
+    checkpoints = Checkpoints(order.checkpoints, 2)
+    own = peak(device, "fp32")
+    return worker._trainer(order, architecture, engine, checkpoints, state, journal, worker.StopRequest(), own)._advance
+
+
+def compare(folder: Path, index: dict[str, Any], preset: str, rounds: int) -> None:
+    """Run all arms turn by turn and print medians."""
+    plain = {"preset": preset, "engine": "plain", "world_size": 1, "zero_stage": 0, "micro_batch_size": BATCH}
+    orders = {
+        name: job(folder, index, name, optimizer={"name": name, "lr": 1e-4}, **plain) for name in ("adamw", "lamb")
+    }
+    tokens = torch.from_numpy(shards.ShardReader(folder, "train").take(np.arange(BATCH)))
+    arms = {"bare loop": bare(build(orders["adamw"].config.architecture(index), seed=0), tokens)}
+    arms |= {f"trainer, {name}": trainer(order) for name, order in orders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(rounds + 2):
+        for name, step in arms.items():
+            started = time.perf_counter()
+            step()
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, value in medians.items():
+        ratio = statistics.median(b / t for b, t in zip(seconds["bare loop"], seconds[name], strict=True))
+        print(f"{name:16s} {TOKENS / value:8,.0f} tokens/s   {value:.3f} s/step   {ratio:.3f} of the bare loop")
+
+
+def sharded(folder: Path, index: dict[str, Any], preset: str, ranks: int, zero: int, steps: int) -> None:
+    """Launch real ranks and print the median step."""
+    split = {"world_size": ranks, "zero_stage": zero, "micro_batch_size": BATCH // ranks}
+    order = job(folder, index, "ranks", preset=preset, steps=steps, schedule={"warmup": 1}, **split)
+    (order.work / "job.json").write_text(order.model_dump_json())
+    environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-m", "pipelines.training.worker", str(order.work / "job.json")]
+    launch(command, world_size=ranks, log_dir=order.logs, env=environment)
+    records = read_records(order.metrics)[2:]
+    rate = statistics.median(record["tokens_per_s"] for record in records)
+    parts = {p: statistics.median(r[f"time/{p}"] for r in records) for p in ("data", "forward", "backward", "step")}
+    split_text = ", ".join(f"{part} {value:.3f}" for part, value in parts.items())
+    print(f"{ranks} ranks, ZeRO-{zero}, lamb: {rate:,.0f} tokens/s, {TOKENS / rate:.3f} s/step ({split_text})")
+
+
+def main() -> None:
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="4m")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--ranks", type=int, default=0)
+    parser.add_argument("--zero", type=int, default=2)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        index = prepare(folder)
+        compare(folder, index, arguments.preset, arguments.rounds)
+        if arguments.ranks:
+            sharded(folder, index, arguments.preset, arguments.ranks, arguments.zero, arguments.rounds + 2)
+
+
+if __name__ == "__main__":
+    main()
