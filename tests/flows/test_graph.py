@@ -1,0 +1,73 @@
+"""The graph: which nodes there are, what they read, and how identity flows down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows import recipe
+from flows.graph import identify, nodes
+from pipelines.errors import ConfigError
+
+DATA = "ab" * 16
+
+
+def recipe_with(tmp_path: Path, children: str) -> str:
+    """A recipe of one's own with these children."""
+    path = tmp_path / "mine.toml"
+    path.write_text(f'extends = "smoke"\ncompress = [{children}]\n')
+    return str(path)
+
+
+def test_every_node_comes_after_what_it_reads() -> None:
+    seen: set[str] = set()
+    for node in nodes(recipe.resolve("demo")):
+        assert set(node.inputs.values()) <= seen
+        seen.add(node.name)
+
+
+def test_every_model_is_evaluated_and_reaches_the_gate() -> None:
+    config = recipe.resolve("demo")
+    promote = nodes(config)[-1]
+    models = ["pretrain", *(child.name for child in config.compress)]
+    assert promote.name == "promote"
+    assert {f"evaluation:{name}" for name in models} | {f"model:{name}" for name in models} <= set(promote.inputs)
+
+
+def test_a_child_is_measured_beside_its_parent() -> None:
+    graph = {node.name: node for node in nodes(recipe.resolve("smoke"))}
+    child = graph["evaluate.rtn-int8-channel"]
+    assert child.inputs["parent_model"] == "pretrain"
+    assert child.inputs["parent_evaluation"] == "evaluate.pretrain"
+
+
+def test_a_chained_child_reads_the_child_it_names(tmp_path: Path) -> None:
+    children = '{method = "wanda", name = "sparse"}, {method = "rtn", bits = 8, from = "sparse", name = "both"}'
+    graph = {node.name: node for node in nodes(recipe.resolve(recipe_with(tmp_path, children)))}
+    assert graph["compress.both"].inputs["model"] == "compress.sparse"
+    assert graph["compress.sparse"].inputs["model"] == "pretrain"
+
+
+def test_a_chain_to_a_child_below_is_refused(tmp_path: Path) -> None:
+    children = '{method = "rtn", bits = 8, from = "sparse", name = "both"}, {method = "wanda", name = "sparse"}'
+    with pytest.raises(ConfigError, match="is no child above it"):
+        recipe.resolve(recipe_with(tmp_path, children))
+
+
+def test_two_children_of_one_name_are_refused(tmp_path: Path) -> None:
+    children = '{method = "rtn", bits = 8, name = "x"}, {method = "rtn", bits = 4, name = "x"}'
+    with pytest.raises(ConfigError, match="two models are called 'x'"):
+        recipe.resolve(recipe_with(tmp_path, children))
+
+
+def test_identity_is_the_same_in_every_process_and_changes_with_the_corpus() -> None:
+    config = recipe.resolve("demo")
+    first, again, other = identify(config, DATA), identify(config, DATA), identify(config, "cd" * 16)
+    assert [n.fingerprint for n in first.values()] == [n.fingerprint for n in again.values()]
+    assert not {n.fingerprint for n in first.values()} & {n.fingerprint for n in other.values()}
+
+
+def test_the_name_of_the_data_folder_is_no_part_of_identity() -> None:
+    one = identify(recipe.resolve("demo"), DATA)["prepare"].fingerprint
+    assert one == identify(recipe.resolve("demo", ["data.path=elsewhere"]), DATA)["prepare"].fingerprint

@@ -1,0 +1,84 @@
+"""Run records: written whole, found by the beginning of their id, and honest about runs that were killed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.runs import NodeRecord, RunRecord, Runs
+from pipelines.errors import ConfigError
+
+
+def start(runs: Runs, recipe: str = "smoke") -> RunRecord:
+    """A run that begins now."""
+    nodes = {"prepare": NodeRecord(stage="prepare", fingerprint="0" * 64)}
+    return runs.start(recipe=recipe, overrides=["a=1"], config={"a": 1}, data_hash="d", nodes=nodes)
+
+
+def test_a_started_run_is_running_and_alive(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    record = start(runs)
+    assert runs.get() == record
+    assert record.alive()
+    assert record.id.endswith("-smoke")
+
+
+def test_two_runs_in_one_second_have_ids_of_their_own(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    assert len({start(runs).id for _ in range(3)}) == 3
+
+
+def test_a_recipe_by_path_names_the_run_after_its_file(tmp_path: Path) -> None:
+    assert start(Runs(tmp_path), "some/where/mine.toml").id.endswith("-mine")
+
+
+def test_a_finished_run_says_how_it_ended(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    record = start(runs)
+    runs.finish(record, "refused", 7, "too large")
+    found = runs.get(record.id)
+    assert (found.status, found.exit_code, found.error) == ("refused", 7, "too large")
+    assert found.finished_at is not None
+    assert not found.alive()
+
+
+def test_a_run_whose_process_is_gone_is_not_alive(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    record = start(Runs(tmp_path)).model_copy(update={"pid": ended.pid})
+    assert record.status == "running"
+    assert not record.alive()
+
+
+def test_a_run_on_another_host_is_believed(tmp_path: Path) -> None:
+    assert start(Runs(tmp_path)).model_copy(update={"host": "elsewhere", "pid": 1}).alive()
+
+
+def test_a_run_is_found_by_the_beginning_of_its_id(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    record = start(runs)
+    assert runs.get(record.id[:15]) == record
+
+
+def test_an_ambiguous_beginning_is_refused(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    start(runs)
+    start(runs, "demo")
+    with pytest.raises(ConfigError, match="names 2 runs"):
+        runs.get("2")
+
+
+@pytest.mark.parametrize("asked", [None, "2026"])
+def test_no_run_is_a_clear_error(tmp_path: Path, asked: str | None) -> None:
+    with pytest.raises(ConfigError, match="there is no run"):
+        Runs(tmp_path).get(asked)
+
+
+def test_saving_leaves_no_temporary_file(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    record = start(runs)
+    runs.save(record)
+    assert [path.name for path in runs.folder(record.id).iterdir()] == ["run.json"]
