@@ -213,3 +213,11 @@ class PretrainConfig(Settings):
                 f"zero_stage = {self.zero_stage} must be 0"
             )
         return self
+
+    @model_validator(mode="after")
+    def _half_precision_is_sharded(self) -> Self:
+        if self.engine == "deepspeed" and self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError(
+                "precision = bf16 with zero_stage = 0: DeepSpeed keeps no fp32 masters there; valid: 1, 2, 3"
+            )
+        return self

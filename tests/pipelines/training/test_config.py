@@ -35,6 +35,7 @@ INDEX = {"vocab_size": 512, "sequence_length": 64, "bos_id": 0, "eos_id": 1, "pa
         ({"optimizer": {"clamp": (2.0, 1.0)}}, r"clamp = \[2\.0, 1\.0\] is no interval"),
         ({"masking": {"mask": 0.9, "random": 0.2}}, r"mask \+ random = 1\.1; together they may be at most 1"),
         ({"checkpoint": {"keep": 1}}, "greater than or equal to 2"),
+        ({"precision": "bf16", "zero_stage": 0}, "DeepSpeed keeps no fp32 masters there; valid: 1, 2, 3"),
         ({"precision": "fp16"}, "'fp32' or 'bf16'"),
     ],
 )
