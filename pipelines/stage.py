@@ -130,7 +130,7 @@ STAGES: dict[str, Stage] = {
             "evaluate",
             version=1,
             entry="pipelines.evaluation.stage:run",
-            sources=("pipelines/evaluation",),
+            sources=("pipelines/evaluation", "pipelines/compression/load.py"),
             observations=("observations.json",),
         ),
         Stage(
