@@ -22,6 +22,9 @@ from pipelines.registry.evidence import PARENT, Evidence
 UNIFORM_BITS_PER_BYTE = 8.0
 """What guessing every byte with equal probability costs: a model above it knows less than nothing."""
 
+_SAME_SIZE = 1.001
+"""Children whose sizes differ by less hold the same bits, packed beside a longer or shorter description."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -65,12 +68,17 @@ def choose(models: Mapping[str, Evidence], config: PromoteConfig) -> tuple[Evide
     if config.candidate != "smallest":
         return models[config.candidate], []
     passed_over: list[str] = []
+    within: list[Evidence] = []
     for child in sorted((m for m in models.values() if m.base is not None), key=lambda m: m.size_bytes):
         broken = [check.name for check in _own_checks(child, _parent_of(child, models), config) if not check.passed]
         if not broken:
-            return child, passed_over
-        passed_over.append(f"{child.name} ({child.size_bytes} bytes): {', '.join(broken)}")
-    return models[PARENT], passed_over
+            within.append(child)
+        elif not within:
+            passed_over.append(f"{child.name} ({child.size_bytes} bytes): {', '.join(broken)}")
+    if not within:
+        return models[PARENT], passed_over
+    as_small = [child for child in within if child.size_bytes <= _SAME_SIZE * within[0].size_bytes]
+    return min(as_small, key=lambda child: child.bits_per_byte["value"]), passed_over
 
 
 def within_budget(models: Mapping[str, Evidence], config: PromoteConfig) -> list[Evidence]:

@@ -211,6 +211,14 @@ def test_smallest_takes_the_smallest_child_within_budget_and_says_whom_it_passed
     assert within_budget(models, CONFIG) == [good]
 
 
+def test_among_children_of_the_same_bits_the_better_one_is_taken() -> None:
+    better = replace(child_of_parent(2.001), name="better", fingerprint="print of better", size_bytes=300_100)
+    shorter = replace(child_of_parent(2.004), name="shorter", fingerprint="print of shorter", size_bytes=300_000)
+    config = PromoteConfig(max_bytes_ratio=10.0)
+    parent = replace(PARENT, size_bytes=1_000_000)
+    assert choose({"pretrain": parent, "better": better, "shorter": shorter}, config)[0] is better
+
+
 def test_smallest_falls_back_to_the_parent() -> None:
     bad = child_of_parent(2.5)
     chosen, passed_over = choose(family(bad), CONFIG)
