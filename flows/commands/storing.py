@@ -22,23 +22,30 @@ def verify(target: str | None, *, as_json: bool) -> None:
         IntegrityError: naming every damaged artifact.
     """
     if target is None:
-        chosen = list(store().artifacts())
+        chosen, damaged = list(store().artifacts()), [error.message for error in store().damaged()]
     else:
         found = find(target)
-        chosen = _artifacts_of(found) if isinstance(found, RunRecord) else [found]
-    rows, damaged = [], []
-    for each in chosen:
-        try:
-            each.verify()
-            fault = None
-        except IntegrityError as error:
-            fault = error.message
-            damaged.append(error.message)
-        rows.append({"node": each.manifest.node, "fingerprint": each.manifest.fingerprint[:12],
-                     "state": "damaged" if fault else "ok", "fault": fault, "path": str(each.path)})  # fmt: skip
+        chosen, damaged = _artifacts_of(found) if isinstance(found, RunRecord) else [found], []
+    rows = [_verified(each) for each in chosen]
     console.table(rows, ["node", "fingerprint", "state", "path"], as_json=as_json)
+    damaged += [str(row["fault"]) for row in rows if row["fault"]]
     if damaged:
         raise IntegrityError("\n".join(damaged), hint="delete the damaged folder and run again to rebuild it")
+
+
+def _verified(each: Artifact) -> dict[str, Any]:
+    try:
+        each.verify()
+        fault = None
+    except IntegrityError as error:
+        fault = error.message
+    return {
+        "node": each.manifest.node,
+        "fingerprint": each.manifest.fingerprint[:12],
+        "state": "damaged" if fault else "ok",
+        "fault": fault,
+        "path": str(each.path),
+    }
 
 
 def gc(keep: int, *, dry_run: bool, as_json: bool) -> None:

@@ -117,3 +117,10 @@ def test_an_empty_store_lists_nothing(ingot: Ingot, what: str) -> None:
 )
 def test_methods_are_listed_by_name(ingot: Ingot, what: str, names: set[str]) -> None:
     assert names <= {row["name"] for row in json.loads(ingot("list", what, "--json").stdout)}
+
+
+def test_verify_names_an_artifact_whose_manifest_cannot_be_read(ingot: Ingot, empty_store: Path) -> None:
+    folder = empty_store / "artifacts" / "prepare" / ("0" * 32)
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{ half a manif")
+    assert str(folder / "manifest.json") in ingot("verify", check=3).stderr
