@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from flows.runs import Runs
+from pipelines import artifact
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 Ingot = Callable[..., subprocess.CompletedProcess[str]]
@@ -144,9 +145,10 @@ def test_a_killed_run_leaves_nothing_behind_and_the_same_command_finishes_it(
 def test_gc_keeps_what_the_newest_run_and_the_champion_need(smoke_store: Path, tmp_path: Path, run_in: Ingot) -> None:
     store = copy_of(smoke_store, tmp_path)
     extra = store / "artifacts" / "pretrain" / ("0" * 32)
-    shutil.copytree(next(store.glob("artifacts/pretrain/*")), extra)
-    manifest = json.loads((extra / "manifest.json").read_text())
-    (extra / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
+    build = tmp_path / "build"
+    build.mkdir()
+    (build / "payload.txt").write_text("of no run")
+    artifact.publish(build, extra, stage="pretrain", node="pretrain", identity={"of": "no run"}, parents={}, summary={})
     assert str(extra) in run_in(store, "gc", "--dry-run", check=0).stdout
     assert extra.exists()
     run_in(store, "gc", check=0)
