@@ -103,7 +103,8 @@ def training(artifact: Artifact | None) -> Facts | None:
     facts = _read(artifact, "training.json") or dict(artifact.manifest.summary)
     steps = Axis("optimizer step")
     return {
-        "facts": {name: value for name, value in facts.items() if not isinstance(value, list | dict)},
+        # An encoder has no bits per byte of its own kind, so that fact is None: left out like the lists.
+        "facts": {name: v for name, v in facts.items() if v is not None and not isinstance(v, list | dict)},
         "observed": observed,
         "loss": charts.lines(_losses(rows), steps, Axis("loss, nats per token"), "Loss over steps"),
         "rate": _line(rows, "lr", steps, Axis("learning rate", zero=True), "Learning rate over steps"),

@@ -69,7 +69,13 @@ def payloads() -> dict[str, dict[str, Any]]:
         },
         "pretrain": {
             "metrics.jsonl": metrics,
-            "training.json": {"steps": 5, "tokens": 20480, "parameters": 266816, "losses": ["0x1p+2"]},
+            "training.json": {
+                "steps": 5,
+                "tokens": 20480,
+                "parameters": 266816,
+                "losses": ["0x1p+2"],
+                "bits_per_byte": None,
+            },
             "observations.json": {"tokens_per_s": 900.0, "mfu": 0.02, "seconds": {"forward": 1.5}, "resumed_at": [3]},
         },
         "evaluate.pretrain": {
