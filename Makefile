@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt
 
-.PHONY: run test setup check exactness faults bench golden clean
+.PHONY: run test setup check exactness faults bench clean
 
 run: $(VENV)/.installed
 	@$(BIN)/ingot run --recipe demo
@@ -27,11 +27,11 @@ exactness: $(VENV)/.installed-dev
 
 # Every fault of the harness, also the slow ones.
 faults: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/faults -m "slow or faults_full or not faults_full" --timeout 3600
+	$(BIN)/python -m pytest tests/faults -m "faults_full or not faults_full" --timeout 3600
 
 # Ratios against named baselines, measured in one run each.
 bench: $(VENV)/.installed-dev
-	for file in tests/bench/bench_*.py; do $(BIN)/python $$file; done
+	for file in tests/bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
 clean:
 	rm -rf $(VENV) .ingot data .mypy_cache .ruff_cache .pytest_cache .hypothesis

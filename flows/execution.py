@@ -70,7 +70,9 @@ class Execution:
         if name == "promote":
             # A version names the MLflow run that made it, so MLflow has to know that run first.
             self.session.flush(_FLUSH_S)
-        with self._tracked(node) as stage_run:
+        with self.session.stage(
+            name, fingerprint=node.fingerprint, params=node.node.config.model_dump(mode="json")
+        ) as stage_run:
 
             def report(progress: Progress) -> None:
                 record.done, record.total, record.message = progress.done, progress.total, progress.message
@@ -141,14 +143,6 @@ class Execution:
             tracking=tracking,
             store=self.store.root,
         )
-
-    @contextlib.contextmanager
-    def _tracked(self, node: Identified) -> Iterator[Any]:
-        name = node.node.name
-        with self.session.stage(
-            name, fingerprint=node.fingerprint, params=node.node.config.model_dump(mode="json")
-        ) as stage_run:
-            yield stage_run
 
     def _save(self, *, at_once: bool = False) -> None:
         if at_once or time.monotonic() - self._saved_at > _SAVE_EVERY_S:
