@@ -4,7 +4,8 @@ A method is one module in this package; its file name is its registry name. It d
 
     kind            "weight", "structure", "kv_cache" or "training"
     bits            what it can store a weight in, for tables: "2-8"
-    calibration     what it must be shown: "none" or "hessian" (the input second moment of each layer)
+    calibration     what it must be shown: "none", "hessian" (the input second moment of each layer), "inputs" (that, and
+                    a sample of the inputs themselves) or "gradients" (that, and squared gradients of the weights)
     paper           where it comes from
     Config          its parameters, a `MethodConfig`
 
@@ -31,7 +32,7 @@ else:
     torch = lazy_module("torch")
 
 Kind = Literal["weight", "structure", "kv_cache", "training"]
-Calibration = Literal["none", "hessian"]
+Calibration = Literal["none", "hessian", "inputs", "gradients"]
 
 
 class MethodConfig(BaseModel):
@@ -57,6 +58,12 @@ class Statistics:
     """X^T X over all calibration tokens, float32 or float64; None where nothing was measured."""
     tokens: int = 0
     """Number of rows of X."""
+    inputs_NI: Tensor | None = None
+    """A sample of rows of X, float32, as they arrive behind the blocks already compressed; None unless asked for."""
+    reference_NI: Tensor | None = None
+    """The same rows in the original model."""
+    fisher_OI: Tensor | None = None
+    """Sum over calibration sequences of the squared gradient of the summed loss; None unless asked for."""
 
     def second_moment(self, method: str, columns: int) -> Tensor:
         """Return `hessian_II` as float64.

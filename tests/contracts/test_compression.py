@@ -53,7 +53,7 @@ def layer() -> tuple[Tensor, Statistics]:
 def test_a_method_says_what_it_is(name: str) -> None:
     module = registry.get(name)
     assert module.kind in {"weight", "structure", "kv_cache", "training"}
-    assert module.calibration in {"none", "hessian"}
+    assert module.calibration in {"none", "hessian", "inputs", "gradients"}
     assert module.bits
     assert module.paper
     assert module.__doc__

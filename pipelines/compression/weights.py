@@ -1,0 +1,119 @@
+"""Methods of kind "weight": a model walked block by block, stored packed, reported beside its null arms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from models.compression import registry
+from pipelines.artifact import Artifact
+from pipelines.compression import calibration, child, export, skeleton, walk
+from pipelines.compression.config import CompressConfig
+from pipelines.compression.folder import WeightReader, write_json
+from pipelines.stage import Progress, StageContext, Summary
+
+
+def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
+    """Compress `inputs["model"]`, calibrated on `inputs["prepare"]`.
+
+    Writes `model/` (a transformers folder) and `compression.json`: method, parameters, layout, errors of every layer
+    beside those of its null arms, and the bytes of the compressed layers and of the whole, parent and child.
+
+    Raises:
+        ConfigError: the method does not fit a layer, which is named.
+        NumericError: calibration met activations that are not finite.
+    """
+    method = registry.get(config.method)
+    source, target = inputs["model"].path / "model", out_dir / "model"
+    model, reader = skeleton.build(source), WeightReader(source)
+    names = walk.targets(model, config.skip)
+    dense = export.loads_dense(model, config.parameters.model_dump(), embeddings=config.embeddings == "quantize")
+    parameters = config.parameters.fitted(_widths(model, reader, names, config)) if dense else config.parameters
+    tokens_NT = None
+    if method.calibration != "none":
+        tokens_NT = calibration.sample_tokens(
+            inputs["prepare"].path, samples=config.samples, seed=config.seed, masked=_is_encoder(model)
+        )
+    folder = child.ChildFolder(model, reader, target, config=config, parameters=parameters, dense=dense)
+    rows: dict[str, dict[str, Any]] = {}
+    blocks = walk.walk(
+        model, reader, method, parameters, names=names, tokens_NT=tokens_NT, device=_device(context.compute)
+    )
+    for done, block in enumerate(blocks, start=1):
+        for name, layer in block.items():
+            rows[name] = layer.report(folder.add(name, layer.packed).stored_bits())
+        context.report(Progress(context.node, done, model.config.num_hidden_layers, "blocks"))
+    folder.close()
+    report = {
+        "method": config.method,
+        "parameters": parameters.model_dump(mode="json"),
+        "layout": folder.layout,
+        "loads_with": "transformers" if folder.layout == export.LAYOUT_PUBLIC else "pipelines.compression.load",
+        "calibration": {"sequences": 0 if tokens_NT is None else len(tokens_NT), "seed": config.seed},
+        "not_informative": method.not_informative,
+        "totals": _totals(rows, reader, target, embedding_bytes=folder.embedding_bytes),
+        "errors": _errors(rows),
+        "layers": rows,
+    }
+    write_json(out_dir / "compression.json", report)
+    return {key: report[key] for key in ("method", "parameters", "layout", "totals", "errors")}
+
+
+def _totals(
+    rows: Mapping[str, Mapping[str, Any]], reader: WeightReader, target: Path, *, embedding_bytes: int
+) -> dict[str, Any]:
+    """Return bits and bytes: of the compressed layers, and of all weight files."""
+    weights = sum(row["shape"][0] * row["shape"][1] for row in rows.values())
+    stored = sum(row["stored_bits"] for row in rows.values())
+    dense = sum(_dense_bytes(reader, name) for name in rows)
+    files = WeightReader(target).bytes
+    return {
+        "layers": len(rows),
+        "weights": weights,
+        "stored_bits": stored,
+        "bits_per_weight": stored / weights,
+        "layer_bytes": stored // 8,
+        "parent_layer_bytes": dense,
+        "layer_ratio": 8 * dense / stored,
+        "embedding_bytes": embedding_bytes,
+        "bytes": files,
+        "parent_bytes": reader.bytes,
+        "ratio": reader.bytes / files,
+    }
+
+
+def _errors(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the means over layers of the relative errors, null arms included."""
+    errors: dict[str, Any] = {"weight": fmean(row["weight_error"] for row in rows.values())}
+    measured = [row for row in rows.values() if "output_error" in row]
+    if measured:
+        errors["output"] = fmean(row["output_error"] for row in measured)
+        errors["null"] = {arm: fmean(row["null"][arm] for row in measured) for arm in sorted(measured[0]["null"])}
+    return errors
+
+
+def _dense_bytes(reader: WeightReader, name: str) -> int:
+    tensor = reader.dense(f"{name}.weight")
+    return tensor.numel() * tensor.element_size()
+
+
+def _widths(model: PreTrainedModel, reader: WeightReader, names: list[str], config: CompressConfig) -> list[int]:
+    """Return the input widths of everything that will be packed."""
+    matrices = child.token_matrices(model, reader) if config.embeddings == "quantize" else []
+    return sorted({int(model.get_parameter(f"{name}.weight").shape[1]) for name in [*names, *matrices]})
+
+
+def _is_encoder(model: PreTrainedModel) -> bool:
+    return type(model).__name__.endswith("ForMaskedLM")
+
+
+def _device(compute: Mapping[str, Any]) -> torch.device:
+    wanted = compute.get("device", "auto")
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
