@@ -4,8 +4,8 @@ A method is one module in this package; its file name is its registry name. It d
 
     kind            "weight", "structure", "kv_cache" or "training"
     bits            what it can store a weight in, for tables: "2-8"
-    calibration     what it must be shown: "none", "hessian" (the input second moment of each layer), "inputs" (that, and
-                    a sample of the inputs themselves) or "gradients" (that, and squared gradients of the weights)
+    calibration     what it must be shown: "none", "hessian" (the input second moment of each layer), "inputs" (that,
+                    and a sample of the inputs themselves) or "gradients" (that, and squared weight gradients)
     paper           where it comes from
     Config          its parameters, a `MethodConfig`
 
