@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from models.compression import wanda
 from models.compression.base import Statistics, relative_error
@@ -80,34 +79,6 @@ def test_the_same_codes_in_either_storage_stand_for_the_same_weight(layer: Calla
     weight, _, seen = layer()
     both = [wanda.compress(weight, seen, wanda.Config(storage=s)).dequantize() for s in ("packed", "bitmask")]
     assert torch.equal(both[0], both[1])
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"value_bits": 16}, r"value_bits = 16 cannot be stored as 'packed'; valid: \(4, 8\)"),
-        ({"value_bits": 4, "storage": "bitmask"}, r"valid: \(8, 16, 32\)"),
-        ({"pattern": "2:4", "sparsity": 0.3}, "sparsity = 0.3 contradicts the pattern 2:4"),
-        ({"sparsity": 1.0}, "less than 1"),
-        ({"pattern": "3:4"}, "unstructured"),
-    ],
-)
-def test_contradictions_are_refused(values: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
-        wanda.Config(**values)
-
-
-@pytest.mark.parametrize(
-    ("values", "label"),
-    [
-        ({}, "50-int8"),
-        ({"sparsity": 0.625}, "62p5-int8"),
-        ({"pattern": "2:4", "value_bits": 4}, "2of4-int4"),
-        (EXACT, "50-fp32-bitmask"),
-    ],
-)
-def test_labels_name_pattern_and_storage(values: dict[str, Any], label: str) -> None:
-    assert wanda.Config(**values).label == label
 
 
 def test_calibration_is_required() -> None:
