@@ -1,13 +1,15 @@
-"""What calibration shows a model, and what it records: the input second moment of each layer of one block.
+"""What calibration shows a model, and what it records at the inputs of each layer of one block.
 
-Bounded memory: one block, the hidden states of the calibration sequences, and one I x I matrix for each of its layers.
-Shapes: N sequences, T tokens, D width, I input features.
+Bounded memory: one block, the hidden states of the calibration sequences (twice where the original model is followed
+too), and for each layer of the block one I x I matrix and, on request, two samples of at most `ROWS` rows.
+Shapes: N sequences, T tokens, B sequences of a batch, D width, I input features, R sampled rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,13 @@ from models.compression.base import Statistics
 from pipelines.data.shards import ShardReader
 from pipelines.errors import IntegrityError, NumericError
 
+ROWS = 2048
+"""Input rows of a layer that methods with `calibration = "inputs"` are shown; fewer where there are fewer tokens."""
 _BATCH = 8
 _PURPOSE = 0xC0
 """Sets the random stream of calibration apart from others with the same seed."""
+IGNORED = -100
+"""Label of a position that is not asked for."""
 _HIDDEN_SHARE = 0.3
 """Share of tokens that an encoder sees masked, near the middle of what masked language models train with."""
 
@@ -37,10 +43,25 @@ class Prefix:
     arguments: list[dict[str, Any]] = field(default_factory=list)
     """Keyword arguments of each block: masks, position embeddings."""
 
+    def fork(self) -> Prefix:
+        """Return a second stream that starts from the same hidden states."""
+        return replace(self, hidden=list(self.hidden))
+
+    @property
+    def tokens(self) -> int:
+        """Number of calibration tokens."""
+        return sum(hidden_BTD.shape[0] * hidden_BTD.shape[1] for hidden_BTD in self.hidden)
+
+    @torch.no_grad()
+    def outputs(self, index: int, block: nn.Module) -> Iterator[Tensor]:
+        """Yield the outputs of block `index`, batch by batch."""
+        for hidden_BTD in self.hidden:
+            yield first_output(block(hidden_BTD, **self.arguments[index]))
+
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace the hidden states by the outputs of block `index`."""
-        for position, hidden_BTD in enumerate(self.hidden):
-            self.hidden[position] = _tensor(block(hidden_BTD, **self.arguments[index]))
+        for position, output_BTD in enumerate(self.outputs(index, block)):
+            self.hidden[position] = output_BTD
 
 
 def sample_tokens(prepare: Path, *, samples: int, seed: int, masked: bool) -> NDArray[np.int64]:
@@ -67,6 +88,17 @@ def sample_tokens(prepare: Path, *, samples: int, seed: int, masked: bool) -> ND
     return tokens_NT
 
 
+def labels(prepare: Path, tokens_NT: NDArray[np.int64], *, seed: int, masked: bool) -> NDArray[np.int64]:
+    """Return what the logits of each position of `tokens_NT` should say [N, T], `IGNORED` where nothing is asked.
+
+    A decoder is asked for the next token, an encoder for the tokens that `sample_tokens` hid from it.
+    """
+    if masked:
+        plain_NT = sample_tokens(prepare, samples=len(tokens_NT), seed=seed, masked=False)
+        return np.where(plain_NT != tokens_NT, plain_NT, IGNORED)
+    return np.concatenate([tokens_NT[:, 1:], np.full((len(tokens_NT), 1), IGNORED)], axis=1)
+
+
 @torch.no_grad()
 def enter(model: PreTrainedModel, stack: nn.ModuleList, tokens_NT: NDArray[np.int64], device: torch.device) -> Prefix:
     """Return the hidden states in front of the first block, and the arguments that each block is given.
@@ -88,7 +120,7 @@ def enter(model: PreTrainedModel, stack: nn.ModuleList, tokens_NT: NDArray[np.in
     try:
         for block in stack:
             block.forward = record
-        for batch_BT in _batches(tokens_NT):
+        for batch_BT in batches(tokens_NT):
             entered.clear()
             arguments.clear()
             body(input_ids=torch.from_numpy(batch_BT).to(device))
@@ -101,30 +133,91 @@ def enter(model: PreTrainedModel, stack: nn.ModuleList, tokens_NT: NDArray[np.in
     return prefix
 
 
-@torch.no_grad()
-def measure(block: nn.Module, layers: Mapping[str, nn.Linear], index: int, prefix: Prefix) -> dict[str, Statistics]:
+def measure(
+    block: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    index: int,
+    prefix: Prefix,
+    *,
+    rows_R: NDArray[np.int64] | None = None,
+    original: Prefix | None = None,
+) -> dict[str, Statistics]:
     """Return the input statistics of `layers` (name -> module of the block) over all calibration tokens.
+
+    Args:
+        block: block `index` with its original weights.
+        layers: what is measured.
+        index: place of the block in the stack.
+        prefix: hidden states behind the compressed blocks.
+        rows_R: calibration tokens whose input rows are kept; None keeps none.
+        original: hidden states behind the original blocks; given with `rows_R`, it is advanced past this block, and the
+            same rows are kept from it as `reference_NI`.
 
     Raises:
         NumericError: an activation is not finite.
     """
     sums = {n: torch.zeros(m.in_features, m.in_features, dtype=torch.float64) for n, m in layers.items()}
-    tokens = 0
-    hooks = [module.register_forward_pre_hook(_accumulate(sums[name])) for name, module in layers.items()]
-    try:
-        for hidden_BTD in prefix.hidden:
-            block(hidden_BTD, **prefix.arguments[index])
-            tokens += hidden_BTD.shape[0] * hidden_BTD.shape[1]
-    finally:
-        for hook in hooks:
-            hook.remove()
+    inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+    reference: dict[str, list[Tensor]] = {name: [] for name in layers}
+    with _listening(layers, lambda name: _accumulate(sums[name])), _keeping(layers, rows_R, prefix, inputs):
+        for _ in prefix.outputs(index, block):
+            pass
     for name, hessian_II in sums.items():
         if not bool(torch.isfinite(hessian_II).all()):
             raise NumericError(f"{name}: calibration met activations that are not finite")
-    return {name: Statistics(hessian_II, tokens) for name, hessian_II in sums.items()}
+    if original is not None:
+        with _keeping(layers, rows_R, original, reference):
+            original.advance(index, block)
+    return {
+        name: Statistics(
+            hessian_II, prefix.tokens, inputs_NI=_joined(inputs[name]), reference_NI=_joined(reference[name])
+        )
+        for name, hessian_II in sums.items()
+    }
 
 
-def _accumulate(sum_II: Tensor) -> Any:
+def sample_rows(tokens: int, limit: int = ROWS) -> NDArray[np.int64]:
+    """Return which of `tokens` calibration tokens are kept as rows: at most `limit`, increasing, always the same."""
+    generator = np.random.default_rng([tokens, limit, _PURPOSE])
+    return np.sort(generator.choice(tokens, size=min(tokens, limit), replace=False))
+
+
+def _keeping(
+    layers: Mapping[str, nn.Linear], rows_R: NDArray[np.int64] | None, prefix: Prefix, kept: dict[str, list[Tensor]]
+) -> contextlib.AbstractContextManager[None]:
+    """Append to `kept` what each layer meets of the tokens `rows_R`, batch by batch."""
+    if rows_R is None:
+        return contextlib.nullcontext()
+    # All batches have one shape, so the tokens of batch b are those from b * size on.
+    size = prefix.tokens // len(prefix.hidden)
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            start = len(kept[name]) * size
+            mine = rows_R[(rows_R >= start) & (rows_R < start + size)] - start
+            kept[name].append(inputs[0].detach().flatten(0, -2)[torch.from_numpy(mine)].float().cpu())
+
+        return hook
+
+    return _listening(layers, keep)
+
+
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    return torch.cat(parts) if parts else None
+
+
+@contextlib.contextmanager
+def _listening(layers: Mapping[str, nn.Linear], hook: Callable[[str], Callable[..., None]]) -> Iterator[None]:
+    """Call `hook(name)` of every layer with its inputs inside the block."""
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _accumulate(sum_II: Tensor) -> Callable[..., None]:
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows_NI = inputs[0].detach().flatten(0, -2).double()
         sum_II.add_((rows_NI.T @ rows_NI).cpu())
@@ -132,12 +225,13 @@ def _accumulate(sum_II: Tensor) -> Any:
     return hook
 
 
-def _batches(tokens_NT: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+def batches(tokens_NT: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
     """Cut the sequences into batches of one size: the largest divisor of N up to `_BATCH`."""
     count = len(tokens_NT)
     size = max(n for n in range(1, _BATCH + 1) if count % n == 0)
     yield from (tokens_NT[start : start + size] for start in range(0, count, size))
 
 
-def _tensor(output: Any) -> Tensor:
+def first_output(output: Any) -> Tensor:
+    """Return the hidden states among what a block returns."""
     return output[0] if isinstance(output, tuple) else output

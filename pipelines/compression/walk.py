@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.compression.base import MethodConfig, Packed, Statistics, relative_error
-from pipelines.compression import calibration, skeleton
+from pipelines.compression import calibration, gradients, skeleton
 from pipelines.compression.folder import WeightReader
 from pipelines.errors import ConfigError
 
@@ -71,6 +72,8 @@ def walk(
     names: Sequence[str],
     tokens_NT: NDArray[np.int64] | None,
     device: torch.device,
+    rows: int = 0,
+    fisher: Path | None = None,
 ) -> Iterator[dict[str, Layer]]:
     """Yield the compressed layers of one block after another.
 
@@ -82,18 +85,28 @@ def walk(
         names: layers to compress.
         tokens_NT: calibration sequences; None for methods that need none.
         device: where blocks are computed.
+        rows: at most so many input rows of each layer are shown to the method, from the compressed prefix and from the
+            original model, which is then followed beside it; 0 shows none.
+        fisher: folder that `gradients.record` has filled; None shows no gradients.
     """
     stack, layers = skeleton.blocks(model)
-    prefix = None
+    prefix = original = rows_R = None
     if tokens_NT is not None:
         skeleton.load_rest(model, stack, reader, device)
         prefix = calibration.enter(model, layers, tokens_NT, device)
+        if rows:
+            original, rows_R = prefix.fork(), calibration.sample_rows(prefix.tokens, rows)
     for index, block in enumerate(layers):
         place = f"{stack}.{index}"
         skeleton.load(block, place, reader, device, model.dtype)
         chosen = {n: model.get_submodule(n) for n in names if n.startswith(f"{place}.")}
         linear = {n: m for n, m in chosen.items() if isinstance(m, nn.Linear)}
-        measured = {} if prefix is None else calibration.measure(block, linear, index, prefix)
+        measured: dict[str, Statistics] = {}
+        if prefix is not None:
+            measured = calibration.measure(block, linear, index, prefix, rows_R=rows_R, original=original)
+        if fisher is not None:
+            squares = gradients.read(fisher, index)
+            measured = {n: replace(seen, fisher_OI=squares[n]) for n, seen in measured.items()}
         yield {n: _compress(n, m, measured.get(n, Statistics()), method, config) for n, m in linear.items()}
         if prefix is not None:
             prefix.advance(index, block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from models.compression import registry
 from pipelines.artifact import Artifact
-from pipelines.compression import calibration, child, export, skeleton, walk
+from pipelines.compression import calibration, child, export, gradients, skeleton, walk
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.folder import WeightReader, write_json
 from pipelines.stage import Progress, StageContext, Summary
@@ -34,21 +35,34 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     names = walk.targets(model, config.skip)
     dense = export.loads_dense(model, config.parameters.model_dump(), embeddings=config.embeddings == "quantize")
     parameters = config.parameters.fitted(_widths(model, reader, names, config)) if dense else config.parameters
-    tokens_NT = None
+    device, tokens_NT, fisher = _device(context.compute), None, None
+    prepare, masked = inputs["prepare"].path, _is_encoder(model)
     if method.calibration != "none":
-        tokens_NT = calibration.sample_tokens(
-            inputs["prepare"].path, samples=config.samples, seed=config.seed, masked=_is_encoder(model)
-        )
+        tokens_NT = calibration.sample_tokens(prepare, samples=config.samples, seed=config.seed, masked=masked)
+    if tokens_NT is not None and method.calibration == "gradients":
+        fisher = context.scratch / "fisher"
+        labels_NT = calibration.labels(prepare, tokens_NT, seed=config.seed, masked=masked)
+        gradients.record(model, reader, names, tokens_NT, labels_NT, folder=fisher, device=device)
     folder = child.ChildFolder(model, reader, target, config=config, parameters=parameters, dense=dense)
     rows: dict[str, dict[str, Any]] = {}
     blocks = walk.walk(
-        model, reader, method, parameters, names=names, tokens_NT=tokens_NT, device=_device(context.compute)
+        model,
+        reader,
+        method,
+        parameters,
+        names=names,
+        tokens_NT=tokens_NT,
+        device=device,
+        rows=calibration.ROWS if method.calibration == "inputs" else 0,
+        fisher=fisher,
     )
     for done, block in enumerate(blocks, start=1):
         for name, layer in block.items():
             rows[name] = layer.report(folder.add(name, layer.packed).stored_bits())
         context.report(Progress(context.node, done, model.config.num_hidden_layers, "blocks"))
     folder.close()
+    if fisher is not None:
+        shutil.rmtree(fisher)
     report = {
         "method": config.method,
         "parameters": parameters.model_dump(mode="json"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.compression import rtn
+from models.compression.base import Packed, Statistics
 from pipelines.compression import calibration, skeleton, walk
 from pipelines.compression.folder import WeightReader
 from pipelines.compression.load import load_model
@@ -60,11 +62,11 @@ def test_each_layer_sees_the_outputs_of_the_compressed_prefix(family: str, small
     steps = walk.walk(
         model,
         reader,
-        Spy,
+        Spy,  # type: ignore[arg-type]
         config,
         names=names,
         tokens_NT=tokens,
-        device=torch.device("cpu"),  # type: ignore[arg-type]
+        device=torch.device("cpu"),
     )
     for index, block in enumerate(steps):
         expected = _recorded(replay, list(block), torch.from_numpy(tokens))
@@ -74,6 +76,87 @@ def test_each_layer_sees_the_outputs_of_the_compressed_prefix(family: str, small
             assert torch.allclose(seen[name].hessian_II / scale, expected[name] / scale, atol=1e-5), name
         for name, layer in block.items():
             replay.get_submodule(name).weight.data.copy_(layer.packed.dequantize())
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder"])
+def test_sampled_rows_come_from_the_compressed_prefix_and_from_the_original(family: str, small: Any) -> None:
+    """Replay both models whole; a layer's rows are those of its input, the same tokens in both, in order."""
+    bench = small(family=family, layers=3)
+    source = bench.parent.path / "model"
+    model = skeleton.build(source)
+    tokens = calibration.sample_tokens(bench.prepare.path, samples=10, seed=0, masked=False)
+    names, seen = walk.targets(model, ()), dict[str, Statistics]()
+
+    def spy(weight: Tensor, statistics: Statistics, config: rtn.Config) -> Packed:
+        seen[names[len(seen)]] = statistics
+        return rtn.compress(weight, statistics, config)
+
+    steps = walk.walk(
+        model,
+        WeightReader(source),
+        SimpleNamespace(compress=spy, nulls=rtn.nulls),  # type: ignore[arg-type]
+        rtn.Config(bits=2),
+        names=names,
+        tokens_NT=tokens,
+        device=torch.device("cpu"),
+        rows=100,
+    )
+    replay, rows = load_model(source), torch.from_numpy(calibration.sample_rows(tokens.size, 100))
+    original = _inputs(replay, names, torch.from_numpy(tokens))
+    for block in steps:
+        behind = _inputs(replay, list(block), torch.from_numpy(tokens))
+        for name in block:
+            mine, reference = seen[name].inputs_NI, seen[name].reference_NI
+            assert mine is not None
+            assert reference is not None
+            assert torch.allclose(mine, behind[name][rows], atol=1e-4), name
+            assert torch.allclose(reference, original[name][rows], atol=1e-4), name
+        for name, layer in block.items():
+            replay.get_submodule(name).weight.data.copy_(layer.packed.dequantize())
+    last = seen[names[-1]]
+    assert not torch.allclose(last.inputs_NI, last.reference_NI, atol=1e-2), "two bits must show"  # type: ignore[arg-type]
+
+
+def _inputs(model: nn.Module, names: list[str], tokens: Tensor) -> dict[str, Tensor]:
+    """Return the inputs [tokens, I] of each named layer in a pass of the whole model."""
+    kept: dict[str, Tensor] = {}
+
+    def keeping(name: str) -> Any:
+        return lambda _module, inputs: kept.update({name: inputs[0].flatten(0, -2)})
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(keeping(name)) for name in names]
+    with torch.no_grad():
+        model(input_ids=tokens)
+    for handle in handles:
+        handle.remove()
+    return kept
+
+
+def test_rows_are_bounded_distinct_increasing_and_always_the_same() -> None:
+    rows = calibration.sample_rows(10_000, 500)
+    assert len(rows) == 500
+    assert (np.diff(rows) > 0).all()
+    assert rows[0] < 200
+    assert rows[-1] > 9_800
+    assert np.array_equal(rows, calibration.sample_rows(10_000, 500))
+    assert np.array_equal(calibration.sample_rows(60, 500), np.arange(60))
+
+
+def test_rows_are_sampled_only_on_request(small: Any) -> None:
+    bench = small()
+    source = bench.parent.path / "model"
+    model, reader = skeleton.build(source), WeightReader(source)
+    stack, layers = skeleton.blocks(model)
+    skeleton.load_rest(model, stack, reader, torch.device("cpu"))
+    skeleton.load(layers[0], f"{stack}.0", reader, torch.device("cpu"), torch.float32)
+    tokens = calibration.sample_tokens(bench.prepare.path, samples=4, seed=0, masked=False)
+    prefix = calibration.enter(model, layers, tokens, torch.device("cpu"))
+    before = [hidden.clone() for hidden in prefix.hidden]
+    seen = calibration.measure(layers[0], {"up": layers[0].mlp.up_proj}, 0, prefix)  # type: ignore[union-attr, dict-item]
+    assert seen["up"].inputs_NI is None
+    assert seen["up"].reference_NI is None
+    assert seen["up"].fisher_OI is None
+    assert all(torch.equal(a, b) for a, b in zip(before, prefix.hidden, strict=True)), "measuring moves nothing"
 
 
 def test_the_same_seed_takes_the_same_text_and_another_does_not(small: Any) -> None:
