@@ -123,7 +123,9 @@ def train(case: Case, engine: Any, optimizer: Any, facts: dict[str, Any]) -> Non
             optimizer.set_active(active)
             facts["active"].append(active)
             start = bytes_of(optimizer)
-            active_bytes = sum(8 * f.numel for f in optimizer.fragments if f.name in active)
+            active_bytes = sum(
+                4 * len(optimizer.moment_names) * f.numel for f in optimizer.fragments if f.name in active
+            )
         for group in optimizer.param_groups:
             group["lr"] = reference.rate(case, step) * group.get("share", 1.0)
         before = whole_state(optimizer) if step == case.get("nan_step") else None
