@@ -8,7 +8,7 @@ Scales are kept in bfloat16, which has the range of float32, and codes are chose
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -129,20 +129,26 @@ class IntPacked(Packed):
         return replace(self, scale_dtype=torch.float32)
 
 
-def fit(weight_OI: Tensor, config: GridConfig) -> Grid:
+def fit(weight_OI: Tensor, config: GridConfig, *, loss: Callable[[Tensor], Tensor] | None = None) -> Grid:
     """Choose the grid of every group of a matrix.
 
     The group size is lowered to the greatest common divisor with I where it does not divide I.
+
+    Args:
+        weight_OI: the weight.
+        config: bits, groups, and whether ranges are searched.
+        loss: error [O, G, S] -> what the search makes least [O, G]; None: the sum of squares.
     """
+    measure = loss or _sum_of_squares
     size = group_for(weight_OI.shape[1], config.group_size)
     weight_OGS = grouped(weight_OI.to(torch.float32), weight_OI.shape[1] // size)
     best = _grid(weight_OGS, 1.0, config)
     if config.clip == "max":
         return best
-    least = _squared_error(weight_OGS, best)
+    least = measure(_rounding_error(weight_OGS, best))
     for shrink in _SHRINKS[1:]:
         other = _grid(weight_OGS, shrink, config)
-        error = _squared_error(weight_OGS, other)
+        error = measure(_rounding_error(weight_OGS, other))
         better = error < least
         least = torch.where(better, error, least)
         best = _choose(better, other, best)
@@ -196,8 +202,12 @@ def _storable(scale: Tensor) -> Tensor:
     return torch.where(rounded > 0, rounded, torch.ones_like(rounded))
 
 
-def _squared_error(weight_OGS: Tensor, grid: Grid) -> Tensor:
-    return (grid.decode(grid.encode(weight_OGS)) - weight_OGS).square().sum(-1)
+def _rounding_error(weight_OGS: Tensor, grid: Grid) -> Tensor:
+    return grid.decode(grid.encode(weight_OGS)) - weight_OGS
+
+
+def _sum_of_squares(error_OGS: Tensor) -> Tensor:
+    return error_OGS.square().sum(-1)
 
 
 def _choose(mask_OG: Tensor, left: Grid, right: Grid) -> Grid:
