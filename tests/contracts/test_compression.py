@@ -41,12 +41,14 @@ def method(request: pytest.FixtureRequest) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def layer() -> tuple[Tensor, Statistics]:
-    """A weight [64, 128] and the statistics of correlated inputs with uneven channels."""
+    """A weight [64, 128] and all statistics of correlated inputs with uneven channels."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.eye(128) + torch.randn(128, 128, generator=generator) / 128**0.5
     scale = torch.exp(0.7 * torch.randn(128, generator=generator))
-    inputs = (torch.randn(800, 128, generator=generator) @ mixing * scale).double()
-    return torch.randn(64, 128, generator=generator), Statistics(inputs.T @ inputs, 800)
+    inputs = torch.randn(800, 128, generator=generator) @ mixing * scale
+    moment = inputs.double().T @ inputs.double()
+    weight, fisher = torch.randn(64, 128, generator=generator), torch.rand(64, 128, generator=generator)
+    return weight, Statistics(moment, 800, inputs_NI=inputs, reference_NI=inputs, fisher_OI=fisher * moment.diag())
 
 
 @pytest.mark.parametrize("name", registry.names())
