@@ -1,0 +1,76 @@
+"""From tokens to logits and losses, the same for decoder and encoder.
+
+Legend: B sequences, T tokens, N targets, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+IGNORED = -100
+"""Target of a position that asks for nothing."""
+
+
+def stack(model: nn.Module) -> nn.ModuleList:
+    """Return the transformer layers of a model."""
+    layers: nn.ModuleList = cast("Any", model).model.layers
+    return layers
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers inside the stack by their names in the model: what compression works on."""
+    inside = {id(module) for module in stack(model).modules()}
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside}
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """Return the normalisation between the last layer and the head."""
+    body = cast("Any", model).model
+    norm: nn.Module = body.norm if hasattr(body, "norm") else body.final_norm
+    return norm
+
+
+def hidden_states(model: nn.Module, inputs_BT: Tensor) -> Tensor:
+    """Return the normalised output of the last layer [B, T, D]."""
+    states_BTD: Tensor = cast("Any", model).model(input_ids=inputs_BT).last_hidden_state
+    return states_BTD
+
+
+def layer_outputs(model: nn.Module, inputs_BT: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return the output [B, T, D] of every layer, not normalised, and the normalised output of the last one."""
+    outputs: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [layer.register_forward_hook(keep) for layer in stack(model)]
+    try:
+        last_BTD = hidden_states(model, inputs_BT)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs, last_BTD
+
+
+def logits(model: nn.Module, hidden_ND: Tensor) -> Tensor:
+    """Return the logits [N, V] of normalised hidden states."""
+    known = cast("Any", model)
+    return known.lm_head(hidden_ND) if hasattr(known, "lm_head") else known.decoder(known.head(hidden_ND))
+
+
+def summed_nats(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Return the summed cross entropy in float32; `IGNORED` targets add nothing."""
+    return functional.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
+
+
+def language_nats(model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    """Return the summed nats of a micro batch, float32 scalar.
+
+    Logits are computed for targets only: the encoder is asked for a third of its positions, and the output matrix is
+    most of the arithmetic of a small model.
+    """
+    asked_BT = targets_BT != IGNORED
+    return summed_nats(logits(model, hidden_states(model, inputs_BT)[asked_BT]), targets_BT[asked_BT])

@@ -1,0 +1,176 @@
+"""BitNet b1.58: three-level weights and 8-bit activations, trained from scratch or converted from a trained model.
+
+    W_q = clip(round(W / g), -1, 1) * g          g = mean |W| of the matrix (b1.58), or its median (Reloaded)
+    x_q = round(127 x / max|x|) * max|x| / 127   for each token
+    y   = x_q W_q^T
+
+Gradients pass both roundings unchanged. The matrix is stored as five weights a byte and one float32 scale (see
+`levels`), and the layer that reads it quantizes its input in the same way: our loader is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from models.architectures.config import Shape
+from models.compression import levels, trained
+from models.compression.base import Calibration, Kind, Packed
+from models.compression.trained import TrainedConfig
+from models.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+else:
+    torch = lazy_module("torch")
+
+kind: Kind = "training"
+bits = "1.6"
+calibration: Calibration = "none"
+paper = "Ma et al. 2024, The Era of 1-bit LLMs (arXiv 2402.17764); Nielsen et al. 2024, Reloaded (arXiv 2407.09527)"
+not_informative = ""
+
+_EPSILON = 1e-5
+_NORM_EPSILON = 1e-6
+
+
+class Config(TrainedConfig):
+    """Parameters of BitNet b1.58."""
+
+    start: Literal["parent", "scratch"] = Field(
+        "parent", description="convert the parent, or train a model of its shape from random weights"
+    )
+    scale: Literal["mean", "median"] = Field("mean", description="scale of a matrix: mean or median of |W|")
+    activation_bits: Literal[0, 8] = Field(8, description="bits of the inputs of a layer; 0 leaves them as they are")
+    norm: bool = Field(False, description="normalise the input of every layer before it is quantized (SubLN)")
+    widen: int = Field(
+        1, ge=1, le=8, description="times the parent's width: small models need about 2 to match full precision"
+    )
+
+    @property
+    def label(self) -> str:
+        """For instance `b158`, `b158-scratch-x2`, `median-a32`."""
+        parts = ["b158" if self.scale == "mean" else "median"]
+        parts += ["scratch"] if self.start == "scratch" else []
+        parts += [f"x{self.widen}"] if self.widen > 1 else []
+        parts += ["norm"] if self.norm else []
+        return "-".join(parts + ([] if self.activation_bits else ["a32"]))
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether training starts from random weights."""
+        return self.start == "scratch"
+
+    @model_validator(mode="after")
+    def _only_new_models_are_wider(self) -> Self:
+        if self.widen > 1 and self.start == "parent":
+            raise ValueError(f"widen = {self.widen}: the parent's weights do not fit; valid: 1, or start = scratch")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantizers
+
+
+def matrix_scale(weight_OI: Tensor, rule: str) -> Tensor:
+    """Return g [1], float32."""
+    size_OI = weight_OI.detach().float().abs()
+    return (size_OI.mean() if rule == "mean" else size_OI.median()).clamp(min=_EPSILON).reshape(1)
+
+
+def codes(weight_OI: Tensor, scale: Tensor) -> Tensor:
+    """Return -1, 0 or 1 for every weight [O, I], as floats."""
+    return (weight_OI.detach().float() / scale).round().clamp(-1, 1)
+
+
+def quantize_weight(weight_OI: Tensor, rule: str) -> Tensor:
+    """Return the three-level weight [O, I]; the gradient passes unchanged."""
+    scale = matrix_scale(weight_OI, rule)
+    exact_OI = (codes(weight_OI, scale) * scale).to(weight_OI.dtype)
+    return exact_OI + (weight_OI - weight_OI.detach())
+
+
+def quantize_input(x: Tensor) -> Tensor:
+    """Return x [..., I] on 255 levels for each token; the gradient passes unchanged."""
+    detached = x.detach().float()
+    factor = 127.0 / detached.abs().amax(-1, keepdim=True).clamp(min=_EPSILON)
+    exact = ((detached * factor).round().clamp(-128, 127) / factor).to(x.dtype)
+    return exact + (x - x.detach())
+
+
+def prepared_input(x: Tensor, config: Config) -> Tensor:
+    """Return what a layer multiplies: x normalised and quantized as the configuration says."""
+    if config.norm:
+        x = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + _NORM_EPSILON).to(x.dtype)
+    return quantize_input(x) if config.activation_bits else x
+
+
+@dataclass(frozen=True)
+class BitPacked(levels.LevelPacked):
+    """Three levels, and an input that is quantized before it is multiplied."""
+
+    config: Config = field(default_factory=Config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x [..., I]."""
+        return torch.nn.functional.linear(prepared_input(x, self.config), self.dequantize().to(x.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Life cycle
+
+source = trained.same_layer
+loss = trained.language_loss
+
+
+def shape(parent: Shape, config: Config) -> Shape:
+    """Return the parent's shape, as much wider as asked for; the size of a head stays."""
+    times = config.widen
+    wider = {"width": parent.width * times, "ffn_width": parent.ffn_width * times, "heads": parent.heads * times}
+    if parent.kv_heads:
+        wider["kv_heads"] = parent.kv_heads * times
+    return parent.model_copy(update=wider)
+
+
+def transform(model: nn.Module, config: Config) -> None:
+    """Put BitNet's layer in the place of every linear layer of the stack."""
+    from models.architectures import predict
+    from models.compression.trainable.quantized import FunctionalLinear
+
+    def apply(x: Tensor, weight_OI: Tensor) -> Tensor:
+        return torch.nn.functional.linear(prepared_input(x, config), quantize_weight(weight_OI, config.scale))
+
+    linear = predict.linear_layers(model)
+    trained.replace(model, {name: FunctionalLinear(module, apply) for name, module in linear.items()})
+
+
+def finish(model: nn.Module, config: Config) -> dict[str, Packed]:
+    """Return the trained layers as stored."""
+    from models.compression.trainable.quantized import FunctionalLinear
+
+    found = {n: m for n, m in model.named_modules() if isinstance(m, FunctionalLinear)}
+    return {name: pack(module.weight, config) for name, module in found.items()}
+
+
+def pack(weight_OI: Tensor, config: Config) -> Packed:
+    """Return one matrix as stored."""
+    scale = matrix_scale(weight_OI, config.scale)
+    return BitPacked((codes(weight_OI, scale) + 1).to(torch.uint8), scale, 3, config)
+
+
+def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
+    """Rebuild a packed weight from its stored tensors."""
+    plain = levels.LevelPacked.restore(tensors, 3)
+    return BitPacked(plain.digits_OI, plain.step, 3, config)
+
+
+def controls(config: Config) -> dict[str, dict[str, Any]]:
+    """Return full precision with equal steps from the same start, and no training at all."""
+    arms: dict[str, dict[str, Any]] = {
+        "fp32": config.schedule() | {"method": "finetune", "controls": False, "start": config.start},
+    }
+    return arms if config.from_scratch else arms | {"untrained": config.arm(method="bitnet", steps=0)}

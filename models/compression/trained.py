@@ -1,0 +1,160 @@
+"""What methods that train have in common: how they train, and the functions that a method module supplies.
+
+A module of kind "training" defines, besides what `base` asks for, a `Config` that extends `TrainedConfig` and the
+functions of `TrainingMethod`. It trains on the engine of the pretrain stage: parameters that it adds to the model are
+ordinary named parameters, so ZeRO shards them, checkpoints hold them, LISA freezes them with their layer, and tensors
+with one axis (learned scales) are excluded from weight decay and trust ratios. Everything that is not a parameter must
+follow from the starting weights alone, because an interrupted run is put together anew from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+
+from pydantic import Field, model_validator
+
+from models.architectures.config import Shape
+from models.compression.base import MethodConfig, Packed
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_ELASTIC: dict[str, Any] = {"elastic": True}
+_NOT_IDENTITY: dict[str, Any] = {"identity": False}
+
+
+class TrainedConfig(MethodConfig):
+    """How a compressed model is trained."""
+
+    steps: int = Field(200, ge=0, description="optimizer steps; 0 compresses the parent as it is: the null arm")
+    optimizer: Literal["adamw", "lamb", "lars"] = Field("adamw", description="update rule")
+    lr: float = Field(1e-3, gt=0.0, le=100.0, description="peak learning rate")
+    weight_decay: float = Field(0.0, ge=0.0, le=10.0, description="decoupled weight decay of matrices")
+    warmup: float = Field(0.05, ge=0.0, lt=1.0, description="share of the steps that warm up")
+    decay: Literal["constant", "linear", "cosine"] = Field("cosine", description="form of the decay after warm-up")
+    batch_size: int = Field(8, ge=1, description="sequences of one optimizer step, over all ranks")
+    micro_batch_size: int = Field(
+        4, ge=1, description="sequences of one forward pass on one rank", json_schema_extra=_ELASTIC
+    )
+    engine: Literal["deepspeed", "plain"] = Field(
+        "deepspeed", description="deepspeed through Accelerate, or plain PyTorch in one process"
+    )
+    world_size: int = Field(2, ge=1, le=65536, description="ranks: one process each", json_schema_extra=_ELASTIC)
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="ZeRO stage", json_schema_extra=_ELASTIC)
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic; bf16 keeps fp32 master weights")
+    lisa_layers: int = Field(0, ge=0, le=512, description="layers that train at a time under LISA; 0: all of them")
+    lisa_interval: int = Field(20, ge=1, description="steps between LISA's draws")
+    validate_every: int = Field(50, ge=1, description="steps between validations; one follows the last step")
+    validation_sequences: int = Field(64, ge=1, description="validation sequences used each time, at most")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints", json_schema_extra=_NOT_IDENTITY)
+    controls: bool = Field(True, description="also make the null arms (they cost as much as the method itself)")
+
+    @property
+    def taught(self) -> bool:
+        """Whether training needs the outputs of a teacher."""
+        return False
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether training starts from random weights, not from the parent's."""
+        return False
+
+    def arm(self, **changes: Any) -> dict[str, Any]:
+        """Return the table of a null arm: these parameters with some changed, and no arms of its own."""
+        return self.model_dump(mode="json") | {"controls": False} | changes
+
+    def schedule(self) -> dict[str, Any]:
+        """Return the parameters that say how to train, without those of the method."""
+        return {name: getattr(self, name) for name in TrainedConfig.model_fields}
+
+    @model_validator(mode="after")
+    def _batch_splits(self) -> Self:
+        unit = self.world_size * self.micro_batch_size
+        if self.batch_size % unit:
+            raise ValueError(
+                f"batch_size = {self.batch_size} is not a multiple of world_size x micro_batch_size = {unit}; "
+                f"valid: {unit}, {2 * unit}, {3 * unit}, ..."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _plain_is_one_process(self) -> Self:
+        if self.engine == "plain" and (self.world_size, self.zero_stage) != (1, 0):
+            raise ValueError(
+                f"engine = plain runs in one process without sharding: world_size = {self.world_size} must be 1 and "
+                f"zero_stage = {self.zero_stage} must be 0"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a loss is computed from: one micro batch of one step."""
+
+    student: nn.Module
+    teacher: nn.Module | None
+    """Frozen; there if `TrainedConfig.taught`."""
+    inputs_BT: Tensor
+    targets_BT: Tensor
+    """`predict.IGNORED` where nothing is asked."""
+    number: int
+    """Steps already done; with the seed, the only source of randomness."""
+    seed: int
+
+
+class TrainingMethod(Protocol):
+    """A method module of kind "training"."""
+
+    Config: type[TrainedConfig]
+
+    def shape(self, parent: Shape, config: Any) -> Shape:
+        """Return the shape of the model that is trained."""
+
+    def source(self, layer: int, parent: Shape, config: Any) -> int:
+        """Return the parent's layer that a layer of the model starts from."""
+
+    def transform(self, model: nn.Module, config: Any) -> None:
+        """Replace what is compressed by layers that can be trained, in place."""
+
+    def loss(self, step: Step, config: Any) -> Tensor:
+        """Return the summed nats of a micro batch."""
+
+    def finish(self, model: nn.Module, config: Any) -> dict[str, Packed]:
+        """Bring the model into the form of its configuration, in place; return what is stored packed, by name."""
+
+    def controls(self, config: Any) -> dict[str, dict[str, Any]]:
+        """Return the null arms: name -> table of a compressed child."""
+
+
+def same_shape(parent: Shape, config: TrainedConfig) -> Shape:  # noqa: ARG001 - the contract
+    """Return the parent's shape."""
+    return parent
+
+
+def same_layer(layer: int, parent: Shape, config: TrainedConfig) -> int:  # noqa: ARG001 - the contract
+    """Start each layer from its own."""
+    return layer
+
+
+def language_loss(step: Step, config: TrainedConfig) -> Tensor:  # noqa: ARG001 - the contract
+    """Return the summed nats of the targets."""
+    from models.architectures import predict
+
+    return predict.language_nats(step.student, step.inputs_BT, step.targets_BT)
+
+
+def uniform(seed: int, purpose: str, step: int, *place: int) -> float:
+    """Return a number in [0, 1) that depends on the arguments alone, equal on all ranks."""
+    import hashlib
+
+    text = "/".join(str(part) for part in (purpose, seed, step, *place))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def replace(model: nn.Module, made: Mapping[str, nn.Module]) -> None:
+    """Put modules in the places that their dotted names say."""
+    for name, module in made.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, module)
