@@ -11,7 +11,7 @@ from typing import Any
 
 from flows import plan
 from flows.config import RunConfig
-from flows.graph import Identified, identify
+from flows.graph import Identified, identify, start_of
 from flows.plan import Selection
 from flows.runs import REPORT, NodeRecord, RunRecord, Runs
 from pipelines.artifact import Artifact
@@ -88,7 +88,7 @@ class Execution:
                 self.store,
                 self._context(name, report, stage_run.run_id),
                 input_keys=node.input_keys,
-                data_hash=self.data_hash,
+                data_hash=None if name == "fetch" else self.data_hash,
                 force=force or (self.store.find(node.node.stage.name, node.fingerprint) is not None and not cached),
                 wait_s=self.wait_s,
             )
@@ -163,9 +163,10 @@ def open_execution(
     from pipelines import tracking
 
     data_hash = versioning.data_hash(config.data, CHECKOUT)
-    graph = identify(config, data_hash)
-    selection.check(graph)
     store = Store(CHECKOUT / config.store.path)
+    start = start_of(config, store.root)
+    graph = identify(config, data_hash, start)
+    selection.check(graph)
     runs = Runs(store.root)
     resolved = config.model_dump(mode="json")
     nodes = {n: NodeRecord(stage=i.node.stage.name, fingerprint=i.fingerprint) for n, i in graph.items()}
@@ -173,7 +174,7 @@ def open_execution(
     session = tracking.open_session(
         config.tracking, store.root, run_id=record.id, recipe=recipe, params=resolved, data_hash=data_hash
     )
-    record.tracking_url = session.url
+    record.tracking_url, record.start = session.url, start.place if start is not None else None
     runs.save(record)
     return Execution(config, data_hash, graph, store, runs, record, session, selection, console, wait_s)
 

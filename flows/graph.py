@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flows.config import RunConfig
 from pipelines import fingerprint
 from pipelines.data.config import PrepareJob
+from pipelines.registry.config import FetchConfig
 from pipelines.settings import Settings
 from pipelines.stage import STAGES, Stage
+
+if TYPE_CHECKING:
+    from pipelines.registry.source import Source
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,8 @@ class Node:
     config: Settings
     inputs: Mapping[str, str] = field(default_factory=dict)
     """Input name -> name of the node that makes it."""
+    note: str = ""
+    """What the plan says of it besides why it runs."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,29 @@ class Identified:
         return fingerprint.digest(self.node.stage.lineage(self.node.config, self.input_keys))
 
 
-def nodes(config: RunConfig) -> list[Node]:
+def start_of(config: RunConfig, store_root: Path) -> Source | None:
+    """Return the weights that `pretrain.from` names at this moment; asks the registry only where it is set.
+
+    Raises:
+        ConfigError: there is no such model.
+        TransientError: the registry does not answer.
+    """
+    if not config.pretrain.from_:
+        return None
+    from pipelines.registry import source
+
+    return source.resolve(config.pretrain.from_, config.tracking, store_root)
+
+
+def nodes(config: RunConfig, start: Source | None = None) -> list[Node]:
     """Return the nodes in an order in which each comes after its inputs."""
-    graph = [
-        Node("prepare", STAGES["prepare"], PrepareJob(data=config.data, prepare=config.prepare)),
-        Node("pretrain", STAGES["pretrain"], config.pretrain, {"prepare": "prepare"}),
+    graph = [Node("prepare", STAGES["prepare"], PrepareJob(data=config.data, prepare=config.prepare))]
+    reads = {"prepare": "prepare"}
+    if start is not None:
+        graph.append(_fetching(start))
+        reads["start"] = "fetch"
+    graph += [
+        Node("pretrain", STAGES["pretrain"], config.pretrain, reads),
         Node("evaluate.pretrain", STAGES["evaluate"], config.evaluate, {"prepare": "prepare", "model": "pretrain"}),
     ]
     models = {"pretrain": "pretrain"}
@@ -64,6 +89,11 @@ def nodes(config: RunConfig) -> list[Node]:
     return graph
 
 
+def _fetching(start: Source) -> Node:
+    settings = FetchConfig(place=start.place, weights=start.weights, origin=start.origin)
+    return Node("fetch", STAGES["fetch"], settings, note=start.note)
+
+
 def _evaluation_of(child: str, model: str, config: RunConfig) -> Node:
     """Measure a child beside the pretrained model, also when other children lie between the two."""
     inputs = {
@@ -75,17 +105,20 @@ def _evaluation_of(child: str, model: str, config: RunConfig) -> Node:
     return Node(f"evaluate.{child}", STAGES["evaluate"], config.evaluate, inputs)
 
 
-def identify(config: RunConfig, data_hash: str) -> dict[str, Identified]:
+def identify(config: RunConfig, data_hash: str, start: Source | None = None) -> dict[str, Identified]:
     """Return every node of the graph with its identity, in execution order.
 
     A node's identity holds the *fingerprints* of its inputs, so the whole plan is known before anything has run.
 
     Args:
         config: the run.
-        data_hash: DVC hash of the corpus, the one input that comes from outside.
+        data_hash: DVC hash of the corpus.
+        start: weights that training starts from; with the corpus, all that comes from outside.
     """
     identified: dict[str, Identified] = {}
-    for node in nodes(config):
-        keys = {name: identified[source].fingerprint for name, source in node.inputs.items()} or {"data": data_hash}
+    for node in nodes(config, start):
+        keys = {name: identified[source].fingerprint for name, source in node.inputs.items()}
+        if node.name == "prepare":
+            keys = {"data": data_hash}
         identified[node.name] = Identified(node, node.stage.identity(node.config, keys), keys)
     return identified

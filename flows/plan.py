@@ -180,6 +180,8 @@ def _cached_since(cached: Artifact) -> str:
 
 
 def _warning(node: Identified, cached: Artifact | None) -> str:
+    if node.node.note:
+        return node.node.note
     if cached is None or cached.manifest.provenance is None:
         return ""
     if cached.manifest.provenance.source_digest == node.node.stage.source_digest():

@@ -51,8 +51,14 @@ class RunRecord(BaseModel):
     pid: int
     host: str
     nodes: dict[str, NodeRecord]
+    start: str | None = None
+    """What `pretrain.from` led to when the run began; an alias may name other weights by now."""
     tracking_url: str | None = None
     tracking_pending: bool = False
+
+    def pin(self, overrides: list[str]) -> list[str]:
+        """Return overrides that start from the same weights as this run, wherever the aliases point by now."""
+        return overrides if self.start is None else [*overrides, f"pretrain.from={self.start}"]
 
     def alive(self) -> bool:
         """Return whether the process of a running record still exists (on this host)."""
@@ -121,6 +127,11 @@ class Runs:
             RunRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
             for path in sorted(self.root.glob(f"*/{RECORD}"))
         ]
+
+    def unfinished(self, recipe: str, overrides: list[str]) -> RunRecord | None:
+        """Return the newest run of this very command, if it did not come to an end."""
+        same = [run for run in self.all() if run.recipe == recipe and run.overrides in (overrides, run.pin(overrides))]
+        return same[-1] if same and same[-1].status not in {"done", "refused"} else None
 
     def get(self, prefix: str | None = None) -> RunRecord:
         """Return the run whose id starts with `prefix`, the newest when None.

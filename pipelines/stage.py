@@ -113,6 +113,12 @@ STAGES: dict[str, Stage] = {
             observations=("report.json", "quarantine.jsonl"),
         ),
         Stage(
+            "fetch",
+            version=1,
+            entry="pipelines.registry.fetch:run",
+            sources=("pipelines/registry/fetch.py", "pipelines/registry/source.py"),
+        ),
+        Stage(
             "pretrain",
             version=1,
             entry="pipelines.training.stage:run",

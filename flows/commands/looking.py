@@ -114,6 +114,9 @@ def _lineage(found: Artifact, depth: int = 0) -> list[str]:
         lines.append("  " * depth + f"{name}: {node} {digest[:12]}")
         if parent is not None:
             lines += _lineage(parent, depth + 1)
-    if not found.manifest.parents:
+    if found.manifest.stage == "fetch":
+        made_by = found.manifest.summary.get("origin")
+        lines.append("  " * depth + f"from: {found.manifest.summary['source']} {(made_by or '')[:12]}".rstrip())
+    elif not found.manifest.parents:
         lines.append("  " * depth + f"corpus: data.dvc {found.manifest.identity.get('inputs', {}).get('data', '?')}")
     return lines

@@ -37,7 +37,7 @@ def plan(
     name: str, overrides: list[str], only: str | None, since: str | None, force: list[str], *, as_json: bool
 ) -> None:
     """Print the plan of a run."""
-    config = recipe.resolve(name, overrides)
+    config, _ = _resolve(name, overrides)
     steps = _plan(config, Selection(only, since, tuple(force)))
     if as_json:
         print(json.dumps([step.as_dict() for step in steps], indent=1))
@@ -59,7 +59,7 @@ def run(
 ) -> None:
     """Run a recipe; a run with nothing to do is answered from the plan, before any flow or model code loads."""
     console.set_quiet(quiet)
-    config = recipe.resolve(name, overrides)
+    config, overrides = _resolve(name, overrides)
     steps = _plan(config, Selection(only, since, tuple(force)))
     if config.data.rev is None and (CHECKOUT / config.data.path).exists():
         # Also when everything is cached: a corpus that was changed by accident is never passed over in silence.
@@ -89,19 +89,34 @@ def resume(run_id: str | None, *, as_json: bool, quiet: bool) -> None:
     record = runs.get(run_id)
     if record.status == "running" and record.alive():
         raise ConfigError(f"{record.id} is at work (process {record.pid} on {record.host})", hint="`ingot status`")
-    run(record.recipe, record.overrides, None, None, [], wait_s=None, as_json=as_json, quiet=quiet)
+    run(record.recipe, record.pin(record.overrides), None, None, [], wait_s=None, as_json=as_json, quiet=quiet)
 
 
 def promote(candidate: str | None, run_id: str | None, *, as_json: bool) -> None:
     """Put a model of a finished run through the gate."""
     record = Runs(finding.store().root).get(run_id)
-    overrides = record.overrides + ([f"promote.candidate={candidate}"] if candidate else [])
+    overrides = record.pin(record.overrides) + ([f"promote.candidate={candidate}"] if candidate else [])
     run(record.recipe, overrides, "promote", None, ["promote"], wait_s=None, as_json=as_json, quiet=False)
 
 
+def _resolve(name: str, overrides: list[str]) -> tuple[RunConfig, list[str]]:
+    """Return the configuration and its overrides.
+
+    The same command after a kill goes on from the weights that it began with, also when it has moved the alias that
+    names them itself.
+    """
+    config = recipe.resolve(name, overrides)
+    if not config.pretrain.from_:
+        return config, overrides
+    cut_off = Runs(Store(CHECKOUT / config.store.path).root).unfinished(name, overrides)
+    pinned = overrides if cut_off is None else cut_off.pin(overrides)
+    return recipe.resolve(name, pinned), pinned
+
+
 def _plan(config: RunConfig, selection: Selection) -> list[Step]:
-    identified = graph.identify(config, versioning.data_hash(config.data, CHECKOUT))
-    return planning.make(identified, Store(CHECKOUT / config.store.path), selection)
+    store = Store(CHECKOUT / config.store.path)
+    data_hash = versioning.data_hash(config.data, CHECKOUT)
+    return planning.make(graph.identify(config, data_hash, graph.start_of(config, store.root)), store, selection)
 
 
 def _run_flow(

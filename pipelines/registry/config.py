@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pipelines.settings import Settings
+from pipelines.settings import NOT_IDENTITY, Settings
+
+
+class FetchConfig(Settings):
+    """The model that training starts from, as the plan resolved it. Its bytes are identity, its name is not."""
+
+    place: str = Field(
+        description="`models:/NAME/VERSION` of a registered model, or a folder.", json_schema_extra=NOT_IDENTITY
+    )
+    weights: str = Field(pattern=r"^[0-9a-f]{64}$", description="sha256 over its weight files.")
+    origin: str = Field(
+        "", description="Fingerprint of the artifact that was registered.", json_schema_extra=NOT_IDENTITY
+    )
 
 
 class PromoteConfig(Settings):

@@ -38,7 +38,7 @@ def edges(names: Sequence[str], config: Mapping[str, Any]) -> list[tuple[str, st
         config: the run's configuration; `compress[].from` tells which model a child was made from.
     """
     bases = {child.get("name"): child.get("from") for child in config.get("compress") or []}
-    pairs = [(CORPUS, "prepare"), ("prepare", "pretrain")]
+    pairs = [(CORPUS, "prepare"), ("prepare", "pretrain"), ("fetch", "pretrain")]
     for name in names:
         stage, _, child = name.partition(".")
         if stage == "compress":
@@ -72,7 +72,8 @@ def draw(record: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> str:
 
 def _node(name: str, entry: Mapping[str, Any], artifact: Artifact | None) -> Node:
     stage = str(entry["stage"])
-    column = _COLUMNS.index(stage) if stage in _COLUMNS else len(_COLUMNS) - 1
+    beside = "prepare" if stage == "fetch" else stage
+    column = _COLUMNS.index(beside) if beside in _COLUMNS else len(_COLUMNS) - 1
     state = "done" if artifact else "missing"
     digest = f"digest {artifact.digest[:SHORT]}" if artifact else str(entry["state"])
     return Node(name, column, state, (f"print {str(entry['fingerprint'])[:SHORT]}", digest))

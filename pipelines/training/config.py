@@ -5,13 +5,15 @@ Training is bound by steps, never by time, so that a run is the same run on a sl
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
 from models.architectures.config import PRESETS, ArchitectureConfig, Family, Shape, preset
 from pipelines.settings import ELASTIC, NOT_IDENTITY, Settings
 
+_REGISTERED = re.compile(r"models:/[^/@:]+(?:@[^/@:]+|/\d+)")
 _DEFAULT_LR = {"lamb": 2e-2, "adamw": 3e-3, "lars": 2e-2}
 _DEFAULT_EPS = {"lamb": 1e-6, "adamw": 1e-8, "lars": 1e-6}
 
@@ -127,6 +129,15 @@ class CheckpointConfig(Settings):
 class PretrainConfig(Settings):
     """The model and its training."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    from_: str = Field(
+        "",
+        alias="from",
+        description="Weights to start from: models:/NAME@champion, models:/NAME/3, an artifact or a model folder; "
+        "empty: random ones.",
+        json_schema_extra=NOT_IDENTITY,  # the bytes that it leads to stand for it
+    )
     family: Family = Field("decoder", description="decoder: causal LM (Llama); encoder: masked LM (ModernBERT).")
     preset: Annotated[str, AfterValidator(_known_preset)] = Field("4m", description="Named model size.")
     model: ModelOverrides = Field(default_factory=ModelOverrides, description="Values of the preset to replace.")
@@ -175,6 +186,13 @@ class PretrainConfig(Settings):
             pad_id=index["pad_id"],
             mask_id=index["mask_id"],
         )
+
+    @field_validator("from_")
+    @classmethod
+    def _names_a_model(cls, value: str) -> str:
+        if value.startswith("models:") and not _REGISTERED.fullmatch(value):
+            raise ValueError("a registered model is models:/NAME@ALIAS or models:/NAME/VERSION")
+        return value
 
     @model_validator(mode="after")
     def _model_can_be_built(self) -> Self:

@@ -34,6 +34,8 @@ class Job(BaseModel):
     """Folder of the prepare artifact."""
     work: Path
     """Scratch folder; it survives a kill."""
+    start: Path | None = None
+    """Model folder with the weights to start from; None starts from random ones."""
     device: Literal["cpu", "cuda"]
     threads: int
     """CPU threads of a rank."""

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from models.architectures.config import ArchitectureConfig
 from pipelines import artifact
 from pipelines.artifact import Artifact
 from pipelines.errors import ConfigError
@@ -35,31 +36,46 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         ConfigError: the model cannot be built for this tokenizer, or the device is not there.
         Preempted, NumericError, TransientError, IntegrityError: as the ranks ended.
     """
-    job = make_job(config, inputs["prepare"], context)
+    job = make_job(config, inputs["prepare"], context, inputs.get("start"))
     _order(job)
     if not job.facts.exists():
         _train(job, context)
     shutil.copytree(job.model, out_dir / "model")
     for path in (job.facts, job.metrics, job.observations):
         shutil.copyfile(path, out_dir / path.name)
-    return summary(out_dir)
+    return summary(out_dir) | _descent(inputs.get("start"))
 
 
-def make_job(config: PretrainConfig, prepared: Artifact, context: StageContext) -> Job:
-    """Return the order for the ranks, after checking what only the tokenizer and the machine can tell.
+def make_job(config: PretrainConfig, prepared: Artifact, context: StageContext, fetched: Artifact | None = None) -> Job:
+    """Return the order for the ranks, after checking what only the data, the weights and the machine can tell.
+
+    Args:
+        config: what to train.
+        prepared: artifact of the prepare stage.
+        context: of the stage.
+        fetched: artifact of the fetch stage with the weights to start from; None starts from random ones.
 
     Raises:
         ConfigError: naming the value that does not fit.
     """
     index = prepared.read_json("index.json")
     try:
-        config.architecture(index)
+        architecture = config.architecture(index)
     except ValueError as error:
         raise ConfigError(f"pretrain.model does not fit the tokenizer: {error}") from error
     device = _device(context.compute.get("device", "auto"), config.world_size)
     threads = context.compute.get("threads") or max(1, len(os.sched_getaffinity(0)) // config.world_size)
+    weights = _checked_start(architecture, fetched, prepared)
     context.scratch.mkdir(parents=True, exist_ok=True)
-    return Job(config=config, index=index, data=prepared.path, work=context.scratch, device=device, threads=threads)
+    return Job(
+        config=config,
+        index=index,
+        data=prepared.path,
+        work=context.scratch,
+        start=weights,
+        device=device,
+        threads=threads,
+    )
 
 
 def environment(job: Job) -> dict[str, str]:
@@ -91,6 +107,22 @@ def progress(record: Record, total: int, node: str, seconds_per_step: float | No
         parts.append(f"{_span(seconds_per_step * (total - record['step']))} left")
     numbers = {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
     return Progress(node, record["step"], total, "steps", ", ".join(parts), numbers)
+
+
+def _checked_start(architecture: ArchitectureConfig, fetched: Artifact | None, prepared: Artifact) -> Path | None:
+    if fetched is None:
+        return None
+    from pipelines.training import start
+
+    start.check(architecture, fetched.path / "model", prepared.path / "tokenizer")
+    return fetched.path / "model"
+
+
+def _descent(fetched: Artifact | None) -> Summary:
+    """Return which model the training started from, for tables and lineage."""
+    if fetched is None:
+        return {}
+    return {"started_from": fetched.manifest.summary["source"], "start_weights": fetched.manifest.summary["weights"]}
 
 
 def _order(job: Job) -> None:

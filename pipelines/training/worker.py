@@ -24,7 +24,7 @@ from pipelines.data.shards import ShardReader
 from pipelines.errors import IngotError, NumericError, Preempted
 from pipelines.launch import beat
 from pipelines.training import engine as engines
-from pipelines.training import export
+from pipelines.training import export, start
 from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.feed import Feed
 from pipelines.training.job import Job
@@ -85,7 +85,10 @@ def pretrain(job: Job, stop: StopRequest) -> None:
     beat()
     device = _device(job)
     architecture = config.architecture(job.index)
-    objective = Objective(build(architecture, seed=config.seed))
+    model = build(architecture, seed=config.seed)
+    if job.start is not None:
+        start.load(model, job.start)
+    objective = Objective(model)
     engine = engines.create(config, objective, lambda parameters: make_optimizer(config, parameters), device)
     beat()
     ranks = engine.ranks

@@ -1,0 +1,67 @@
+"""The `fetch` stage: the weights that training starts from, as an artifact of the store like any other.
+
+A node of the graph only where `pretrain.from` is set. Compressed weights are turned back into dense ones, so that what
+trains is exactly the model that was measured and promoted.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipelines.artifact import Artifact
+from pipelines.errors import IntegrityError
+from pipelines.registry import source
+from pipelines.registry.config import FetchConfig
+from pipelines.registry.package import MODEL_FOLDER
+from pipelines.stage import StageContext, Summary
+from pipelines.tracking.config import TrackingConfig
+
+
+def run(config: FetchConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:  # noqa: ARG001 - it has none
+    """Copy the model folder into the artifact; see `pipelines.stage`.
+
+    Raises:
+        IntegrityError: the weights are no longer those that the plan was made for.
+        ConfigError: the model is gone.
+    """
+    known = {name: value for name, value in context.tracking.items() if name in TrackingConfig.model_fields}
+    with source.opened(config.place, TrackingConfig.model_validate(known), context.store) as folder:
+        if (found := source.folder_digest(folder)) != config.weights:
+            raise IntegrityError(
+                f"{config.place} holds weights {found[:16]}, the plan was made for {config.weights[:16]}",
+                hint="its files were changed; run again to plan with what is there now",
+            )
+        compressed = copy_dense(folder, out_dir / MODEL_FOLDER)
+    return {
+        "source": config.place,
+        "origin": config.origin or None,
+        "weights": config.weights,
+        "dequantized": compressed,
+    }
+
+
+def copy_dense(folder: Path, target: Path) -> bool:
+    """Copy a model folder, with dense weights whatever the layout that stores them; tell whether they were packed."""
+    from pipelines.compression.folder import WeightReader, WeightWriter, copy_companions, read_record
+
+    copy_companions(folder, target)
+    if read_record(folder) is None:
+        for path in folder.glob("*.safetensors*"):
+            shutil.copyfile(path, target / path.name)
+        return False
+    reader, writer = WeightReader(folder), WeightWriter(target)
+    for name in reader.names():
+        writer.add(name, reader.dense(name).float())
+    writer.close()
+    _forget_compression(target / "config.json")
+    return True
+
+
+def _forget_compression(path: Path) -> None:
+    """Take what tells transformers to expect packed weights out of a config.json."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings.pop("quantization_config", None)
+    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
