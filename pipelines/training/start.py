@@ -44,7 +44,8 @@ def check(architecture: ArchitectureConfig, folder: Path, tokenizer: Path) -> No
     family = importlib.import_module(f"models.architectures.{architecture.family}")
     refuse_other_settings(family.layout(architecture).to_dict(), _json(folder / "config.json"))
     with parameters_on_meta():
-        model: nn.Module = family.construct(architecture)
+        model = family.construct(architecture)
+    model.tie_weights()
     wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     refuse_other_shapes(wanted, stored_shapes(folder), also=model.state_dict().keys())
     refuse_other_tokens(folder, tokenizer)

@@ -9,6 +9,7 @@ import pytest
 from flows import recipe
 from flows.graph import identify, nodes
 from pipelines.errors import ConfigError
+from pipelines.registry.source import Source
 
 DATA = "ab" * 16
 
@@ -71,3 +72,33 @@ def test_identity_is_the_same_in_every_process_and_changes_with_the_corpus() -> 
 def test_the_name_of_the_data_folder_is_no_part_of_identity() -> None:
     one = identify(recipe.resolve("demo"), DATA)["prepare"].fingerprint
     assert one == identify(recipe.resolve("demo", ["data.path=elsewhere"]), DATA)["prepare"].fingerprint
+
+
+def source(weights: str = "0", place: str = "models:/x/3") -> Source:
+    return Source(place, weights * 64, "f" * 64, "models:/x@champion is version 3")
+
+
+def test_training_from_weights_reads_them_through_a_node_of_their_own() -> None:
+    config = recipe.resolve("smoke")
+    graph = identify(config, DATA, source())
+    assert list(graph)[:3] == ["prepare", "fetch", "pretrain"]
+    assert graph["pretrain"].node.inputs == {"prepare": "prepare", "start": "fetch"}
+    assert "data" not in graph["fetch"].input_keys
+    assert graph["fetch"].node.note == "models:/x@champion is version 3"
+
+
+def test_the_bytes_of_the_weights_are_identity_and_their_name_is_not() -> None:
+    config = recipe.resolve("smoke", ["pretrain.from=models:/x@champion"])
+    first, renamed, other = (
+        identify(config, DATA, each)["pretrain"].fingerprint
+        for each in (source(), source(place="/a/folder"), source("1"))
+    )
+    assert first == renamed != other
+    assert first != identify(config, DATA)["pretrain"].fingerprint
+    assert first == identify(recipe.resolve("smoke"), DATA, source())["pretrain"].fingerprint
+
+
+@pytest.mark.parametrize("wanted", ["models:/x", "models:x@champion", "models:/x@champion/3", "models:/x/latest"])
+def test_a_malformed_model_name_is_refused_with_the_form(wanted: str) -> None:
+    with pytest.raises(ConfigError, match="models:/NAME@ALIAS or models:/NAME/VERSION"):
+        recipe.resolve("smoke", [f"pretrain.from={wanted}"])

@@ -142,6 +142,28 @@ def test_a_killed_run_leaves_nothing_behind_and_the_same_command_finishes_it(
     assert list(empty_store.glob("artifacts/*/.building-*")) == []
 
 
+def test_the_champion_is_tuned_and_the_plan_and_the_lineage_say_from_which_version(
+    smoke_store: Path, tmp_path: Path, run_in: Ingot
+) -> None:
+    store = copy_of(smoke_store, tmp_path)
+    tune = ["--recipe", "smoke", "pretrain.from=models:/ingot-smoke@champion", "pretrain.steps=4"]
+    tune += ["pretrain.schedule.warmup=0", "pretrain.engine=plain", "pretrain.world_size=1", "pretrain.zero_stage=0"]
+    planned = run_in(store, "plan", *tune, "--json")
+    fetch = {step["node"]: step for step in json.loads(planned.stdout)}["fetch"]
+    assert "models:/ingot-smoke@champion is version 1" in fetch["warning"]
+    run_in(store, "run", *tune, "--only", "fetch")
+    run_in(store, "run", *tune, "--only", "pretrain")
+    record = Runs(store).get()
+    assert record.start == "models:/ingot-smoke/1"
+    made = artifact.load(Path(str(record.nodes["pretrain"].artifact)))
+    assert made.manifest.summary["started_from"] == "models:/ingot-smoke/1"
+    shown = run_in(store, "show", made.manifest.fingerprint[:12]).stdout
+    assert "start: fetch" in shown
+    assert "from: models:/ingot-smoke/1" in shown
+    states = {step["node"]: step["state"] for step in json.loads(run_in(store, "plan", *tune, "--json").stdout)}
+    assert (states["fetch"], states["pretrain"]) == ("cached", "cached")
+
+
 def test_gc_keeps_what_the_newest_run_and_the_champion_need(smoke_store: Path, tmp_path: Path, run_in: Ingot) -> None:
     store = copy_of(smoke_store, tmp_path)
     extra = store / "artifacts" / "pretrain" / ("0" * 32)

@@ -82,3 +82,24 @@ def test_saving_leaves_no_temporary_file(tmp_path: Path) -> None:
     record = start(runs)
     runs.save(record)
     assert [path.name for path in runs.folder(record.id).iterdir()] == ["run.json"]
+
+
+def test_a_command_that_was_cut_off_goes_on_from_the_weights_it_began_with(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    record = start(runs)
+    record.start = "models:/x/3"
+    runs.save(record)
+    found = runs.unfinished("smoke", ["a=1"])
+    assert found is not None
+    assert found.pin(["a=1"]) == ["a=1", "pretrain.from=models:/x/3"]
+    assert runs.unfinished("smoke", found.pin(["a=1"])) == found
+    assert runs.unfinished("smoke", ["a=2"]) is None
+    assert runs.unfinished("demo", ["a=1"]) is None
+
+
+@pytest.mark.parametrize("status", ["done", "refused"])
+def test_a_command_that_came_to_its_end_begins_anew(status: str, tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    runs.finish(start(runs), status, 0)
+    assert runs.unfinished("smoke", ["a=1"]) is None
+    assert start(runs).pin(["a=1"]) == ["a=1"]

@@ -21,8 +21,8 @@ class Config(Settings):
     threads: int = Field(1, description="Threads.", json_schema_extra=NOT_IDENTITY)
 
 
-def test_the_five_stages_are_there_and_each_has_its_body_and_sources() -> None:
-    assert list(STAGES) == ["prepare", "pretrain", "compress", "evaluate", "promote"]
+def test_the_stages_are_there_and_each_has_its_body_and_sources() -> None:
+    assert list(STAGES) == ["prepare", "fetch", "pretrain", "compress", "evaluate", "promote"]
     for one in STAGES.values():
         module = CHECKOUT / (one.entry.split(":")[0].replace(".", "/") + ".py")
         assert f"def {one.entry.split(':')[1]}(" in module.read_text(encoding="utf-8")
