@@ -69,7 +69,8 @@ class WeightReader:
         if name not in self._files:
             raise IntegrityError(f"{self.folder} holds no tensor {name!r}", hint="delete the artifact and run again")
         with _open(self._files[name]) as file:
-            return file.get_tensor(name)
+            # A copy, because the tensor itself keeps its whole file mapped for as long as it lives.
+            return file.get_tensor(name).clone()
 
 
 class WeightWriter:
