@@ -1,18 +1,24 @@
-"""What tests of training share: a tiny prepared corpus, and pretraining runs on it in this process."""
+"""What tests share: a tiny prepared corpus, pretraining runs on it in this process, and the bench of compression."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from pipelines import artifact
 from pipelines.artifact import Artifact
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 VOCABULARY, LENGTH = 61, 24
 TINY: dict[str, Any] = {
@@ -103,6 +109,63 @@ def run_plain(plain_job: Callable[..., Any]) -> Iterator[Callable[..., int]]:
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Bench C of the compression tests: a byte-level decoder that our own pipeline trained, with its data.
+
+    `flows/recipes/bench.toml`: 3 layers of width 128, 0.7 M parameters, 1100 steps of 12 x 96 bytes of the bundled
+    corpus, whose test documents are held out by work. Weights are never committed: what DVC tracks is the corpus, and
+    the model is rebuilt from it, two minutes on one core, once per machine (see `bench`).
+    """
+
+    prepare: Artifact
+    parent: Artifact
+    held_BT: Tensor
+    """Held-out sequences [192, 96] of the test split, evenly spaced."""
+
+    def loss(self, model: PreTrainedModel) -> float:
+        """Return the held-out loss in nats per byte."""
+        import torch
+
+        with torch.no_grad():
+            logits_BTV = model.eval()(input_ids=self.held_BT).logits[:, :-1]
+        return float(torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), self.held_BT[:, 1:].flatten()))
+
+
+@pytest.fixture(scope="session")
+def bench() -> Bench:
+    """The trained parent, its prepared data and its held-out text.
+
+    Cached in the store `$INGOT_BENCH`, by default `~/.cache/ingot-bench`, by fingerprint: another recipe, corpus or
+    stage version is another model. What the cache holds is verified on every use; concurrent sessions wait for one.
+    """
+    import torch
+
+    from flows import recipe
+    from flows.graph import identify
+    from pipelines.data import shards, versioning
+    from pipelines.execute import materialize
+    from pipelines.provenance import CHECKOUT
+    from pipelines.stage import StageContext
+    from pipelines.store import Store
+
+    config = recipe.resolve("bench")
+    versioning.ensure(config.data, CHECKOUT)
+    data_hash = versioning.data_hash(config.data, CHECKOUT)
+    store = Store(Path(os.environ.get("INGOT_BENCH", Path.home() / ".cache" / "ingot-bench")))
+    made: dict[str, Artifact] = {}
+    for name, node in identify(config, data_hash).items():
+        if name in {"prepare", "pretrain"}:
+            context = StageContext(node=name, scratch=store.root, compute={"device": "cpu", "threads": 1})
+            inputs = {key: made[source] for key, source in node.node.inputs.items()}
+            stage = node.node.stage, node.node.config, inputs, store, context
+            made[name] = materialize(*stage, input_keys=node.input_keys, data_hash=data_hash)
+            made[name].verify()
+    reader = shards.ShardReader(made["prepare"].path, "test")
+    held_BT = torch.from_numpy(reader.take(np.linspace(0, len(reader) - 1, 192).astype(int)))
+    return Bench(made["prepare"], made["pretrain"], held_BT)
 
 
 def _write_tokenizer(folder: Path) -> None:
