@@ -1,0 +1,133 @@
+"""LQ-LoRA: better than each part alone at equal storage, weighted where it is told, stopped at the best pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.compression import lq_lora, normal_float
+from models.compression.base import Statistics, relative_error
+from models.compression.svd import truncated
+
+PLAIN = {"weighting": "none", "rank": 4}
+
+
+def fisher(weight: Tensor, *, rank_one: bool = True) -> Tensor:
+    """Return uneven importances [O, I]."""
+    generator = torch.Generator().manual_seed(3)
+    rows, columns = (torch.exp(torch.randn(size, generator=generator)) for size in weight.shape)
+    noise = 1.0 if rank_one else torch.rand(weight.shape, generator=generator)
+    return torch.outer(rows, columns) * noise
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_it_is_closer_than_rounding_alone_and_than_one_turn_at_the_same_bytes(
+    bits: int, layer: Callable[..., Any]
+) -> None:
+    weight, _, seen = layer(rows=48, columns=64)
+    config = lq_lora.Config(bits=bits, **PLAIN)
+    mine, (qlora,) = lq_lora.compress(weight, seen, config), lq_lora.nulls(weight, seen, config).values()
+    loftq = lq_lora.compress(weight, seen, config.model_copy(update={"iterations": 1}))
+    assert mine.stored_bits() == qlora.stored_bits() == loftq.stored_bits()
+    errors = [relative_error(weight, p.dequantize()) for p in (mine, loftq, qlora)]
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_one_turn_is_loftq(layer: Callable[..., Any]) -> None:
+    weight, _, seen = layer()
+    config = lq_lora.Config(iterations=1, **PLAIN)
+    rounded = normal_float.quantize(weight, config).dequantize()
+    left, right = truncated(weight - rounded, 4)
+    expected = rounded + left.bfloat16().float() @ right.bfloat16().float()
+    assert torch.allclose(lq_lora.compress(weight, seen, config).dequantize(), expected, atol=2e-3)
+
+
+def test_no_later_turn_would_have_been_better(layer: Callable[..., Any]) -> None:
+    """The same turns by hand, past the first rise of the error: what is kept is the last pair before it."""
+    weight, _, seen = layer(rows=32)
+    config = lq_lora.Config(bits=3, **PLAIN)
+    ones = torch.ones_like(weight)
+    quantized, errors = normal_float.quantize(weight, config), list[float]()
+    while len(errors) < 2 or errors[-1] < errors[-2]:
+        left, right = lq_lora.low_rank(weight - quantized.dequantize(), ones, config.rank)
+        product = left.float() @ right.float()
+        errors.append(float((quantized.dequantize() + product - weight).double().square().sum()))
+        quantized = normal_float.quantize(weight - product, config)
+    kept = lq_lora.compress(weight, seen, config).dequantize()
+    assert float((kept - weight).double().square().sum()) == pytest.approx(errors[-2], rel=1e-6)
+    assert len(errors) > 2, "more than one turn was worth taking"
+
+
+def test_for_a_product_of_rows_and_columns_no_adapter_is_better(layer: Callable[..., Any]) -> None:
+    weight, _, _ = layer(rows=12, columns=20)
+    importance = fisher(weight)
+    left, right = lq_lora.low_rank(weight, importance, 3)
+    best = lq_lora.weighted_error(left.float() @ right.float() - weight, importance)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(50):
+        other = left.float() * (1 + 0.05 * torch.randn(left.shape, generator=generator))
+        assert lq_lora.weighted_error(other @ right.float() - weight, importance) > best
+
+
+@pytest.mark.parametrize("rank_one", [True, False])
+def test_gradients_draw_the_error_to_where_it_costs_little(rank_one: bool, layer: Callable[..., Any]) -> None:
+    weight, _, seen = layer(rows=48)
+    importance = fisher(weight, rank_one=rank_one)
+    seen = replace(seen, fisher_OI=importance)
+    errors = [
+        lq_lora.weighted_error(
+            lq_lora.compress(weight, seen, lq_lora.Config(bits=2, weighting=w)).dequantize() - weight, importance
+        )
+        for w in ("fisher", "none")
+    ]
+    assert errors[0] < 0.95 * errors[1]
+
+
+def test_the_hessian_variant_weighs_columns_by_their_inputs(layer: Callable[..., Any]) -> None:
+    weight, _, seen = layer()
+    found = lq_lora.importance(weight, seen, lq_lora.Config(weighting="hessian"))
+    diagonal = seen.hessian_II.diagonal().float()
+    assert torch.allclose(found[5], diagonal / diagonal.mean(), rtol=1e-4)
+    assert torch.equal(found[0], found[-1])
+
+
+def test_the_adapter_is_counted(layer: Callable[..., Any]) -> None:
+    weight, _, seen = layer(rows=48, columns=64)
+    bits = [lq_lora.compress(weight, seen, lq_lora.Config(rank=r, weighting="none")).stored_bits() for r in (0, 8)]
+    assert bits[1] - bits[0] == 8 * 16 * (48 + 64)
+
+
+def test_importances_of_zero_are_no_reason_to_fail(layer: Callable[..., Any]) -> None:
+    weight, _, seen = layer()
+    importance = fisher(weight)
+    importance[:, :5] = 0.0
+    importance[3] = 0.0
+    for given in (importance, torch.zeros_like(weight)):
+        dense = lq_lora.compress(weight, replace(seen, fisher_OI=given), lq_lora.Config()).dequantize()
+        assert bool(torch.isfinite(dense).all())
+
+
+def test_a_budget_offers_every_storage_once() -> None:
+    offered = lq_lora.choices(lq_lora.Config(budget=3.0, rank=4))
+    assert len(offered) == len({config.model_dump_json() for config in offered}) == 4 * 4 * 3 * 3 * 3
+    assert all(config.rank == 4 and config.budget == 0 for config in offered)
+    assert lq_lora.choices(lq_lora.Config()) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "label"),
+    [({}, "nf4-r8"), ({"bits": 3, "rank": 16, "weighting": "none"}, "nf3-r16-none"), ({"budget": 2.75}, "2p75bits-r8")],
+)
+def test_labels_name_storage_and_rank(values: dict[str, Any], label: str) -> None:
+    assert lq_lora.Config(**values).label == label
+
+
+@pytest.mark.parametrize("weighting", ["fisher", "hessian"])
+def test_what_the_weighting_needs_is_required(weighting: Any) -> None:
+    with pytest.raises(ValueError, match="lq_lora needs calibration"):
+        lq_lora.compress(torch.randn(2, 4), Statistics(), lq_lora.Config(weighting=weighting))
