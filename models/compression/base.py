@@ -64,6 +64,8 @@ class Statistics:
     """The same rows in the original model."""
     fisher_OI: Tensor | None = None
     """Sum over calibration sequences of the squared gradient of the summed loss; None unless asked for."""
+    curvature: float | None = None
+    """Mean second derivative of the mean loss along the weights of the layer; only shown to planning."""
 
     def second_moment(self, method: str, columns: int) -> Tensor:
         """Return `hessian_II` as float64.

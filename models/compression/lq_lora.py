@@ -96,7 +96,7 @@ def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str
 
 
 def importance(weight_OI: Tensor, statistics: Statistics, config: Config) -> Tensor:
-    """Return the weight of each squared error [O, I], float32, positive, mean one.
+    """Return the weight of each squared error [O, I], float32, positive; its scale is that of the statistics.
 
     Raises:
         ValueError: it was not measured.
@@ -111,7 +111,7 @@ def importance(weight_OI: Tensor, statistics: Statistics, config: Config) -> Ten
     else:
         found_OI = statistics.fisher_OI.float()
     floor = float(found_OI.mean()) * 1e-6 or 1.0
-    return found_OI.clamp(min=floor) / found_OI.clamp(min=floor).mean()
+    return found_OI.clamp(min=floor)
 
 
 def decompose(weight_OI: Tensor, importance_OI: Tensor, config: Config) -> AdaptedPacked:
@@ -150,6 +150,23 @@ def choices(config: Config) -> list[Config]:
     values = ((2, 3, 4, 8), (2, 3, 4, 8), ("bfloat16", "float16", "float32"), (16, 32, 64), (16, 64, 256))
     plain = config.model_copy(update={"budget": 0.0})
     return [plain.model_copy(update=dict(zip(names, row, strict=True))) for row in itertools.product(*values)]
+
+
+def sees(config: Config) -> str:
+    """Return what `price` needs."""
+    return "gradients" if config.weighting == "fisher" else "hessian"
+
+
+def price(weight_OI: Tensor, statistics: Statistics, choice: Config) -> tuple[int, float]:
+    """Return (stored bits, weighted squared error of rounding alone) of one layer under `choice`.
+
+    The adapter is counted in the bits, but left out of the error, which saves hundreds of decompositions a layer.
+    """
+    quantized = normal_float.quantize(weight_OI, choice)
+    adapter = sum(16 * rows * columns for rows, columns in _adapter_shapes(weight_OI, choice))
+    stored = sum(8 * tensor.numel() * tensor.element_size() for tensor in quantized.tensors().values())
+    error_OI = quantized.dequantize() - weight_OI
+    return stored + adapter, weighted_error(error_OI, importance(weight_OI, statistics, choice))
 
 
 def _adapter_shapes(weight_OI: Tensor, config: Config) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -27,6 +27,7 @@ class ChildFolder:
         config: the child's configuration.
         parameters: the method's parameters as they were used.
         dense: plain transformers unpacks the child while loading it.
+        private: no public layout fits the child as a whole.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class ChildFolder:
         config: CompressConfig,
         parameters: MethodConfig,
         dense: bool,
+        private: bool = False,
     ) -> None:
         target.mkdir(parents=True, exist_ok=True)
         self._model, self._reader, self._target = model, reader, target
-        self._config, self._parameters, self._dense = config, parameters, dense
+        self._config, self._parameters, self._dense, self._private = config, parameters, dense, private
         self._writer: WeightWriter | None = None
         self._schemes: dict[str, dict[str, Any] | None] = {}
         self._record: dict[str, dict[str, Any]] = {}
@@ -53,9 +55,9 @@ class ChildFolder:
         """Name of the layout."""
         return export.LAYOUT_PRIVATE if None in self._schemes.values() else export.LAYOUT_PUBLIC
 
-    def add(self, name: str, packed: Packed) -> Packed:
-        """Store one packed layer; returns it as stored."""
-        return self._pack(name, packed, self._config.method, self._parameters)
+    def add(self, name: str, packed: Packed, parameters: MethodConfig | None = None) -> Packed:
+        """Store one packed layer, with its own parameters if it has any; returns it as stored."""
+        return self._pack(name, packed, self._config.method, parameters or self._parameters)
 
     def close(self) -> None:
         """Store every parameter that is not packed, then config, record and companions."""
@@ -88,7 +90,7 @@ class ChildFolder:
 
     def _pack(self, name: str, packed: Packed, method: str, parameters: MethodConfig) -> Packed:
         stored = packed.widened() if self._dense else packed
-        self._schemes[name] = stored.scheme()
+        self._schemes[name] = None if self._private else stored.scheme()
         self._record[name] = {"method": method, "config": parameters.model_dump(mode="json")}
         for leaf, tensor in stored.tensors().items():
             self._weights().add(f"{name}.{leaf}", tensor)

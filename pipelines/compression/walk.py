@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,7 @@ def walk(
     names: Sequence[str],
     tokens_NT: NDArray[np.int64] | None,
     device: torch.device,
+    plan: Mapping[str, MethodConfig] = MappingProxyType({}),
     rows: int = 0,
     fisher: Path | None = None,
 ) -> Iterator[dict[str, Layer]]:
@@ -85,6 +86,7 @@ def walk(
         names: layers to compress.
         tokens_NT: calibration sequences; None for methods that need none.
         device: where blocks are computed.
+        plan: parameters of layers that have their own.
         rows: at most so many input rows of each layer are shown to the method, from the compressed prefix and from the
             original model, which is then followed beside it; 0 shows none.
         fisher: folder that `gradients.record` has filled; None shows no gradients.
@@ -107,7 +109,9 @@ def walk(
         if fisher is not None:
             squares = gradients.read(fisher, index)
             measured = {n: replace(seen, fisher_OI=squares[n]) for n, seen in measured.items()}
-        yield {n: _compress(n, m, measured.get(n, Statistics()), method, config) for n, m in linear.items()}
+        yield {
+            n: _compress(n, m, measured.get(n, Statistics()), method, plan.get(n, config)) for n, m in linear.items()
+        }
         if prefix is not None:
             prefix.advance(index, block)
         skeleton.release(block)

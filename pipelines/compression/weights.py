@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from models.compression import registry
+from models.compression.base import MethodConfig
 from pipelines.artifact import Artifact
-from pipelines.compression import calibration, child, export, gradients, skeleton, walk
+from pipelines.compression import calibration, child, export, gradients, plan, skeleton, walk
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.folder import WeightReader, write_json
 from pipelines.stage import Progress, StageContext, Summary
@@ -35,15 +36,13 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     names = walk.targets(model, config.skip)
     dense = export.loads_dense(model, config.parameters.model_dump(), embeddings=config.embeddings == "quantize")
     parameters = config.parameters.fitted(_widths(model, reader, names, config)) if dense else config.parameters
-    device, tokens_NT, fisher = _device(context.compute), None, None
-    prepare, masked = inputs["prepare"].path, _is_encoder(model)
-    if method.calibration != "none":
-        tokens_NT = calibration.sample_tokens(prepare, samples=config.samples, seed=config.seed, masked=masked)
-    if tokens_NT is not None and method.calibration == "gradients":
-        fisher = context.scratch / "fisher"
-        labels_NT = calibration.labels(prepare, tokens_NT, seed=config.seed, masked=masked)
-        gradients.record(model, reader, names, tokens_NT, labels_NT, folder=fisher, device=device)
-    folder = child.ChildFolder(model, reader, target, config=config, parameters=parameters, dense=dense)
+    shown = _shown(config, parameters, inputs["prepare"].path, model, reader, names, context)
+    planned = plan.make(model, reader, method, parameters, names=names, shown=shown)
+    # Readers that unpack while loading apply one scheme to all layers.
+    private = dense and bool(planned.parameters)
+    folder = child.ChildFolder(
+        model, reader, target, config=config, parameters=parameters, dense=dense and not private, private=private
+    )
     rows: dict[str, dict[str, Any]] = {}
     blocks = walk.walk(
         model,
@@ -51,31 +50,56 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         method,
         parameters,
         names=names,
-        tokens_NT=tokens_NT,
-        device=device,
+        tokens_NT=shown.tokens_NT if shown else None,
+        device=_device(context.compute),
+        plan=planned.parameters,
         rows=calibration.ROWS if method.calibration == "inputs" else 0,
-        fisher=fisher,
+        fisher=shown.fisher if shown else None,
     )
     for done, block in enumerate(blocks, start=1):
         for name, layer in block.items():
-            rows[name] = layer.report(folder.add(name, layer.packed).stored_bits())
+            stored = folder.add(name, layer.packed, planned.parameters.get(name))
+            rows[name] = layer.report(stored.stored_bits())
         context.report(Progress(context.node, done, model.config.num_hidden_layers, "blocks"))
     folder.close()
-    if fisher is not None:
-        shutil.rmtree(fisher)
+    if shown and shown.fisher:
+        shutil.rmtree(shown.fisher)
     report = {
         "method": config.method,
         "parameters": parameters.model_dump(mode="json"),
         "layout": folder.layout,
         "loads_with": "transformers" if folder.layout == export.LAYOUT_PUBLIC else "pipelines.compression.load",
-        "calibration": {"sequences": 0 if tokens_NT is None else len(tokens_NT), "seed": config.seed},
+        "calibration": {"sequences": len(shown.tokens_NT) if shown else 0, "seed": config.seed},
         "not_informative": method.not_informative,
         "totals": _totals(rows, reader, target, embedding_bytes=folder.embedding_bytes),
         "errors": _errors(rows),
         "layers": rows,
-    }
+    } | ({"allocation": dict(planned.report)} if planned.report else {})
     write_json(out_dir / "compression.json", report)
     return {key: report[key] for key in ("method", "parameters", "layout", "totals", "errors")}
+
+
+def _shown(
+    config: CompressConfig,
+    parameters: MethodConfig,
+    prepare: Path,
+    model: PreTrainedModel,
+    reader: WeightReader,
+    names: list[str],
+    context: StageContext,
+) -> plan.Shown | None:
+    """Return what calibration shows; None for methods that need none. Squared gradients are recorded here."""
+    method = registry.get(config.method)
+    if method.calibration == "none":
+        return None
+    device, masked = _device(context.compute), _is_encoder(model)
+    tokens_NT = calibration.sample_tokens(prepare, samples=config.samples, seed=config.seed, masked=masked)
+    labels_NT = calibration.labels(prepare, tokens_NT, seed=config.seed, masked=masked)
+    if "gradients" not in (method.calibration, plan.prices_by(method, parameters)):
+        return plan.Shown(tokens_NT, labels_NT, device, config.seed)
+    fisher = context.scratch / "fisher"
+    gradients.record(model, reader, names, tokens_NT, labels_NT, folder=fisher, device=device)
+    return plan.Shown(tokens_NT, labels_NT, device, config.seed, fisher)
 
 
 def _totals(
