@@ -6,14 +6,11 @@ x = x - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)        m and v as in Ad
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from torch import Tensor
-
-from models.optim import foreach
-from models.optim.fragments import Batch, FragmentOptimizer
-from models.optim.moments import average_, check_adam, corrections
+from models.optim import kernels
+from models.optim.fragments import FragmentOptimizer, Span
+from models.optim.moments import check_adam
 from models.optim.state import Exclude, one_dimensional
 
 
@@ -52,14 +49,16 @@ class AdamW(FragmentOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, exclude=exclude, max_grad_norm=max_grad_norm)
 
-    def apply(self, batch: Batch, gradients: list[Tensor], ratios: list[float]) -> None:  # noqa: ARG002
+    def apply(self, spans: list[Span], ratio: float) -> None:  # noqa: ARG002 - only adaptive rules have ratios
         """Update m, v and x in place."""
-        group = batch.group
-        first_correction, second_correction = corrections(group["betas"], batch.step)
-        if batch.decay:
-            foreach.mul_(batch.weights, 1 - group["lr"] * batch.decay)
-        average_(batch.moments[0], batch.moments[1], gradients, group["betas"])
-        roots = list(foreach.sqrt(batch.moments[1]))
-        foreach.mul_(roots, 1 / math.sqrt(second_correction))
-        foreach.add_(roots, group["eps"])
-        foreach.addcdiv_(batch.weights, batch.moments[0], roots, -group["lr"] / first_correction)
+        group = spans[0].group
+        kernels.adamw_(
+            [span.weights for span in spans],
+            [span.gradient for span in spans],
+            [[span.moments[number] for span in spans] for number in range(2)],
+            step=spans[0].step,
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=spans[0].decay,
+        )

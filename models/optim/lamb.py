@@ -11,14 +11,15 @@ For each tensor x with gradient g, moments m and v starting at 0, and t counting
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from models.optim import foreach
-from models.optim.fragments import Batch, FragmentOptimizer
-from models.optim.moments import average_, averages, check_adam, corrections, direction
+from models.optim import kernels
+from models.optim.fragments import FragmentOptimizer, Span
+from models.optim.moments import check_adam, corrections
 from models.optim.state import Exclude, one_dimensional
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -55,6 +56,14 @@ def trust_ratio(
     return min(max(weight_norm / update_norm, low), high)
 
 
+def update(weights: Tensor, gradient: Tensor, moments: kernels.Tensors, scalars: Tensor) -> Tensor:
+    """Return u; `scalars` as `Lamb.scalars` gives them."""
+    share, keep, first_gain, second_gain, eps, decay = scalars.unbind()
+    first = moments[0] + share * (gradient - moments[0])
+    second = keep * moments[1] + (1 - keep) * gradient * gradient
+    return first * first_gain / ((second * second_gain).sqrt() + eps) + decay * weights
+
+
 class Lamb(FragmentOptimizer):
     """The paper's LAMB, and by options the other implementations in use.
 
@@ -71,6 +80,7 @@ class Lamb(FragmentOptimizer):
         exclude: tensors without weight decay; by default those with fewer than two axes (biases, gains of norms).
         adapt: tensors with a trust ratio: those not excluded, "decayed" ones (weight decay above 0), or "all".
         max_grad_norm: clip the gradients' global norm before the moments are formed; None does not.
+        compiled: see `FragmentOptimizer`.
 
     Where the implementations differ (`Lamb(params, lr, **VARIANTS[name])` selects one):
 
@@ -111,6 +121,7 @@ class Lamb(FragmentOptimizer):
         exclude: Exclude | None = one_dimensional,
         adapt: Literal["unexcluded", "decayed", "all"] = "unexcluded",
         max_grad_norm: float | None = None,
+        compiled: bool = False,
     ) -> None:
         check_adam(lr, betas, eps)
         if clamp is not None and not 0 <= clamp[0] <= clamp[1]:
@@ -120,37 +131,56 @@ class Lamb(FragmentOptimizer):
         self.clamp_on = clamp_on
         self.adapt = adapt
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, exclude=exclude, max_grad_norm=max_grad_norm)
+        super().__init__(params, defaults, exclude=exclude, max_grad_norm=max_grad_norm, compiled=compiled)
 
     def adapts(self, name: str, decay: float) -> bool:
         """Tell whether a tensor's update is scaled by its trust ratio."""
         return {"all": True, "decayed": decay > 0, "unexcluded": name not in self._excluded}[self.adapt]
 
-    def measure(self, batch: Batch, gradients: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return updates u and weights x."""
-        first, second = averages(batch.moments[0], batch.moments[1], gradients, batch.group["betas"])
-        return self._update(batch, first, second), batch.weights
+    update = staticmethod(update)
+
+    def scalars(self, span: Span) -> list[float]:
+        """Return (1 - b1, b2, 1 / c1, 1 / c2, eps, weight decay)."""
+        betas = span.group["betas"]
+        first, second = corrections(betas, self._count(span))
+        return [1 - betas[0], betas[1], 1 / first, 1 / second, span.group["eps"], span.decay]
+
+    def measure(self, span: Span, scratch: Tensor) -> Tensor:
+        """Return u, by a fused step of Adam on copies: from weight_decay x at a learning rate of -1."""
+        first, second, moved = scratch[: 3 * span.numel].split(span.numel)
+        torch.cat(span.moments, out=scratch[: 2 * span.numel])
+        torch.mul(span.weights, span.decay, out=moved)
+        self._adam_([span], [moved], ([first], [second]), lr=-1.0, decay=0.0)
+        return moved
 
     def ratio(self, under: float, over: float, group: Mapping[str, Any], decay: float) -> float:  # noqa: ARG002
         """Return phi(||x||) / ||u||."""
         return trust_ratio(under, over, self.clamp, self.clamp_on)
 
-    def apply(self, batch: Batch, gradients: list[Tensor], ratios: list[float]) -> None:
-        """Update m, v and x in place."""
-        average_(batch.moments[0], batch.moments[1], gradients, batch.group["betas"])
-        updates = self._update(batch, batch.moments[0], batch.moments[1])
-        rate = batch.group["lr"]
+    def apply(self, spans: list[Span], ratio: float) -> None:
+        """Update m, v and x in place: AdamW's step at the learning rate lr phi(||x||) / ||u||."""
+        rate = spans[0].group["lr"] * ratio
         if self.bias_correction == "outside":
-            first, second = corrections(batch.group["betas"], batch.step)
+            first, second = corrections(spans[0].group["betas"], spans[0].step)
             rate *= math.sqrt(second) / first
-        foreach.mul_(updates, [-rate * ratio for ratio in ratios])
-        foreach.add_(batch.weights, updates)
+        moments = [[span.moments[number] for span in spans] for number in range(2)]
+        self._adam_(spans, [span.weights for span in spans], moments, lr=rate, decay=spans[0].decay)
 
-    def _update(self, batch: Batch, first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
-        correction = (1.0, 1.0)
-        if self.bias_correction is True:
-            correction = corrections(batch.group["betas"], batch.step)
-        updates = direction(first, second, correction, batch.group["eps"])
-        if batch.decay:
-            foreach.add_(updates, batch.weights, alpha=batch.decay)
-        return updates
+    def _count(self, span: Span) -> float:
+        """Return the step that the direction is corrected for: infinite for no correction."""
+        return span.step if self.bias_correction is True else math.inf
+
+    def _adam_(
+        self, spans: list[Span], weights: list[Tensor], moments: Sequence[list[Tensor]], *, lr: float, decay: float
+    ) -> None:
+        group = spans[0].group
+        kernels.adamw_(
+            weights,
+            [span.gradient for span in spans],
+            moments,
+            step=self._count(spans[0]),
+            lr=lr,
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=decay,
+        )

@@ -10,12 +10,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from models.optim import foreach
-from models.optim.fragments import Batch, FragmentOptimizer
+from models.optim import kernels
+from models.optim.fragments import FragmentOptimizer, Span
 from models.optim.lamb import trust_ratio
 from models.optim.state import Exclude, one_dimensional
+
+
+def new_momentum(weights: Tensor, gradient: Tensor, moments: kernels.Tensors, scalars: Tensor) -> Tensor:
+    """Return m of the paper's form; `scalars` as `Lars.scalars` gives them."""
+    share, decay = scalars.unbind()
+    return moments[0] + share * (gradient + decay * weights - moments[0])
+
+
+def raw_gradient(weights: Tensor, gradient: Tensor, moments: kernels.Tensors, scalars: Tensor) -> Tensor:  # noqa: ARG001
+    """Return g, whose norm the original form compares with that of the weights."""
+    return gradient
 
 
 class Lars(FragmentOptimizer):
@@ -31,6 +43,7 @@ class Lars(FragmentOptimizer):
         trust_coefficient: the factor of "original"; its authors use 0.001.
         exclude: tensors without weight decay and without adaptation; by default those with fewer than two axes.
         max_grad_norm: clip the gradients' global norm; None does not.
+        compiled: see `FragmentOptimizer`.
 
     A tensor with a zero norm gets ratio 1, as does (form "original": with plain momentum SGD) an excluded one.
 
@@ -53,6 +66,7 @@ class Lars(FragmentOptimizer):
         trust_coefficient: float = 0.001,
         exclude: Exclude | None = one_dimensional,
         max_grad_norm: float | None = None,
+        compiled: bool = False,
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}: it must be at least 0 and below 1")
@@ -61,18 +75,23 @@ class Lars(FragmentOptimizer):
         if clamp is not None and not 0 <= clamp[0] <= clamp[1]:
             raise ValueError(f"clamp is {clamp}: it must be (low, high) with 0 <= low <= high")
         self.form = form
+        self.update = new_momentum if form == "paper" else raw_gradient
         self.clamp = clamp
         self.trust_coefficient = trust_coefficient
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, defaults, exclude=exclude, max_grad_norm=max_grad_norm)
+        super().__init__(params, defaults, exclude=exclude, max_grad_norm=max_grad_norm, compiled=compiled)
 
-    def measure(self, batch: Batch, gradients: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the new momentum (or, for "original", the gradient) and the weights."""
+    def scalars(self, span: Span) -> list[float]:
+        """Return (1 - momentum, weight decay)."""
+        return [1 - span.group["momentum"], span.decay]
+
+    def measure(self, span: Span, scratch: Tensor) -> Tensor:
+        """Return the new momentum, or for "original" the gradient."""
         if self.form == "original":
-            return gradients, batch.weights
-        return list(
-            foreach.lerp(batch.moments[0], _decayed(batch, gradients), 1 - batch.group["momentum"])
-        ), batch.weights
+            return span.gradient
+        result = scratch[: span.numel]
+        torch.add(span.gradient, span.weights, alpha=span.decay, out=result)
+        return torch.lerp(span.moments[0], result, 1 - span.group["momentum"], out=result)
 
     def ratio(self, under: float, over: float, group: Mapping[str, Any], decay: float) -> float:  # noqa: ARG002
         """Return phi(||x||) / ||m||, or the original's q."""
@@ -80,18 +99,16 @@ class Lars(FragmentOptimizer):
             return trust_ratio(under, over, self.clamp)
         return self.trust_coefficient * over / (under + decay * over) if under and over else 1.0
 
-    def apply(self, batch: Batch, gradients: list[Tensor], ratios: list[float]) -> None:
-        """Update m and x in place."""
-        (momentum,), rate = batch.moments, batch.group["lr"]
-        scales = [rate * ratio for ratio in ratios]
-        if self.form == "paper":
-            foreach.lerp_(momentum, _decayed(batch, gradients), 1 - batch.group["momentum"])
-            foreach.add_(batch.weights, foreach.mul(momentum, [-scale for scale in scales]))
-        else:
-            foreach.mul_(momentum, batch.group["momentum"])
-            foreach.add_(momentum, foreach.mul(_decayed(batch, gradients), scales))
-            foreach.add_(batch.weights, momentum, alpha=-1)
-
-
-def _decayed(batch: Batch, gradients: list[Tensor]) -> list[Tensor]:
-    return list(foreach.add(gradients, batch.weights, alpha=batch.decay)) if batch.decay else gradients
+    def apply(self, spans: list[Span], ratio: float) -> None:
+        """Update m and x in place, by a fused step of SGD."""
+        momentum, rate = spans[0].group["momentum"], spans[0].group["lr"] * ratio
+        paper = self.form == "paper"
+        kernels.sgd_(
+            [span.weights for span in spans],
+            [span.gradient for span in spans],
+            [span.moments[0] for span in spans],
+            lr=rate if paper else 1.0,
+            momentum=momentum,
+            dampening=momentum if paper else 1 - rate,
+            weight_decay=spans[0].decay,
+        )

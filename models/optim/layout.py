@@ -12,14 +12,12 @@ Without ZeRO every owner is a parameter and has exactly one fragment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from models.optim import foreach
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,37 +101,35 @@ def whole_tensors(groups: Sequence[Mapping[str, Any]]) -> Layout:
     return Layout(fragments, {fragment.name: fragment.shape for fragment in fragments}, parameters)
 
 
-def blocks(sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Cut tensors into blocks of at most `limit` elements and gather small ones, in order.
+class TensorSums:
+    """Sums per tensor, collected block by block and added up in float64 over blocks and ranks.
 
     Args:
-        sizes: elements of each tensor.
-        limit: most elements in one list of pieces; what fits a cache, or a budget of temporary memory.
-
-    Yields:
-        Lists of pieces `(tensor index, start, length)` with at most `limit` elements together.
+        rows: how many sums are kept of each tensor.
+        layout: where the tensors live.
     """
-    pieces: list[tuple[int, int, int]] = []
-    room = limit
-    for index, size in enumerate(sizes):
-        start = 0
-        while start < size:
-            length = min(size - start, limit)
-            if length > room:
-                yield pieces
-                pieces, room = [], limit
-            pieces.append((index, start, length))
-            start, room = start + length, room - length
-    if pieces:
-        yield pieces
 
+    def __init__(self, rows: int, layout: Layout) -> None:
+        self._layout = layout
+        self._rows = rows
+        self._places: list[int] = []
+        self._values: list[Tensor] = []
+        self.device = layout.owners[0].device
 
-def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sum of squares of each 1-D tensor, float64 [len(tensors)].
+    def add(self, tensor: int, row: int, parts: Sequence[Tensor]) -> None:
+        """Add scalars to one sum of the tensor at position `tensor`."""
+        self._places += [row * len(self._layout.shapes) + tensor] * len(parts)
+        self._values += parts
 
-    Accurate to about 1e-7 for blocks up to 2^16 elements on a CPU (dot products keep many partial sums). A sum beyond
-    the range of float32 comes out as infinity.
-    """
-    if tensors[0].device.type == "cpu":
-        return torch.stack([torch.dot(tensor, tensor) for tensor in tensors]).double()
-    return torch.stack(foreach.norm(list(tensors))).double().square()
+    def add_rows(self, tensor: int, values: Tensor) -> None:
+        """Add a vector [rows] to the sums of a tensor."""
+        for row, value in enumerate(values.unbind()):
+            self.add(tensor, row, [value])
+
+    def over_ranks(self) -> Tensor:
+        """Return the sums [rows, tensors], float64, on the host: one all-reduce and one copy from the device."""
+        sums = torch.zeros(self._rows * len(self._layout.shapes), dtype=torch.float64, device=self.device)
+        if self._values:
+            sums.index_add_(0, torch.tensor(self._places, device=self.device), torch.stack(self._values).double())
+        sums = sums.view(self._rows, -1)
+        return (sums if self._layout.reduce is None else self._layout.reduce(sums)).cpu()

@@ -1,4 +1,4 @@
-"""Adam's exponential averages and the direction they give; pure functions over lists of tensors.
+"""Adam's exponential averages and the direction they give.
 
 m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
 direction = (m / c1) / (sqrt(v / c2) + eps)    with c1 = 1 - b1^t, c2 = 1 - b2^t, or 1 without bias correction
@@ -6,42 +6,10 @@ direction = (m / c1) / (sqrt(v / c2) + eps)    with c1 = 1 - b1^t, c2 = 1 - b2^t
 
 from __future__ import annotations
 
-import math
 
-from torch import Tensor
-
-from models.optim import foreach
-
-Tensors = list[Tensor]
-
-
-def averages(
-    first: Tensors, second: Tensors, gradients: Tensors, betas: tuple[float, float]
-) -> tuple[Tensors, Tensors]:
-    """Return the new averages (m, v) and leave the old ones alone."""
-    new_second = list(foreach.mul(second, betas[1]))
-    foreach.addcmul_(new_second, gradients, gradients, 1 - betas[1])
-    return list(foreach.lerp(first, gradients, 1 - betas[0])), new_second
-
-
-def average_(first: Tensors, second: Tensors, gradients: Tensors, betas: tuple[float, float]) -> None:
-    """Update the averages in place; the same numbers as `averages`."""
-    foreach.lerp_(first, gradients, 1 - betas[0])
-    foreach.mul_(second, betas[1])
-    foreach.addcmul_(second, gradients, gradients, 1 - betas[1])
-
-
-def corrections(betas: tuple[float, float], step: int) -> tuple[float, float]:
-    """Return the two bias corrections (c1, c2) of a tensor's `step`-th update, counted from 1."""
+def corrections(betas: tuple[float, float], step: float) -> tuple[float, float]:
+    """Return the two bias corrections (c1, c2) of a tensor's `step`-th update, counted from 1; (1, 1) at infinity."""
     return 1 - betas[0] ** step, 1 - betas[1] ** step
-
-
-def direction(first: Tensors, second: Tensors, correction: tuple[float, float], eps: float) -> Tensors:
-    """Return Adam's direction, shapes as `first`; new tensors."""
-    roots = list(foreach.sqrt(second))
-    foreach.mul_(roots, correction[0] / math.sqrt(correction[1]))
-    foreach.add_(roots, correction[0] * eps)
-    return list(foreach.div(first, roots))
 
 
 def check_adam(lr: float, betas: tuple[float, float], eps: float) -> None:

@@ -1,43 +1,12 @@
-"""Fragments as live views, blocks that cover every element once, and sums of squares accurate enough for 1e-6."""
+"""Fragments as live views, and sums per tensor over blocks and ranks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from models.optim.layout import Fragment, blocks, sums_of_squares, whole_tensors
-
-
-@given(st.lists(st.integers(0, 50), max_size=12), st.integers(1, 20))
-def test_blocks_cover_every_element_once_within_the_limit(sizes: list[int], limit: int) -> None:
-    covered = [[0] * size for size in sizes]
-    for pieces in blocks(sizes, limit):
-        assert 0 < sum(length for _, _, length in pieces) <= limit
-        for index, start, length in pieces:
-            for position in range(start, start + length):
-                covered[index][position] += 1
-    assert all(count == 1 for tensor in covered for count in tensor)
-
-
-def test_small_tensors_share_a_block() -> None:
-    assert list(blocks([3, 3, 3], limit=10)) == [[(0, 0, 3), (1, 0, 3), (2, 0, 3)]]
-
-
-@pytest.mark.parametrize("size", [1, 1000, 1 << 16])
-def test_sums_of_squares_are_accurate_to_1e_6(size: int) -> None:
-    tensor = torch.rand(size, generator=torch.Generator().manual_seed(0)) + 0.5
-    (total,) = sums_of_squares([tensor]).tolist()
-    assert total == pytest.approx(float(tensor.double().square().sum()), rel=5e-7)
-
-
-def test_sums_of_squares_tell_non_finite_values() -> None:
-    sums = sums_of_squares(
-        [torch.ones(3), torch.tensor([1.0, torch.nan]), torch.tensor([torch.inf]), torch.full((2,), 1e30)]
-    )
-    assert torch.isfinite(sums).tolist() == [True, False, False, False]
+from models.optim.layout import Fragment, Layout, TensorSums, whole_tensors
 
 
 def test_a_master_is_a_live_view_of_its_owner() -> None:
@@ -66,3 +35,20 @@ def test_a_tensor_that_is_not_contiguous_is_refused() -> None:
     parameter = nn.Parameter(torch.ones(3, 2).T)
     with pytest.raises(ValueError, match="not contiguous"):
         whole_tensors([{"params": [parameter], "param_names": ["turned"]}])
+
+
+def test_sums_are_added_up_in_float64_over_blocks_and_ranks() -> None:
+    layout = whole_tensors([{"params": [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]}])
+    both = Layout(layout.fragments, layout.shapes, layout.homes, reduce=lambda sums: 2 * sums)
+    sums = TensorSums(2, both)
+    sums.add(0, 1, [torch.tensor(2.0**25), torch.tensor(1.0)])
+    sums.add_rows(1, torch.tensor([3.0, 4.0], dtype=torch.float64))
+    assert sums.over_ranks().tolist() == [[0.0, 6.0], [2.0 * (2**25 + 1), 8.0]]
+
+
+def test_a_rank_without_a_part_takes_part_in_the_sum_with_zeros() -> None:
+    layout = whole_tensors([{"params": [nn.Parameter(torch.ones(2))]}])
+    given = []
+    both = Layout((), layout.shapes, layout.homes, reduce=lambda sums: given.append(sums.clone()) or sums + 1)
+    assert TensorSums(1, both).over_ranks().tolist() == [[1.0]]
+    assert given[0].tolist() == [[0.0]]

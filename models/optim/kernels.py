@@ -1,0 +1,119 @@
+"""The arithmetic of a step on 1-D arrays, each pass over memory as one kernel where torch has one.
+
+torch's optimizers are built on `_fused_adamw_` and `_fused_sgd_`; only their names are private. Per tensor:
+
+    adamw_   m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g^2         c = 1 - b^step; step = inf: no correction
+             x = (1 - lr weight_decay) x - lr (m / c1) / (sqrt(v / c2) + eps)
+    sgd_     m = momentum m + (1 - dampening) (g + weight_decay x)          x = x - lr m
+
+`compiled_sums` turns an update rule into one kernel that reads its arrays once and writes sums of squares only.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
+Update = Callable[[Tensor, Tensor, Tensors, Tensor], Tensor]
+"""From weights, gradient, moments (all of one shape) and a vector of numbers to the update, of that shape."""
+
+DOT = 1 << 16
+"""Elements of one float32 sum of squares: its relative error stays near 1e-7, as a dot product keeps many sums."""
+ROW = 1024
+"""Elements that a compiled kernel sums in float32; rows are added up in float64."""
+
+
+def adamw_(
+    weights: Tensors,
+    gradients: Tensors,
+    moments: Sequence[Tensors],
+    *,
+    step: float,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Update weights and both moments in place; equal hyperparameters for all tensors of the lists."""
+    count = torch.tensor(float(step), device=weights[0].device)
+    torch._fused_adamw_(
+        weights,
+        gradients,
+        moments[0],
+        moments[1],
+        [],
+        [count] * len(weights),
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def sgd_(
+    weights: Tensors,
+    gradients: Tensors,
+    momentums: Tensors,
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+) -> None:
+    """Update weights and momentum in place; equal hyperparameters for all tensors of the lists.
+
+    Momentum 0 has no memory: the weights move by lr (1 - dampening) (g + weight_decay x), and m is left as it is.
+    """
+    torch._fused_sgd_(
+        weights,
+        gradients,
+        momentums if momentum else [],
+        weight_decay=weight_decay,
+        momentum=momentum,
+        lr=lr if momentum else lr * (1 - dampening),
+        dampening=dampening,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
+
+
+def squares(vector: Tensor) -> list[Tensor]:
+    """Return sums of squares, float32 scalars, of the parts of a vector; infinite where one leaves float32's range."""
+    return [torch.dot(part, part) for part in vector.split(DOT if vector.device.type == "cpu" else 1 << 26)]
+
+
+def whole_rows(length: int) -> int:
+    """Return how many elements of a vector go to a compiled kernel; the rest is for `measure`.
+
+    Not one row alone: torch.compile makes a kernel of its own for a size of 1.
+    """
+    return length - length % ROW if length >= 2 * ROW else 0
+
+
+@functools.cache
+def compiled_sums(update: Update) -> Callable[[Tensor, Tensor, Tensors, Tensor], Tensor]:
+    """Return one kernel for all lengths: from the arguments of `update`, 1-D, whole rows, to sums of squares [3].
+
+    The sums, float64, are those of gradient, update and weights.
+    """
+
+    def row_sums(weights: Tensor, gradient: Tensor, moments: Tensors, scalars: Tensor) -> Tensor:
+        vectors = gradient, update(weights, gradient, moments, scalars), weights
+        return torch.stack([vector.view(-1, ROW).square().sum(1) for vector in vectors])
+
+    kernel: Any = torch.compile(row_sums, dynamic=True, fullgraph=True)
+
+    def sums(weights: Tensor, gradient: Tensor, moments: Tensors, scalars: Tensor) -> Tensor:
+        result: Tensor = kernel(weights, gradient, moments, scalars).sum(1, dtype=torch.float64)
+        return result
+
+    return sums
