@@ -18,6 +18,14 @@ _DEFAULT_LR = {"lamb": 2e-2, "adamw": 3e-3, "lars": 2e-2}
 _DEFAULT_EPS = {"lamb": 1e-6, "adamw": 1e-8, "lars": 1e-6}
 
 
+def _refuse_uneven(name: str, batch: int, world: int, micro: int) -> None:
+    if batch % (unit := world * micro):
+        raise ValueError(
+            f"{name} = {batch} is not a multiple of world_size x micro_batch_size = {world} x {micro} = {unit}; "
+            f"valid: {unit}, {2 * unit}, {3 * unit}, ..."
+        )
+
+
 def _known_preset(name: str) -> str:
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
@@ -40,6 +48,13 @@ class ModelOverrides(Settings):
     global_every: int | None = Field(None, ge=1, description="Every n-th layer attends globally (encoder).")
 
 
+class LrScaling(Settings):
+    """How the learning rate follows the batch."""
+
+    base_batch: int = Field(ge=1, description="Sequences a step at which `lr` is the peak.")
+    rule: Literal["sqrt", "linear"] = Field("sqrt", description="Form of the growth; LAMB's paper takes the root.")
+
+
 class OptimizerConfig(Settings):
     """The update rule. Norm gains and biases are neither decayed nor adapted."""
 
@@ -47,6 +62,7 @@ class OptimizerConfig(Settings):
     lr: float | None = Field(
         None, gt=0.0, le=100.0, description="Peak learning rate; none: 0.02 for lamb and lars, 0.003 for adamw."
     )
+    lr_scaling: LrScaling | None = Field(None, description="Let the rate follow the batch; none: `lr` at every batch.")
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(
         (0.9, 0.95), description="Decay of the first and second moment; lars uses the first as its momentum."
     )
@@ -89,7 +105,12 @@ class LisaConfig(Settings):
 class ScheduleConfig(Settings):
     """Learning rate over the steps: warm-up to the peak, then decay."""
 
-    warmup: int = Field(50, ge=0, description="Steps of warm-up.")
+    warmup: int = Field(
+        50, ge=0, description="Steps of warm-up; the same steps at every batch are epochs in proportion to it."
+    )
+    warmup_share: float | None = Field(
+        None, ge=0.0, lt=1.0, description="Warm-up as a share of the (phase's) steps, in place of `warmup`."
+    )
     warmup_form: Literal["linear", "sqrt"] = Field("linear", description="Form of the warm-up.")
     decay: Literal["constant", "linear", "polynomial", "cosine", "wsd"] = Field(
         "cosine", description="Form of the decay; wsd stays at the peak and falls linearly at the end."
@@ -97,6 +118,50 @@ class ScheduleConfig(Settings):
     power: float = Field(1.0, gt=0.0, le=10.0, description="Exponent of the polynomial decay.")
     stable: float = Field(0.8, ge=0.0, lt=1.0, description="Share of the steps after warm-up at the peak (wsd).")
     floor: float = Field(0.0, ge=0.0, le=1.0, description="Learning rate at the last step over the peak.")
+
+    def warmup_steps(self, total: int) -> int:
+        """Return the steps of warm-up of a schedule of `total` steps."""
+        return self.warmup if self.warmup_share is None else round(self.warmup_share * total)
+
+
+class BatchWarmup(Settings):
+    """A batch that begins small and doubles until it has its size."""
+
+    start: int = Field(ge=1, description="Sequences of the first step.")
+    steps: int = Field(ge=1, description="Steps until the batch has its size; it doubles at even distances.")
+
+
+class PhaseConfig(Settings):
+    """A stretch of training with a batch, a sequence length and a learning-rate schedule of its own."""
+
+    steps: int = Field(ge=1, description="Optimizer steps.")
+    batch_size: int = Field(ge=1, description="Sequences of one optimizer step, over all ranks.")
+    sequence_length: int | None = Field(
+        None, ge=2, description="Tokens of a sequence, cut from the packed ones; none: as packed."
+    )
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Sequences of one forward pass; none: the run's.", json_schema_extra=ELASTIC
+    )
+    lr: float | None = Field(
+        None, gt=0.0, le=100.0, description="Peak learning rate; none: the optimizer's, with its scaling."
+    )
+    batch_warmup: BatchWarmup | None = Field(None, description="Begin with smaller batches; none: full from the start.")
+    schedule: ScheduleConfig | None = Field(
+        None, description="Learning rate over the steps of the phase, warm-up included; none: the run's."
+    )
+
+    @model_validator(mode="after")
+    def _batch_doubles(self) -> Self:
+        if (warm := self.batch_warmup) is None:
+            return self
+        ratio, rest = divmod(self.batch_size, warm.start)
+        if rest or ratio < 2 or ratio & (ratio - 1):
+            raise ValueError(
+                f"batch_warmup.start = {warm.start}; batch_size = {self.batch_size} must be 2, 4, 8, ... times as large"
+            )
+        if warm.steps >= self.steps:
+            raise ValueError(f"batch_warmup.steps = {warm.steps}; the phase has {self.steps} steps")
+        return self
 
 
 class MaskingConfig(Settings):
@@ -152,8 +217,13 @@ class PretrainConfig(Settings):
         2, description="ZeRO stage: what DeepSpeed shards over the ranks.", json_schema_extra=ELASTIC
     )
     world_size: int = Field(2, ge=1, le=65536, description="Ranks: one process each.", json_schema_extra=ELASTIC)
-    steps: int = Field(400, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(8, ge=1, description="Sequences of one optimizer step, over all ranks.")
+    steps: int = Field(400, ge=1, description="Optimizer steps; with phases their sum.")
+    batch_size: int = Field(
+        8, ge=1, description="Sequences of one optimizer step, over all ranks; with phases the largest of theirs."
+    )
+    phases: tuple[PhaseConfig, ...] = Field(
+        (), description="Stretches with a batch, sequence length and schedule of their own; empty: one for all steps."
+    )
     micro_batch_size: int = Field(
         4, ge=1, description="Sequences of one forward pass on one rank.", json_schema_extra=ELASTIC
     )
@@ -187,6 +257,21 @@ class PretrainConfig(Settings):
             mask_id=index["mask_id"],
         )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _phases_add_up(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not (phases := raw.get("phases")):
+            return raw
+        known = [PhaseConfig.model_validate(phase) for phase in phases]
+        for name, value in {
+            "steps": sum(p.steps for p in known),
+            "batch_size": max(p.batch_size for p in known),
+        }.items():
+            if raw.get(name, value) != value:
+                raise ValueError(f"{name} = {raw[name]}, the phases make it {value}: set it in `phases` only")
+            raw = {**raw, name: value}
+        return raw
+
     @field_validator("from_")
     @classmethod
     def _names_a_model(cls, value: str) -> str:
@@ -201,11 +286,12 @@ class PretrainConfig(Settings):
 
     @model_validator(mode="after")
     def _batch_splits(self) -> Self:
-        if self.batch_size % (unit := self.world_size * self.micro_batch_size):
-            raise ValueError(
-                f"batch_size = {self.batch_size} is not a multiple of world_size x micro_batch_size = "
-                f"{self.world_size} x {self.micro_batch_size} = {unit}; valid: {unit}, {2 * unit}, {3 * unit}, ..."
-            )
+        _refuse_uneven("batch_size", self.batch_size, self.world_size, self.micro_batch_size)
+        for number, phase in enumerate(self.phases):
+            micro = phase.micro_batch_size or self.micro_batch_size
+            _refuse_uneven(f"phases.{number}.batch_size", phase.batch_size, self.world_size, micro)
+            if phase.batch_warmup is not None:
+                _refuse_uneven(f"phases.{number}.batch_warmup.start", phase.batch_warmup.start, self.world_size, micro)
         return self
 
     @model_validator(mode="after")
@@ -217,10 +303,12 @@ class PretrainConfig(Settings):
 
     @model_validator(mode="after")
     def _warmup_fits_the_steps(self) -> Self:
-        if self.schedule.warmup >= self.steps:
-            raise ValueError(
-                f"schedule.warmup = {self.schedule.warmup}; of {self.steps} steps, valid: 0 to {self.steps - 1}"
-            )
+        stretches = [("", self.steps, self.schedule)] if not self.phases else []
+        for number, phase in enumerate(self.phases):
+            stretches.append((f"phases.{number}.", phase.steps, phase.schedule or self.schedule))
+        for where, steps, chosen in stretches:
+            if (warmup := chosen.warmup_steps(steps)) >= steps:
+                raise ValueError(f"{where}schedule.warmup = {warmup}; of {steps} steps, valid: 0 to {steps - 1}")
         return self
 
     @model_validator(mode="after")

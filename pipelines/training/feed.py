@@ -9,14 +9,20 @@ from typing import Protocol
 import numpy as np
 
 from pipelines.errors import IntegrityError
-from pipelines.training import sampler
+from pipelines.training import phases, sampler
 from pipelines.training.objectives import IGNORED, VALIDATION_EPOCH, Batch, Task
+from pipelines.training.phases import Phase, Plan
 from pipelines.training.ranks import Ranks
 from pipelines.training.sampler import Ids
 
 
 class Reader(Protocol):
     """Packed sequences by number."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a sequence."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -34,8 +40,9 @@ class Feed:
     task: Task
     ranks: Ranks
     seed: int
-    batch_size: int
+    plan: Plan
     micro_batch_size: int
+    """Sequences of one forward pass of a validation."""
     validation_sequences: int
 
     def __post_init__(self) -> None:
@@ -47,16 +54,36 @@ class Feed:
                 )
 
     def ids(self, step: int) -> Ids:
-        """Return the sample ids of a whole step, all ranks, [batch_size]."""
-        return sampler.step_ids(self.seed, step, self.batch_size, len(self.train))
+        """Return the sample ids of a whole step, all ranks, [batch].
+
+        A sample is a packed sequence, or, in a phase of shorter ones, a piece of it: piece p of sequence s is number
+        s * pieces + p.
+        """
+        return self._order(phases.at(self.plan, step), step)[0]
 
     def batches(self, step: int) -> list[Batch]:
         """Return this rank's micro batches of a step."""
-        epochs = sampler.epoch_of(step, self.batch_size, len(self.train))
+        phase = phases.at(self.plan, step)
+        samples_B, epochs_B = self._order(phase, step)
         return [
-            self.task.batch(self.train.take(samples), samples, of_epochs).to(self.ranks.device)
-            for samples, of_epochs in zip(self._share(self.ids(step)), self._share(epochs), strict=True)
+            self.task.batch(self._tokens(phase, samples), samples, epochs).to(self.ranks.device)
+            for samples, epochs in zip(
+                self._share(samples_B, phase.micro_batch), self._share(epochs_B, phase.micro_batch), strict=True
+            )
         ]
+
+    def _order(self, phase: Phase, step: int) -> tuple[Ids, Ids]:
+        local = step - phase.first
+        size = len(self.train) * phases.pieces(phase, self.train.sequence_length)
+        return sampler.ids(self.seed, phase.samples_before(local), phase.batch(local), size, phase=phase.number)
+
+    def _tokens(self, phase: Phase, samples: Ids) -> Ids:
+        """Return the tokens of samples, [len(samples), length of the phase]."""
+        if (cuts := phases.pieces(phase, self.train.sequence_length)) == 1:
+            return self.train.take(samples)
+        length = self.train.sequence_length // cuts
+        columns = (samples % cuts)[:, None] * length + np.arange(length)
+        return np.take_along_axis(self.train.take(samples // cuts), columns, axis=1)
 
     def validation_batches(self) -> Iterator[Batch]:
         """Yield this rank's micro batches of the validation sample, as many on every rank.
@@ -68,7 +95,7 @@ class Feed:
         ids = np.arange(wanted) * len(self.validation) // wanted
         unit = self.ranks.world * self.micro_batch_size
         padded = np.concatenate([ids, np.full(-wanted % unit, -1)])
-        for samples in self._share(padded):
+        for samples in self._share(padded, self.micro_batch_size):
             real = samples >= 0
             used = np.where(real, samples, 0)
             epochs = np.full(len(used), VALIDATION_EPOCH)
@@ -76,7 +103,5 @@ class Feed:
             batch.targets_BT[~real] = IGNORED
             yield batch.to(self.ranks.device)
 
-    def _share(self, values: Ids) -> Ids:
-        return sampler.rank_share(
-            values, rank=self.ranks.rank, world=self.ranks.world, micro_batch_size=self.micro_batch_size
-        )
+    def _share(self, values: Ids, micro_batch: int) -> Ids:
+        return sampler.rank_share(values, rank=self.ranks.rank, world=self.ranks.world, micro_batch_size=micro_batch)

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -46,6 +46,13 @@ class State:
     """Last validation loss, nats per target."""
     best: float | None = None
     """Lowest validation loss."""
+
+
+class Work(NamedTuple):
+    """How much was done up to some step."""
+
+    tokens: int
+    flops: float
 
 
 class Saves(Protocol):
@@ -91,8 +98,8 @@ class Trainer:
     diagnostics: Path
     journal: Journal
     stop_requested: Callable[[], bool]
-    tokens_per_step: int
-    flops_per_token: float
+    work: Callable[[int], Work]
+    """What was done before a step, by all ranks together."""
     peak_flops: float
     """Of all ranks together."""
     _saved: int = -1
@@ -239,16 +246,17 @@ class Trainer:
         times = self._times.take()
         counted = self.config.log_every if self.state.step % self.config.log_every == 0 else 1
         busy = sum(times.get(part, 0.0) for part in ("data", "forward", "backward", "step"))
-        rate = counted * self.tokens_per_step / busy if busy else 0.0
+        done, before = self.work(self.state.step), self.work(self.state.step - counted)
+        pace = 1.0 / busy if busy else 0.0
         values: dict[str, Any] = {
             "step": self.state.step,
-            "tokens": self.state.step * self.tokens_per_step,
+            "tokens": done.tokens,
             "loss": _finite(loss),
             "lr": lr,
             "grad_norm": _finite(record.grad_norm),
             "skipped": self.state.skipped,
-            "tokens_per_s": round(rate, 1),
-            "mfu": round(rate * self.flops_per_token / self.peak_flops, 4),
+            "tokens_per_s": round((done.tokens - before.tokens) * pace, 1),
+            "mfu": round((done.flops - before.flops) * pace / self.peak_flops, 4),
             "memory_bytes": memory_bytes(self.engine.ranks.device),
         }
         values |= {f"time/{part}": round(seconds, 4) for part, seconds in times.items()}

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
+EPOCHS_PER_PHASE = 1 << 24
+"""More than any phase has: the number of an epoch is below 2^32 for up to 255 phases."""
+
 
 def philox(seed: int, stream: int, count: int, *, block: int = 0) -> NDArray[np.uint64]:
     """Return `count` random 64-bit words, a pure function of (seed, stream, block)."""
@@ -28,25 +31,21 @@ def permutation(seed: int, epoch: int, size: int) -> Ids:
     return order
 
 
-def step_ids(seed: int, step: int, batch_size: int, size: int) -> Ids:
-    """Return the sample ids of one optimizer step, [batch_size]; steps count from 0.
+def ids(seed: int, first: int, count: int, size: int, *, phase: int = 0) -> tuple[Ids, Ids]:
+    """Return the `count` samples after the first `first` ones of a phase, and the epoch of each, both [count].
 
-    A batch that reaches the end of an epoch goes on in the next one, so no sample is dropped.
+    A batch that reaches the end of an epoch goes on in the next one, so no sample is dropped. Epochs are numbered over
+    all phases, so that no phase repeats the order, or the masks, of another.
 
     Raises:
         ValueError: no samples at all.
     """
     if size < 1:
         raise ValueError("there are no samples to draw from")
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs, offsets = np.divmod(positions, size)
+    epochs, offsets = np.divmod(np.arange(first, first + count), size)
+    epochs += phase * EPOCHS_PER_PHASE
     parts = [permutation(seed, int(epoch), size)[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
-    return np.concatenate(parts)
-
-
-def epoch_of(step: int, batch_size: int, size: int) -> NDArray[np.int64]:
-    """Return the epoch that each sample of a step belongs to, [batch_size]."""
-    return np.arange(step * batch_size, (step + 1) * batch_size) // size
+    return np.concatenate(parts), epochs
 
 
 def rank_share(values: Ids, *, rank: int, world: int, micro_batch_size: int) -> Ids:

@@ -21,6 +21,7 @@ from pipelines.artifact import Artifact
 from pipelines.errors import ConfigError
 from pipelines.launch import launch
 from pipelines.stage import Progress, StageContext, Summary
+from pipelines.training import phases
 from pipelines.training.config import PretrainConfig
 from pipelines.training.job import Job
 from pipelines.training.metrics import Record, Tail
@@ -63,6 +64,8 @@ def make_job(config: PretrainConfig, prepared: Artifact, context: StageContext, 
         architecture = config.architecture(index)
     except ValueError as error:
         raise ConfigError(f"pretrain.model does not fit the tokenizer: {error}") from error
+    for phase in phases.plan(config):
+        phases.pieces(phase, index["sequence_length"])
     device = _device(context.compute.get("device", "auto"), config.world_size)
     threads = context.compute.get("threads") or max(1, len(os.sched_getaffinity(0)) // config.world_size)
     weights = _checked_start(architecture, fetched, prepared)

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from models.optim import lisa, schedule
+from models.optim import lisa
 from models.optim.adamw import AdamW
 from models.optim.fragments import FragmentOptimizer
 from models.optim.lamb import Lamb
 from models.optim.lars import Lars
+from pipelines.training import phases
 from pipelines.training.config import PretrainConfig
 
 
@@ -38,14 +39,5 @@ def make_optimizer(config: PretrainConfig, parameters: Iterable[tuple[str, nn.Pa
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
     """Return the learning rate of a step; steps count from 0."""
-    chosen = config.schedule
-    return config.optimizer.peak_lr * schedule.multiplier(
-        step,
-        total=config.steps,
-        warmup=chosen.warmup,
-        warmup_form=chosen.warmup_form,
-        decay=chosen.decay,
-        floor=chosen.floor,
-        power=chosen.power,
-        stable=chosen.stable,
-    )
+    phase = phases.at(phases.plan(config), step)
+    return phase.learning_rate(step - phase.first)

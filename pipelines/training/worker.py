@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from pipelines.data.shards import ShardReader
 from pipelines.errors import IngotError, NumericError, Preempted
 from pipelines.launch import beat
 from pipelines.training import engine as engines
-from pipelines.training import export, start
+from pipelines.training import export, phases, start
 from pipelines.training.checkpoint import Checkpoints
+from pipelines.training.config import PretrainConfig
 from pipelines.training.feed import Feed
 from pipelines.training.job import Job
-from pipelines.training.loop import Journal, State, Trainer
+from pipelines.training.loop import Journal, State, Trainer, Work
 from pipelines.training.metrics import MetricsLog, read_records
 from pipelines.training.objectives import CausalTask, MaskedTask, Objective, Task
 from pipelines.training.ranks import Ranks
@@ -128,7 +130,9 @@ def facts(job: Job, architecture: ArchitectureConfig, state: State) -> dict[str,
         "preset": job.config.preset,
         "parameters": count_parameters(architecture),
         "steps": state.step,
-        "tokens": state.step * job.config.batch_size * architecture.max_positions,
+        "tokens": sum(
+            phases.tokens_by_length(phases.plan(job.config), state.step, architecture.max_positions).values()
+        ),
         "skipped_steps": state.skipped,
         "final_loss": _json_number(float.fromhex(losses[-1])),
         "validation_loss": state.validation,
@@ -137,6 +141,18 @@ def facts(job: Job, architecture: ArchitectureConfig, state: State) -> dict[str,
         "losses": losses,
         "validations": [{"step": r["step"], "loss": r["validation"]} for r in records if "validation" in r],
     }
+
+
+def work_before(config: PretrainConfig, architecture: ArchitectureConfig) -> Callable[[int], Work]:
+    """Return the function that tells what was done before a step."""
+    plan, packed = phases.plan(config), architecture.max_positions
+
+    def work(step: int) -> Work:
+        tokens = phases.tokens_by_length(plan, step, packed)
+        flops = sum(count * flops_per_token(architecture, length) for length, count in tokens.items())
+        return Work(sum(tokens.values()), flops)
+
+    return work
 
 
 def bits_per_byte(job: Job, nats_per_token: float | None) -> float | None:
@@ -168,7 +184,7 @@ def _feed(job: Job, architecture: ArchitectureConfig, ranks: Ranks) -> Feed:
         task=task_for(job, architecture),
         ranks=ranks,
         seed=config.seed,
-        batch_size=config.batch_size,
+        plan=phases.plan(config),
         micro_batch_size=config.micro_batch_size,
         validation_sequences=config.validation_sequences,
     )
@@ -184,7 +200,6 @@ def _trainer(
     stop: StopRequest,
     own: Peak,
 ) -> Trainer:
-    length = architecture.max_positions
     return Trainer(
         config=job.config,
         engine=engine,
@@ -194,8 +209,7 @@ def _trainer(
         diagnostics=job.work / "diagnostics",
         journal=journal,
         stop_requested=stop,
-        tokens_per_step=job.config.batch_size * length,
-        flops_per_token=flops_per_token(architecture, length),
+        work=work_before(job.config, architecture),
         peak_flops=sum(engine.ranks.gathered(own.flops)),
     )
 

@@ -35,6 +35,7 @@ from pipelines.execute import materialize
 from pipelines.provenance import CHECKOUT
 from pipelines.stage import STAGES, StageContext
 from pipelines.store import Store
+from pipelines.training import phases
 from pipelines.training.config import PretrainConfig
 from pipelines.training.engine import PlainEngine
 from pipelines.training.feed import Feed
@@ -240,7 +241,7 @@ def train(cell: Cell, data: Artifact, device: torch.device) -> Result:
         task=task_for(job, architecture),
         ranks=Ranks(0, 1, device),
         seed=config.seed,
-        batch_size=config.batch_size,
+        plan=phases.plan(config),
         micro_batch_size=config.micro_batch_size,
         validation_sequences=config.validation_sequences,
     )

@@ -19,7 +19,7 @@ def test_every_recipe_that_ships_is_valid_and_described(name: str) -> None:
 
 
 def test_the_agreed_recipes_exist() -> None:
-    assert {"smoke", "bench", "demo", "demo-long", "demo-encoder"} <= set(recipe.names())
+    assert {"smoke", "bench", "demo", "demo-long", "demo-encoder", "bert-lamb", "decoder-lamb"} <= set(recipe.names())
 
 
 def test_an_extended_recipe_keeps_what_it_does_not_replace() -> None:

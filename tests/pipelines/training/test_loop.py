@@ -19,8 +19,9 @@ from pipelines.training.config import PretrainConfig
 from pipelines.training.engine import PlainEngine
 from pipelines.training.feed import Feed
 from pipelines.training.job import Job
-from pipelines.training.loop import Journal, State, Trainer, ratios_by_group, validate
+from pipelines.training.loop import Journal, State, Trainer, Work, ratios_by_group, validate
 from pipelines.training.objectives import IGNORED, CausalTask, Objective
+from pipelines.training.phases import plan
 from pipelines.training.ranks import Ranks
 from pipelines.training.updates import make_optimizer
 
@@ -32,14 +33,14 @@ class Sequences:
     """A split in memory; every third sequence is half padding, so micro batches have unequal numbers of targets."""
 
     count: int
-    length: int = 24
+    sequence_length: int = 24
 
     def __len__(self) -> int:
         return self.count
 
     def take(self, indices: Any) -> Any:
-        tokens = np.stack([(np.arange(self.length) * (i + 3) + i) % 57 + 4 for i in indices])
-        tokens[np.asarray(indices) % 3 == 0, self.length // 2 :] = 2
+        tokens = np.stack([(np.arange(self.sequence_length) * (i + 3) + i) % 57 + 4 for i in indices])
+        tokens[np.asarray(indices) % 3 == 0, self.sequence_length // 2 :] = 2
         return tokens
 
 
@@ -94,8 +95,7 @@ def make(plain_job: Callable[..., Job], tmp_path: Path) -> Make:
             diagnostics=tmp_path / "diagnostics",
             journal=Journal(),
             stop_requested=stop,
-            tokens_per_step=192,
-            flops_per_token=1.0,
+            work=lambda step: Work(192 * step, 192.0 * step),
             peak_flops=1.0,
         )
         return Setting(trainer, saves, engine, feed)
@@ -110,7 +110,7 @@ def feed_of(config: PretrainConfig, *, train: int = 40, validation: int = 7, ran
         task=CausalTask(2),
         ranks=Ranks(rank, world, CPU),
         seed=config.seed,
-        batch_size=config.batch_size,
+        plan=plan(config),
         micro_batch_size=config.micro_batch_size,
         validation_sequences=config.validation_sequences,
     )

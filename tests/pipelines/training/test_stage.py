@@ -28,6 +28,13 @@ CASES: dict[str, dict[str, Any]] = {
     "zero-0": {"zero_stage": 0},
     "zero-1": {"zero_stage": 1, "optimizer": {"name": "adamw", "clip": 0.5}},
     "zero-2": {"zero_stage": 2, "lisa": NORM_LISA},
+    "phases": {
+        "zero_stage": 2,
+        "phases": [
+            {"steps": 4, "sequence_length": 12, "batch_size": 8, "batch_warmup": {"start": 4, "steps": 2}},
+            {"steps": 2, "batch_size": 4, "micro_batch_size": 1, "schedule": {"warmup": 1}},
+        ],
+    },
     "zero-3": {"zero_stage": 3, "family": "encoder", "lisa": {**NORM_LISA, "weights": "uniform"}},
 }
 

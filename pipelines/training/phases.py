@@ -1,0 +1,149 @@
+"""The phases of a training: for every step the batch, the length of its sequences, and its learning rate.
+
+Everything is a function of the step alone, so a run may stop in any phase, on any number of ranks, and go on. A
+pretraining without `phases` is one phase.
+
+The schedule of "BERT in 76 minutes" (arXiv 1904.00962, section 4) in these terms: a first phase of short sequences in
+large batches, a second one of long sequences in smaller batches that warms up again; rates that grow with the square
+root of the batch; and a warm-up given in *steps*. Equal steps at every batch are epochs in proportion to the batch,
+which is the paper's linear-epoch warm-up (1/320 of the run at a batch of 512 and 1/5 at 32 K both are 3,125 steps).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from models.optim import schedule
+from pipelines.errors import ConfigError
+from pipelines.training.config import LrScaling, PhaseConfig, PretrainConfig, ScheduleConfig
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of steps with sequences of one length."""
+
+    number: int
+    """Counted from 0."""
+    first: int
+    """Step of the run that it begins with."""
+    steps: int
+    sequence_length: int | None
+    """Tokens of a sequence; None: as they were packed."""
+    stairs: tuple[tuple[int, int], ...]
+    """(step of the phase, batch from there on), ascending; the batch doubles from one to the next."""
+    micro_batch: int
+    rate: float
+    """Peak learning rate at `base_batch` sequences, or at every batch where there is none."""
+    scaling: LrScaling | None
+    schedule: ScheduleConfig
+
+    @property
+    def end(self) -> int:
+        """The step of the run after the last one."""
+        return self.first + self.steps
+
+    def batch(self, local: int) -> int:
+        """Return the sequences of a step of the phase."""
+        return next(size for start, size in reversed(self.stairs) if start <= local)
+
+    def samples_before(self, local: int) -> int:
+        """Return how many sequences the phase has shown before its step `local`."""
+        ends = [start for start, _ in self.stairs[1:]] + [self.steps]
+        return sum(
+            size * (min(local, end) - start)
+            for (start, size), end in zip(self.stairs, ends, strict=True)
+            if local > start
+        )
+
+    def learning_rate(self, local: int) -> float:
+        """Return the learning rate of a step of the phase."""
+        return self.rate * scale(self.scaling, self.batch(local)) * self._share(local)
+
+    def _share(self, local: int) -> float:
+        chosen = self.schedule
+        return schedule.multiplier(
+            local,
+            total=self.steps,
+            warmup=chosen.warmup_steps(self.steps),
+            warmup_form=chosen.warmup_form,
+            decay=chosen.decay,
+            floor=chosen.floor,
+            power=chosen.power,
+            stable=chosen.stable,
+        )
+
+
+Plan = tuple[Phase, ...]
+
+
+def plan(config: PretrainConfig) -> Plan:
+    """Return the phases of a run, in order."""
+    found: list[Phase] = []
+    wanted = config.phases or (PhaseConfig(steps=config.steps, batch_size=config.batch_size),)
+    for number, phase in enumerate(wanted):
+        found.append(_phase(config, phase, number, found[-1].end if found else 0))
+    return tuple(found)
+
+
+def at(phases: Sequence[Phase], step: int) -> Phase:
+    """Return the phase that a step of the run belongs to; the last one also beyond its end."""
+    return next((phase for phase in phases if step < phase.end), phases[-1])
+
+
+def batch_stairs(start: int, batch: int, steps: int) -> tuple[tuple[int, int], ...]:
+    """Return a batch that doubles from `start` to `batch` at even distances over `steps` steps."""
+    doublings = (batch // start).bit_length() - 1
+    return tuple((round(number * steps / max(doublings, 1)), start << number) for number in range(doublings + 1))
+
+
+def scale(scaling: LrScaling | None, batch: int) -> float:
+    """Return the factor of the learning rate at a batch."""
+    if scaling is None:
+        return 1.0
+    ratio = batch / scaling.base_batch
+    return math.sqrt(ratio) if scaling.rule == "sqrt" else ratio
+
+
+def pieces(phase: Phase, packed: int) -> int:
+    """Return into how many sequences of a phase a packed one is cut.
+
+    Raises:
+        ConfigError: the phase's length does not divide the packed one.
+    """
+    length = phase.sequence_length or packed
+    if packed % length:
+        fitting = [n for n in range(2, packed + 1) if packed % n == 0]
+        raise ConfigError(
+            f"pretrain.phases.{phase.number}.sequence_length = {length} does not divide prepare.sequence_length = "
+            f"{packed}",
+            hint=f"valid: {', '.join(map(str, fitting))}",
+        )
+    return packed // length
+
+
+def tokens_by_length(phases: Sequence[Phase], step: int, packed: int) -> dict[int, int]:
+    """Return how many tokens were trained on before a step, by length of the sequences they came in."""
+    found: dict[int, int] = {}
+    for phase in phases:
+        length = phase.sequence_length or packed
+        done = phase.samples_before(min(max(step - phase.first, 0), phase.steps))
+        found[length] = found.get(length, 0) + done * length
+    return found
+
+
+def _phase(config: PretrainConfig, phase: PhaseConfig, number: int, first: int) -> Phase:
+    warm = phase.batch_warmup
+    stairs = ((0, phase.batch_size),) if warm is None else batch_stairs(warm.start, phase.batch_size, warm.steps)
+    return Phase(
+        number=number,
+        first=first,
+        steps=phase.steps,
+        sequence_length=phase.sequence_length,
+        stairs=stairs,
+        micro_batch=phase.micro_batch_size or config.micro_batch_size,
+        rate=config.optimizer.peak_lr if phase.lr is None else phase.lr,
+        scaling=config.optimizer.lr_scaling if phase.lr is None else None,
+        schedule=phase.schedule or config.schedule,
+    )
