@@ -132,7 +132,7 @@ class FragmentOptimizer(FragmentState):
         raise NotImplementedError
 
     def measure(self, span: Span, scratch: Tensor) -> Tensor:
-        """Return what `update` does, by fast operations; `scratch` holds (moments + 1) times the span's elements."""
+        """Return what `update` does, by fast operations; `scratch` is [moments + 1, length of the span]."""
         raise NotImplementedError
 
     def ratio(self, under: float, over: float, group: Mapping[str, Any], decay: float) -> float:
@@ -278,18 +278,17 @@ class FragmentOptimizer(FragmentState):
         """Return the sums of squares [3, tensors] of gradient, update and weights, on the host."""
         sums = TensorSums(3, self.layout)
         limit = GPU_BLOCK if sums.device.type == "cuda" else CPU_BLOCK * torch.get_num_threads()
-        room = min(limit, max((span.numel for span in spans if span.adapted), default=0))
-        scratch: dict[torch.dtype, Tensor] = {}
+        scratch: dict[tuple[int, torch.dtype], Tensor] = {}
         for span in spans:
             if not span.adapted:
                 sums.add(span.tensor, 0, kernels.squares(span.gradient))
                 continue
             rest = self._measured_compiled(span, sums) if self.compiled else [span]
-            dtype = span.weights.dtype
-            if dtype not in scratch:
-                scratch[dtype] = span.weights.new_empty((len(self.moment_names) + 1) * room)
             for block in (block for part in rest for block in part.blocks(limit)):
-                vectors = block.gradient, self.measure(block, scratch[dtype]), block.weights
+                key = block.numel, block.weights.dtype
+                if key not in scratch:
+                    scratch[key] = block.weights.new_empty(len(self.moment_names) + 1, block.numel)
+                vectors = block.gradient, self.measure(block, scratch[key]), block.weights
                 for row, vector in enumerate(vectors):
                     sums.add(span.tensor, row, kernels.squares(vector))
         return sums.over_ranks()
@@ -299,7 +298,7 @@ class FragmentOptimizer(FragmentState):
         length = kernels.whole_rows(span.numel)
         if not length:
             return [span]
-        head, *rest = span.cut([length, span.numel - length] if length < span.numel else [length])
+        head, *rest = span.cut([length, span.numel - length]) if length < span.numel else [span]
         # Without .data, torch.compile would look at the tensors that these are views of, and compile for each anew.
         weights, gradient, *moments = (array.data for array in head.arrays)
         scalars = torch.tensor(self.scalars(span), dtype=weights.dtype, device=weights.device)

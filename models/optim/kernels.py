@@ -40,14 +40,13 @@ def adamw_(
     weight_decay: float,
 ) -> None:
     """Update weights and both moments in place; equal hyperparameters for all tensors of the lists."""
-    count = torch.tensor(float(step), device=weights[0].device)
     torch._fused_adamw_(
         weights,
         gradients,
         moments[0],
         moments[1],
         [],
-        [count] * len(weights),
+        [_count(float(step), weights[0].device)] * len(weights),
         lr=lr,
         beta1=betas[0],
         beta2=betas[1],
@@ -56,6 +55,12 @@ def adamw_(
         amsgrad=False,
         maximize=False,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _count(step: float, device: torch.device) -> Tensor:
+    """Return a step count as the kernel wants it; kept, because it serves all tensors of a step unchanged."""
+    return torch.tensor(step, device=device)
 
 
 def sgd_(
@@ -88,7 +93,9 @@ def sgd_(
 
 def squares(vector: Tensor) -> list[Tensor]:
     """Return sums of squares, float32 scalars, of the parts of a vector; infinite where one leaves float32's range."""
-    return [torch.dot(part, part) for part in vector.split(DOT if vector.device.type == "cpu" else 1 << 26)]
+    longest = DOT if vector.device.type == "cpu" else 1 << 26
+    parts = vector.split(longest) if vector.numel() > longest else (vector,)
+    return [torch.dot(part, part) for part in parts]
 
 
 def whole_rows(length: int) -> int:

@@ -147,8 +147,8 @@ class Lamb(FragmentOptimizer):
 
     def measure(self, span: Span, scratch: Tensor) -> Tensor:
         """Return u, by a fused step of Adam on copies: from weight_decay x at a learning rate of -1."""
-        first, second, moved = scratch[: 3 * span.numel].split(span.numel)
-        torch.cat(span.moments, out=scratch[: 2 * span.numel])
+        first, second, moved = scratch.unbind()
+        torch.stack(span.moments, out=scratch[:2])
         torch.mul(span.weights, span.decay, out=moved)
         self._adam_([span], [moved], ([first], [second]), lr=-1.0, decay=0.0)
         return moved

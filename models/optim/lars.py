@@ -89,7 +89,7 @@ class Lars(FragmentOptimizer):
         """Return the new momentum, or for "original" the gradient."""
         if self.form == "original":
             return span.gradient
-        result = scratch[: span.numel]
+        result = scratch[0]
         torch.add(span.gradient, span.weights, alpha=span.decay, out=result)
         return torch.lerp(span.moments[0], result, 1 - span.group["momentum"], out=result)
 

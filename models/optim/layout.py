@@ -48,7 +48,8 @@ class Fragment:
 
     def of(self, owner_like: Tensor) -> Tensor:
         """Return the 1-D view of this fragment in a tensor laid out like the owner (a gradient, a moment)."""
-        return owner_like.detach().view(-1).narrow(0, self.offset, self.numel)
+        flat = owner_like.detach().view(-1)
+        return flat if flat.numel() == self.numel else flat.narrow(0, self.offset, self.numel)
 
 
 def nobody_skips() -> bool:

@@ -117,13 +117,14 @@ class FragmentState(Optimizer):
 
     def _allocated(self, fragment: Fragment) -> dict[str, Tensor]:
         """Return the moments of a fragment, zeros where there were none."""
-        if not self.fragment_state(fragment):
-            cut = any(other.name in self._pieces for other in self._beside(fragment))
-            if fragment.whole or (self._active is None and not cut):
-                flat = {name: torch.zeros_like(fragment.owner, requires_grad=False) for name in self.moment_names}
-                self.state[fragment.owner].update(flat)
-            else:
-                self._pieces[fragment.name] = {name: torch.zeros_like(fragment.master) for name in self.moment_names}
+        if held := self.fragment_state(fragment):
+            return held
+        cut = any(other.name in self._pieces for other in self._beside(fragment))
+        if fragment.whole or (self._active is None and not cut):
+            flat = {name: torch.zeros_like(fragment.owner, requires_grad=False) for name in self.moment_names}
+            self.state[fragment.owner].update(flat)
+        else:
+            self._pieces[fragment.name] = {name: torch.zeros_like(fragment.master) for name in self.moment_names}
         return self.fragment_state(fragment)
 
     def _beside(self, fragment: Fragment) -> list[Fragment]:
