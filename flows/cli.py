@@ -149,12 +149,19 @@ def rollback(
 @app.command()
 def export(
     target: Annotated[str, typer.Argument(help="`champion`, a node of the newest run, or a fingerprint.")],
-    destination: Annotated[str, typer.Argument(help="Folder to create.")],
+    destination: Annotated[str, typer.Argument(help="Folder to create, or the .gguf file.")],
+    file_format: Annotated[
+        str,
+        typer.Option("--format", help="hf: the model folder; gguf: llama.cpp (decoder); onnx: onnxruntime (encoder)."),
+    ] = "hf",
+    precision: Annotated[
+        str | None, typer.Option(help="gguf: f16, f32, q8_0, q4_0; onnx: fp32, int8. Default: the first.")
+    ] = None,
 ) -> None:
-    """Copy a model to a folder that plain transformers loads."""
+    """Write a model for use elsewhere, and say what loads it."""
     from flows.commands import storing
 
-    storing.export(target, destination)
+    storing.export(target, destination, file_format, precision)
 
 
 @app.command()

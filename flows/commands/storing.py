@@ -64,23 +64,22 @@ def gc(keep: int, *, dry_run: bool, as_json: bool) -> None:
         print(f"{len(rows)} artifacts, {freed}: {'would go' if dry_run else 'removed'}.")
 
 
-def export(target: str, destination: str) -> None:
-    """Copy a model folder, verified, to a new place.
+def export(target: str, destination: str, file_format: str, precision: str | None) -> None:
+    """Write a model, verified, to a new place.
 
     Raises:
-        ConfigError: no such model, or the destination exists.
+        ConfigError: no such model, no such format, or the destination exists.
     """
-    folder = Path(destination)
-    if folder.exists():
-        raise ConfigError(f"{folder} exists", hint="give a folder that does not exist yet")
+    from pipelines.deploy import export as deploy
+
+    deploy.check(Path(destination), file_format, precision)
     source = find_artifact(_champion_fingerprint() if target == "champion" else target)
     if source is None or not (source.path / "model").is_dir():
         raise ConfigError(
             f"{target!r} is no model", hint="`ingot list artifacts` shows pretrain and compress artifacts"
         )
-    source.verify()
-    shutil.copytree(source.path / "model", folder)
-    print(f"{source.manifest.node} -> {folder}; load it with transformers: from_pretrained({str(folder)!r})")
+    said = deploy.write(source, Path(destination), file_format, precision)
+    print(f"{source.manifest.node} -> {destination}; {said}")
 
 
 def rollback(model: str | None, *, as_json: bool) -> None:

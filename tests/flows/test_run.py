@@ -176,3 +176,11 @@ def test_gc_keeps_what_the_newest_run_and_the_champion_need(smoke_store: Path, t
     run_in(store, "gc", check=0)
     assert not extra.exists()
     assert "nothing was run" in run_in(store, "run", "--recipe", "smoke", check=0).stdout
+
+
+def test_a_decoder_is_exported_as_gguf_and_refused_as_onnx(smoke: Ingot, tmp_path: Path) -> None:
+    said = smoke("export", "champion", str(tmp_path / "m.gguf"), "--format", "gguf", "--precision", "q8_0").stdout
+    assert "load it with llama.cpp" in said
+    assert (tmp_path / "m.gguf").read_bytes()[:4] == b"GGUF"
+    refused = smoke("export", "champion", str(tmp_path / "onnx"), "--format", "onnx", check=2)
+    assert "--format gguf" in refused.stderr

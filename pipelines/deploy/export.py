@@ -1,0 +1,98 @@
+"""Write a model of the store to a place of the user's, in one of three formats; appears complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from pipelines.artifact import Artifact
+from pipelines.errors import ConfigError
+
+PRECISIONS = {"hf": ("as stored",), "gguf": ("f16", "f32", "q8_0", "q4_0"), "onnx": ("fp32", "int8")}
+"""Format -> how its matrices can be stored, the default first."""
+
+
+def write(source: Artifact, destination: Path, file_format: str = "hf", precision: str | None = None) -> str:
+    """Write a model and return a sentence that says how to load it.
+
+    Args:
+        source: a pretrain or compress artifact; verified before anything is read.
+        destination: folder to create (hf, onnx) or file (gguf).
+        file_format: `hf`: the model folder as it is; `gguf`: one file for llama.cpp (decoder); `onnx`: a folder for
+            onnxruntime (encoder).
+        precision: one of `PRECISIONS[file_format]`; None for its default.
+
+    Raises:
+        ConfigError: unknown format or precision, an existing destination, a family that the format does not have.
+        IntegrityError: a file of the artifact is damaged.
+    """
+    chosen = check(destination, file_format, precision)
+    source.verify()
+    building = destination.with_name(f".{destination.name}.building-{os.getpid()}")
+    writer: Callable[[Artifact, Path, str], str] = {"hf": _hf, "gguf": _gguf, "onnx": _onnx}[file_format]
+    try:
+        said = writer(source, building, chosen)
+        building.rename(destination)
+    finally:
+        _remove(building)
+    return said.format(str(destination))
+
+
+def check(destination: Path, file_format: str, precision: str | None) -> str:
+    """Return the precision that will be used.
+
+    Raises:
+        ConfigError: see `write`.
+    """
+    if file_format not in PRECISIONS:
+        raise ConfigError(f"there is no format {file_format!r}", hint=f"formats: {', '.join(PRECISIONS)}")
+    valid = PRECISIONS[file_format]
+    if precision is not None and precision not in valid:
+        raise ConfigError(f"{file_format} has no precision {precision!r}", hint=f"valid: {', '.join(valid)}")
+    if destination.exists():
+        raise ConfigError(f"{destination} exists", hint="give a path that does not exist yet")
+    return precision or valid[0]
+
+
+def _hf(source: Artifact, building: Path, _: str) -> str:
+    shutil.copytree(source.path / "model", building)
+    loads_with = _loads_with(source)
+    if loads_with == "transformers":
+        return "load it with transformers: from_pretrained({!r})"
+    return (
+        f"no public loader reads this layout: load it with `{loads_with}` of this checkout: load_model(Path({{!r}})); "
+        "its weights are in packed*.safetensors, described by ingot_compression.json"
+    )
+
+
+def _gguf(source: Artifact, building: Path, precision: str) -> str:
+    from pipelines.deploy import gguf
+
+    building.parent.mkdir(parents=True, exist_ok=True)
+    used = gguf.write(source.path / "model", building, precision)  # type: ignore[arg-type]
+    stored = ", ".join(f"{count} tensors {kind}" for kind, count in sorted(used.items()))
+    return f"{stored}; load it with llama.cpp: llama-cli -m {{}}"
+
+
+def _onnx(source: Artifact, building: Path, precision: str) -> str:
+    from pipelines.deploy import onnx
+
+    building.mkdir(parents=True)
+    onnx.write(source.path / "model", building, precision)  # type: ignore[arg-type]
+    return f"{precision}; load it with onnxruntime: InferenceSession('{{}}/{onnx.MODEL}')"
+
+
+def _loads_with(source: Artifact) -> str:
+    """Return what reads the model folder; only a compressed child says."""
+    if not (source.path / "compression.json").is_file():
+        return "transformers"
+    return str(source.read_json("compression.json").get("loads_with", "transformers"))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
