@@ -95,8 +95,8 @@ def _export(model: Any, path: Path) -> None:
         program.save(path, external_data=False)
 
 
-def _quantize(path: Path) -> None:
-    """Replace the float graph by one with int8 matrices."""
+def quantize(path: Path) -> None:
+    """Replace a float graph by one with int8 matrices, in place; a token matrix that is shared stays float."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     whole = path.with_suffix(".float")
