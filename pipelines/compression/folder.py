@@ -26,6 +26,8 @@ PUBLIC_STEM = "model"
 """File stem of weights that plain transformers loads."""
 PRIVATE_STEM = "packed"
 """File stem of weights that need `pipelines.compression.load`; plain transformers finds no weights and says so."""
+CACHE_TABLES = "kv_cache.safetensors"
+"""File of how attention caches are coded, in a child of a `kv_cache` method; it holds no weights."""
 SHARD_BYTES = 1 << 30
 
 
@@ -143,7 +145,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    paths = sorted(folder.glob("*.safetensors"))
+    paths = sorted(path for path in folder.glob("*.safetensors") if path.name != CACHE_TABLES)
     if not paths:
         raise IntegrityError(f"{folder} holds no safetensors weights", hint="delete the artifact and run again")
     for path in paths:

@@ -7,11 +7,21 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from pipelines.compression import folder, skeleton
+from pipelines.compression import folder, skeleton, tables
 
 
 def load_model(path: Path) -> PreTrainedModel:
-    """Return the model in `path`, ready for inference on the CPU.
+    """Return the model in `path`, ready for inference on the CPU; with its quantized cache, if it has one.
+
+    Raises:
+        IntegrityError: weights are missing or damaged.
+    """
+    model = load_weights(path)
+    return tables.attach(model, path) if tables.held(path) else model
+
+
+def load_weights(path: Path) -> PreTrainedModel:
+    """Return the model in `path` without a quantized cache.
 
     A public folder is loaded by transformers alone; a private one (weights in `packed*.safetensors`) is built from its
     configuration and filled with the dequantized weights.
@@ -19,7 +29,7 @@ def load_model(path: Path) -> PreTrainedModel:
     Raises:
         IntegrityError: weights are missing or damaged.
     """
-    if not is_private(path):
+    if not _is_packed(path):
         return skeleton.architecture(AutoConfig.from_pretrained(path), path).from_pretrained(path).eval()
     model = skeleton.build(path)
     reader = folder.WeightReader(path)
@@ -34,4 +44,8 @@ def load_model(path: Path) -> PreTrainedModel:
 
 def is_private(path: Path) -> bool:
     """Return whether a folder needs this loader."""
+    return tables.held(path) or _is_packed(path)
+
+
+def _is_packed(path: Path) -> bool:
     return (path / folder.RECORD).is_file() and any(path.glob(f"{folder.PRIVATE_STEM}*.safetensors"))

@@ -12,6 +12,7 @@ from pipelines.compression.config import CompressConfig
 from pipelines.stage import StageContext, StageFunction, Summary
 
 DRIVERS = {
+    "kv_cache": "pipelines.compression.cache",
     "weight": "pipelines.compression.weights",
 }
 """Kind of a method -> module whose `run` makes a child with it."""

@@ -1,0 +1,226 @@
+"""Methods of kind "kv_cache": the parent's model unchanged, and tables that say how its attention cache is coded.
+
+Calibration records the keys (before RoPE) and values of every layer over training sequences, and the gradients of the
+loss with respect to them, so the whole model is held in memory, with the activations of one batch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from models.architectures.quantized_cache import Tables
+from models.compression import registry
+from pipelines.artifact import Artifact
+from pipelines.compression import calibration, tables
+from pipelines.compression.config import CompressConfig
+from pipelines.compression.folder import CACHE_TABLES, WeightReader, write_json
+from pipelines.compression.load import load_weights
+from pipelines.errors import ConfigError, NumericError
+from pipelines.stage import Progress, StageContext, Summary
+
+_ROWS = 16384
+"""Tokens that the tables are fitted on; more calibration tokens are thinned evenly."""
+_SEQUENCES = 4
+"""Sequences whose gradients are computed together."""
+_ARMS: dict[str, dict[str, Any]] = {
+    "uniform": {"codebook": "uniform", "q_norm": False},
+    "per token": {"keys": "token", "codebook": "uniform", "q_norm": False},
+}
+"""Null arms: the same bits and the same share of outliers, with the plainer choice."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one side of one layer held over the calibration tokens."""
+
+    x_NC: Tensor
+    fisher_NC: Tensor
+    """Squared gradients."""
+
+
+def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
+    """Fit the cache tables of `inputs["model"]` on training sequences of `inputs["prepare"]`.
+
+    Writes `model/` (the parent's files and `kv_cache.safetensors`) and `compression.json`.
+
+    Raises:
+        ConfigError: the model has no cache that this can code, or codes one already.
+        NumericError: keys, values or their gradients are not finite.
+    """
+    method, source, target = registry.get(config.method), inputs["model"].path / "model", out_dir / "model"
+    model = load_weights(source)
+    check(config.method, model, source)
+    tokens_NT = calibration.sample_tokens(
+        inputs["prepare"].path, samples=config.samples, seed=config.seed, masked=False
+    )
+    parameters: Any = config.parameters
+    seen = record(model, tokens_NT, parameters.exact_tokens)
+    made: list[Tables] = []
+    rows: dict[str, dict[str, Any]] = {}
+    for number, (keys, values) in enumerate(seen):
+        made.append(_fit(method, keys, values, parameters))
+        arms = {arm: _fit(method, keys, values, parameters.model_copy(update=plain)) for arm, plain in _ARMS.items()}
+        rows[f"layers.{number}"] = _errors(made[-1], arms, keys, values)
+        context.report(Progress(context.node, number + 1, len(seen), "layers"))
+    _copy(source, target)
+    tables.write(target, made, config.method, parameters)
+    report = {
+        "method": config.method,
+        "parameters": parameters.model_dump(mode="json"),
+        "layout": "the parent's weights, ingot cache tables",
+        "loads_with": "pipelines.compression.load",
+        "calibration": {"sequences": len(tokens_NT), "seed": config.seed},
+        "not_informative": "",
+        "totals": _totals(inputs["model"], target, made, seen),
+        "errors": _means(rows),
+        "layers": rows,
+    }
+    write_json(out_dir / "compression.json", report)
+    return {key: report[key] for key in ("method", "parameters", "layout", "totals", "errors")}
+
+
+def check(method: str, model: PreTrainedModel, source: Path) -> None:
+    """Refuse what has no cache to code.
+
+    Raises:
+        ConfigError: naming method and model.
+    """
+    if type(model) is not LlamaForCausalLM:
+        raise ConfigError(
+            f"{method} codes the key-value cache of a decoder in the Llama layout; {type(model).__name__} has none",
+            hint="leave it out for this family",
+        )
+    if tables.held(source):
+        raise ConfigError(f"{method}: {source} codes its cache already", hint="start from its parent")
+
+
+def record(model: PreTrainedModel, tokens_NT: NDArray[np.int64], skip: int) -> list[tuple[Seen, Seen]]:
+    """Return keys before RoPE and values of every layer, and their squared gradients.
+
+    Args:
+        model: a Llama decoder.
+        tokens_NT: calibration sequences.
+        skip: tokens at the start of each sequence to leave out, because they are kept exactly.
+
+    Raises:
+        NumericError: something is not finite.
+    """
+    layers = model.model.layers
+    places = [module for layer in layers for module in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
+    thin = -(-tokens_NT.size // _ROWS)
+    states: list[list[Tensor]] = [[] for _ in places]
+    squares: list[list[Tensor]] = [[] for _ in places]
+    model.requires_grad_(False)
+    for outputs in _passes(model, places, tokens_NT):
+        for place, output in enumerate(outputs):
+            assert output.grad is not None
+            for held, tensor in ((states, output.detach()), (squares, output.grad.square())):
+                held[place].append(tensor[:, skip:].flatten(0, 1)[::thin].cpu())
+    found = [Seen(torch.cat(x).float(), torch.cat(f).float()) for x, f in zip(states, squares, strict=True)]
+    if not all(bool(torch.isfinite(seen.x_NC.sum() + seen.fisher_NC.sum())) for seen in found):
+        raise NumericError("calibration met keys, values or gradients that are not finite")
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
+def _passes(
+    model: PreTrainedModel, places: Sequence[nn.Module], tokens_NT: NDArray[np.int64]
+) -> Iterator[list[Tensor]]:
+    """Run batches forward and backward; yield what the modules in `places` put out, gradients included."""
+    outputs: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_()
+        output.retain_grad()
+        outputs.append(output)
+
+    hooks = [module.register_forward_hook(keep) for module in places]
+    try:
+        with torch.enable_grad():
+            for start in range(0, len(tokens_NT), _SEQUENCES):
+                outputs.clear()
+                ids = torch.from_numpy(tokens_NT[start : start + _SEQUENCES]).to(model.device)
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+                nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()
+                yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _fit(method: ModuleType, keys: Seen, values: Seen, config: Any) -> Tables:
+    try:
+        fitted = method.fit_keys(keys.x_NC, keys.fisher_NC, config)
+        return Tables(fitted, method.fit_values(values.x_NC, values.fisher_NC, config), config.exact_tokens)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _errors(made: Tables, arms: Mapping[str, Tables], keys: Seen, values: Seen) -> dict[str, Any]:
+    """Return the layer's row of `compression.json`: errors weighted by squared gradients, null arms beside them."""
+
+    def row(table: Tables) -> dict[str, float]:
+        pairs = {"keys": (table.keys, keys), "values": (table.values, values)}
+        return {side: _relative(q.decode(q.encode(s.x_NC)), s) for side, (q, s) in pairs.items()}
+
+    return row(made) | {"null": {arm: row(table) for arm, table in arms.items()}}
+
+
+def _relative(decoded_NC: Tensor, seen: Seen) -> float:
+    weight = seen.fisher_NC.double()
+    error = (decoded_NC.double() - seen.x_NC.double()).square()
+    return float((weight * error).sum() / (weight * seen.x_NC.double().square()).sum().clamp(min=1e-300))
+
+
+def _means(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def mean(pick: Any) -> dict[str, float]:
+        return {side: float(np.mean([pick(row)[side] for row in rows.values()])) for side in ("keys", "values")}
+
+    arms = {arm: mean(lambda row, arm=arm: row["null"][arm]) for arm in _ARMS}
+    return mean(lambda row: row) | {"null": arms}
+
+
+def _totals(
+    parent: Artifact, target: Path, made: Sequence[Tables], seen: Sequence[tuple[Seen, Seen]]
+) -> dict[str, Any]:
+    """Return bytes: of all weight files, of the tables, and of the cache for each token."""
+    reader = WeightReader(target)
+    coded = sum(
+        table.keys.encode(keys.x_NC).bytes + table.values.encode(values.x_NC).bytes
+        for table, (keys, values) in zip(made, seen, strict=True)
+    )
+    numbers = sum(keys.x_NC.numel() + values.x_NC.numel() for keys, values in seen)
+    held = "compression.json" in parent.manifest.files
+    per_weight = parent.read_json("compression.json")["totals"]["bits_per_weight"] if held else None
+    table_bytes = (target / CACHE_TABLES).stat().st_size
+    return {
+        "layers": len(made),
+        "bits_per_weight": per_weight,
+        "bits_per_cached_number": 8 * coded / numbers,
+        "table_bytes": table_bytes,
+        "bytes": reader.bytes + table_bytes,
+        "parent_bytes": reader.bytes,
+        "ratio": reader.bytes / (reader.bytes + table_bytes),
+    }
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Take over the parent's files without copying bytes where the file system allows it; nobody writes to them."""
+    target.mkdir(parents=True)
+    for path in sorted(path for path in source.iterdir() if path.is_file()):
+        try:
+            os.link(path, target / path.name)
+        except OSError:
+            shutil.copyfile(path, target / path.name)
