@@ -56,12 +56,12 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     Writes `model/` (the parent's files and `kv_cache.safetensors`) and `compression.json`.
 
     Raises:
-        ConfigError: the model has no cache that this can code, or codes one already.
+        ConfigError: the model has no cache that this can code.
         NumericError: keys, values or their gradients are not finite.
     """
     method, source, target = registry.get(config.method), inputs["model"].path / "model", out_dir / "model"
     model = load_weights(source)
-    check(config.method, model, source)
+    check(config.method, model)
     tokens_NT = calibration.sample_tokens(
         inputs["prepare"].path, samples=config.samples, seed=config.seed, masked=False
     )
@@ -91,7 +91,7 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     return {key: report[key] for key in ("method", "parameters", "layout", "totals", "errors")}
 
 
-def check(method: str, model: PreTrainedModel, source: Path) -> None:
+def check(method: str, model: PreTrainedModel) -> None:
     """Refuse what has no cache to code.
 
     Raises:
@@ -102,8 +102,6 @@ def check(method: str, model: PreTrainedModel, source: Path) -> None:
             f"{method} codes the key-value cache of a decoder in the Llama layout; {type(model).__name__} has none",
             hint="leave it out for this family",
         )
-    if tables.held(source):
-        raise ConfigError(f"{method}: {source} codes its cache already", hint="start from its parent")
 
 
 def record(model: PreTrainedModel, tokens_NT: NDArray[np.int64], skip: int) -> list[tuple[Seen, Seen]]:

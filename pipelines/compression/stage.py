@@ -9,6 +9,8 @@ from pathlib import Path
 from models.compression import registry
 from pipelines.artifact import Artifact
 from pipelines.compression.config import CompressConfig
+from pipelines.compression.folder import CACHE_TABLES
+from pipelines.errors import ConfigError
 from pipelines.stage import StageContext, StageFunction, Summary
 
 DRIVERS = {
@@ -28,5 +30,10 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         ConfigError: the method does not fit the model.
         NumericError: something met numbers that are not finite.
     """
+    if (inputs["model"].path / "model" / CACHE_TABLES).is_file():
+        raise ConfigError(
+            f"{config.method}: its parent codes its cache already, and the tables fit no other weights",
+            hint="compress the cache last: start from the parent of that child",
+        )
     driver: StageFunction = importlib.import_module(DRIVERS[registry.get(config.method).kind]).run
     return driver(config, inputs, out_dir, context)

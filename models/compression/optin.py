@@ -1,0 +1,88 @@
+"""OPTIN: one-shot structured pruning by what the loss of a unit does to the features of all later layers.
+
+Each unit (attention group, or a few neurons) is removed alone. Its importance is how far the *trajectory* moves: for
+every block from its own on, the squared difference between the Gram matrices of unit-length token features (manifold
+distillation), plus the divergence of the softened predictions. The least important units of each layer go; nothing is
+trained. Distil afterwards (`from`) to recover more.
+
+Departures from the released code: it scales a neuron's score by a fixed geometric series over the neuron's number and
+rescales the divergence by powers of ten against the features; neither is in the paper, and here both terms are means
+with one stated weight. It ranks units of all layers together; here every layer loses the same number, because public
+configurations know one width for all layers.
+
+Shapes: K sampled tokens, D width, V vocabulary, U units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from models.compression import structured
+from models.compression.base import Calibration, Kind
+from models.compression.structured import Problem, Structure, StructureConfig
+from models.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy_module("torch")
+
+kind: Kind = "structure"
+bits = "as the parent; fewer heads and neurons"
+calibration: Calibration = "inputs"
+paper = "Khaki and Plataniotis 2024, The Need for Speed: Pruning Transformers with One Recipe (arXiv 2403.17921)"
+
+
+class Config(StructureConfig):
+    """Parameters of OPTIN."""
+
+    divergence: float = Field(1.0, ge=0.0, le=1e6, description="weight of the divergence of predictions")
+    temperature: float = Field(4.0, gt=0.0, le=100.0, description="softening of the predictions that are compared")
+    together: int = Field(
+        1, ge=1, le=65536, description="neurons measured together, of similar magnitude: so much faster, and coarser"
+    )
+
+
+def manifold_distance(features_KD: Tensor, reference_KD: Tensor) -> Tensor:
+    """Return the mean squared difference of the cosines between all pairs of tokens."""
+    one, other = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (features_KD, reference_KD))
+    return (one @ one.T - other @ other.T).square().mean()
+
+
+def divergence(logits_KV: Tensor, reference_KV: Tensor, temperature: float) -> Tensor:
+    """Return the mean KL(reference || logits) of softened predictions times the squared temperature, nats a token."""
+    log_p, log_q = ((x.float() / temperature).log_softmax(-1) for x in (reference_KV, logits_KV))
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean() * temperature**2
+
+
+def importance(
+    found: tuple[Sequence[Tensor], Tensor], original: tuple[Sequence[Tensor], Tensor], config: Config
+) -> float:
+    """Return how far a trajectory is from the original one."""
+    features = sum(float(manifold_distance(x, y)) for x, y in zip(found[0], original[0], strict=True))
+    return features + config.divergence * float(divergence(found[1], original[1], config.temperature))
+
+
+def choose(problem: Problem, config: Config) -> Structure:
+    """Return the structure that keeps the most important units of each layer."""
+    sizes = problem.magnitudes()
+    scores = {kind: torch.zeros_like(sizes[kind], dtype=torch.float64) for kind in ("groups", "neurons")}
+    for unit_kind, share, together in (("groups", config.heads, 1), ("neurons", config.neurons, config.together)):
+        for layer in range(problem.layers if share else 0):
+            original = problem.original(layer)
+            for removed_U in _parts(sizes[unit_kind][layer], together):
+                moved = importance(problem.trajectory(layer, unit_kind, removed_U), original, config)
+                scores[unit_kind][layer, removed_U] = moved
+    return structured.keep_best(scores["groups"], scores["neurons"], config)
+
+
+def _parts(sizes_U: Tensor, together: int) -> Iterator[Tensor]:
+    """Yield masks of `together` units each, neighbours in size."""
+    for part in torch.argsort(sizes_U, stable=True).split(together):
+        mask_U = torch.zeros(len(sizes_U), dtype=torch.bool)
+        mask_U[part] = True
+        yield mask_U

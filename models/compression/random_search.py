@@ -1,0 +1,29 @@
+"""Random search over structures: draw some, keep the one with the lowest calibration loss.
+
+The control that every structured method has to beat: with as many trials as the method has measurements it is a serious
+opponent, and a method that does not beat its median chose no better than chance.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from models.compression import structured
+from models.compression.base import Calibration, Kind
+from models.compression.structured import Problem, Structure, StructureConfig
+
+kind: Kind = "structure"
+bits = "as the parent; fewer heads and neurons"
+calibration: Calibration = "inputs"
+paper = "Li and Talwalkar 2019, Random Search and Reproducibility for Neural Architecture Search (arXiv 1902.07638)"
+
+
+class Config(StructureConfig):
+    """Parameters of random search."""
+
+    trials: int = Field(16, ge=1, le=10_000, description="random structures drawn; the best becomes the child")
+
+
+def choose(problem: Problem, config: Config) -> Structure:
+    """Return the best of the random structures."""
+    return structured.random_arms(problem, config)[0]
