@@ -134,9 +134,13 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "evaluate",
-            version=1,
+            version=2,
             entry="pipelines.evaluation.stage:run",
-            sources=("pipelines/evaluation", "pipelines/compression/load.py"),
+            sources=(
+                "pipelines/evaluation",
+                "pipelines/compression/load.py",
+                "models/architectures/quantized_cache.py",
+            ),
             observations=("observations.json",),
         ),
         Stage(

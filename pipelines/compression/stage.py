@@ -14,6 +14,7 @@ from pipelines.errors import ConfigError
 from pipelines.stage import StageContext, StageFunction, Summary
 
 DRIVERS = {
+    "structure": "pipelines.compression.structure",
     "kv_cache": "pipelines.compression.cache",
     "weight": "pipelines.compression.weights",
 }

@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.utils import logging as transformers_logging
 
+from models.architectures.quantized_cache import QuantizedCache
 from pipelines.compression import load as compressed
 from pipelines.errors import IntegrityError, NumericError
 from pipelines.evaluation.windows import Batch
@@ -150,6 +151,18 @@ def divergence(parent: Scorer, child: Scorer, batches: Sequence[Batch]) -> dict[
         agreed += int((parent_NV.argmax(dim=-1) == child_NV.argmax(dim=-1)).sum())
         tokens += len(parent_NV)
     return {"kl_nats_per_token": nats / tokens, "top1_agreement": agreed / tokens, "kl_tokens": tokens}
+
+
+def cache_bytes_per_token(scorer: Scorer, batch: Batch) -> float | None:
+    """Return the bytes that a decoder's attention cache holds for each token of one batch; None for an encoder."""
+    if scorer.family == "encoder":
+        return None
+    ids_BL = torch.from_numpy(batch.ids).to(scorer.device)
+    with torch.inference_mode():
+        cache = scorer.model(input_ids=ids_BL, use_cache=True, logits_to_keep=1).past_key_values
+    if isinstance(cache, QuantizedCache):
+        return cache.stored_bytes / ids_BL.numel()
+    return float(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / ids_BL.numel())
 
 
 def _forward(scorer: Scorer, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:

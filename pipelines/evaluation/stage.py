@@ -130,6 +130,7 @@ def _headline(
         "confidence": config.confidence,
         "size_bytes": _bytes_of(model, "*"),
         "weights_bytes": _bytes_of(model, "*.safetensors"),
+        "cache_bytes_per_token": scoring.cache_bytes_per_token(scorer, plan.batches[0]),
         "baselines": {},
         "versus_parent": None,
     }
@@ -236,6 +237,7 @@ def _summary(evaluation: dict[str, Any], observed: dict[str, Any]) -> Summary:
         "documents": evaluation["documents"],
         "truncated": evaluation["truncated"],
         "size_bytes": evaluation["size_bytes"],
+        "cache_bytes_per_token": evaluation["cache_bytes_per_token"],
         "tasks": {name: row["accuracy"] for name, row in evaluation["tasks"].items()},
         "baselines": evaluation["baselines"],
         "ratio": versus.get("bits_per_byte_ratio", {}).get("value"),

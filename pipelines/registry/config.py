@@ -50,6 +50,12 @@ class PromoteConfig(Settings):
     max_bytes_ratio: float = Field(
         1.0, gt=0.0, le=10.0, description="A child's bytes on disk over its parent's must stay below."
     )
+    cache_tokens: int = Field(
+        0,
+        ge=0,
+        description="Tokens whose attention cache counts as part of a model's size (sequences served at once times "
+        "their length): the bytes that a child of a kv_cache method saves are there, not on disk.",
+    )
     max_kl_nats: float | None = Field(
         None, gt=0.0, description="Mean KL divergence of a child from its parent, nats a token; None sets no limit."
     )

@@ -54,6 +54,8 @@ class Evidence:
     baselines: Mapping[str, float] = field(default_factory=dict)
     kl_nats: float | None = None
     decode_ms: float | None = None
+    cache_bytes: float | None = None
+    """Bytes of attention cache for each token; None for an encoder."""
     truncated: bool = False
     method: str = "none"
     bits: float | None = None
@@ -116,6 +118,7 @@ def of_artifacts(
         baselines=measured.get("baselines") or {},
         kl_nats=versus.get("kl_nats_per_token"),
         decode_ms=_decode_ms(evaluation),
+        cache_bytes=measured.get("cache_bytes_per_token"),
         truncated=bool(measured.get("truncated", False)),
         method=method,
         bits=bits,
@@ -136,6 +139,11 @@ def load(folder: Path, version: str) -> Evidence:
     """Read back what `save` wrote."""
     facts = json.loads((folder / EVIDENCE_FILE).read_text(encoding="utf-8"))
     return Evidence(**facts, nats=_load(folder / NATS_FILE), sizes=_load(folder / SIZES_FILE), version=version)
+
+
+def footprint(model: Evidence, cache_tokens: int) -> float:
+    """Return the bytes of a model on disk and of its attention cache for so many tokens."""
+    return model.size_bytes + cache_tokens * (model.cache_bytes or 0.0)
 
 
 def test_digest(prepare: Artifact) -> str:

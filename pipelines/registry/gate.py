@@ -7,6 +7,7 @@ of it, and must beat any other champion beyond noise.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ import numpy as np
 
 from pipelines.evaluation.comparison import Interval, paired_difference, paired_ratio
 from pipelines.registry.config import PromoteConfig
-from pipelines.registry.evidence import PARENT, Evidence
+from pipelines.registry.evidence import PARENT, Evidence, footprint
 
 UNIFORM_BITS_PER_BYTE = 8.0
 """What guessing every byte with equal probability costs: a model above it knows less than nothing."""
@@ -69,15 +70,16 @@ def choose(models: Mapping[str, Evidence], config: PromoteConfig) -> tuple[Evide
         return models[config.candidate], []
     passed_over: list[str] = []
     within: list[Evidence] = []
-    for child in sorted((m for m in models.values() if m.base is not None), key=lambda m: m.size_bytes):
+    size = functools.partial(footprint, cache_tokens=config.cache_tokens)
+    for child in sorted((m for m in models.values() if m.base is not None), key=size):
         broken = [check.name for check in _own_checks(child, _parent_of(child, models), config) if not check.passed]
         if not broken:
             within.append(child)
         elif not within:
-            passed_over.append(f"{child.name} ({child.size_bytes} bytes): {', '.join(broken)}")
+            passed_over.append(f"{child.name} ({size(child):.0f} bytes): {', '.join(broken)}")
     if not within:
         return models[PARENT], passed_over
-    as_small = [child for child in within if child.size_bytes <= _SAME_SIZE * within[0].size_bytes]
+    as_small = [child for child in within if size(child) <= _SAME_SIZE * size(within[0])]
     return min(as_small, key=lambda child: child.bits_per_byte["value"]), passed_over
 
 
@@ -161,8 +163,10 @@ def _budget(child: Evidence, parent: Evidence, config: PromoteConfig) -> Iterabl
     yield _quality(child, parent, config)
     for task in parent.tasks:
         yield _task(task, child, parent, config)
-    size = child.size_bytes / parent.size_bytes
-    yield Check("bytes / parent", f"{size:.3f}", f"at most {config.max_bytes_ratio:g}", size <= config.max_bytes_ratio)
+    size = footprint(child, config.cache_tokens) / footprint(parent, config.cache_tokens)
+    counted = f" (with the cache of {config.cache_tokens} tokens)" if config.cache_tokens else ""
+    allowed = f"at most {config.max_bytes_ratio:g}{counted}"
+    yield Check("bytes / parent", f"{size:.3f}", allowed, size <= config.max_bytes_ratio)
     if config.max_kl_nats is not None:
         yield _limit("KL to parent, nats/token", child.kl_nats, config.max_kl_nats)
     if config.max_latency_ratio is not None:

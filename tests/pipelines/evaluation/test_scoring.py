@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from pathlib import Path
@@ -156,3 +157,42 @@ def test_a_folder_without_weights_is_an_integrity_error(decoder_artifact: Artifa
     (tmp_path / "config.json").write_bytes((decoder_artifact.path / "model" / "config.json").read_bytes())
     with pytest.raises(IntegrityError, match="cannot be loaded by transformers"):
         scoring.load(tmp_path, "cpu")
+
+
+def test_the_cache_of_a_decoder_is_counted_and_an_encoder_has_none(
+    decoder: Any, encoder: Any, prepared: Artifact
+) -> None:
+    held = heldout.load(prepared.path)
+    batch = stage.plan_batches(EvaluateConfig(), held, "decoder", prepared.path).batches[0]
+    config = decoder.config
+    size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert scoring.cache_bytes_per_token(_scorer(decoder), batch) == size
+    assert scoring.cache_bytes_per_token(_scorer(encoder, "encoder"), batch) is None
+
+
+def test_a_folder_with_cache_tables_is_scored_through_its_quantized_cache(
+    decoder_artifact: Artifact, prepared: Artifact, tmp_path: Path
+) -> None:
+    """The nats of a text are those of reading it token by token out of the quantized cache."""
+    from pipelines.compression import stage as compress
+    from pipelines.compression.config import CompressConfig
+    from pipelines.stage import StageContext
+
+    config = CompressConfig.model_validate({"method": "kvquant", "bits": 2, "samples": 8})
+    context = StageContext(node="compress.x", scratch=tmp_path)
+    compress.run(config, {"prepare": prepared, "model": decoder_artifact}, tmp_path, context)
+    child, parent = (scoring.load(folder / "model", "cpu") for folder in (tmp_path, decoder_artifact.path))
+    ids = heldout.load(prepared.path).tokens[0][:40]
+    batches = windows.causal_batches([ids], windows.causal_windows(len(ids), 0, len(ids), len(ids)), 4096)
+    nats, parent_nats = (scoring.document_nats(scorer, batches, 1, _quiet)[0] for scorer in (child, parent))
+    cache, slow = child.model.new_cache(), 0.0
+    with torch.no_grad():
+        for one, following in itertools.pairwise(ids):
+            logits = child.model(torch.tensor([[one]]), past_key_values=cache).logits[0, -1]
+            slow -= float(logits.log_softmax(-1)[following])
+    assert nats == pytest.approx(slow, rel=1e-4)
+    assert abs(nats - parent_nats) > 1e-3 * parent_nats
+    small, full = (scoring.cache_bytes_per_token(scorer, batches[0]) for scorer in (child, parent))
+    assert small is not None
+    assert full is not None
+    assert 2 / 32 < small / full < 0.4

@@ -240,3 +240,31 @@ def test_evidence_survives_the_registry(tmp_path: Any) -> None:
     assert again.version == "7"
     assert np.array_equal(again.nats, child.nats)
     assert decide(replace(again, version=None), family(child), again, CONFIG).rule == "is the champion already"
+
+
+def test_a_child_that_saves_cache_alone_passes_when_the_cache_counts() -> None:
+    parent = replace(PARENT, cache_bytes=100.0)
+    child = child_of_parent(size_bytes=1010, cache_bytes=20.0)
+    models = {"pretrain": parent, "child": child}
+    on_disk = decide(child, models, None, CONFIG)
+    assert on_disk.broken == ["bytes / parent"]
+    served = PromoteConfig(cache_tokens=100, max_bytes_ratio=0.3)
+    decision = decide(child, models, None, served)
+    assert decision.accepted
+    check = next(check for check in decision.checks if check.name == "bytes / parent")
+    assert check.found == f"{(1010 + 2000) / (1000 + 10_000):.3f}"
+    assert check.required == "at most 0.3 (with the cache of 100 tokens)"
+
+
+def test_the_smallest_child_is_that_which_needs_the_fewest_bytes_in_service() -> None:
+    parent = replace(PARENT, cache_bytes=100.0)
+    light = child_of_parent(size_bytes=300, cache_bytes=100.0)
+    cached = replace(child_of_parent(size_bytes=400, cache_bytes=10.0), name="cached", fingerprint="print of cached")
+    models = {"pretrain": parent, "child": light, "cached": cached}
+    assert choose(models, CONFIG)[0] is light
+    assert choose(models, PromoteConfig(cache_tokens=10))[0] is cached
+
+
+def test_models_without_a_cache_count_their_bytes_on_disk() -> None:
+    child = child_of_parent()
+    assert decide(child, family(child), None, PromoteConfig(cache_tokens=10_000)).accepted
