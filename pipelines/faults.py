@@ -5,10 +5,10 @@
     [{"point": "train.after_step", "rank": 1, "step": 7, "action": "SIGKILL"},
      {"point": "checkpoint.mid_shard", "nth": 3, "action": "ENOSPC"}]
 
-A fault waits for its point; every other key but `nth`, `action` and `seconds` must equal the coordinate that the point
-reports (`rank` is known everywhere). `nth` counts the matching visits of one process. A fault fires once in its life:
-it is claimed by creating `<file>.<index>.fired`, which is atomic between processes and outlives restarts. Without the
-variable a point costs one dictionary look-up.
+A fault waits for its point; every key but `nth`, `action`, `seconds` and `factor` must equal the coordinate that the
+point reports (`rank` is known everywhere). `nth` counts the matching visits of one process. A fault fires once in its
+life: it is claimed by creating `<file>.<index>.fired`, which is atomic between processes and outlives restarts. Without
+the variable a point costs one dictionary look-up.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any
 
 ENVIRONMENT_VARIABLE = "INGOT_FAULTS"
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGSTOP")
-ACTIONS = (*SIGNALS, "raise", "ENOSPC", "truncate", "flip", "delay", "nan")
+ACTIONS = (*SIGNALS, "raise", "ENOSPC", "truncate", "flip", "delay", "nan", "scale")
 
-_NOT_COORDINATES = frozenset({"point", "nth", "action", "seconds"})
+_NOT_COORDINATES = frozenset({"point", "nth", "action", "seconds", "factor"})
 _visits: Counter[int] = Counter()
 
 
@@ -40,7 +40,7 @@ def fault_point(name: str, **coordinates: Any) -> None:
     Args:
         name: the point, `part.moment`.
         **coordinates: where the run is (`rank`, `step`), and what an action may work on: `path` for `truncate` and
-            `flip`, `tensor` for `nan`.
+            `flip`, `tensor` for `nan` and `scale`.
     """
     plan = os.environ.get(ENVIRONMENT_VARIABLE)
     if plan is None:
@@ -87,6 +87,8 @@ def _act(fault: dict[str, Any], here: dict[str, Any]) -> None:
         _flip(Path(here["path"]))
     elif action == "delay":
         time.sleep(fault.get("seconds", 1.0))
+    elif action == "scale":
+        here["tensor"].mul_(fault.get("factor", 100.0))
     else:
         here["tensor"].fill_(float("nan"))
 

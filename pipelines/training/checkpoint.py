@@ -259,10 +259,13 @@ class Checkpoints:
     def _prune(self, keep: int) -> None:
         """Remove the oldest; renamed first, so that no half-deleted folder ever looks like a checkpoint."""
         for step in self.steps()[:-keep]:
-            pruned = self.folder / f".pruned-{step:08d}"
-            self._final(step).rename(pruned)
-            fault_point("checkpoint.during_pruning", step=step, path=pruned)
-            shutil.rmtree(pruned)
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        pruned = self.folder / f".pruned-{step:08d}"
+        self._final(step).rename(pruned)
+        fault_point("checkpoint.during_pruning", step=step, path=pruned)
+        shutil.rmtree(pruned)
 
     def _make_room(self) -> None:
         self._prune(1)
@@ -306,6 +309,35 @@ class Checkpoints:
                 hint=f"to train again from the start, delete {self.folder}",
             )
         return None
+
+    def load(self, step: int, optimizer: FragmentOptimizer) -> dict[str, Any]:
+        """Load one checkpoint in a process without peers, and change no file.
+
+        Raises:
+            IntegrityError: it is gone or damaged.
+        """
+        found, fault = self._verified(step, Ranks(0, 1, torch.device("cpu")))
+        if found is None:
+            raise IntegrityError(f"the checkpoint of step {step} in {self.folder} cannot be used: {fault}")
+        return _load(found, optimizer)
+
+    def go_back(self, before: int, optimizer: FragmentOptimizer, *, rank: int, world: int) -> dict[str, Any]:
+        """Remove the checkpoints of step `before` and later, and load the newest that is left; a collective call.
+
+        Raises:
+            IntegrityError: none is left.
+        """
+        self.finish()
+        ranks = _ranks(rank, world)
+        if rank == 0:
+            for step in self.steps():
+                if step >= before:
+                    self._remove(step)
+        ranks.barrier()
+        loaded = self.load_latest(optimizer, rank=rank, world=world)
+        if loaded is None:
+            raise IntegrityError(f"{self.folder} has no checkpoint before step {before} to go back to")
+        return loaded
 
     def _common_steps(self, ranks: Ranks) -> list[int]:
         """Return rank 0's list, newest first: a shared file system may show another rank an older one."""

@@ -191,6 +191,16 @@ class CheckpointConfig(Settings):
     )
 
 
+class SpikeConfig(Settings):
+    """Going back from a loss spike: restore the last good checkpoint and leave out the data that led there."""
+
+    factor: float | None = Field(
+        None, gt=1.0, description="A loss above this many times the recent median is a spike; none: never look."
+    )
+    window: int = Field(20, ge=2, le=10000, description="Steps that the median is taken over.")
+    max_rollbacks: int = Field(3, ge=1, description="Times to go back before giving up.")
+
+
 class PretrainConfig(Settings):
     """The model and its training."""
 
@@ -233,6 +243,7 @@ class PretrainConfig(Settings):
     validation_sequences: int = Field(64, ge=1, description="Validation sequences used each time, at most.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving state.")
     max_skipped: int = Field(3, ge=0, description="Non-finite steps in a row that are skipped before giving up.")
+    spike: SpikeConfig = Field(default_factory=SpikeConfig, description="Going back from a loss spike.")
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.", json_schema_extra=NOT_IDENTITY)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from pipelines.training.objectives import IGNORED, VALIDATION_EPOCH, Batch, Task
 from pipelines.training.phases import Phase, Plan
 from pipelines.training.ranks import Ranks
 from pipelines.training.sampler import Ids
+from pipelines.training.spikes import Rollback, left_out
 
 
 class Reader(Protocol):
@@ -53,18 +54,18 @@ class Feed:
                     hint="use more text, or a shorter prepare.sequence_length",
                 )
 
-    def ids(self, step: int) -> Ids:
+    def ids(self, step: int, rollbacks: Sequence[Rollback] = ()) -> Ids:
         """Return the sample ids of a whole step, all ranks, [batch].
 
         A sample is a packed sequence, or, in a phase of shorter ones, a piece of it: piece p of sequence s is number
-        s * pieces + p.
+        s * pieces + p. What `rollbacks` went back from is left out.
         """
-        return self._order(phases.at(self.plan, step), step)[0]
+        return self._order(phases.at(self.plan, step), step, rollbacks)[0]
 
-    def batches(self, step: int) -> list[Batch]:
+    def batches(self, step: int, rollbacks: Sequence[Rollback] = ()) -> list[Batch]:
         """Return this rank's micro batches of a step."""
         phase = phases.at(self.plan, step)
-        samples_B, epochs_B = self._order(phase, step)
+        samples_B, epochs_B = self._order(phase, step, rollbacks)
         return [
             self.task.batch(self._tokens(phase, samples), samples, epochs).to(self.ranks.device)
             for samples, epochs in zip(
@@ -72,10 +73,11 @@ class Feed:
             )
         ]
 
-    def _order(self, phase: Phase, step: int) -> tuple[Ids, Ids]:
+    def _order(self, phase: Phase, step: int, rollbacks: Sequence[Rollback]) -> tuple[Ids, Ids]:
         local = step - phase.first
+        first = phase.samples_before(local) + left_out(phase, rollbacks, step)
         size = len(self.train) * phases.pieces(phase, self.train.sequence_length)
-        return sampler.ids(self.seed, phase.samples_before(local), phase.batch(local), size, phase=phase.number)
+        return sampler.ids(self.seed, first, phase.batch(local), size, phase=phase.number)
 
     def _tokens(self, phase: Phase, samples: Ids) -> Ids:
         """Return the tokens of samples, [len(samples), length of the phase]."""

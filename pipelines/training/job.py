@@ -5,6 +5,7 @@ checkpoints/            see `checkpoint.py`
 metrics.jsonl           what the stage follows
 losses.jsonl            exact losses of every step, for `training.json`
 attempts.jsonl          where each attempt began
+rollbacks.json          returns from loss spikes; none, no file
 diagnostics/step-N.json what is known of a step that was not finite
 logs/rank-N.log         output of the ranks
 model/                  final weights and architecture
@@ -59,6 +60,11 @@ class Job(BaseModel):
     def attempts(self) -> Path:
         """One line per start of the ranks: the step that it went on from."""
         return self.work / "attempts.jsonl"
+
+    @property
+    def rollbacks(self) -> Path:
+        """The returns from loss spikes; see `spikes.py`."""
+        return self.work / "rollbacks.json"
 
     @property
     def logs(self) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,8 @@ from pipelines.training.config import PretrainConfig
 from pipelines.training.engine import Engine
 from pipelines.training.feed import Feed
 from pipelines.training.metrics import MetricsLog
+from pipelines.training.spikes import Rollback, extended, is_spike, shown
+from pipelines.training.spikes import write as write_rollbacks
 from pipelines.training.throughput import TimeSplit, memory_bytes
 from pipelines.training.updates import learning_rate
 
@@ -40,12 +43,18 @@ class State:
     """Steps done, skipped ones included."""
     skipped: int = 0
     skipped_in_row: int = 0
+    recent: list[float] = field(default_factory=list)
+    """The last losses, where spikes are looked for."""
+    rollbacks: list[Rollback] = field(default_factory=list)
     active: list[int] | None = None
     """Layers of LISA's current interval."""
     validation: float | None = None
     """Last validation loss, nats per target."""
     best: float | None = None
     """Lowest validation loss."""
+
+    def __post_init__(self) -> None:
+        self.rollbacks = [Rollback.of(found) for found in self.rollbacks]
 
 
 class Work(NamedTuple):
@@ -71,6 +80,10 @@ class Saves(Protocol):
         """Save one checkpoint, in the background unless `wait`; every rank calls it."""
         ...
 
+    def go_back(self, before: int, optimizer: FragmentOptimizer, *, rank: int, world: int) -> dict[str, Any]:
+        """Load the newest checkpoint before a step and forget the later ones; every rank calls it."""
+        ...
+
 
 @dataclass(frozen=True)
 class Journal:
@@ -79,11 +92,14 @@ class Journal:
     metrics: MetricsLog | None = None
     losses: MetricsLog | None = None
 
+    def logs(self) -> list[MetricsLog]:
+        """Return the files that this rank has."""
+        return [log for log in (self.metrics, self.losses) if log is not None]
+
     def close(self) -> None:
         """Close the files."""
-        for log in (self.metrics, self.losses):
-            if log is not None:
-                log.close()
+        for log in self.logs():
+            log.close()
 
 
 @dataclass
@@ -96,6 +112,8 @@ class Trainer:
     saves: Saves
     state: State
     diagnostics: Path
+    rollbacks: Path
+    """Where rank 0 records returns from spikes."""
     journal: Journal
     stop_requested: Callable[[], bool]
     work: Callable[[int], Work]
@@ -117,23 +135,25 @@ class Trainer:
             NumericError: more non-finite steps in a row than allowed.
         """
         if self.state.active is not None:
-            self._activate(self.state.active)
+            self.activate(self.state.active)
+        if self.config.spike.factor is not None and self.state.step == 0:
+            self._write(wait=True)  # somewhere to go back to
         while self.state.step < self.config.steps:
-            self._advance()
+            self.advance()
             beat()
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
+        """Take one step, skipped or not, and what is due after it."""
         step = self.state.step
         with self._times("data"):
-            batches = self.feed.batches(step)
+            batches = self.feed.batches(step, self.state.rollbacks)
         targets, stops = self.engine.ranks.summed([sum(b.targets for b in batches), self.stop_requested()])
         if stops:
             self._save(wait=True)
             raise Preempted(f"stopped after step {step}", hint="run the same command again: it goes on from there")
-        if self.config.lisa.enabled and step % self.config.lisa.interval == 0:
-            self._activate(self._draw(step // self.config.lisa.interval))
+        self.draw_when_due()
         own = self._gradients(batches, 1.0 / max(targets, 1.0))
         lr = learning_rate(self.config, step)
         with self._times("step"):
@@ -142,6 +162,8 @@ class Trainer:
         self.state.step += 1
         self._note(record, losses)
         fault_point("train.after_step", step=self.state.step)
+        if not record.skipped and self._went_back(sum(losses)):
+            return
         validated = self._validate_when_due()
         self._log(sum(losses), lr, record, validated)
         self._save_when_due()
@@ -174,27 +196,79 @@ class Trainer:
             raise NumericError(
                 f"step {state.step} was not finite, {state.skipped_in_row} in a row with it; pretrain.max_skipped = "
                 f"{self.config.max_skipped}; the batch is described in {path}",
-                hint="lower pretrain.optimizer.lr or set pretrain.optimizer.clip",
+                hint="lower pretrain.optimizer.lr or set pretrain.optimizer.clip; to do the step again and see where "
+                f"it breaks: python -m pipelines.training.replay {path}",
             )
 
     def _diagnosis(self, record: StepRecord, losses: list[float]) -> dict[str, Any]:
+        last = self.state.step - 1
         return {
             "step": self.state.step,
-            "sample_ids": self.feed.ids(self.state.step - 1).tolist(),
+            "sample_ids": self.feed.ids(last, self.state.rollbacks).tolist(),
             "loss_by_rank": [str(loss) for loss in losses],
             "grad_norm": str(record.grad_norm),
             "skipped_in_row": self.state.skipped_in_row,
             "last_checkpoint": self._saved,
         }
 
+    # ---- spikes ---------------------------------------------------------------------------------------------------
+
+    def _went_back(self, loss: float) -> bool:
+        """Go back if the loss is a spike; else remember it.
+
+        Raises:
+            NumericError: it happened too often.
+        """
+        spike, state = self.config.spike, self.state
+        if spike.factor is None:
+            return False
+        if not is_spike(loss, state.recent, factor=spike.factor, window=spike.window):
+            state.recent = extended(state.recent, loss, spike.window)
+            return False
+        median = statistics.median(state.recent)
+        if len(state.rollbacks) >= spike.max_rollbacks:
+            raise NumericError(
+                f"step {state.step}: the loss is {loss:.4g}, the median before it {median:.4g}, after "
+                f"{len(state.rollbacks)} rollbacks; pretrain.spike.max_rollbacks = {spike.max_rollbacks}",
+                hint="lower pretrain.optimizer.lr or raise pretrain.spike.factor",
+            )
+        self._go_back(loss, median)
+        return True
+
+    def _go_back(self, loss: float, median: float) -> None:
+        """Restore the last good checkpoint; the data since then is left out from now on.
+
+        The state before this step may be what spiked, so a checkpoint of it goes too.
+        """
+        spiked_at, rollbacks, ranks = self.state.step, self.state.rollbacks, self.engine.ranks
+        saved = self.saves.go_back(spiked_at - 1, self.engine.optimizer, rank=ranks.rank, world=ranks.world)
+        self.engine.publish_weights()
+        self.state = State(**saved)
+        step = self._saved = self.state.step
+        samples = sum(shown(phase, step, spiked_at) for phase in self.feed.plan)
+        self.state.rollbacks = [*rollbacks, Rollback(step, spiked_at, samples, loss, median)]
+        if ranks.rank == 0:
+            write_rollbacks(self.rollbacks, self.state.rollbacks)
+        for log in self.journal.logs():
+            log.cut_back(step)
+        if self.state.active is not None:
+            self.activate(self.state.active)
+        fault_point("train.after_rollback", step=step)
+
     # ---- LISA -----------------------------------------------------------------------------------------------------
+
+    def draw_when_due(self) -> None:
+        """Draw the layers of the interval that the next step begins, if it begins one."""
+        settings, step = self.config.lisa, self.state.step
+        if settings.enabled and step % settings.interval == 0:
+            self.activate(self._draw(step // settings.interval))
 
     def _draw(self, interval: int) -> list[int]:
         settings, optimizer = self.config.lisa, self.engine.optimizer
         weights = lisa.layer_norms(optimizer.weight_norms()) if settings.weights == "norm" else None
         return list(lisa.draw(self.config.seed, interval, self.config.shape.layers, settings.layers, weights))
 
-    def _activate(self, active: list[int]) -> None:
+    def activate(self, active: list[int]) -> None:
         """Train these layers and what is outside the layers; gradients of the others are not even computed."""
         self.state.active = active
         objective, optimizer = self.engine.objective, self.engine.optimizer
@@ -218,10 +292,14 @@ class Trainer:
 
     def _save(self, *, wait: bool) -> None:
         """Save the state, except amid non-finite steps: the older checkpoint is the one that is known to be good."""
-        if self.state.skipped_in_row or self._saved == self.state.step:
-            return
+        if not self.state.skipped_in_row and self._saved != self.state.step:
+            self._write(wait=wait)
+
+    def _write(self, *, wait: bool) -> None:
         ranks = self.engine.ranks
         with self._times("checkpoint"):
+            for log in self.journal.logs():
+                log.sync()
             self.saves.save(
                 self.state.step,
                 self.engine.optimizer,
@@ -263,6 +341,8 @@ class Trainer:
         values |= {f"trust/{group}": ratio for group, ratio in ratios_by_group(self.engine.optimizer).items()}
         if self.state.active is not None:
             values["lisa/active"] = self.state.active
+        if self.config.spike.factor is not None:
+            values["rollbacks"] = len(self.state.rollbacks)
         if validated:
             values["val/loss"] = self.state.validation
         return values

@@ -6,9 +6,10 @@ Only rank 0 writes. After a kill the file is cut back to the step that training 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipelines import artifact
 
@@ -39,9 +40,22 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, *, resume_at: int) -> None:
-        kept = [record for record in read_records(path) if record["step"] <= resume_at]
-        artifact.write_text(path, "".join(_line(record) for record in kept))
-        self._stream = path.open("a", encoding="utf-8")
+        self._path = path
+        self._stream = self._cut(resume_at)
+
+    def _cut(self, step: int) -> TextIO:
+        kept = [record for record in read_records(self._path) if record["step"] <= step]
+        artifact.write_text(self._path, "".join(_line(record) for record in kept))
+        return self._path.open("a", encoding="utf-8")
+
+    def cut_back(self, step: int) -> None:
+        """Remove the records of later steps."""
+        self._stream.close()
+        self._stream = self._cut(step)
+
+    def sync(self) -> None:
+        """Force what was written on to the disk; before a checkpoint claims those steps as done."""
+        os.fsync(self._stream.fileno())
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record as one line, visible to readers at once."""
@@ -49,7 +63,8 @@ class MetricsLog:
         self._stream.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Force the file on to the disk and close it."""
+        self.sync()
         self._stream.close()
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ from pipelines.data.shards import ShardReader
 from pipelines.errors import IngotError, NumericError, Preempted
 from pipelines.launch import beat
 from pipelines.training import engine as engines
-from pipelines.training import export, phases, start
+from pipelines.training import export, phases, spikes, start
 from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.config import PretrainConfig
 from pipelines.training.feed import Feed
 from pipelines.training.job import Job
-from pipelines.training.loop import Journal, State, Trainer, Work
+from pipelines.training.loop import Journal, Saves, State, Trainer, Work
 from pipelines.training.metrics import MetricsLog, read_records
 from pipelines.training.objectives import CausalTask, MaskedTask, Objective, Task
 from pipelines.training.ranks import Ranks
@@ -84,33 +85,40 @@ def pretrain(job: Job, stop: StopRequest) -> None:
         NumericError: too many non-finite steps in a row.
     """
     config = job.config
-    beat()
-    device = _device(job)
+    device = device_of(job)
     architecture = config.architecture(job.index)
-    model = build(architecture, seed=config.seed)
-    if job.start is not None:
-        start.load(model, job.start)
-    objective = Objective(model)
-    engine = engines.create(config, objective, lambda parameters: make_optimizer(config, parameters), device)
-    beat()
+    engine = make_engine(job, architecture, device)
+    beat()  # the first one: until here the launcher allows for imports and for waiting on the other ranks
     ranks = engine.ranks
     checkpoints = Checkpoints(job.checkpoints, config.checkpoint.keep)
     saved = checkpoints.load_latest(engine.optimizer, rank=ranks.rank, world=ranks.world)
     if saved is not None:
         engine.publish_weights()
     state = State() if saved is None else State(**saved)
+    state.rollbacks = max(state.rollbacks, spikes.read(job.rollbacks), key=len)
     own = peak(device, config.precision)
     try:
         with contextlib.closing(_open_journal(job, state, ranks)) as journal:
-            _trainer(job, architecture, engine, checkpoints, state, journal, stop, own).run()
+            flops = sum(ranks.gathered(own.flops))
+            trainer = make_trainer(job, architecture, engine, checkpoints, state, journal, stop, flops)
+            trainer.run()
     except (NumericError, Preempted):
         checkpoints.finish()  # raised on all ranks together: the save in the background is not lost
         raise
     checkpoints.finish()
     weights = export.gather_weights(engine.optimizer, ranks)
     if ranks.rank == 0:
-        _finish(job, architecture, state, weights, own, checkpoints.fallbacks)
+        _finish(job, architecture, trainer.state, weights, own, checkpoints.fallbacks)
     ranks.barrier()
+
+
+def make_engine(job: Job, architecture: ArchitectureConfig, device: torch.device) -> engines.Engine:
+    """Return the engine with the weights that training starts from."""
+    config = job.config
+    model = build(architecture, seed=config.seed)
+    if job.start is not None:
+        start.load(model, job.start)
+    return engines.create(config, Objective(model), lambda parameters: make_optimizer(config, parameters), device)
 
 
 def task_for(job: Job, architecture: ArchitectureConfig) -> Task:
@@ -134,6 +142,7 @@ def facts(job: Job, architecture: ArchitectureConfig, state: State) -> dict[str,
             phases.tokens_by_length(phases.plan(job.config), state.step, architecture.max_positions).values()
         ),
         "skipped_steps": state.skipped,
+        "rollbacks": [asdict(rollback) for rollback in state.rollbacks],
         "final_loss": _json_number(float.fromhex(losses[-1])),
         "validation_loss": state.validation,
         "best_validation_loss": state.best,
@@ -163,7 +172,7 @@ def bits_per_byte(job: Job, nats_per_token: float | None) -> float | None:
     return nats_per_token / math.log(2) * split["tokens"] / split["bytes"]
 
 
-def _device(job: Job) -> torch.device:
+def device_of(job: Job) -> torch.device:
     """Choose this rank's device, and make its arithmetic repeatable."""
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
     # Nothing here reads memory before writing it; filling it all the same costs 5 % of a step.
@@ -190,27 +199,29 @@ def _feed(job: Job, architecture: ArchitectureConfig, ranks: Ranks) -> Feed:
     )
 
 
-def _trainer(
+def make_trainer(
     job: Job,
     architecture: ArchitectureConfig,
     engine: engines.Engine,
-    checkpoints: Checkpoints,
+    saves: Saves,
     state: State,
     journal: Journal,
-    stop: StopRequest,
-    own: Peak,
+    stop: Callable[[], bool],
+    peak_flops: float,
 ) -> Trainer:
+    """Return the loop over the job's data; `peak_flops` is of all ranks together."""
     return Trainer(
         config=job.config,
         engine=engine,
         feed=_feed(job, architecture, engine.ranks),
-        saves=checkpoints,
+        saves=saves,
         state=state,
         diagnostics=job.work / "diagnostics",
+        rollbacks=job.rollbacks,
         journal=journal,
         stop_requested=stop,
         work=work_before(job.config, architecture),
-        peak_flops=sum(engine.ranks.gathered(own.flops)),
+        peak_flops=peak_flops,
     )
 
 

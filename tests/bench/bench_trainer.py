@@ -90,13 +90,14 @@ def trainer(order: Job) -> Callable[[], None]:
     """Return one step of the trainer, with data, metrics and all."""
     architecture = order.config.architecture(order.index)
     objective = Objective(build(architecture, seed=0))
-    device = worker._device(order)
+    device = worker.device_of(order)
     engine = create(order.config, objective, lambda named: make_optimizer(order.config, named), device)
     state = State()
     journal = worker._open_journal(order, state, engine.ranks)
     checkpoints = Checkpoints(order.checkpoints, 2)
-    own = peak(device, "fp32")
-    return worker._trainer(order, architecture, engine, checkpoints, state, journal, worker.StopRequest(), own)._advance
+    flops = peak(device, "fp32").flops
+    made = worker.make_trainer(order, architecture, engine, checkpoints, state, journal, worker.StopRequest(), flops)
+    return made.advance
 
 
 def compare(folder: Path, index: dict[str, Any], preset: str, rounds: int) -> None:

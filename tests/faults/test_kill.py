@@ -114,7 +114,7 @@ def test_a_hung_rank_is_found_and_the_run_goes_on_to_the_same_bytes(
     pretraining: Callable[..., Any], uninterrupted: Any
 ) -> None:
     run = pretraining()
-    run.compute |= {"heartbeat_timeout_s": 8.0}
+    run.compute |= {"heartbeat_timeout_s": 15.0}
     hung = run.attempt(faults=[{"point": "train.after_step", "rank": 1, "step": 7, "action": "SIGSTOP"}])
     assert hung.code == 4
     assert "gave no sign of life" in hung.message
@@ -158,7 +158,7 @@ def test_nan_on_one_rank_is_skipped_by_all_and_bounded(pretraining: Callable[...
 @full
 def test_a_skipped_step_changes_no_weight(pretraining: Callable[..., Any]) -> None:
     """The validation loss is a function of the weights alone: bit-identical around the skipped step, and only there."""
-    run = pretraining(steps=8, validate_every=1)
+    run = pretraining(steps=8, validate_every=1, schedule={"warmup": 2, "floor": 0.1})  # at rate 0 nothing moves either
     facts = run.finish(faults=[{"point": "train.loss", "rank": 1, "step": 6, "action": "nan"}]).made.read_json(
         "training.json"
     )
@@ -186,3 +186,24 @@ def test_lisa_goes_on_in_mid_interval_with_the_same_layers(pretraining: Callable
     assert finished.resumed_at == [6]
     assert finished.losses == oracle.losses
     assert finished.files == oracle.files
+
+
+@full
+def test_a_spike_on_one_rank_takes_all_back_and_a_kill_after_that_changes_no_bit(
+    pretraining: Callable[..., Any],
+) -> None:
+    """Spiked at step 13 with checkpoints at 5 and 10; killed at step 12 of the second pass, before the next save."""
+    changes = {"spike": {"factor": 2.0, "window": 5}}
+    spike = {"point": "train.loss", "rank": 1, "step": 13, "action": "scale", "factor": 50.0}
+    quiet = pretraining(**changes)
+    quiet.root = quiet.root / "quiet"
+    quiet.root.mkdir()
+    oracle = quiet.finish(faults=[spike])
+    (made,) = oracle.made.read_json("training.json")["rollbacks"]
+    assert (made["step"], made["spiked_at"], made["samples"]) == (10, 13, 24)
+    run = pretraining(**changes)
+    kill = {"point": "train.after_step", "rank": 0, "step": 12, "nth": 2, "action": "SIGKILL"}
+    assert run.attempt(faults=[spike, kill]).code == 4
+    finished = run.finish()
+    assert finished.resumed_at == [10]
+    assert_same(finished, oracle)

@@ -146,6 +146,16 @@ def test_nan_fills_the_tensor(plan: Any) -> None:
     assert all(value != value for value in numbers.values)
 
 
+@pytest.mark.parametrize(("given", "factor"), [({}, 100.0), ({"factor": -3.0}, -3.0)])
+def test_scale_multiplies_the_tensor(plan: Any, given: dict[str, Any], factor: float) -> None:
+    import torch
+
+    tensor = torch.tensor([1.0, -2.0])
+    plan({"point": "here", "action": "scale", **given})
+    fault_point("here", tensor=tensor)
+    assert tensor.tolist() == [factor, -2 * factor]
+
+
 def test_delay_takes_the_time_it_says(plan: Any) -> None:
     plan({"point": "a.b", "action": "delay", "seconds": 0.2})
     started = time.monotonic()

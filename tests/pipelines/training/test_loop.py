@@ -63,6 +63,9 @@ class Recorder:
         del optimizer, rank, world, wait
         self.saved.append((step, dict(state)))
 
+    def go_back(self, before: int, optimizer: FragmentOptimizer, *, rank: int, world: int) -> dict[str, Any]:
+        raise AssertionError(f"nothing was to spike: {before} {optimizer} {rank} {world}")
+
 
 @dataclass
 class Setting:
@@ -93,6 +96,7 @@ def make(plain_job: Callable[..., Job], tmp_path: Path) -> Make:
             saves=saves,
             state=state or State(),
             diagnostics=tmp_path / "diagnostics",
+            rollbacks=tmp_path / "rollbacks.json",
             journal=Journal(),
             stop_requested=stop,
             work=lambda step: Work(192 * step, 192.0 * step),
@@ -183,12 +187,12 @@ def test_a_stop_at_a_saved_step_saves_no_second_time(make: Make) -> None:
 
 def test_amid_non_finite_steps_nothing_is_saved(make: Make) -> None:
     made = make(checkpoint={"every": 1}, max_skipped=1)
-    made.trainer._advance()
+    made.trainer.advance()
     with torch.no_grad():
         next(made.engine.objective.parameters()).fill_(float("nan"))
-    made.trainer._advance()
+    made.trainer.advance()
     with pytest.raises(NumericError, match="step 3 was not finite, 2 in a row"):
-        made.trainer._advance()
+        made.trainer.advance()
     assert [step for step, _ in made.saves.saved] == [1]
     assert made.trainer.state.skipped == 2
 
@@ -197,7 +201,7 @@ def test_lisa_draws_at_intervals_and_freezes_the_rest(make: Make) -> None:
     made = make(steps=12, lisa={"enabled": True, "layers": 1, "interval": 3})
     seen = []
     for _ in range(12):
-        made.trainer._advance()
+        made.trainer.advance()
         (active,) = made.trainer.state.active or []
         seen.append(active)
         for name, parameter in made.engine.objective.named_parameters():

@@ -144,11 +144,12 @@ def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(
 def test_a_crash_between_checkpoints_repeats_the_lost_steps_exactly(
     run_plain: Run, faults: Callable[..., None], tmp_path: Path
 ) -> None:
-    assert run_plain(tmp_path / "quiet") == 0
-    faults({"point": "train.after_step", "step": 5, "action": "raise"})
+    """Before the checkpoint of step 6 is begun, that of step 4 is complete."""
+    assert run_plain(tmp_path / "quiet", steps=7) == 0
+    faults({"point": "checkpoint.before_write", "step": 6, "action": "raise"})
     with pytest.raises(RuntimeError, match="injected"):
-        run_plain(tmp_path / "crashed")
-    assert run_plain(tmp_path / "crashed") == 0
+        run_plain(tmp_path / "crashed", steps=7)
+    assert run_plain(tmp_path / "crashed", steps=7) == 0
     assert facts(tmp_path / "crashed") == facts(tmp_path / "quiet")
     assert digest(tmp_path / "crashed") == digest(tmp_path / "quiet")
     assert json.loads((tmp_path / "crashed" / "observations.json").read_text())["resumed_at"] == [4]
@@ -184,9 +185,10 @@ def test_too_many_non_finite_steps_end_the_run_with_a_diagnosis(
 
 
 def expected_ids(job: Job, step: int) -> list[int]:
-    from pipelines.training.sampler import step_ids
+    from pipelines.training.sampler import ids
 
-    return step_ids(job.config.seed, step, job.config.batch_size, 90).tolist()
+    found: list[int] = ids(job.config.seed, step * job.config.batch_size, job.config.batch_size, 90)[0].tolist()
+    return found
 
 
 def test_metrics_tell_what_a_user_watches(run_plain: Run, tmp_path: Path) -> None:
