@@ -129,8 +129,8 @@ STAGES: dict[str, Stage] = {
             "compress",
             version=1,
             entry="pipelines.compression.stage:run",
-            sources=("pipelines/compression", "models/compression"),
-            observations=("observations.json",),
+            sources=("pipelines/compression", "models/compression", "pipelines/training", "models/optim"),
+            observations=("observations.json", "metrics.jsonl"),
         ),
         Stage(
             "evaluate",

@@ -20,12 +20,6 @@ def stack(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers inside the stack by their names in the model: what compression works on."""
-    inside = {id(module) for module in stack(model).modules()}
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside}
-
-
 def final_norm(model: nn.Module) -> nn.Module:
     """Return the normalisation between the last layer and the head."""
     body = cast("Any", model).model

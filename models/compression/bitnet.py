@@ -10,7 +10,7 @@ Gradients pass both roundings unchanged. The matrix is stored as five weights a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -115,9 +115,9 @@ class BitPacked(levels.LevelPacked):
 
     config: Config = field(default_factory=Config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to x [..., I]."""
-        return torch.nn.functional.linear(prepared_input(x, self.config), self.dequantize().to(x.dtype))
+    def inputs(self, x: Tensor) -> Tensor:
+        """Return x [..., I] as the product reads it."""
+        return prepared_input(x, self.config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,16 +136,16 @@ def shape(parent: Shape, config: Config) -> Shape:
     return parent.model_copy(update=wider)
 
 
-def transform(model: nn.Module, config: Config) -> None:
-    """Put BitNet's layer in the place of every linear layer of the stack."""
-    from models.architectures import predict
+def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:
+    """Put BitNet's layer in the place of every named layer."""
+    import functools
+
     from models.compression.trainable.quantized import FunctionalLinear
 
-    def apply(x: Tensor, weight_OI: Tensor) -> Tensor:
-        return torch.nn.functional.linear(prepared_input(x, config), quantize_weight(weight_OI, config.scale))
-
-    linear = predict.linear_layers(model)
-    trained.replace(model, {name: FunctionalLinear(module, apply) for name, module in linear.items()})
+    inputs = functools.partial(prepared_input, config=config)
+    weight = functools.partial(quantize_weight, rule=config.scale)
+    linear = trained.linear_layers(model, names)
+    trained.replace(model, {name: FunctionalLinear(module, inputs, weight) for name, module in linear.items()})
 
 
 def finish(model: nn.Module, config: Config) -> dict[str, Packed]:

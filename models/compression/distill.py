@@ -12,6 +12,7 @@ that child; the teacher is the pretrained model of the run. The child is an ordi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -130,7 +131,7 @@ def source(layer: int, parent: Shape, config: Config) -> int:
     return same_depth(layer, config.layers or parent.layers, parent.layers)
 
 
-def transform(model: nn.Module, config: Config) -> None:
+def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:
     """Leave the student as it is."""
 
 

@@ -5,6 +5,7 @@ Briefly trained models get better with any further step, so what a method gains 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -46,7 +47,7 @@ source = trained.same_layer
 loss = trained.language_loss
 
 
-def transform(model: nn.Module, config: Config) -> None:
+def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:
     """Leave the model as it is."""
 
 

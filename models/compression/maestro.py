@@ -142,12 +142,11 @@ shape = trained.same_shape
 source = trained.same_layer
 
 
-def transform(model: nn.Module, config: Config) -> None:
-    """Put factors in the place of every linear layer of the stack."""
-    from models.architectures import predict
+def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:
+    """Put factors in the place of every named layer."""
     from models.compression.trainable.factored import FactoredLinear
 
-    linear = predict.linear_layers(model)
+    linear = trained.linear_layers(model, names)
     made = {name: FactoredLinear(module, *factors(module.weight)) for name, module in linear.items()}
     trained.replace(model, made)
     if config.cut == "start":

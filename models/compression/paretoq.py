@@ -15,7 +15,7 @@ loader; `storage = "public"` stores them as odd codes of a grid that is one bit 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -162,16 +162,15 @@ source = trained.same_layer
 loss = trained.language_loss
 
 
-def transform(model: nn.Module, config: Config) -> None:
-    """Quantize every linear layer of the stack while it trains."""
+def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:
+    """Quantize every named layer while it trains."""
     import functools
 
-    from models.architectures import predict
     from models.compression.trainable.quantized import QuantizedLinear
 
     chosen = scheme(config)
     rule = functools.partial(quantize, levels_=chosen)
-    linear = predict.linear_layers(model)
+    linear = trained.linear_layers(model, names)
     trained.replace(model, {n: QuantizedLinear(m, start_scale(m.weight, chosen), rule) for n, m in linear.items()})
 
 

@@ -7,6 +7,7 @@ for fine-tuning, SoFT, arXiv 2309.08968). The child is cut at one depth and is a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -59,7 +60,7 @@ shape = trained.same_shape
 source = trained.same_layer
 
 
-def transform(model: nn.Module, config: Config) -> None:
+def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:  # noqa: ARG001 - the contract
     """Check the depths; where one alone is trained, cut there before training.
 
     Raises:

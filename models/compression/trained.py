@@ -9,7 +9,7 @@ follow from the starting weights alone, because an interrupted run is put togeth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
@@ -115,8 +115,12 @@ class TrainingMethod(Protocol):
     def source(self, layer: int, parent: Shape, config: Any) -> int:
         """Return the parent's layer that a layer of the model starts from."""
 
-    def transform(self, model: nn.Module, config: Any) -> None:
-        """Replace what is compressed by layers that can be trained, in place."""
+    def transform(self, model: nn.Module, names: Sequence[str], config: Any) -> None:
+        """Replace the named linear layers by ones that can be trained in compressed form, in place.
+
+        Raises:
+            ValueError: the method does not fit the model.
+        """
 
     def loss(self, step: Step, config: Any) -> Tensor:
         """Return the summed nats of a micro batch."""
@@ -151,6 +155,12 @@ def uniform(seed: int, purpose: str, step: int, *place: int) -> float:
 
     text = "/".join(str(part) for part in (purpose, seed, step, *place))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def linear_layers(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]:
+    """Return linear layers by name."""
+    found: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    return found
 
 
 def replace(model: nn.Module, made: Mapping[str, nn.Module]) -> None:

@@ -78,7 +78,7 @@ class ChildFolder:
 
     def _quantization(self) -> dict[str, Any] | None:
         public = {name: scheme for name, scheme in self._schemes.items() if scheme is not None}
-        if len(public) < len(self._schemes):
+        if not public or len(public) < len(self._schemes):
             return None
         return export.quantization_config(self._model, public, dense=self._dense)
 

@@ -16,6 +16,7 @@ from pipelines.stage import StageContext, StageFunction, Summary
 DRIVERS = {
     "structure": "pipelines.compression.structure",
     "kv_cache": "pipelines.compression.cache",
+    "training": "pipelines.compression.training",
     "weight": "pipelines.compression.weights",
 }
 """Kind of a method -> module whose `run` makes a child with it."""

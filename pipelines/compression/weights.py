@@ -71,7 +71,7 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         "loads_with": "transformers" if folder.layout == export.LAYOUT_PUBLIC else "pipelines.compression.load",
         "calibration": {"sequences": len(shown.tokens_NT) if shown else 0, "seed": config.seed},
         "not_informative": method.not_informative,
-        "totals": _totals(rows, reader, target, embedding_bytes=folder.embedding_bytes),
+        "totals": totals(rows, reader, target, embedding_bytes=folder.embedding_bytes),
         "errors": _errors(rows),
         "layers": rows,
     } | ({"allocation": dict(planned.report)} if planned.report else {})
@@ -102,7 +102,7 @@ def _shown(
     return plan.Shown(tokens_NT, labels_NT, device, config.seed, fisher)
 
 
-def _totals(
+def totals(
     rows: Mapping[str, Mapping[str, Any]], reader: WeightReader, target: Path, *, embedding_bytes: int
 ) -> dict[str, Any]:
     """Return bits and bytes: of the compressed layers, and of all weight files."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from models.optim.fragments import FragmentOptimizer, StepRecord
 from pipelines.errors import ConfigError
 from pipelines.training.config import PretrainConfig
-from pipelines.training.objectives import Batch
+from pipelines.training.objectives import Batch, Objective
 from pipelines.training.ranks import Ranks
 
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], FragmentOptimizer]
@@ -37,7 +37,7 @@ _BUCKET_ALIGNMENT = 128
 class Engine(Protocol):
     """What the training loop needs of an engine."""
 
-    objective: nn.Module
+    objective: Objective
     """The objective with this rank's live parameters."""
     optimizer: FragmentOptimizer
     ranks: Ranks
@@ -62,7 +62,7 @@ class Engine(Protocol):
 class PlainEngine:
     """One process, no sharding: the reference that the DeepSpeed engine is tested against."""
 
-    def __init__(self, objective: nn.Module, make: MakeOptimizer, *, device: torch.device, precision: str) -> None:
+    def __init__(self, objective: Objective, make: MakeOptimizer, *, device: torch.device, precision: str) -> None:
         self.objective = objective.to(device)
         self.optimizer = make(_named(objective))
         self.ranks = Ranks(0, 1, device)
@@ -92,7 +92,7 @@ class PlainEngine:
 class DeepSpeedEngine:
     """DeepSpeed with ZeRO stage 0 to 3, prepared by Accelerate, driven by our optimizer on its fragments."""
 
-    def __init__(self, objective: nn.Module, make: MakeOptimizer, config: PretrainConfig, device: torch.device) -> None:
+    def __init__(self, objective: Objective, make: MakeOptimizer, config: PretrainConfig, device: torch.device) -> None:
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         from pipelines.training import fragments
 
@@ -125,7 +125,7 @@ class DeepSpeedEngine:
         self._fragments.refresh_weights(self._engine)
 
 
-def create(config: PretrainConfig, objective: nn.Module, make: MakeOptimizer, device: torch.device) -> Engine:
+def create(config: PretrainConfig, objective: Objective, make: MakeOptimizer, device: torch.device) -> Engine:
     """Return the engine that the configuration asks for."""
     if config.engine == "plain":
         return PlainEngine(objective, make, device=device, precision=config.precision)
@@ -169,7 +169,7 @@ def deepspeed_settings(config: PretrainConfig, parameters: int) -> dict[str, Any
     }
 
 
-def prepare(objective: nn.Module, optimizer: FragmentOptimizer, config: PretrainConfig) -> Any:
+def prepare(objective: Objective, optimizer: FragmentOptimizer, config: PretrainConfig) -> Any:
     """Return the DeepSpeed engine that Accelerate made of the objective and the optimizer."""
     import deepspeed
     from accelerate import Accelerator
@@ -211,5 +211,5 @@ def check(engine: Any, ranks: Ranks, config: PretrainConfig) -> None:
             raise ConfigError(f"{what} is {is_}, the configuration says {wanted}")
 
 
-def _named(objective: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def _named(objective: Objective) -> list[tuple[str, nn.Parameter]]:
     return list(objective.named_parameters())

@@ -8,9 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
+from models.architectures.predict import IGNORED
 from pipelines.errors import IntegrityError
 from pipelines.training import phases, sampler
-from pipelines.training.objectives import IGNORED, VALIDATION_EPOCH, Batch, Task
+from pipelines.training.objectives import VALIDATION_EPOCH, Batch, Task
 from pipelines.training.phases import Phase, Plan
 from pipelines.training.ranks import Ranks
 from pipelines.training.sampler import Ids

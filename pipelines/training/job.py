@@ -16,11 +16,41 @@ observations.json       its timings
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from models.compression import registry
+from models.compression.trained import TrainedConfig
 from pipelines.training.config import PretrainConfig
+
+
+class Program(BaseModel):
+    """Which method trains, from which weights."""
+
+    model_config = ConfigDict(frozen=True)
+
+    method: str
+    parameters: dict[str, Any]
+    """Of the method."""
+    skip: tuple[str, ...] = ()
+    """Patterns of layers that are left alone."""
+    parent: Path
+    """Model folder that the weights come from."""
+    teacher: Path | None = None
+    """Model folder of the teacher, where the method wants one."""
+
+    @property
+    def module(self) -> ModuleType:
+        """The method."""
+        return registry.get(self.method)
+
+    @property
+    def config(self) -> TrainedConfig:
+        """The method's parameters, validated."""
+        config: TrainedConfig = self.module.Config.model_validate(self.parameters)
+        return config
 
 
 class Job(BaseModel):
@@ -37,6 +67,8 @@ class Job(BaseModel):
     """Scratch folder; it survives a kill."""
     start: Path | None = None
     """Model folder with the weights to start from; None starts from random ones."""
+    program: Program | None = None
+    """The compression method that trains; None for pretraining."""
     device: Literal["cpu", "cuda"]
     threads: int
     """CPU threads of a rank."""

@@ -146,7 +146,7 @@ class Trainer:
 
     def advance(self) -> None:
         """Take one step, skipped or not, and what is due after it."""
-        step = self.state.step
+        step = self.engine.objective.step = self.state.step
         with self._times("data"):
             batches = self.feed.batches(step, self.state.rollbacks)
         targets, stops = self.engine.ranks.summed([sum(b.targets for b in batches), self.stop_requested()])

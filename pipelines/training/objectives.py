@@ -10,19 +10,16 @@ bitten by the mean of means: accelerate#3877, torchtitan#1842).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
+from models.architectures import predict
+from models.architectures.predict import IGNORED
 from pipelines.training.config import MaskingConfig
 from pipelines.training.sampler import Ids, philox
-
-IGNORED = -100
-"""Target of a position that asks for nothing."""
 
 VALIDATION_EPOCH = 2**32 - 1
 """The epoch whose masks validation uses, every time the same."""
@@ -128,29 +125,15 @@ Task = CausalTask | MaskedTask
 # Losses
 
 
-def summed_nats(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Return the summed cross entropy in float32; `IGNORED` targets add nothing."""
-    return functional.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
-
-
 class Objective(nn.Module):
-    """A transformers model with its loss: what the engine wraps.
-
-    Logits are computed for targets only: the encoder is asked for a third of its positions, and the output matrix is
-    most of the arithmetic of a small model.
-    """
+    """A transformers model with its loss: what the engine wraps."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.step = 0
+        """Steps done when the current one began; the loop sets it."""
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the summed nats of the micro batch, float32 scalar."""
-        model = cast("Any", self.model)
-        hidden_BTD = model.model(input_ids=inputs_BT).last_hidden_state
-        asked_BT = targets_BT != IGNORED
-        return summed_nats(self._logits(hidden_BTD[asked_BT]), targets_BT[asked_BT])
-
-    def _logits(self, hidden_ND: Tensor) -> Tensor:
-        model = cast("Any", self.model)
-        return model.lm_head(hidden_ND) if hasattr(model, "lm_head") else model.decoder(model.head(hidden_ND))
+        return predict.language_nats(self.model, inputs_BT, targets_BT)

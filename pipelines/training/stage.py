@@ -38,9 +38,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         Preempted, NumericError, TransientError, IntegrityError: as the ranks ended.
     """
     job = make_job(config, inputs["prepare"], context, inputs.get("start"))
-    _order(job)
-    if not job.facts.exists():
-        _train(job, context)
+    train(job, context)
     shutil.copytree(job.model, out_dir / "model")
     for path in (job.facts, job.metrics, job.observations):
         shutil.copyfile(path, out_dir / path.name)
@@ -79,6 +77,17 @@ def make_job(config: PretrainConfig, prepared: Artifact, context: StageContext, 
         device=device,
         threads=threads,
     )
+
+
+def train(job: Job, context: StageContext) -> None:
+    """Bring the training in `job.work` to its end, from wherever an earlier attempt has left it.
+
+    Raises:
+        Preempted, NumericError, TransientError, IntegrityError: as the ranks ended.
+    """
+    _order(job)
+    if not job.facts.exists():
+        _launch(job, context)
 
 
 def environment(job: Job) -> dict[str, str]:
@@ -136,7 +145,7 @@ def _order(job: Job) -> None:
     artifact.write_text(path, text)
 
 
-def _train(job: Job, context: StageContext) -> None:
+def _launch(job: Job, context: StageContext) -> None:
     follow = _Follower(job, context)
     compute = context.compute
     launch(

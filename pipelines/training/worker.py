@@ -34,6 +34,7 @@ from pipelines.training.job import Job
 from pipelines.training.loop import Journal, Saves, State, Trainer, Work
 from pipelines.training.metrics import MetricsLog, read_records
 from pipelines.training.objectives import CausalTask, MaskedTask, Objective, Task
+from pipelines.training.program import ProgramObjective, student
 from pipelines.training.ranks import Ranks
 from pipelines.training.throughput import Peak, peak
 from pipelines.training.updates import make_optimizer
@@ -114,11 +115,19 @@ def pretrain(job: Job, stop: StopRequest) -> None:
 
 def make_engine(job: Job, architecture: ArchitectureConfig, device: torch.device) -> engines.Engine:
     """Return the engine with the weights that training starts from."""
-    config = job.config
-    model = build(architecture, seed=config.seed)
+    config, objective = job.config, make_objective(job, architecture, device)
+    return engines.create(config, objective, lambda parameters: make_optimizer(config, parameters), device)
+
+
+def make_objective(job: Job, architecture: ArchitectureConfig, device: torch.device) -> Objective:
+    """Return the model that is trained, with its loss."""
+    seed = job.config.seed
+    if job.program is not None:
+        return ProgramObjective(job.program, student(job.program, architecture, seed), device, seed)
+    model = build(architecture, seed=seed)
     if job.start is not None:
         start.load(model, job.start)
-    return engines.create(config, Objective(model), lambda parameters: make_optimizer(config, parameters), device)
+    return Objective(model)
 
 
 def task_for(job: Job, architecture: ArchitectureConfig) -> Task:
@@ -185,7 +194,8 @@ def device_of(job: Job) -> torch.device:
     return device
 
 
-def _feed(job: Job, architecture: ArchitectureConfig, ranks: Ranks) -> Feed:
+def make_feed(job: Job, architecture: ArchitectureConfig, ranks: Ranks) -> Feed:
+    """Return what the training reads and is validated on."""
     config = job.config
     return Feed(
         train=ShardReader(job.data, "train"),
@@ -213,7 +223,7 @@ def make_trainer(
     return Trainer(
         config=job.config,
         engine=engine,
-        feed=_feed(job, architecture, engine.ranks),
+        feed=make_feed(job, architecture, engine.ranks),
         saves=saves,
         state=state,
         diagnostics=job.work / "diagnostics",
@@ -246,7 +256,8 @@ def _finish(
     fallbacks: int,
 ) -> None:
     """Write the model, then the observations, and last the facts, whose existence says that all is there."""
-    export.write_model(job.model, architecture, weights, job.config.precision)
+    # A method packs what it has trained itself, and rounds it once only.
+    export.write_model(job.model, architecture, weights, job.config.precision if job.program is None else "fp32")
     export.copy_tokenizer(job.data, job.model)
     export.write_json(job.observations, _observations(job, own) | {"checkpoint_fallbacks": fallbacks})
     export.write_json(job.facts, facts(job, architecture, state))

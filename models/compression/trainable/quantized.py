@@ -43,20 +43,22 @@ class QuantizedLinear(nn.Module):
 
 
 class FunctionalLinear(nn.Module):
-    """A linear layer whose forward pass is a function of its input and its weight (BitNet).
+    """A linear layer that computes with functions of its input and of its weight (BitNet).
 
     Args:
         linear: the layer to take the place of.
-        apply: (x [..., I], weight [O, I]) -> [..., O].
+        inputs: x [..., I] -> what is multiplied.
+        weight: weight [O, I] -> what it is multiplied with.
     """
 
-    def __init__(self, linear: nn.Linear, apply: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(
+        self, linear: nn.Linear, inputs: Callable[[Tensor], Tensor], weight: Callable[[Tensor], Tensor]
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(linear.weight.detach().clone())
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
-        self._forward = apply
+        self._inputs, self._quantize = inputs, weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the function."""
-        y = self._forward(x, self.weight)
-        return y if self.bias is None else y + self.bias
+        """Apply the layer to x [..., I]."""
+        return functional.linear(self._inputs(x), self._quantize(self.weight), self.bias)

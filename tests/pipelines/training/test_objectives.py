@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
+from models.architectures.predict import summed_nats
 from pipelines.training.config import MaskingConfig
 from pipelines.training.objectives import (
     IGNORED,
@@ -22,7 +23,6 @@ from pipelines.training.objectives import (
     Objective,
     causal_targets,
     hide_tokens,
-    summed_nats,
 )
 
 SPECIAL = (0, 1, 2, 3)
