@@ -13,7 +13,7 @@ from flows import plan
 from flows.config import RunConfig
 from flows.graph import Identified, identify, start_of
 from flows.plan import Selection
-from flows.runs import REPORT, NodeRecord, RunRecord, Runs
+from flows.runs import PARETO, REPORT, NodeRecord, RunRecord, Runs
 from pipelines.artifact import Artifact
 from pipelines.data import versioning
 from pipelines.errors import GateRefused, IngotError, Preempted
@@ -115,6 +115,9 @@ class Execution:
         path = self.runs.folder(self.record.id) / REPORT
         report.write(self.record.model_dump(), self.artifacts, path)
         self.session.log_file(path, REPORT)
+        table = path.with_name(PARETO)
+        if report.write_pareto(self.artifacts, table):
+            self.session.log_file(table, PARETO)
         return path
 
     def _current(self, node: Identified) -> bool:

@@ -17,6 +17,8 @@ from pipelines.errors import ConfigError
 
 RECORD = "run.json"
 REPORT = "report.html"
+PARETO = "pareto.json"
+"""Every child by method and bits, as rows: what the report shows of compression."""
 
 
 class NodeRecord(BaseModel):

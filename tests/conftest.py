@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,8 +138,8 @@ class Bench:
 def bench() -> Bench:
     """The trained parent, its prepared data and its held-out text.
 
-    Cached in the store `$INGOT_BENCH`, by default `~/.cache/ingot-bench`, by fingerprint: another recipe, corpus or
-    stage version is another model. What the cache holds is verified on every use; concurrent sessions wait for one.
+    Cached in the store `$INGOT_BENCH`, by default `~/.cache/ingot-bench`, by identity: another recipe, corpus or stage
+    version is another model. What the cache holds is verified on every use; concurrent sessions wait for one.
     """
     import torch
 
@@ -161,11 +161,30 @@ def bench() -> Bench:
             context = StageContext(node=name, scratch=store.root, compute={"device": "cpu", "threads": 1})
             inputs = {key: made[source] for key, source in node.node.inputs.items()}
             stage = node.node.stage, node.node.config, inputs, store, context
-            made[name] = materialize(*stage, input_keys=node.input_keys, data_hash=data_hash)
+            made[name] = _kept(store.artifacts(), node.identity, inputs) or materialize(
+                *stage, input_keys=node.input_keys, data_hash=data_hash
+            )
             made[name].verify()
     reader = shards.ShardReader(made["prepare"].path, "test")
     held_BT = torch.from_numpy(reader.take(np.linspace(0, len(reader) - 1, 192).astype(int)))
     return Bench(made["prepare"], made["pretrain"], held_BT)
+
+
+def _kept(found: Iterator[Artifact], wanted: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> Artifact | None:
+    """Return an artifact of the same stage version, inputs and settings, those apart that did not exist yet.
+
+    A setting that came later has a default that changed nothing, or the stage's version would have been raised.
+    """
+    from pipelines import fingerprint
+
+    for each in found:
+        old = each.manifest.identity
+        later = all("(absent) ->" in str(change) for change in fingerprint.explain(old["config"], wanted["config"]))
+        parents = {key: used.digest for key, used in inputs.items()}
+        same_inputs = each.manifest.parents == parents and (parents or old["inputs"] == wanted["inputs"])
+        if later and same_inputs and all(old[key] == wanted[key] for key in ("stage", "version")):
+            return each
+    return None
 
 
 def _write_tokenizer(folder: Path) -> None:

@@ -64,37 +64,40 @@ class Prefix:
             self.hidden[position] = output_BTD
 
 
-def sample_tokens(prepare: Path, *, samples: int, seed: int, masked: bool) -> NDArray[np.int64]:
-    """Return N train sequences [N, T], a pure function of the seed; fewer when the split holds fewer.
+def sample_tokens(prepare: Path, *, samples: int, seed: int, masked: bool, split: str = "train") -> NDArray[np.int64]:
+    """Return N sequences [N, T] of a split, a pure function of the seed; fewer when the split holds fewer.
 
     Args:
         prepare: folder of a prepare artifact.
         samples: how many sequences.
         seed: seed of the choice.
         masked: hide a share of the tokens behind the mask token, as an encoder was trained to see them.
+        split: train for calibration, validation for choices among children.
 
     Raises:
-        IntegrityError: the train split is empty.
+        IntegrityError: the split is empty.
     """
-    train = ShardReader(prepare, "train")
-    if not len(train):
-        raise IntegrityError(f"{prepare}: the train split is empty, so there is nothing to calibrate on")
+    reader = ShardReader(prepare, split)
+    if not len(reader):
+        raise IntegrityError(f"{prepare}: the {split} split is empty, so there is nothing to calibrate on")
     generator = np.random.default_rng([seed, _PURPOSE])
-    tokens_NT = train.take(np.sort(generator.choice(len(train), size=min(samples, len(train)), replace=False)))
+    tokens_NT = reader.take(np.sort(generator.choice(len(reader), size=min(samples, len(reader)), replace=False)))
     if masked:
-        special = [train.index[key] for key in ("bos_id", "eos_id", "pad_id", "mask_id")]
+        special = [reader.index[key] for key in ("bos_id", "eos_id", "pad_id", "mask_id")]
         hidden = (generator.random(tokens_NT.shape) < _HIDDEN_SHARE) & ~np.isin(tokens_NT, special)
-        tokens_NT = np.where(hidden, train.index["mask_id"], tokens_NT)
+        tokens_NT = np.where(hidden, reader.index["mask_id"], tokens_NT)
     return tokens_NT
 
 
-def labels(prepare: Path, tokens_NT: NDArray[np.int64], *, seed: int, masked: bool) -> NDArray[np.int64]:
+def labels(
+    prepare: Path, tokens_NT: NDArray[np.int64], *, seed: int, masked: bool, split: str = "train"
+) -> NDArray[np.int64]:
     """Return what the logits of each position of `tokens_NT` should say [N, T], `IGNORED` where nothing is asked.
 
     A decoder is asked for the next token, an encoder for the tokens that `sample_tokens` hid from it.
     """
     if masked:
-        plain_NT = sample_tokens(prepare, samples=len(tokens_NT), seed=seed, masked=False)
+        plain_NT = sample_tokens(prepare, samples=len(tokens_NT), seed=seed, masked=False, split=split)
         return np.where(plain_NT != tokens_NT, plain_NT, IGNORED)
     return np.concatenate([tokens_NT[:, 1:], np.full((len(tokens_NT), 1), IGNORED)], axis=1)
 

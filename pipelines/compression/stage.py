@@ -14,6 +14,7 @@ from pipelines.errors import ConfigError
 from pipelines.stage import StageContext, StageFunction, Summary
 
 DRIVERS = {
+    "search": "pipelines.compression.search",
     "structure": "pipelines.compression.structure",
     "kv_cache": "pipelines.compression.cache",
     "training": "pipelines.compression.training",

@@ -6,6 +6,7 @@ No script and no request: style and drawings are inside, and the page's own poli
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import jinja2
 
 from pipelines.artifact import Artifact, write_text
-from pipelines.report import axes, sections
+from pipelines.evaluation import comparison
+from pipelines.report import axes, compression, sections
 
 _TEMPLATE = "report.html.j2"
 
@@ -27,6 +29,19 @@ def write(run_record: dict[str, Any], artifacts: Mapping[str, Artifact], path: P
         path: the HTML file; its folder exists.
     """
     write_text(path, _environment().get_template(_TEMPLATE).render(sections.page(run_record, artifacts)))
+
+
+def write_pareto(artifacts: Mapping[str, Artifact], path: Path) -> bool:
+    """Write the children of a run by method and bits as JSON rows; return whether there are any."""
+    evaluations = {
+        name.removeprefix("evaluate."): comparison.read(found.path)
+        for name, found in artifacts.items()
+        if name.startswith("evaluate.")
+    }
+    children = compression.rows(comparison.table(evaluations), artifacts)
+    if children:
+        write_text(path, json.dumps(children, indent=1) + "\n")
+    return bool(children)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The picture of size against quality: models as points with error bars, null arms as lines. Pure."""
+"""The picture of size against quality: models as points with error bars, null arms as lines or diamonds. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Model:
     size: float
     """Bytes on disk."""
     value: float
-    """Bits per byte."""
+    """Bits per byte, or their ratio to the parent's."""
     low: float
     high: float
     chosen: bool = False
@@ -38,25 +38,40 @@ def frontier(models: Sequence[Model]) -> set[str]:
 
 
 def draw(
-    models: Sequence[Model], nulls: Sequence[tuple[str, float]], x: Axis, y: Axis, title: str, width: float = 1100
+    models: Sequence[Model],
+    nulls: Sequence[tuple[str, float]],
+    x: Axis,
+    y: Axis,
+    title: str,
+    *,
+    joined: Sequence[Sequence[Model]] = (),
+    arms: Sequence[Model] = (),
+    width: float = 1100,
 ) -> str:
     """Return the picture as SVG.
 
     Args:
         models: filled where nothing is smaller and better at once, hollow elsewhere.
-        nulls: name and bits per byte of the arms that have no size: horizontal lines.
+        nulls: name and value of the arms that have no size: horizontal lines.
         x: size axis.
         y: quality axis.
         title: what the picture shows, for readers that cannot see it.
+        joined: models that a line connects: one method at several sizes.
+        arms: null arms that have a size: diamonds, named when pointed at.
         width: of the view box, pixels.
     """
     shown = [m for m in models if finite(m.value)]
-    ys = [v for m in shown for v in (m.low, m.value, m.high)] + [v for _, v in nulls]
-    sizes = fit([m.size for m in shown], 66, width - 150, log=x.log, pad=0.2)
+    diamonds = [m for m in arms if finite(m.value)]
+    ys = [v for m in shown for v in (m.low, m.value, m.high)] + [m.value for m in diamonds] + [v for _, v in nulls]
+    sizes = fit([m.size for m in (*shown, *diamonds)], 66, width - 150, log=x.log, pad=0.2)
     frame = Frame(width, _HEIGHT, sizes, fit(ys, _HEIGHT - 46, 14, log=y.log, pad=0.06))
     best = frontier(shown)
-    marks = "".join(_mark(m, frame, filled=m.name in best) for m in shown)
-    return frame.within(axes(frame, x, y) + _null_lines(nulls, frame) + marks + _names(shown, nulls, frame), title)
+    lines = "".join(_line([m for m in line if finite(m.value)], frame) for line in joined)
+    marks = "".join(_diamond(m, frame) for m in diamonds) + "".join(
+        _mark(m, frame, filled=m.name in best) for m in shown
+    )
+    behind = axes(frame, x, y) + _null_lines(nulls, frame) + lines
+    return frame.within(behind + marks + _names([*shown], nulls, frame), title)
 
 
 def _dominates(one: Model, other: Model) -> bool:
@@ -75,6 +90,18 @@ def _mark(model: Model, frame: Frame, *, filled: bool) -> str:
     tip = f"{model.name}: {number(model.value, 4)} [{number(model.low, 4)}, {number(model.high, 4)}]"
     kind = "filled" if filled else "hollow"
     return f'{bar}{ring}<circle cx="{x:.1f}" cy="{y:.1f}" r="5.5" class="{kind}"><title>{escape(tip)}</title></circle>'
+
+
+def _line(models: Sequence[Model], frame: Frame) -> str:
+    """Return the line through the sizes of one method; nothing for a single one."""
+    points = " ".join(f"{frame.x(m.size):.1f},{frame.y(m.value):.1f}" for m in models)
+    return f'<polyline points="{points}" class="method"/>' if len(models) > 1 else ""
+
+
+def _diamond(model: Model, frame: Frame) -> str:
+    x, y = frame.x(model.size), frame.y(model.value)
+    tip = escape(f"{model.name}: {number(model.value, 4)}")
+    return f'<path d="M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6z" class="arm"><title>{tip}</title></path>'
 
 
 def _null_lines(nulls: Sequence[tuple[str, float]], frame: Frame) -> str:

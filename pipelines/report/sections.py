@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.artifact import Artifact
 from pipelines.evaluation import comparison
 from pipelines.redaction import redact, redact_value
-from pipelines.report import axes, charts, lineage, pareto
+from pipelines.report import axes, charts, compression, lineage, pareto
 from pipelines.report.charts import Axis, Series
 
 Facts = dict[str, Any]
@@ -29,6 +29,7 @@ def page(record: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> Facts:
         "time": _stage_times(record),
         "data": data(artifacts.get("prepare")),
         "evaluation": _evaluation(rows, evaluations, gate["candidate"]),
+        "compression": _compression(rows, artifacts, gate["candidate"]),
         "gate": gate,
         "lineage": {"picture": lineage.draw(record, artifacts), "rows": _lineage_rows(record, artifacts)},
         "config": list(flatten(record.get("config") or {})),
@@ -238,6 +239,12 @@ def _evaluation(rows: list[Facts], evaluations: Mapping[str, Facts], candidate: 
         "candidate": candidate,
         "pareto": pareto.draw(models, nulls, x, Axis("bits per byte"), "Size against bits per byte"),
     }
+
+
+def _compression(rows: list[Facts], artifacts: Mapping[str, Artifact], candidate: str | None) -> Facts | None:
+    """Return the children by method and bits; None where none was measured."""
+    children = compression.rows(rows, artifacts)
+    return {"rows": children, "picture": compression.picture(children, candidate)} if children else None
 
 
 # ---- lineage, configuration, environment ------------------------------------------------------------------------

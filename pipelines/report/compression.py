@@ -1,0 +1,104 @@
+"""Compression in the report: every child by method and bits, against its own parent and the null arms at its bytes.
+
+The picture shows the ratio of bits per byte to the parent's, whose paired interval tells two models apart, where the
+interval of the bits per byte themselves only tells how hard the documents are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from pipelines.artifact import Artifact
+from pipelines.report import axes, pareto
+from pipelines.report.charts import Axis
+
+Facts = dict[str, Any]
+_COMPRESS = "compress."
+
+
+def rows(models: Sequence[Mapping[str, Any]], artifacts: Mapping[str, Artifact]) -> list[Facts]:
+    """Return one row per child, from the smallest to the largest.
+
+    Args:
+        models: rows of `comparison.table`, the parent's among them.
+        artifacts: node name -> artifact.
+
+    Returns:
+        The child's row of the comparison with `method`, `bits_per_weight`, `layer_bytes` (compressed layers), `arms`
+        (name -> ratio on validation text, bytes of the compressed layers), `size_ratio`, `prefill_ratio`,
+        `decode_ratio`, `memory_ratio` (to the parent's) and `best`: no other child is smaller and better.
+    """
+    parent = next((row for row in models if row["kind"] == "parent"), None)
+    measured = {row["model"]: row for row in models if row["kind"] == "child"}
+    found = []
+    for node, artifact in artifacts.items():
+        name = node.removeprefix(_COMPRESS)
+        if node.startswith(_COMPRESS) and name in measured:
+            report = artifact.read_json("compression.json")
+            found.append({**measured[name], **_stored(report), **_versus(measured[name], parent)})
+    best = pareto.frontier([_point(row) for row in found])
+    return sorted(({**row, "best": row["model"] in best} for row in found), key=lambda row: row["size_bytes"])
+
+
+def picture(children: Sequence[Mapping[str, Any]], candidate: str | None = None) -> str:
+    """Return the picture: children of one method joined in order of size, null arms as diamonds; empty without any."""
+    shown = [row for row in children if row["ratio"] is not None]
+    if not shown:
+        return ""
+    by_method = sorted(shown, key=lambda row: (row["method"], row["size_bytes"]))
+    joined = [[_point(row) for row in group] for _, group in groupby(by_method, key=lambda row: row["method"])]
+    arms = [
+        pareto.Model(f"{name} for {row['model']}", _size_with(arm["bytes"], row), *_interval(arm["ratio"]))
+        for row in shown
+        for name, arm in sorted(row["arms"].items())
+        if name != row["method"]
+    ]
+    models = [_point(row, candidate) for row in shown]
+    x = Axis("bytes on disk (logarithmic)", log=True, text=axes.size)
+    y = Axis("bits per byte, ratio to the parent")
+    return pareto.draw(models, [("parent", 1.0)], x, y, "Size against quality lost", joined=joined, arms=arms)
+
+
+def _size_with(layer_bytes: int, row: Mapping[str, Any]) -> float:
+    """Return the size of a child whose compressed layers took these bytes instead of their own."""
+    return row["size_bytes"] + layer_bytes - (row["layer_bytes"] or layer_bytes)
+
+
+def _stored(report: Mapping[str, Any]) -> Facts:
+    totals = report.get("totals") or {}
+    return {
+        "method": report["method"],
+        "bits_per_weight": totals.get("bits_per_weight"),
+        "layer_bytes": totals.get("layer_bytes"),
+        "loads_with": report.get("loads_with"),
+        "not_informative": report.get("not_informative"),
+        "arms": report.get("arms") or {},
+        "search": report.get("search"),
+    }
+
+
+def _versus(child: Mapping[str, Any], parent: Mapping[str, Any] | None) -> Facts:
+    def ratio(key: str) -> float | None:
+        before = parent[key] if parent else None
+        return child[key] / before if before and child[key] is not None else None
+
+    return {
+        "size_ratio": ratio("size_bytes"),
+        "prefill_ratio": ratio("prefill_ms"),
+        "decode_ratio": ratio("decode_ms"),
+        "memory_ratio": ratio("peak_memory_bytes"),
+    }
+
+
+def _point(row: Mapping[str, Any], candidate: str | None = None) -> pareto.Model:
+    value = {"value": row["ratio"], "low": row["ratio_low"], "high": row["ratio_high"]}
+    return pareto.Model(row["model"], row["size_bytes"], *_interval(value), chosen=row["model"] == candidate)
+
+
+def _interval(ratio: Mapping[str, float | None]) -> tuple[float, float, float]:
+    """Return value, low and high, NaN where there is none."""
+    found = (ratio[key] for key in ("value", "low", "high"))
+    value, low, high = (float("nan") if number is None else number for number in found)
+    return value, low, high
