@@ -120,7 +120,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "pretrain",
-            version=1,
+            version=2,
             entry="pipelines.training.stage:run",
             sources=("pipelines/training", "models/architectures", "models/optim"),
             observations=("metrics.jsonl", "observations.json"),

@@ -97,9 +97,26 @@ class LisaConfig(Settings):
     enabled: bool = Field(False, description="Switch LISA on, with any optimizer.")
     layers: int = Field(2, ge=1, description="Layers that train at a time; embeddings, final norm and head always do.")
     interval: int = Field(20, ge=1, description="Steps between draws.")
-    weights: Literal["uniform", "norm"] = Field(
-        "uniform", description="Chance of a layer: equal for all, or in proportion to the norm of its weights."
+    weights: Literal["uniform", "norm", "measured"] = Field(
+        "uniform",
+        description="Chance of a layer: equal for all; in proportion to the norm of its weights at the draw; or as "
+        "measured on another run.",
     )
+    measured: tuple[Annotated[float, Field(ge=0.0)], ...] = Field(
+        (),
+        description="One weight a layer for weights = measured: `layer_importance` of another run's training.json.",
+    )
+
+    @model_validator(mode="after")
+    def _measured_where_asked(self) -> Self:
+        if (self.weights == "measured") != bool(self.measured):
+            raise ValueError(
+                f"weights = {self.weights} with {len(self.measured)} measured numbers; `measured` goes with "
+                "weights = measured, and with nothing else"
+            )
+        if self.measured and sum(weight > 0 for weight in self.measured) < self.layers:
+            raise ValueError(f"measured = {list(self.measured)} lets fewer than {self.layers} layers be drawn")
+        return self
 
 
 class ScheduleConfig(Settings):
@@ -310,6 +327,8 @@ class PretrainConfig(Settings):
         depth = self.shape.layers
         if self.lisa.enabled and self.lisa.layers > depth:
             raise ValueError(f"lisa.layers = {self.lisa.layers}; the model has {depth} layers, valid: 1 to {depth}")
+        if self.lisa.measured and len(self.lisa.measured) != depth:
+            raise ValueError(f"lisa.measured has {len(self.lisa.measured)} numbers; the model has {depth} layers")
         return self
 
     @model_validator(mode="after")

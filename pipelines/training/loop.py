@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -265,7 +265,9 @@ class Trainer:
 
     def _draw(self, interval: int) -> list[int]:
         settings, optimizer = self.config.lisa, self.engine.optimizer
-        weights = lisa.layer_norms(optimizer.weight_norms()) if settings.weights == "norm" else None
+        weights: Sequence[float] | None = settings.measured or None
+        if settings.weights == "norm":
+            weights = lisa.layer_norms(optimizer.weight_norms())
         return list(lisa.draw(self.config.seed, interval, self.config.shape.layers, settings.layers, weights))
 
     def activate(self, active: list[int]) -> None:

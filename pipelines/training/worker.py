@@ -21,6 +21,7 @@ from torch import distributed
 
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig, count_parameters, flops_per_token
+from models.optim import lisa
 from pipelines import artifact
 from pipelines.data.shards import ShardReader
 from pipelines.errors import IngotError, NumericError, Preempted
@@ -91,6 +92,7 @@ def pretrain(job: Job, stop: StopRequest) -> None:
     engine = make_engine(job, architecture, device)
     beat()  # the first one: until here the launcher allows for imports and for waiting on the other ranks
     ranks = engine.ranks
+    norms = [lisa.layer_norms(engine.optimizer.weight_norms())]
     checkpoints = Checkpoints(job.checkpoints, config.checkpoint.keep)
     saved = checkpoints.load_latest(engine.optimizer, rank=ranks.rank, world=ranks.world)
     if saved is not None:
@@ -107,9 +109,11 @@ def pretrain(job: Job, stop: StopRequest) -> None:
         checkpoints.finish()  # raised on all ranks together: the save in the background is not lost
         raise
     checkpoints.finish()
+    norms.append(lisa.layer_norms(engine.optimizer.weight_norms()))
     weights = export.gather_weights(engine.optimizer, ranks)
     if ranks.rank == 0:
-        _finish(job, architecture, trainer.state, weights, own, checkpoints.fallbacks)
+        found = facts(job, architecture, trainer.state) | growth(*norms)
+        _finish(job, architecture, found, weights, own, checkpoints.fallbacks)
     ranks.barrier()
 
 
@@ -159,6 +163,24 @@ def facts(job: Job, architecture: ArchitectureConfig, state: State) -> dict[str,
         "losses": losses,
         "validations": [{"step": r["step"], "loss": r["validation"]} for r in records if "validation" in r],
     }
+
+
+def growth(start: list[float], end: list[float]) -> dict[str, Any]:
+    """Return the mean weight norm of each layer before and after training, and the growth as sampling weights.
+
+    `layer_importance` is what `pretrain.lisa.measured` takes: layers that this run enlarged more are drawn more often.
+    Rounded to nine digits, since another number of ranks sums in another order. Empty where no layer has weights.
+    """
+    if not start or min(*start, *end) <= 0:
+        return {}
+    return {
+        "layer_norms": {"start": [_rounded(norm) for norm in start], "end": [_rounded(norm) for norm in end]},
+        "layer_importance": [_rounded(weight) for weight in lisa.importance(end, start)],
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.9g}")
 
 
 def work_before(config: PretrainConfig, architecture: ArchitectureConfig) -> Callable[[int], Work]:
@@ -250,7 +272,7 @@ def _open_journal(job: Job, state: State, ranks: Ranks) -> Journal:
 def _finish(
     job: Job,
     architecture: ArchitectureConfig,
-    state: State,
+    found: dict[str, Any],
     weights: dict[str, torch.Tensor],
     own: Peak,
     fallbacks: int,
@@ -260,7 +282,7 @@ def _finish(
     export.write_model(job.model, architecture, weights, job.config.precision if job.program is None else "fp32")
     export.copy_tokenizer(job.data, job.model)
     export.write_json(job.observations, _observations(job, own) | {"checkpoint_fallbacks": fallbacks})
-    export.write_json(job.facts, facts(job, architecture, state))
+    export.write_json(job.facts, found)
 
 
 def _observations(job: Job, own: Peak) -> dict[str, Any]:

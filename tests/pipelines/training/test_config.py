@@ -21,6 +21,13 @@ INDEX = {"vocab_size": 512, "sequence_length": 64, "bos_id": 0, "eos_id": 1, "pa
         ({"batch_size": 10}, r"batch_size = 10 is not a multiple of .* = 2 x 4 = 8; valid: 8, 16, 24"),
         ({"batch_size": 0}, "greater than or equal to 1"),
         ({"lisa": {"enabled": True, "layers": 5}}, r"lisa\.layers = 5; the model has 4 layers, valid: 1 to 4"),
+        ({"lisa": {"weights": "measured"}}, "weights = measured with 0 measured numbers"),
+        ({"lisa": {"measured": [1.0, 1.0]}}, "weights = uniform with 2 measured numbers"),
+        ({"lisa": {"weights": "measured", "measured": [1.0, 0.0]}}, "lets fewer than 2 layers be drawn"),
+        (
+            {"lisa": {"enabled": True, "weights": "measured", "measured": [1.0, 1.0]}},
+            r"lisa\.measured has 2 numbers; the model has 4 layers",
+        ),
         ({"model": {"heads": 3}}, r"heads = 3 does not fit width = 256"),
         ({"model": {"depth": 3}}, "Extra inputs"),
         ({"family": "encoder", "model": {"kv_heads": 2}}, "one key head per head"),

@@ -118,6 +118,7 @@ def test_training_moves_every_weight_and_lowers_the_loss(run_plain: Run, plain_j
         {},
         {"optimizer": {"name": "adamw"}, "family": "encoder"},
         {"lisa": {"enabled": True, "layers": 1, "interval": 4, "weights": "norm"}},
+        {"lisa": {"enabled": True, "layers": 1, "interval": 1, "weights": "measured", "measured": [0.0, 0.7, 0.3]}},
         {"optimizer": {"name": "lars"}, "lisa": {"enabled": True, "layers": 2, "interval": 3}, "log_every": 2},
     ],
 )
@@ -256,3 +257,39 @@ def test_a_rank_that_is_alone_sums_to_itself() -> None:
     assert (alone.rank, alone.world) == (0, 1)
     assert alone.summed([1.5, 2.0]) == [1.5, 2.0]
     assert alone.gathered(0.1) == [0.1]
+
+
+def test_a_run_records_how_much_each_layer_grew_whatever_interrupts_it(
+    run_plain: Run, plain_job: MakeJob, tmp_path: Path, faults: Callable[..., None]
+) -> None:
+    assert run_plain(tmp_path / "whole", optimizer={"lr": 0.05}) == 0
+    found = facts(tmp_path / "whole")
+    job = plain_job(tmp_path / "by-hand")
+    before = dict(build(job.config.architecture(job.index), seed=job.config.seed).named_parameters())
+    after = load_file(tmp_path / "whole" / "model" / "model.safetensors")
+    for layer in range(3):
+        names = [name for name in before if f".layers.{layer}." in name]
+        old, new = (
+            sum(float(t[name].detach().double().norm()) for name in names) / len(names) for t in (before, after)
+        )
+        assert found["layer_norms"]["start"][layer] == pytest.approx(old, rel=1e-6)
+        assert found["layer_norms"]["end"][layer] == pytest.approx(new, rel=1e-6)
+    ratios = [e / s for s, e in zip(*found["layer_norms"].values(), strict=True)]
+    assert found["layer_importance"] == pytest.approx([ratio / sum(ratios) for ratio in ratios], rel=1e-6)
+    faults({"point": "train.after_step", "step": 3, "action": "SIGTERM"})
+    assert run_plain(tmp_path / "cut", optimizer={"lr": 0.05}) == Preempted.exit_code
+    assert run_plain(tmp_path / "cut", optimizer={"lr": 0.05}) == 0
+    assert facts(tmp_path / "cut") == found
+
+
+def test_layers_are_drawn_as_measured_on_another_run(run_plain: Run, tmp_path: Path) -> None:
+    """Eighty draws of one layer: a layer of weight zero never, the others in proportion within three deviations."""
+    measured = [0.0, 0.75, 0.25]
+    settings = {"enabled": True, "layers": 1, "interval": 1, "weights": "measured", "measured": measured}
+    run = {"lisa": settings, "steps": 80, "batch_size": 2, "validate_every": 80, "checkpoint": {"every": 80}}
+    assert run_plain(tmp_path, **run) == 0
+    drawn = [record["lisa/active"] for record in read_records(tmp_path / "metrics.jsonl")]
+    counts = [drawn.count([layer]) for layer in range(3)]
+    assert counts[0] == 0
+    assert abs(counts[1] - 60) <= 3 * (80 * 0.75 * 0.25) ** 0.5
+    assert sum(counts) == 80
