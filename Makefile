@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt
 
-.PHONY: run test setup check exactness faults bench clean
+.PHONY: run test setup check exactness faults bench bench-large-batch clean
 
 run: $(VENV)/.installed
 	@$(BIN)/ingot run --recipe demo
@@ -32,6 +32,10 @@ faults: $(VENV)/.installed-dev
 # Ratios against named baselines, measured in one run each.
 bench: $(VENV)/.installed-dev
 	for file in tests/bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+# LAMB, AdamW and LARS while the batch grows 16-fold: hours on two cores, in parts of 25 minutes; call it until it is done.
+bench-large-batch: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/large_batch.py --minutes 25
 
 clean:
 	rm -rf $(VENV) .ingot data .mypy_cache .ruff_cache .pytest_cache .hypothesis
