@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
 """Target of a position that asks for nothing."""
@@ -60,11 +62,27 @@ def summed_nats(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return functional.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
 
 
-def language_nats(model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+def language_nats(model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor, chunk: int | None = None) -> Tensor:
     """Return the summed nats of a micro batch, float32 scalar.
 
     Logits are computed for targets only: the encoder is asked for a third of its positions, and the output matrix is
     most of the arithmetic of a small model.
+
+    Args:
+        model: a decoder or an encoder with its output layer.
+        inputs_BT: tokens shown.
+        targets_BT: tokens asked for, or `IGNORED`.
+        chunk: targets whose logits are held at a time; each chunk's are computed again in the backward pass, so that
+            N x V logits are never in memory. None: all at once.
     """
     asked_BT = targets_BT != IGNORED
-    return summed_nats(logits(model, hidden_states(model, inputs_BT)[asked_BT]), targets_BT[asked_BT])
+    hidden_ND, targets_N = hidden_states(model, inputs_BT)[asked_BT], targets_BT[asked_BT]
+    if chunk is None or len(targets_N) <= chunk:
+        return _nats(model, hidden_ND, targets_N)
+    parts = zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True)
+    losses = [checkpoint(_nats, model, hidden, targets, use_reentrant=False) for hidden, targets in parts]
+    return torch.stack(losses).sum()
+
+
+def _nats(model: nn.Module, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    return summed_nats(logits(model, hidden_ND), targets_N)

@@ -74,6 +74,13 @@ class OptimizerConfig(Settings):
         None, description="Bounds of the weight norm in the trust ratio (lamb, lars); none: unbounded."
     )
 
+    compiled: bool = Field(
+        False,
+        description="Measure the trust ratios in one compiled kernel (lamb, lars); needs a C++ compiler, on a GPU "
+        "Triton; pays for tensors of a million elements and more.",
+        json_schema_extra=ELASTIC,
+    )
+
     @property
     def peak_lr(self) -> float:
         """The learning rate at the top of the schedule."""
@@ -259,6 +266,18 @@ class PretrainConfig(Settings):
     validate_every: int = Field(50, ge=1, description="Steps between validations; one follows the last step.")
     validation_sequences: int = Field(64, ge=1, description="Validation sequences used each time, at most.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving state.")
+    compile: bool = Field(
+        False,
+        description="Compile the model with torch.compile; needs a C++ compiler, on a GPU Triton.",
+        json_schema_extra=ELASTIC,
+    )
+    loss_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="Targets whose logits are held at a time, and computed again in the backward pass; none: all of "
+        "a micro batch, once.",
+        json_schema_extra=ELASTIC,
+    )
     max_skipped: int = Field(3, ge=0, description="Non-finite steps in a row that are skipped before giving up.")
     spike: SpikeConfig = Field(default_factory=SpikeConfig, description="Going back from a loss spike.")
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.", json_schema_extra=NOT_IDENTITY)
@@ -347,6 +366,15 @@ class PretrainConfig(Settings):
             raise ValueError(
                 f"engine = plain runs in one process without sharding: world_size = {self.world_size} must be 1 and "
                 f"zero_stage = {self.zero_stage} must be 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_models_do_not_freeze_layers(self) -> Self:
+        if self.compile and self.lisa.enabled:
+            raise ValueError(
+                "compile = true with lisa.enabled = true: each draw of layers would compile the model anew; valid: "
+                "one of the two"
             )
         return self
 

@@ -10,6 +10,7 @@ bitten by the mean of means: accelerate#3877, torchtitan#1842).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -126,14 +127,24 @@ Task = CausalTask | MaskedTask
 
 
 class Objective(nn.Module):
-    """A transformers model with its loss: what the engine wraps."""
+    """A transformers model with its loss: what the engine wraps.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: a decoder or an encoder with its output layer.
+        loss_chunk: see `models.architectures.predict.language_nats`.
+    """
+
+    def __init__(self, model: nn.Module, loss_chunk: int | None = None) -> None:
         super().__init__()
         self.model = model
+        self.loss_chunk = loss_chunk
         self.step = 0
         """Steps done when the current one began; the loop sets it."""
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the summed nats of the micro batch, float32 scalar."""
-        return predict.language_nats(self.model, inputs_BT, targets_BT)
+        return predict.language_nats(self.model, inputs_BT, targets_BT, self.loss_chunk)
+
+    def compile_model(self) -> None:
+        """Compile everything up to the logits at its first use; parameters keep their names."""
+        cast("Any", self.model).model.compile()

@@ -30,11 +30,11 @@ def make_optimizer(config: PretrainConfig, parameters: Iterable[tuple[str, nn.Pa
         "max_grad_norm": chosen.clip,
     }
     if chosen.name == "lars":
-        return Lars(params, momentum=chosen.betas[0], clamp=chosen.clamp, **common)
+        return Lars(params, momentum=chosen.betas[0], clamp=chosen.clamp, compiled=chosen.compiled, **common)
     common |= {"betas": chosen.betas, "eps": chosen.epsilon}
     if chosen.name == "adamw":
         return AdamW(params, **common)
-    return Lamb(params, bias_correction=chosen.bias_correction, clamp=chosen.clamp, **common)
+    return Lamb(params, bias_correction=chosen.bias_correction, clamp=chosen.clamp, compiled=chosen.compiled, **common)
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:

@@ -131,7 +131,10 @@ def make_objective(job: Job, architecture: ArchitectureConfig, device: torch.dev
     model = build(architecture, seed=seed)
     if job.start is not None:
         start.load(model, job.start)
-    return Objective(model)
+    objective = Objective(model, job.config.loss_chunk)
+    if job.config.compile:
+        objective.compile_model()
+    return objective
 
 
 def task_for(job: Job, architecture: ArchitectureConfig) -> Task:

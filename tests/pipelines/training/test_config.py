@@ -90,6 +90,9 @@ def test_the_tokenizer_completes_the_architecture() -> None:
         {"model": {"rope_theta": 500.0}},
         {"validate_every": 7},
         {"precision": "bf16"},
+        {"compile": True},
+        {"loss_chunk": 64},
+        {"optimizer": {"compiled": True}},
     ],
 )
 def test_a_value_that_changes_the_result_changes_the_identity(values: dict[str, Any]) -> None:
@@ -112,3 +115,13 @@ def test_every_field_is_described() -> None:
 def test_the_settings_are_read_without_torch() -> None:
     code = "import sys, pipelines.training.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("values", [{"compile": True}, {"loss_chunk": 64}, {"optimizer": {"compiled": True}}])
+def test_a_run_may_go_on_with_another_kernel_of_the_same_arithmetic(values: dict[str, Any]) -> None:
+    assert PretrainConfig.model_validate(values).lineage() == PretrainConfig().lineage()
+
+
+def test_a_compiled_model_with_lisa_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"compile = true with lisa\.enabled = true"):
+        PretrainConfig.model_validate({"compile": True, "lisa": {"enabled": True}})

@@ -141,3 +141,47 @@ def test_a_batch_that_asks_for_nothing_has_no_loss(family: str) -> None:
     inputs = torch.full((1, 12), 5)
     assert Objective(build(architecture(family), seed=0))(inputs, torch.full((1, 12), IGNORED)).item() == 0.0
     assert Batch(inputs, torch.full((1, 12), IGNORED)).targets == 0
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder"])
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_a_loss_in_chunks_has_the_value_and_the_gradients_of_the_whole(family: str, chunk: int) -> None:
+    task = CausalTask(2) if family == "decoder" else MaskedTask(RULE, 0, 31, SPECIAL)
+    batch = task.batch(np.arange(48).reshape(4, 12) * 5 % 27 + 4, np.arange(4), np.zeros(4, int))
+    found = []
+    for limit in (None, chunk):
+        objective = Objective(build(architecture(family), seed=0), limit)
+        loss = objective(batch.inputs_BT, batch.targets_BT)
+        loss.backward()
+        found.append((loss.item(), {name: p.grad for name, p in objective.named_parameters()}))
+    (whole, gradients), (parts, chunked) = found
+    assert parts == pytest.approx(whole, rel=1e-6)
+    for name, gradient in gradients.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(chunked[name], gradient, rtol=0, atol=1e-5 * scale + 1e-7)
+
+
+def test_a_loss_in_chunks_never_holds_more_logits_than_a_chunk() -> None:
+    objective = Objective(build(architecture("decoder"), seed=0), 3)
+    heights: list[int] = []
+    objective.model.lm_head.register_forward_hook(lambda _module, _inputs, logits: heights.append(len(logits)))
+    batch = CausalTask(2).batch(np.arange(24).reshape(2, 12) % 27 + 4, np.arange(2), np.zeros(2, int))
+    objective(batch.inputs_BT, batch.targets_BT).backward()
+    assert max(heights) == 3
+    assert sum(heights) == 2 * batch.targets  # once in the forward pass, once more in the backward pass
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_a_compiled_model_computes_the_same_and_keeps_its_names() -> None:
+    plain, compiled = (Objective(build(architecture("decoder"), seed=0)) for _ in range(2))
+    compiled.compile_model()
+    batch = CausalTask(2).batch(np.arange(24).reshape(2, 12) % 27 + 4, np.arange(2), np.zeros(2, int))
+    losses = []
+    for objective in (plain, compiled):
+        loss = objective(batch.inputs_BT, batch.targets_BT)
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for (name, one), (other_name, other) in zip(plain.named_parameters(), compiled.named_parameters(), strict=True):
+        assert name == other_name
+        torch.testing.assert_close(other.grad, one.grad, rtol=0, atol=1e-4 * float(one.grad.abs().max()) + 1e-6)
