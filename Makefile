@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt
 
-.PHONY: run test setup check exactness faults bench bench-large-batch clean
+.PHONY: run test setup check exactness faults bench bench-gpu bench-large-batch clean
 
 run: $(VENV)/.installed
 	@$(BIN)/ingot run --recipe demo
@@ -31,7 +31,11 @@ faults: $(VENV)/.installed-dev
 
 # Ratios against named baselines, measured in one run each.
 bench: $(VENV)/.installed-dev
-	for file in tests/bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
+	for file in $(filter-out tests/bench/bench_gpu.py,$(wildcard tests/bench/bench_*.py)); do $(BIN)/python $$file || exit 1; done
+
+# The same on a CUDA machine; without one it says so and exits with 2.
+bench-gpu:
+	@PYTHONPATH=. $(PYTHON) tests/bench/bench_gpu.py
 
 # LAMB, AdamW and LARS while the batch grows 16-fold: hours on two cores, in parts of 25 minutes; call it until it is done.
 bench-large-batch: $(VENV)/.installed-dev
