@@ -136,7 +136,12 @@ class Bench:
 
 @pytest.fixture(scope="session")
 def bench() -> Bench:
-    """The trained parent, its prepared data and its held-out text.
+    """The trained parent, its prepared data and its held-out text."""
+    return build_bench()
+
+
+def build_bench() -> Bench:
+    """Return the bench, built or from the cache.
 
     Cached in the store `$INGOT_BENCH`, by default `~/.cache/ingot-bench`, by identity: another recipe, corpus or stage
     version is another model. What the cache holds is verified on every use; concurrent sessions wait for one.

@@ -58,10 +58,15 @@ class WeightReader:
         """
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in self._layers:
-            return self._packed(module).dequantize()
+            return self.packed(module).dequantize()
         return self._read(name)
 
-    def _packed(self, module: str) -> Packed:
+    def modules(self) -> list[str]:
+        """Return the names of the packed layers, sorted."""
+        return sorted(self._layers)
+
+    def packed(self, module: str) -> Packed:
+        """Return one packed layer."""
         method = registry.get(self._layers[module]["method"])
         names = [n for n in self._files if n.rpartition(".")[0] == module and not n.endswith(".bias")]
         tensors = {name.rpartition(".")[2]: self._read(name) for name in names}

@@ -89,7 +89,7 @@ def test_the_winner_is_the_one_that_trying_everything_finds(found: Any, bench: A
         for bits in (2, 3, 4, 8):
             out = tmp_path / f"{name}-{bits}"
             out.mkdir()
-            table = {"method": name, "bits": bits, "samples": 32}
+            table = {"method": name, "bits": bits, "group_size": 0, "samples": 32}
             context = StageContext(node="compress.c", scratch=tmp_path, compute={"device": "cpu"})
             inputs = {"prepare": bench.prepare, "model": bench.parent}
             run(CompressConfig.model_validate(table), inputs, out, context)

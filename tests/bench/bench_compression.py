@@ -1,0 +1,172 @@
+"""Compares our compression with maintained libraries at equal bits: quality on held-out text and time, in one run.
+
+    python tests/bench/bench_compression.py [--bits 3 4 8] [--group 0 128] [--json]
+
+Model and text are the bench of the tests (`flows/recipes/bench.toml`, built once). Libraries that are not installed are
+left out, and named. llm-compressor pins older versions of transformers and compressed-tensors than ours, yet runs with
+ours when installed beside them: `pip install --no-deps --target DIR llmcompressor loguru`, then `PYTHONPATH=DIR:.`.
+
+Both sides see the same 64 calibration sequences, write into the same public grids (symmetric, one scale a row or a
+group, token matrices left alone), and are judged by the same loss. Times are CPU seconds of quantizing alone. Ends
+with 1 when ours is more than 1 % worse in perplexity or slower than a library at any width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from pipelines.artifact import Artifact
+from pipelines.compression import calibration
+from pipelines.compression.config import CompressConfig
+from pipelines.compression.load import load_model
+from pipelines.compression.stage import run
+from pipelines.stage import StageContext
+
+SAMPLES = 64
+WORST_PERPLEXITY, WORST_TIME = 1.01, 1.0
+
+
+def bench_model() -> Any:
+    """Return the bench of the tests: prepared data, trained parent, loss on held-out text."""
+    path = Path(__file__).parents[1] / "conftest.py"
+    spec = importlib.util.spec_from_file_location("shared", path)
+    assert spec is not None
+    assert spec.loader is not None
+    shared = importlib.util.module_from_spec(spec)
+    sys.modules["shared"] = shared
+    spec.loader.exec_module(shared)
+    return shared.build_bench()
+
+
+# ---- arms: each returns the quantized model; its time is the CPU time of the call
+
+
+def ours(method: str, bits: int, group: int, prepare: Artifact, parent: Artifact) -> PreTrainedModel:
+    """Compress as the stage does."""
+    with tempfile.TemporaryDirectory() as root:
+        out = Path(root) / "child"
+        out.mkdir()
+        table = {"method": method, "bits": bits, "group_size": group, "samples": SAMPLES}
+        context = StageContext(node="compress.child", scratch=Path(root), compute={"device": "cpu"})
+        run(CompressConfig.model_validate(table), {"prepare": prepare, "model": parent}, out, context)
+        return load_model(out / "model")
+
+
+def llm_compressor(method: str, bits: int, group: int, prepare: Artifact, parent: Artifact) -> PreTrainedModel:
+    """Quantize with llm-compressor's `oneshot`; weights are rounded in place."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+
+    model = load_model(parent.path / "model")
+    tokens_NT = calibration.sample_tokens(prepare.path, samples=SAMPLES, seed=0, masked=False)
+    strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, **strategy}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    kind = GPTQModifier if method == "gptq" else QuantizationModifier
+    data = Dataset.from_dict({"input_ids": tokens_NT.tolist(), "attention_mask": np.ones_like(tokens_NT).tolist()})
+    oneshot(
+        model=model,
+        recipe=kind(config_groups=groups, ignore=["lm_head"]),
+        dataset=data if method == "gptq" else None,
+        num_calibration_samples=SAMPLES,
+        max_seq_length=tokens_NT.shape[1],
+        batch_size=8,
+    )
+    return model
+
+
+def torchao(method: str, bits: int, group: int, prepare: Artifact, parent: Artifact) -> PreTrainedModel:
+    """Round to nearest with torchao: int8 a row."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = load_model(parent.path / "model")
+    quantize_(model.model, Int8WeightOnlyConfig())
+    return model
+
+
+Arm = Callable[[str, int, int, Artifact, Artifact], PreTrainedModel]
+LIBRARIES: dict[str, tuple[str, Arm, Callable[[str, int, int], bool]]] = {
+    "llm-compressor": ("llmcompressor", llm_compressor, lambda method, bits, group: True),  # noqa: ARG005
+    "torchao": ("torchao", torchao, lambda method, bits, group: (method, bits, group) == ("rtn", 8, 0)),
+}
+"""Name -> module, arm, and whether it has this method at this width."""
+
+
+@contextlib.contextmanager
+def timer(seconds: list[float]) -> Iterator[None]:
+    """Append the CPU seconds of the block."""
+    started = time.process_time()
+    yield
+    seconds.append(time.process_time() - started)
+
+
+def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return a row for each method, width and library, and the libraries that are not installed."""
+    bench = bench_model()
+    base = bench.loss(load_model(bench.parent.path / "model"))
+    missing = [name for name, (module, *_) in LIBRARIES.items() if importlib.util.find_spec(module) is None]
+    rows: list[dict[str, Any]] = []
+    for method, bits, group in ((m, b, g) for m in options.methods for b in options.bits for g in options.group):
+        for name, (_, arm, has) in LIBRARIES.items():
+            if name in missing or not has(method, bits, group):
+                continue
+            ratios, times = [], []
+            for each in (ours, arm):
+                seconds: list[float] = []
+                for _ in range(options.rounds):
+                    with timer(seconds):
+                        model = each(method, bits, group, bench.prepare, bench.parent)
+                ratios.append(math.exp(bench.loss(model) - base))
+                times.append(min(seconds))
+            row = {"method": method, "bits": bits, "group": group, "library": name}
+            row |= {"ours": round(ratios[0], 5), "theirs": round(ratios[1], 5)}
+            row |= {"perplexity": round(ratios[0] / ratios[1], 5), "time": round(times[0] / times[1], 3)}
+            rows.append(row | {"seconds": [round(t, 2) for t in times]})
+            print(json.dumps(rows[-1]) if options.json else _line(rows[-1]), flush=True)
+    return rows, missing
+
+
+def _line(row: dict[str, Any]) -> str:
+    what = f"{row['method']} {row['bits']} bit, {'groups of ' + str(row['group']) if row['group'] else 'a row'}"
+    return (
+        f"{what:24} ours {row['ours']:.4f}, {row['library']} {row['theirs']:.4f}: ratio {row['perplexity']:.4f}; "
+        f"time {row['seconds'][0]} s against {row['seconds'][1]} s"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print perplexity over the parent's, ours and theirs, and the ratio of the times."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 8])
+    parser.add_argument("--group", nargs="+", type=int, default=[0, 128])
+    parser.add_argument("--rounds", type=int, default=2, help="each side is timed so often; the least counts")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    rows, missing = measure(options)
+    if missing:
+        print(f"not installed, so not compared: {', '.join(missing)}", file=sys.stderr)
+    held = all(row["perplexity"] <= WORST_PERPLEXITY and row["time"] <= WORST_TIME for row in rows)
+    return 0 if held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
