@@ -1,16 +1,21 @@
-"""Trainer against a bare PyTorch loop on the same model, in one process and turn by turn, so that the ratio is fair.
+"""Trainer against a bare PyTorch loop and HF Trainer on the same model, turn by turn in one process: fair ratios.
 
     OMP_NUM_THREADS=1 python tests/bench/bench_trainer.py [--preset 4m] [--rounds 12] [--ranks 2 --zero 2]
 
-Prints tokens per second of the bare loop (torch AdamW, fused), of the trainer with AdamW and with LAMB (plain engine),
-and their ratios to the bare loop. With --ranks it then launches that many ranks under DeepSpeed for the same model and
-prints their throughput and where a step's time goes.
+Prints tokens per second of the bare loop (torch AdamW, fused, clipping), of transformers' Trainer (the same; it logs
+every step, and neither evaluates nor saves), of this trainer with AdamW and with LAMB (plain engine; metrics every
+step), and medians over rounds of the ratio to the bare loop and to HF Trainer in the same round. On one thread the time
+is the CPU time of the process, so that waiting for a core does not count. With --ranks it then launches that many ranks
+under DeepSpeed and prints their throughput and where a step's time goes, with LAMB and with AdamW.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -22,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from models.architectures.build import build
 from pipelines.data import shards
@@ -100,6 +106,44 @@ def trainer(order: Job) -> Callable[[], None]:
     return made.advance
 
 
+class Turns(TrainerCallback):
+    """Times HF Trainer's steps, and after each of them one step of every other arm."""
+
+    def __init__(self, others: dict[str, Callable[[], object]]) -> None:
+        self.others = others
+        self.seconds: dict[str, list[float]] = {name: [] for name in ("HF Trainer", *others)}
+        self.clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        self.started = self.clock()
+
+    def on_step_end(self, *_arguments: Any, **_named: Any) -> None:
+        """Take the time since the last turn as HF Trainer's, then give every other arm its turn."""
+        self.seconds["HF Trainer"].append(self.clock() - self.started)
+        for name, step in self.others.items():
+            started = self.clock()
+            step()
+            self.seconds[name].append(self.clock() - started)
+        self.started = self.clock()
+
+
+def hugging_face(model: nn.Module, tokens: torch.Tensor, folder: Path, steps: int, turns: Turns) -> None:
+    """Run transformers' Trainer with its defaults, but for the settings that the bare loop has too."""
+    arguments = TrainingArguments(
+        output_dir=str(folder / "hf"),
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        learning_rate=1e-4,
+        optim="adamw_torch_fused",
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in tokens] * steps
+    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[turns]).train()
+
+
 def compare(folder: Path, index: dict[str, Any], preset: str, rounds: int) -> None:
     """Run all arms turn by turn and print medians."""
     plain = {"preset": preset, "engine": "plain", "world_size": 1, "zero_stage": 0, "micro_batch_size": BATCH}
@@ -107,19 +151,23 @@ def compare(folder: Path, index: dict[str, Any], preset: str, rounds: int) -> No
         name: job(folder, index, name, optimizer={"name": name, "lr": 1e-4}, **plain) for name in ("adamw", "lamb")
     }
     tokens = torch.from_numpy(shards.ShardReader(folder, "train").take(np.arange(BATCH)))
-    arms = {"bare loop": bare(build(orders["adamw"].config.architecture(index), seed=0), tokens)}
-    arms |= {f"trainer, {name}": trainer(order) for name, order in orders.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(rounds + 2):
-        for name, step in arms.items():
-            started = time.perf_counter()
-            step()
-            if turn >= 2:
-                seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, value in medians.items():
-        ratio = statistics.median(b / t for b, t in zip(seconds["bare loop"], seconds[name], strict=True))
-        print(f"{name:16s} {TOKENS / value:8,.0f} tokens/s   {value:.3f} s/step   {ratio:.3f} of the bare loop")
+    architecture = orders["adamw"].config.architecture(index)
+    others = {"bare loop": bare(build(architecture, seed=0), tokens)}
+    turns = Turns(others | {f"trainer, {name}": trainer(order) for name, order in orders.items()})
+    with contextlib.redirect_stdout(io.StringIO()):
+        hugging_face(build(architecture, seed=0), tokens, folder, rounds + 2, turns)
+    seconds = {name: values[2:] for name, values in turns.seconds.items()}
+    print(f"load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} threads")
+    for name, values in seconds.items():
+        value = statistics.median(values)
+        bare_ratio, hf_ratio = (
+            statistics.median(b / t for b, t in zip(seconds[base], values, strict=True))
+            for base in ("bare loop", "HF Trainer")
+        )
+        print(
+            f"{name:16s} {TOKENS / value:8,.0f} tokens/s   {value:.3f} s/step   {bare_ratio:.3f} of the bare loop   "
+            f"{hf_ratio:.3f} of HF Trainer"
+        )
 
 
 def sharded(folder: Path, index: dict[str, Any], preset: str, ranks: int, zero: int, steps: int) -> None:
