@@ -22,9 +22,6 @@ class ComputeConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where ranks compute; auto takes the GPU if there is one.", json_schema_extra=NOT_IDENTITY
     )
-    threads: int = Field(
-        0, ge=0, le=1024, description="CPU threads per rank; 0 shares the cores.", json_schema_extra=NOT_IDENTITY
-    )
     heartbeat_timeout_s: float = Field(
         600.0, gt=0, description="A rank silent for longer is taken for hung.", json_schema_extra=NOT_IDENTITY
     )
@@ -59,7 +56,7 @@ class RunConfig(Settings):
     compress: list[CompressConfig] = Field(default_factory=list, description="The children to derive from the model.")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="What to measure.")
     promote: PromoteConfig = Field(default_factory=PromoteConfig, description="The gate and the registry.")
-    compute: ComputeConfig = Field(default_factory=ComputeConfig, description="Devices, threads, time-outs.")
+    compute: ComputeConfig = Field(default_factory=ComputeConfig, description="Devices, time-outs, retries.")
     store: StoreConfig = Field(default_factory=StoreConfig, description="Where artifacts live.")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow.")
 

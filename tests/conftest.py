@@ -84,7 +84,7 @@ def plain_job(prepared: Artifact) -> Callable[..., Any]:
         config = PretrainConfig.model_validate({**TINY, **changes, **PLAIN})
         folder.mkdir(parents=True, exist_ok=True)
         index = prepared.read_json("index.json")
-        return Job(config=config, index=index, data=prepared.path, work=folder, device="cpu", threads=1)
+        return Job(config=config, index=index, data=prepared.path, work=folder, device="cpu")
 
     return make
 

@@ -251,6 +251,16 @@ class PretrainConfig(Settings):
         2, description="ZeRO stage: what DeepSpeed shards over the ranks.", json_schema_extra=ELASTIC
     )
     world_size: int = Field(2, ge=1, le=65536, description="Ranks: one process each.", json_schema_extra=ELASTIC)
+    threads: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="CPU threads of a rank; another number rounds in another order.",
+        json_schema_extra=ELASTIC,
+    )
+    offload: bool = Field(
+        False, description="Keep masters and moments in the CPU's memory (ZeRO 1 to 3).", json_schema_extra=ELASTIC
+    )
     steps: int = Field(400, ge=1, description="Optimizer steps; with phases their sum.")
     batch_size: int = Field(
         8, ge=1, description="Sequences of one optimizer step, over all ranks; with phases the largest of theirs."
@@ -376,6 +386,12 @@ class PretrainConfig(Settings):
                 "compile = true with lisa.enabled = true: each draw of layers would compile the model anew; valid: "
                 "one of the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_is_sharded(self) -> Self:
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("offload = true with zero_stage = 0: only sharded state can be offloaded; valid: 1, 2, 3")
         return self
 
     @model_validator(mode="after")

@@ -159,6 +159,7 @@ def deepspeed_settings(config: PretrainConfig, parameters: int) -> dict[str, Any
             "round_robin_gradients": False,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            **({"offload_optimizer": {"device": "cpu"}} if config.offload else {}),
         },
         "bf16": {"enabled": config.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},

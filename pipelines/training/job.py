@@ -70,8 +70,6 @@ class Job(BaseModel):
     program: Program | None = None
     """The compression method that trains; None for pretraining."""
     device: Literal["cpu", "cuda"]
-    threads: int
-    """CPU threads of a rank."""
 
     @property
     def checkpoints(self) -> Path:

@@ -7,7 +7,6 @@ finished run is copied to the artifact.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -65,7 +64,6 @@ def make_job(config: PretrainConfig, prepared: Artifact, context: StageContext, 
     for phase in phases.plan(config):
         phases.pieces(phase, index["sequence_length"])
     device = _device(context.compute.get("device", "auto"), config.world_size)
-    threads = context.compute.get("threads") or max(1, len(os.sched_getaffinity(0)) // config.world_size)
     weights = _checked_start(architecture, fetched, prepared)
     context.scratch.mkdir(parents=True, exist_ok=True)
     return Job(
@@ -75,7 +73,6 @@ def make_job(config: PretrainConfig, prepared: Artifact, context: StageContext, 
         work=context.scratch,
         start=weights,
         device=device,
-        threads=threads,
     )
 
 
@@ -93,8 +90,8 @@ def train(job: Job, context: StageContext) -> None:
 def environment(job: Job) -> dict[str, str]:
     """Return the variables of a rank: threads, device, and what makes its arithmetic repeatable."""
     return {
-        "OMP_NUM_THREADS": str(job.threads),
-        "MKL_NUM_THREADS": str(job.threads),
+        "OMP_NUM_THREADS": str(job.config.threads),
+        "MKL_NUM_THREADS": str(job.config.threads),
         "DS_ACCELERATOR": job.device,
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "TOKENIZERS_PARALLELISM": "false",

@@ -212,7 +212,7 @@ def device_of(job: Job) -> torch.device:
     # Nothing here reads memory before writing it; filling it all the same costs 5 % of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if job.device == "cpu":
-        torch.set_num_threads(job.threads)
+        torch.set_num_threads(job.config.threads)
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
@@ -301,7 +301,7 @@ def _observations(job: Job, own: Peak) -> dict[str, Any]:
         "seconds": {part.removeprefix("time/"): round(sum(r.get(part, 0.0) for r in records), 3) for part in parts},
         "resumed_at": [attempt["resumed_at"] for attempt in read_records(job.attempts)[1:]],
         "device": job.device,
-        "threads_per_rank": job.threads,
+        "threads_per_rank": job.config.threads,
     }
 
 

@@ -69,12 +69,13 @@ def job(folder: Path, index: dict[str, Any], name: str, **changes: Any) -> Job:
         "validate_every": 10_000,
         "checkpoint": {"every": 10_000},
         "batch_size": BATCH,
+        "threads": torch.get_num_threads(),
         **changes,
     }
     work = folder / name
     work.mkdir()
     config = PretrainConfig.model_validate(values)
-    return Job(config=config, index=index, data=folder, work=work, device="cpu", threads=torch.get_num_threads())
+    return Job(config=config, index=index, data=folder, work=work, device="cpu")
 
 
 def bare(model: nn.Module, tokens: torch.Tensor) -> Callable[[], None]:

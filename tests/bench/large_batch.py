@@ -229,7 +229,7 @@ def train(cell: Cell, data: Artifact, device: torch.device) -> Result:
     """Train one cell and return its line."""
     config = cell.config()
     index = data.read_json("index.json")
-    job = Job(config=config, index=index, data=data.path, work=data.path, device="cpu", threads=1)
+    job = Job(config=config, index=index, data=data.path, work=data.path, device="cpu")
     architecture = config.architecture(index)
     objective = Objective(build(architecture, seed=config.seed))
     engine = PlainEngine(

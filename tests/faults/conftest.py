@@ -55,7 +55,7 @@ class Pretraining:
     root: Path
     prepared: Artifact
     config: dict[str, Any] = field(default_factory=lambda: dict(SETTINGS))
-    compute: dict[str, Any] = field(default_factory=lambda: {"device": "cpu", "threads": 1, "grace_s": 60.0})
+    compute: dict[str, Any] = field(default_factory=lambda: {"device": "cpu", "grace_s": 60.0})
     attempts: int = 0
 
     @property

@@ -8,10 +8,19 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.slow
+full = pytest.mark.faults_full
 
 
 @pytest.mark.parametrize(
-    "changes", [{"world_size": 1}, {"zero_stage": 3}], ids=["two ranks to one", "ZeRO-2 to ZeRO-3"]
+    "changes",
+    [
+        pytest.param({"world_size": 1}, id="two ranks to one"),
+        pytest.param({"zero_stage": 3}, id="ZeRO-2 to ZeRO-3"),
+        pytest.param({"offload": True}, id="into the CPU's memory", marks=full),
+        pytest.param({"threads": 2}, id="one thread to two", marks=full),
+        pytest.param({"world_size": 4}, id="two ranks to four", marks=full),
+        pytest.param({"world_size": 4, "zero_stage": 1}, id="four ranks and ZeRO-1", marks=full),
+    ],
 )
 def test_a_run_goes_on_under_another_sharding(killed_at_7: Any, uninterrupted: Any, changes: dict[str, Any]) -> None:
     finished = killed_at_7.finish(**changes)
@@ -19,6 +28,17 @@ def test_a_run_goes_on_under_another_sharding(killed_at_7: Any, uninterrupted: A
     assert finished.steps == uninterrupted.steps
     losses, expected = ([float.fromhex(loss) for loss in each.losses] for each in (finished, uninterrupted))
     assert losses[:5] == expected[:5]
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+
+@full
+def test_from_four_ranks_to_two(pretraining: Callable[..., Any], uninterrupted: Any) -> None:
+    run = pretraining()
+    kill = {"point": "train.after_step", "rank": 3, "step": 7, "action": "SIGKILL"}
+    assert run.attempt(faults=[kill], world_size=4, zero_stage=3).code == 4
+    finished = run.finish()
+    assert finished.resumed_at == [5]
+    losses, expected = ([float.fromhex(loss) for loss in each.losses] for each in (finished, uninterrupted))
     assert losses == pytest.approx(expected, rel=1e-6)
 
 

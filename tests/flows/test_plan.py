@@ -108,7 +108,7 @@ def test_a_changed_method_is_told_by_name(store: Store) -> None:
 
 def test_a_field_without_effect_on_results_changes_nothing(store: Store) -> None:
     publish(store, graph_of())
-    assert plan.is_done(plan.make(graph_of("compute.threads=7", "pretrain.log_every=5"), store))
+    assert plan.is_done(plan.make(graph_of("compute.retries=7", "pretrain.log_every=5"), store))
 
 
 def test_another_corpus_reruns_everything_and_is_named(store: Store) -> None:

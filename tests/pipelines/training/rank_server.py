@@ -84,6 +84,9 @@ def each(rank: int, world: int) -> tuple[list[tuple[str, int, int]], list[list[s
     return cuts, [[name] for name in SHAPES]
 
 
+WRITE_S = 1.9
+"""A save that blocked for longer than this waited for a write that a test delays by two seconds."""
+
 LAYOUTS = {"whole": whole, "flat": flat, "each": each}
 
 
@@ -156,13 +159,15 @@ def train(
     checkpoints, optimizer = Checkpoints(Path(folder), keep), make(layout, rank, world)
     saved = checkpoints.load_latest(optimizer, rank=rank, world=world)
     done = saved["step"] if saved else 0
-    loaded = digests(optimizer, world, layout)
+    loaded, blocked = digests(optimizer, world, layout), []
     optimizer.set_active(active)
     for step in range(done, steps):
         update(optimizer, step)
         fault_point("train.after_step", step=step + 1)
         if (step + 1) % every == 0:
+            started = time.monotonic()
             checkpoints.save(step + 1, optimizer, {"note": f"at {step + 1}"}, rank=rank, world=world, wait=wait)
+            blocked.append(time.monotonic() - started > WRITE_S)
     checkpoints.finish()
     return {
         "resumed_at": done,
@@ -172,6 +177,7 @@ def train(
         "counters": optimizer.counters(),
         "fallbacks": checkpoints.fallbacks,
         "steps": checkpoints.steps(),
+        "blocked": blocked,
         "state_bytes": optimizer.state_bytes(),
     }
 

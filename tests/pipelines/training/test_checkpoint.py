@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from pipelines import artifact
 from pipelines.errors import ConfigError
@@ -23,7 +24,17 @@ SAVE_POINTS = [
     "artifact.after_rename",
     "checkpoint.during_pruning",
 ]
-LAYOUTS = [("whole", 1), ("whole", 2), ("flat", 1), ("flat", 2), ("each", 2), ("flat", 3), ("each", 3)]
+LAYOUTS = [
+    ("whole", 1),
+    ("whole", 2),
+    ("flat", 1),
+    ("flat", 2),
+    ("each", 2),
+    ("flat", 3),
+    ("each", 3),
+    ("flat", 4),
+    ("each", 4),
+]
 
 
 @pytest.fixture
@@ -129,6 +140,26 @@ def test_saving_in_the_background_gives_the_same_files(ranks: Run, tmp_path: Pat
         name = f"step-{step:08d}"
         quiet_files, files = (artifact.load(tmp_path / run / name).manifest.files for run in ("quiet", "run"))
         assert files == quiet_files
+
+
+def test_training_waits_for_the_copy_and_not_for_the_disk(ranks: Run, tmp_path: Path) -> None:
+    """Each rank's file takes two seconds; the save in the background gives back control long before."""
+    slow = [{"point": "checkpoint.mid_shard", "action": "delay", "seconds": 2.0, "rank": r} for r in (0, 1)]
+    done = ranks("train", 2, tmp_path / "behind", layout="flat", steps=2, wait=False, faults=slow).result
+    assert done["blocked"] == [False]
+    waited = ranks("train", 2, tmp_path / "ahead", layout="flat", steps=2, wait=True, faults=slow).result
+    assert waited["blocked"] == [True]
+
+
+def test_a_checkpoint_holds_safetensors_and_json_only(tmp_path: Path, quiet: dict[str, Any]) -> None:
+    """Nothing that could be code when it is read."""
+    files = [path for path in (tmp_path / "quiet").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    for path in files:
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        else:
+            assert load_file(path)
 
 
 # ---- kills ----------------------------------------------------------------------------------------------------------

@@ -118,6 +118,15 @@ def test_deepspeed_is_told_everything_and_left_nothing_to_guess() -> None:
     assert settings["zero_optimization"]["round_robin_gradients"] is False
     assert settings["zero_optimization"]["reduce_bucket_size"] == 1024
     assert "auto" not in json.dumps(settings)
+    assert "offload_optimizer" not in settings["zero_optimization"]
+
+
+def test_offload_is_asked_of_deepspeed_and_refused_without_sharding() -> None:
+    settings = deepspeed_settings(PretrainConfig(offload=True), 1000)
+    assert settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert settings["zero_force_ds_cpu_optimizer"] is False
+    with pytest.raises(ValueError, match="only sharded state can be offloaded; valid: 1, 2, 3"):
+        PretrainConfig(offload=True, zero_stage=0)
 
 
 @pytest.fixture(scope="module")

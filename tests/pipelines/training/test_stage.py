@@ -78,7 +78,7 @@ def stage(prepared: Artifact) -> Stage:
     def call(folder: Path, config: dict[str, Any]) -> Attempt:
         attempt = Attempt(folder)
         (folder / "out").mkdir(parents=True, exist_ok=True)
-        context = StageContext("pretrain", folder / "scratch", attempt.reports.append, {"threads": 1, "device": "cpu"})
+        context = StageContext("pretrain", folder / "scratch", attempt.reports.append, {"device": "cpu"})
         settings = PretrainConfig.model_validate(config)
         attempt.summary = run(settings, {"prepare": prepared}, attempt.out, context)
         return attempt
@@ -215,16 +215,14 @@ def test_a_missing_gpu_is_refused(prepared: Artifact, tmp_path: Path) -> None:
         make_job(PretrainConfig(), prepared, context)
 
 
-def test_ranks_share_the_cores_unless_threads_are_given(prepared: Artifact, tmp_path: Path) -> None:
-    jobs = [
-        make_job(
-            PretrainConfig(), prepared, StageContext("pretrain", tmp_path, compute={"device": "cpu", "threads": n})
-        )
-        for n in (0, 3)
-    ]
-    assert jobs[0].threads >= 1
-    assert environment(jobs[1])["OMP_NUM_THREADS"] == "3"
-    assert environment(jobs[1])["DS_ACCELERATOR"] == "cpu"
+def test_threads_are_identity_that_a_run_may_go_on_without(prepared: Artifact, tmp_path: Path) -> None:
+    """Sums over many elements are cut by threads: another number of them rounds in another order."""
+    one, three = PretrainConfig(), PretrainConfig(threads=3)
+    job = make_job(three, prepared, StageContext("pretrain", tmp_path, compute={"device": "cpu"}))
+    assert environment(job)["OMP_NUM_THREADS"] == environment(job)["MKL_NUM_THREADS"] == "3"
+    assert environment(job)["DS_ACCELERATOR"] == "cpu"
+    assert one.identity() != three.identity()
+    assert one.lineage() == three.lineage()
 
 
 def test_a_progress_line_shows_loss_rate_and_time_left() -> None:
