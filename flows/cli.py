@@ -112,7 +112,9 @@ def diff(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="models, runs, artifacts, recipes, compressors or optimizers.")],
+    what: Annotated[
+        str, typer.Argument(help="models, champions, runs, artifacts, recipes, compressors or optimizers.")
+    ],
     as_json: Json = False,
 ) -> None:
     """List what there is."""

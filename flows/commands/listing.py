@@ -1,4 +1,4 @@
-"""list: models, runs, artifacts, recipes, compressors, optimizers."""
+"""list: models, champions, runs, artifacts, recipes, compressors, optimizers."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def _models() -> Rows:
     from pipelines.registry import registry
 
     return registry.list_models(store().root)
+
+
+def _champions() -> Rows:
+    from pipelines.registry import champions
+
+    return champions.read(store().root)[::-1]
 
 
 def _runs() -> Rows:
@@ -98,6 +104,7 @@ def _first_line(source: Path) -> str:
 
 _LISTS: dict[str, tuple[Callable[[], Rows], list[str]]] = {
     "models": (_models, ["name", "version", "aliases", "path", "metrics"]),
+    "champions": (_champions, ["time", "model", "action", "version", "who", "why"]),
     "runs": (_runs, ["id", "status", "recipe", "started_at", "overrides"]),
     "artifacts": (_artifacts, ["fingerprint", "node", "size", "created_at", "path"]),
     "recipes": (_recipes, ["name", "description"]),

@@ -3,6 +3,7 @@
 evaluation.json        the numbers; the same inputs give the same bytes
 document_nats.npy      negative log likelihood of each document, for paired comparison with any other model
 document_bytes.npy     bytes of each document (of its masked tokens for an encoder)
+relative.npy           an encoder's documents seen from anchor documents; see `relative.py`
 task_outcomes.json     0 or 1 for each item of each task, for paired comparison
 tasks/                 the tasks as lm-eval reads them
 observations.json      latency, memory and time: not part of the result
@@ -26,13 +27,14 @@ from transformers import AutoTokenizer
 
 from pipelines.artifact import Artifact
 from pipelines.errors import ConfigError
-from pipelines.evaluation import baselines, comparison, heldout, probe, scoring, tasks, windows
+from pipelines.evaluation import baselines, comparison, heldout, probe, relative, scoring, tasks, windows
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.heldout import Heldout
 from pipelines.evaluation.scoring import Family, Scorer
 from pipelines.evaluation.windows import Batch
 from pipelines.stage import Progress, StageContext, Summary
 
+RELATIVE = "relative.npy"
 _PROBING = threading.Lock()
 """Two probes at once would measure each other."""
 
@@ -78,6 +80,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     outcomes = _run_tasks(config, held, scorer, model, out_dir, context, evaluation)
     if "parent_model" in inputs:
         evaluation["versus_parent"] = _versus_parent(config, inputs, scorer, plan, nats, outcomes)
+    _relate(config, inputs, held, scorer, out_dir, evaluation)
     observed = _probe(config, model, device, context)
     _write(out_dir, evaluation, outcomes, nats, plan.sizes, observed | {"wall_s": round(time.monotonic() - started, 3)})
     return _summary(evaluation, observed)
@@ -199,6 +202,24 @@ def _versus_parent(
         parent = scoring.load(inputs["parent_model"].path / "model", scorer.device)
         result |= scoring.divergence(parent, scorer, windows.take(plan.batches, config.kl_tokens))
     return result
+
+
+def _relate(
+    config: EvaluateConfig,
+    inputs: Mapping[str, Artifact],
+    held: Heldout,
+    scorer: Scorer,
+    out_dir: Path,
+    evaluation: dict[str, Any],
+) -> None:
+    """Write an encoder's relative representations, and enter how far a child's space is from its parent's."""
+    mine = relative.measure(scorer, held, config.context or int(held.index["sequence_length"]))
+    if mine is None:
+        return
+    np.save(out_dir / RELATIVE, mine, allow_pickle=False)
+    if "parent_evaluation" in inputs:
+        theirs = np.load(inputs["parent_evaluation"].path / RELATIVE, allow_pickle=False)
+        evaluation["versus_parent"]["relative"] = relative.compare(mine, theirs, **_bootstrap(config))
 
 
 def _probe(config: EvaluateConfig, model: Path, device: str, context: StageContext) -> dict[str, Any]:

@@ -23,9 +23,7 @@ Record = dict[str, Any]
 
 def append(store_root: Path, model: str, action: str, *, version: str | None, why: str, **facts: Any) -> Record:
     """Add one record, durably; a record that a power cut left unfinished is closed off, never merged with ours."""
-    record = {
-        "time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "who": f"{_user()}@{socket.gethostname()}",
+    record = signature() | {
         "model": model,
         "action": action,
         "version": version,
@@ -42,6 +40,12 @@ def append(store_root: Path, model: str, action: str, *, version: str | None, wh
         stream.flush()
         os.fsync(stream.fileno())
     return record
+
+
+def signature() -> dict[str, Any]:
+    """Return who acts, and when."""
+    now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+    return {"time": now, "who": f"{_user()}@{socket.gethostname()}"}
 
 
 def read(store_root: Path, model: str | None = None) -> list[Record]:

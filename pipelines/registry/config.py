@@ -62,6 +62,14 @@ class PromoteConfig(Settings):
     max_latency_ratio: float | None = Field(
         None, gt=0.0, description="A child's decode time over its parent's; None sets no limit (timings vary)."
     )
+    max_relative_distance: float | None = Field(
+        None,
+        gt=0.0,
+        le=2.0,
+        description="How far an encoder's embedding space may be from the champion's: mean absolute difference of "
+        "cosines to anchor documents, upper end of the interval; None sets no limit. For users who keep an index of "
+        "the champion's embeddings.",
+    )
     must_beat: tuple[str, ...] = Field(
         (), description="Null arms (gzip, xz, order1, ...) whose bits per byte the candidate must be below."
     )

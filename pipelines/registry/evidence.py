@@ -20,6 +20,7 @@ from pipelines.errors import GateRefused
 EVIDENCE_FILE = "evidence.json"
 NATS_FILE = "document_nats.npy"
 SIZES_FILE = "document_bytes.npy"
+RELATIVE_FILE = "relative.npy"
 OUTCOMES_FILE = "task_outcomes.json"
 TEST_SPLIT = "documents/test.jsonl.zst"
 PARENT = "pretrain"
@@ -56,6 +57,8 @@ class Evidence:
     decode_ms: float | None = None
     cache_bytes: float | None = None
     """Bytes of attention cache for each token; None for an encoder."""
+    relative: NDArray[np.float64] | None = None
+    """An encoder's documents seen from anchors [documents, anchors]; see `pipelines.evaluation.relative`."""
     truncated: bool = False
     method: str = "none"
     bits: float | None = None
@@ -67,9 +70,8 @@ class Evidence:
 
     def facts(self) -> dict[str, Any]:
         """Return everything but the arrays, as JSON values."""
-        return {
-            name: value for name, value in vars(self).items() if name not in {"nats", "sizes", "problems", "version"}
-        }
+        apart = {"nats", "sizes", "relative", "problems", "version"}
+        return {name: value for name, value in vars(self).items() if name not in apart}
 
 
 def read(inputs: Mapping[str, Artifact]) -> dict[str, Evidence]:
@@ -118,6 +120,7 @@ def of_artifacts(
         baselines=measured.get("baselines") or {},
         kl_nats=versus.get("kl_nats_per_token"),
         decode_ms=_decode_ms(evaluation),
+        relative=_load_if_there(evaluation.path / RELATIVE_FILE),
         cache_bytes=measured.get("cache_bytes_per_token"),
         truncated=bool(measured.get("truncated", False)),
         method=method,
@@ -131,6 +134,8 @@ def save(evidence: Evidence, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / NATS_FILE, evidence.nats, allow_pickle=False)
     np.save(folder / SIZES_FILE, evidence.sizes, allow_pickle=False)
+    if evidence.relative is not None:
+        np.save(folder / RELATIVE_FILE, evidence.relative, allow_pickle=False)
     text = json.dumps(evidence.facts(), indent=1, sort_keys=True)
     (folder / EVIDENCE_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -138,7 +143,9 @@ def save(evidence: Evidence, folder: Path) -> None:
 def load(folder: Path, version: str) -> Evidence:
     """Read back what `save` wrote."""
     facts = json.loads((folder / EVIDENCE_FILE).read_text(encoding="utf-8"))
-    return Evidence(**facts, nats=_load(folder / NATS_FILE), sizes=_load(folder / SIZES_FILE), version=version)
+    nats, sizes = _load(folder / NATS_FILE), _load(folder / SIZES_FILE)
+    relative = _load_if_there(folder / RELATIVE_FILE)
+    return Evidence(**facts, nats=nats, sizes=sizes, relative=relative, version=version)
 
 
 def footprint(model: Evidence, cache_tokens: int) -> float:
@@ -163,6 +170,10 @@ def _base(model: Artifact, by_digest: Mapping[str, Artifact]) -> str | None:
 
 def _load(path: Path) -> NDArray[Any]:
     return np.load(path, allow_pickle=False)
+
+
+def _load_if_there(path: Path) -> NDArray[Any] | None:
+    return _load(path) if path.is_file() else None
 
 
 def _decode_ms(evaluation: Artifact) -> float | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.evaluation import relative
 from pipelines.evaluation.comparison import Interval, paired_difference, paired_ratio
 from pipelines.registry.config import PromoteConfig
 from pipelines.registry.evidence import PARENT, Evidence, footprint
@@ -48,6 +49,8 @@ class Decision:
     checks: tuple[Check, ...]
     versus_champion: Mapping[str, float] | None = None
     """Candidate's bits per byte over the champion's: value, low, high."""
+    relative: Mapping[str, Any] | None = None
+    """How far the candidate's embedding space is from the champion's; see `pipelines.evaluation.relative`."""
 
     @property
     def broken(self) -> list[str]:
@@ -112,9 +115,12 @@ def decide(
     if (champion.fingerprint, champion.digest) == (candidate.fingerprint, candidate.digest):
         return _accept(candidate, "is the champion already", checks)
     if difference := _incomparable(candidate, champion):
-        return _without_comparison(candidate, difference, checks, config)
+        return _without_comparison(candidate, champion, difference, checks, config)
     ratio = paired_ratio(candidate.nats, champion.nats, candidate.sizes, confidence=config.confidence)
-    return _against_champion(candidate, champion, ratio, checks)
+    moved = _moved(candidate, champion, config.confidence)
+    if config.max_relative_distance is not None:
+        checks = [*checks, _compatible(moved, champion, config.max_relative_distance)]
+    return _against_champion(candidate, champion, ratio, checks, moved)
 
 
 def table(decision: Decision) -> str:
@@ -220,14 +226,37 @@ def _incomparable(one: Evidence, other: Evidence) -> str | None:
     return None
 
 
-def _without_comparison(candidate: Evidence, difference: str, checks: list[Check], config: PromoteConfig) -> Decision:
+def _without_comparison(
+    candidate: Evidence, champion: Evidence, difference: str, checks: list[Check], config: PromoteConfig
+) -> Decision:
     required = "the same documents (promote.allow_new_test_set=true goes on without)"
-    check = Check("comparable with champion", difference, required, config.allow_new_test_set)
+    checks = [*checks, Check("comparable with champion", difference, required, config.allow_new_test_set)]
+    if config.max_relative_distance is not None:
+        checks.append(_compatible(None, champion, config.max_relative_distance))
     rule = f"no comparison with the champion: {difference}"
-    return Decision(config.allow_new_test_set, candidate.name, rule, (*checks, check))
+    return Decision(all(check.passed for check in checks), candidate.name, rule, tuple(checks))
 
 
-def _against_champion(candidate: Evidence, champion: Evidence, ratio: Interval, checks: list[Check]) -> Decision:
+def _moved(candidate: Evidence, champion: Evidence, confidence: float) -> dict[str, Any] | None:
+    """Return how far the candidate's embedding space is from the champion's, where both were described."""
+    one, other = candidate.relative, champion.relative
+    if one is None or other is None or one.shape != other.shape:
+        return None
+    return relative.compare(one, other, confidence=confidence)
+
+
+def _compatible(moved: Mapping[str, Any] | None, champion: Evidence, limit: float) -> Check:
+    name, required = f"embedding distance to champion v{champion.version}", f"upper end at most {limit:g}"
+    if moved is None:
+        return Check(name, "not measured: encoders with 16 documents or more have one", required, passed=False)
+    distance = Interval(**moved["distance"])
+    found = f"{distance} (chance {moved['null_distance']:.4f})"
+    return Check(name, found, required, distance.high <= limit)
+
+
+def _against_champion(
+    candidate: Evidence, champion: Evidence, ratio: Interval, checks: list[Check], moved: Mapping[str, Any] | None
+) -> Decision:
     beats = ratio.high < 1.0
     related = candidate.base is not None and candidate.base in {champion.fingerprint, champion.base}
     required = "any: a child within budget of the champion's model" if related and not beats else "upper end below 1"
@@ -239,7 +268,8 @@ def _against_champion(candidate: Evidence, champion: Evidence, ratio: Interval, 
         if related
         else "must beat the champion beyond noise"
     )
-    return Decision(beats or related, candidate.name, rule, (*checks, check), ratio.to_json())
+    accepted = (beats or related) and all(check.passed for check in checks)
+    return Decision(accepted, candidate.name, rule, (*checks, check), ratio.to_json(), moved)
 
 
 def _accept(candidate: Evidence, rule: str, checks: list[Check]) -> Decision:

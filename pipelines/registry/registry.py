@@ -1,13 +1,14 @@
 """MLflow's model registry, used so that any step may be interrupted and repeated.
 
 A version is found again by fingerprint and digest before one is made; its bytes are fetched back and hashed before an
-alias moves; aliases move under a lease. So a promotion that is cut anywhere ends, when repeated, with one version, one
-champion and one line of champions.
+alias moves; aliases move under a lease, and only from the champion that the decision was about. So a promotion that is
+cut anywhere ends, when repeated, with one version, one champion and one line of champions.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ from pipelines.registry import champions, listing
 from pipelines.registry import evidence as evidence_of
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.package import MODEL_FOLDER, OURS
-from pipelines.tracking.client import connect, experiment_id, reachable
+from pipelines.tracking.client import connect, experiment_id, lease_folder, reachable
 from pipelines.tracking.config import TrackingConfig, resolve_uri
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 CHAMPION, CHALLENGER = "champion", "challenger"
 _LEASE_WAIT_S = 900.0
 _PROMOTES = "ingot.promotes"
+_CROWNED = "ingot.crowned"
 _KEY_DIGITS = 16
 
 
@@ -59,7 +61,7 @@ class Registry:
         version = str(found.version) if found is not None else None
         if version != (known["version"] if known else None):
             tags = found.tags if found is not None else {}
-            self._note(champions.OBSERVED, version, "alias found moved: by hand, or by a run that was cut off", tags)
+            self._note(champions.OBSERVED, version, _moved_by(tags), tags)
         return found
 
     def evidence(self, version: ModelVersion) -> Evidence:
@@ -128,18 +130,33 @@ class Registry:
             hint="the version was not promoted; check the registry's storage, then run `ingot promote` again",
         )
 
-    def crown(self, version: ModelVersion, why: str, facts: Mapping[str, Any]) -> None:
-        """Make a verified version the champion, and write it into the history once."""
+    def crown(self, version: ModelVersion, why: str, facts: Mapping[str, Any], *, over: ModelVersion | None) -> bool:
+        """Make a verified version the champion, and write it into the history once.
+
+        Args:
+            version: the new champion.
+            why: the rule that decided.
+            facts: more for the history.
+            over: the champion that it was judged against.
+
+        Returns:
+            False, with nothing changed, when another champion has taken over since: judge again.
+        """
         number = str(version.version)
         fault_point("promote.before_alias")
         previous = self._by_alias(CHAMPION)
-        self._client.set_registered_model_alias(self.model, CHAMPION, number)
+        holder = str(previous.version) if previous is not None else None
+        if holder not in {str(over.version) if over is not None else None, number}:
+            return False
+        if holder != number:
+            self._sign(number, why)
+            self._client.set_registered_model_alias(self.model, CHAMPION, number)
         fault_point("promote.after_alias")
         self.release(CHALLENGER, number)
         known = champions.champion(self.store_root, self.model)
         if known is None or known["version"] != number or known["action"] == champions.OBSERVED:
-            before = str(previous.version) if previous is not None else None
-            self._note(champions.PROMOTE, number, why, version.tags, previous=before, **facts)
+            self._note(champions.PROMOTE, number, why, version.tags, previous=holder, **facts)
+        return True
 
     def note_registered(self, version: ModelVersion) -> None:
         """Write a version that did not become champion into the history, once."""
@@ -172,9 +189,11 @@ class Registry:
             )
         number = standing[-2]["version"]
         tags = self._client.get_model_version(self.model, number).tags
-        self._client.set_registered_model_alias(self.model, CHAMPION, number)
         before = str(current.version)
-        return self._note(champions.ROLLBACK, number, why or f"rollback from version {before}", tags, previous=before)
+        why = why or f"rollback from version {before}"
+        self._sign(number, why)
+        self._client.set_registered_model_alias(self.model, CHAMPION, number)
+        return self._note(champions.ROLLBACK, number, why, tags, previous=before)
 
     def run_for(self, facts: Evidence, experiment: str) -> str:
         """Return the MLflow run that carries a model's files when tracking names none."""
@@ -198,6 +217,11 @@ class Registry:
             yield Path(place)
         finally:
             shutil.rmtree(scratch)
+
+    def _sign(self, number: str, why: str) -> None:
+        """Tag a version with who gives it the title, when and why: other stores see the registry, not our history."""
+        signature = champions.signature() | {"why": redact(why)}
+        self._client.set_model_version_tag(self.model, number, _CROWNED, json.dumps(signature, sort_keys=True))
 
     def _scratch(self) -> Path:
         folder = self.store_root / "scratch"
@@ -240,9 +264,20 @@ class Registry:
         return champions.append(self.store_root, self.model, action, version=version, why=redact(why), **about, **facts)
 
 
+def _moved_by(tags: Mapping[str, str]) -> str:
+    """Say what is known about an alias that another store, or somebody, moved."""
+    if _CROWNED not in tags:
+        return "alias found moved by hand"
+    signed = json.loads(tags[_CROWNED])
+    return f"alias found moved; {signed['who']} at {signed['time']}: {signed['why']}"
+
+
 @contextlib.contextmanager
 def opened(config: TrackingConfig, store_root: Path, model: str) -> Iterator[tuple[Registry, str]]:
     """Hold the right to change one registered model, and connect to it.
+
+    The lease lies beside a SQLite registry, so it holds between stores; for a server it holds within this store, and
+    `Registry.crown` looks once more at the champion before it moves the alias.
 
     Yields:
         The registry and the id of the experiment.
@@ -252,7 +287,7 @@ def opened(config: TrackingConfig, store_root: Path, model: str) -> Iterator[tup
         LockedError: another promotion takes longer than a quarter of an hour.
     """
     uri = resolve_uri(config, store_root)
-    lock = store_root / "leases" / f"registry-{model}.lock"
+    lock = lease_folder(uri, store_root) / f"registry-{model}.lock"
     with (
         lease.hold(lock, what=f"the registered model {model}", wait_s=_LEASE_WAIT_S),
         reachable(uri, what=f"registered model {model}"),

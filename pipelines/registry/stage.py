@@ -44,17 +44,20 @@ def run(config: PromoteConfig, inputs: Mapping[str, Artifact], out_dir: Path, co
     candidate, passed_over = gate.choose(models, config)
     tracking = TrackingConfig(**{k: v for k, v in context.tracking.items() if k in TrackingConfig.model_fields})
     with opened(tracking, context.store, config.model_name) as (registry, experiment):
-        holder = registry.champion()
-        champion = registry.evidence(holder) if holder is not None and "fingerprint" in holder.tags else None
-        decision = gate.decide(candidate, models, champion, config)
-        text = card.render(candidate, models, inputs, decision, config)
-        _write(decision, passed_over, text, out_dir)
-        if not decision.accepted:
-            _refuse(decision, registry, candidate)
-        run_id = context.tracking.get("run_id") or registry.run_for(candidate, experiment)
-        job = _Promotion(registry, inputs, models, run_id, context)
-        version = job.register(candidate, text)
-        registry.crown(version, decision.rule, {"versus_champion": decision.versus_champion, "run_id": run_id})
+        crowned = False
+        while not crowned:  # again when another champion took over while this one was being registered
+            holder = registry.champion()
+            champion = registry.evidence(holder) if holder is not None and "fingerprint" in holder.tags else None
+            decision = gate.decide(candidate, models, champion, config)
+            text = card.render(candidate, models, inputs, decision, config)
+            _write(decision, passed_over, text, out_dir)
+            if not decision.accepted:
+                _refuse(decision, registry, candidate)
+            run_id = context.tracking.get("run_id") or registry.run_for(candidate, experiment)
+            job = _Promotion(registry, inputs, models, run_id, context)
+            version = job.register(candidate, text)
+            facts = {"versus_champion": decision.versus_champion, "run_id": run_id}
+            crowned = registry.crown(version, decision.rule, facts, over=holder)
         if config.register_children:
             for child in gate.within_budget(models, config):
                 extra = job.register(child, card.render(child, models, inputs, decision, config))
@@ -108,6 +111,7 @@ def version_tags(facts: Evidence, model: Artifact, prepare: Artifact) -> dict[st
         "fingerprint": facts.fingerprint,
         "digest": facts.digest,
         "base": facts.base or "",
+        "parent": model.manifest.parents.get("model", ""),
         "method": facts.method,
         "bits": "" if facts.bits is None else f"{facts.bits:g}",
         "family": facts.family,
@@ -130,6 +134,8 @@ def _write(decision: Decision, passed_over: list[str], text: str, out_dir: Path)
 
 def _refuse(decision: Decision, registry: Registry, candidate: Evidence) -> None:
     broken = ", ".join(decision.broken)
+    if (known := registry.find(candidate)) is not None:
+        registry.release(CHALLENGER, str(known.version))
     champions.append(
         registry.store_root,
         registry.model,

@@ -63,10 +63,16 @@ def connect(config: TrackingConfig, store_root: Path) -> MlflowClient:
     if not uri.startswith("sqlite:"):
         return MlflowClient(uri, uri)
     Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    with lease.hold(store_root / "leases" / "mlflow.lock", what="MLflow's database", wait_s=MIGRATION_WAIT_S):
+    with lease.hold(lease_folder(uri, store_root) / "mlflow.lock", what="MLflow's database", wait_s=MIGRATION_WAIT_S):
         client = MlflowClient(uri, uri)
         client.get_experiment("0")
     return client
+
+
+def lease_folder(uri: str, store_root: Path) -> Path:
+    """Return where leases on an MLflow lie: beside a SQLite database, which stores may share; else in the store."""
+    database = Path(uri.removeprefix("sqlite:///"))
+    return (database.parent if uri.startswith("sqlite:") else store_root) / "leases"
 
 
 def experiment_id(client: MlflowClient, config: TrackingConfig, store_root: Path) -> str:

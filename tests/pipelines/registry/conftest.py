@@ -50,10 +50,12 @@ class World:
     Args:
         root: the store.
         model_folder: a model that loads.
+        uri: MLflow; by default a database in the store.
     """
 
-    def __init__(self, root: Path, model_folder: Path) -> None:
+    def __init__(self, root: Path, model_folder: Path, uri: str | None = None) -> None:
         self.root = root
+        self.tracking = {} if uri is None else {"uri": uri}
         self._model_folder = model_folder
         self.sizes = np.random.default_rng(1).integers(200, 3000, DOCUMENTS)
         self.difficulty = np.random.default_rng(2).uniform(0.8, 1.2, DOCUMENTS)
@@ -159,14 +161,14 @@ class World:
         out = out or self._build()
         scratch = self.root / "scratch" / "promote"
         scratch.mkdir(parents=True, exist_ok=True)
-        context = StageContext(node="promote", scratch=scratch, tracking={}, store=self.root)
+        context = StageContext(node="promote", scratch=scratch, tracking=self.tracking, store=self.root)
         return stage.run(PromoteConfig(**config), inputs, out, context)
 
     def client(self) -> Any:
         """Return a second connection to MLflow."""
         from mlflow import MlflowClient
 
-        return MlflowClient(f"sqlite:///{self.root}/mlflow.db")
+        return MlflowClient(self.tracking.get("uri", f"sqlite:///{self.root}/mlflow.db"))
 
     def _build(self) -> Path:
         self._built += 1
@@ -194,3 +196,9 @@ class World:
 def world(store_root: Path, model_folder: Path) -> World:
     """A store with a prepared corpus."""
     return World(store_root, model_folder)
+
+
+@pytest.fixture
+def second_world(world: World, model_folder: Path, tmp_path: Path) -> World:
+    """Another store, whose models are registered in the same MLflow."""
+    return World(tmp_path / "second", model_folder, f"sqlite:///{world.root}/mlflow.db")

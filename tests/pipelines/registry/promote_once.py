@@ -17,7 +17,7 @@ root, out = Path(job["store"]), Path(job["out"])
 out.mkdir(parents=True, exist_ok=True)
 (out / "scratch").mkdir(exist_ok=True)
 inputs = {name: artifact.load(Path(path)) for name, path in job["inputs"].items()}
-context = StageContext(node="promote", scratch=out / "scratch", tracking={}, store=root)
+context = StageContext(node="promote", scratch=out / "scratch", tracking=job["tracking"], store=root)
 try:
     print(json.dumps(stage.run(PromoteConfig(), inputs, out, context)))
 except IngotError as error:

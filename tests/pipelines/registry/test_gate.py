@@ -268,3 +268,48 @@ def test_the_smallest_child_is_that_which_needs_the_fewest_bytes_in_service() ->
 def test_models_without_a_cache_count_their_bytes_on_disk() -> None:
     child = child_of_parent()
     assert decide(child, family(child), None, PromoteConfig(cache_tokens=10_000)).accepted
+
+
+def spaces(noise: float) -> tuple[np.ndarray, np.ndarray]:
+    """Two descriptions of 40 documents by 10 anchors, `noise` apart."""
+    generator = np.random.default_rng(0)
+    one = generator.uniform(-1, 1, (40, 10))
+    return one, one + noise * generator.uniform(-1, 1, (40, 10))
+
+
+@pytest.mark.parametrize(("noise", "accepted"), [(0.02, True), (0.5, False)])
+def test_an_embedding_space_too_far_from_the_champions_is_refused_when_there_is_a_limit(
+    noise: float, accepted: bool
+) -> None:
+    mine, theirs = spaces(noise)
+    better = model("better", 1.8, family="encoder", relative=mine)
+    champion = model("old", 2.05, version="3", family="encoder", relative=theirs)
+    free = decide(better, {"pretrain": better}, champion, CONFIG)
+    assert free.accepted
+    assert free.relative is not None
+    assert free.relative["distance"]["value"] == pytest.approx(float(np.abs(mine - theirs).mean()))
+    bound = decide(better, {"pretrain": better}, champion, PromoteConfig(max_relative_distance=0.1))
+    assert bound.accepted is accepted
+    assert bound.broken == ([] if accepted else ["embedding distance to champion v3"])
+    assert f"chance {free.relative['null_distance']:.4f}" in table(bound)
+
+
+def test_a_limit_on_the_embedding_space_needs_a_measurement() -> None:
+    mine, _ = spaces(0.0)
+    config = PromoteConfig(max_relative_distance=0.1, allow_new_test_set=True)
+    for champion in (CHAMPION, replace(CHAMPION, relative=mine[:-1]), replace(CHAMPION, test_digest="u" * 64)):
+        better = model("better", 1.8, relative=mine)
+        decision = decide(better, {"pretrain": better}, champion, config)
+        assert decision.broken == ["embedding distance to champion v3"]
+        assert "not measured" in table(decision)
+    assert decide(better, {"pretrain": better}, None, config).accepted
+
+
+def test_the_description_of_a_space_survives_the_registry(tmp_path: Any) -> None:
+    mine, _ = spaces(0.0)
+    save(replace(PARENT, relative=mine), tmp_path)
+    again = load(tmp_path, "7")
+    assert again.relative is not None
+    assert np.array_equal(again.relative, mine)
+    save(PARENT, tmp_path / "plain")
+    assert load(tmp_path / "plain", "7").relative is None
