@@ -38,6 +38,8 @@ calibration: Calibration = "gradients"
 paper = "Hooper et al. 2024, KVQuant: Towards 10 Million Context Length LLM Inference (arXiv 2401.18079)"
 
 _HALF_MAX = 65504.0
+_SAME = 1e-4
+"""Entries nearer than this share of a channel's spread may be one number, rounded in two ways."""
 _ROUNDS = 60
 """Lloyd iterations; on the calibration samples of the tests the codebook stands still after 20 to 40."""
 
@@ -319,11 +321,7 @@ def fit_keys(x_NC: Tensor, fisher_NC: Tensor, config: Config) -> Quantizer:
     if config.keys == "token":
         return fit_values(x_NC, fisher_NC, config)
     _check(x_NC, config)
-    tails = config.outliers / 2
-    order = torch.sort(x_NC.float(), dim=0).values
-    last = len(order) - 1
-    ends = (round(tails * last), last - round(tails * last))
-    range_2C = torch.stack([order[ends[0]], order[ends[1]]])
+    range_2C = channel_ranges(x_NC.float(), config.outliers)
     dense = (x_NC >= range_2C[0]) & (x_NC <= range_2C[1])
     codebook = _codebook(x_NC, range_2C[:1], range_2C[1:], dense, fisher_NC, config)
     return Quantizer(config.bits, codebook, config.outliers, range_2C)
@@ -336,6 +334,29 @@ def fit_values(x_NC: Tensor, fisher_NC: Tensor, config: Config) -> Quantizer:
     ranges = dense_range(x_NC.float(), apart).float()
     codebook = _codebook(x_NC, ranges[:, :1], ranges[:, 1:], ~apart, fisher_NC, config)
     return Quantizer(config.bits, codebook, config.outliers)
+
+
+def channel_ranges(x_NC: Tensor, share: float) -> Tensor:
+    """Return the lowest and highest dense entry of each channel [2, C], with `share` of the entries beyond them.
+
+    An end lies halfway to the first outlier, or a little beyond the last entry, never on one: the keys of the first
+    block are functions of the token alone, so the very same numbers come back later, and rounding must not decide
+    whether they are outliers.
+    """
+    order = torch.sort(x_NC, dim=0).values
+    if share == 0:
+        return torch.stack([order[0], order[-1]])
+    beyond, last = round(share / 2 * (len(order) - 1)), len(order) - 1
+    low, high = order[beyond], order[last - beyond]
+    same = _SAME * (order[-1] - order[0])
+    under = order.masked_fill(order >= low - same, -torch.inf).amax(0)
+    over = order.masked_fill(order <= high + same, torch.inf).amin(0)
+    return torch.stack(
+        [
+            torch.where(torch.isfinite(under), (low + under) / 2, low - same),
+            torch.where(torch.isfinite(over), (high + over) / 2, high + same),
+        ]
+    )
 
 
 def _codebook(x: Tensor, low: Tensor, high: Tensor, dense: Tensor, fisher: Tensor, config: Config) -> Codebook:

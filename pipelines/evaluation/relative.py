@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 MAX_ANCHORS, MAX_DOCUMENTS = 64, 512
 NEIGHBOURS = 5
-FEWEST = 16
+FEWEST = 12
 """Documents below which nothing is measured: too few for anchors and neighbours."""
 
 

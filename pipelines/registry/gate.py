@@ -248,7 +248,9 @@ def _moved(candidate: Evidence, champion: Evidence, confidence: float) -> dict[s
 def _compatible(moved: Mapping[str, Any] | None, champion: Evidence, limit: float) -> Check:
     name, required = f"embedding distance to champion v{champion.version}", f"upper end at most {limit:g}"
     if moved is None:
-        return Check(name, "not measured: encoders with 16 documents or more have one", required, passed=False)
+        return Check(
+            name, f"not measured: only for encoders, on {relative.FEWEST} documents or more", required, passed=False
+        )
     distance = Interval(**moved["distance"])
     found = f"{distance} (chance {moved['null_distance']:.4f})"
     return Check(name, found, required, distance.high <= limit)

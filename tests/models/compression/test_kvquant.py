@@ -143,6 +143,19 @@ def test_the_outliers_of_keys_are_what_lies_beyond_the_range_and_stay_exact() ->
     assert torch.equal(quantizer.decode(rows)[apart], x[apart].half().float())
 
 
+def test_no_entry_lies_on_the_end_of_a_range_that_has_outliers_beyond() -> None:
+    """Numbers that come back with another rounding fall on the same side."""
+    x = torch.randint(-6, 7, (200, 8), generator=torch.Generator().manual_seed(0)).float()
+    low, high = kvquant.channel_ranges(x, 0.1)
+    apart = (x < low) | (x > high)
+    assert bool(apart.any())
+    for shift in (-1e-4, 1e-4):
+        assert torch.equal((x + shift < low) | (x + shift > high), apart)
+    low, high = kvquant.channel_ranges(x, 0.001)
+    assert not bool(((x - 1e-4 < low) | (x + 1e-4 > high)).any()), "all ends are shared by many entries"
+    assert torch.equal(kvquant.channel_ranges(x, 0.0), torch.stack([x.amin(0), x.amax(0)]))
+
+
 @pytest.mark.parametrize("side", ["keys", "values"])
 @pytest.mark.parametrize("bits", [2, 3])
 def test_each_step_of_the_method_lowers_the_weighted_error(side: str, bits: Any) -> None:
