@@ -35,6 +35,8 @@ from pipelines.evaluation.comparison import paired_ratio
 from pipelines.stage import Progress, StageContext, Summary
 
 _BATCH = 8
+_OF_THE_CHILD = {"name", "method", "from_", "parameters"}
+"""Keys of the configuration that candidates have of their own; the others are the engine's."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,8 @@ class _Bench:
 
     def candidate(self, method: str, bits: int, group_size: int) -> CompressConfig:
         """Return the configuration of one candidate: the engine's keys are those of the search."""
-        own = {key: getattr(self._config, key) for key in ("samples", "seed", "skip", "embeddings")}
-        return CompressConfig.model_validate({**own, "method": method, "bits": bits, "group_size": group_size})
+        engine = {key: getattr(self._config, key) for key in CompressConfig.model_fields.keys() - _OF_THE_CHILD}
+        return CompressConfig.model_validate({**engine, "method": method, "bits": bits, "group_size": group_size})
 
     def fits(self, method: str, group_size: int, bits: int) -> bool:
         """Return whether a candidate is within budget."""
