@@ -67,6 +67,12 @@ class RunConfig(Settings):
         return [c for i, c in enumerate(value) if c not in value[:i]] if isinstance(value, list) else value
 
     @model_validator(mode="after")
+    def _tokenizer_has_a_model(self) -> RunConfig:
+        if self.prepare.tokenizer == "start" and not self.pretrain.from_:
+            raise ValueError("prepare.tokenizer = 'start' takes the tokenizer of pretrain.from, which is not set")
+        return self
+
+    @model_validator(mode="after")
     def _children_have_names_of_their_own(self) -> RunConfig:
         names = [child.name for child in self.compress]
         for name in names:

@@ -67,13 +67,12 @@ def start_of(config: RunConfig, store_root: Path) -> Source | None:
 
 def nodes(config: RunConfig, start: Source | None = None) -> list[Node]:
     """Return the nodes in an order in which each comes after its inputs."""
-    graph = [Node("prepare", STAGES["prepare"], PrepareJob(data=config.data, prepare=config.prepare))]
-    reads = {"prepare": "prepare"}
-    if start is not None:
-        graph.append(_fetching(start))
-        reads["start"] = "fetch"
+    fetched = {} if start is None else {"start": "fetch"}
+    tokenizer = fetched if config.prepare.tokenizer == "start" else {}
+    graph = [] if start is None else [_fetching(start)]
     graph += [
-        Node("pretrain", STAGES["pretrain"], config.pretrain, reads),
+        Node("prepare", STAGES["prepare"], PrepareJob(data=config.data, prepare=config.prepare), tokenizer),
+        Node("pretrain", STAGES["pretrain"], config.pretrain, {"prepare": "prepare", **fetched}),
         Node("evaluate.pretrain", STAGES["evaluate"], config.evaluate, {"prepare": "prepare", "model": "pretrain"}),
     ]
     models = {"pretrain": "pretrain"}
@@ -119,6 +118,6 @@ def identify(config: RunConfig, data_hash: str, start: Source | None = None) -> 
     for node in nodes(config, start):
         keys = {name: identified[source].fingerprint for name, source in node.inputs.items()}
         if node.name == "prepare":
-            keys = {"data": data_hash}
+            keys["data"] = data_hash
         identified[node.name] = Identified(node, node.stage.identity(node.config, keys), keys)
     return identified

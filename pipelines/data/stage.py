@@ -31,7 +31,7 @@ _ENCODE_BATCH = 64
 """Documents tokenized at a time: the bound on texts in memory while packing."""
 
 
-def run(config: PrepareJob, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:  # noqa: ARG001 - the stage contract
+def run(config: PrepareJob, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
     """Prepare the corpus; see the module for the steps and `tokenizer/`, `index.json`, `report.json` for the result.
 
     Raises:
@@ -40,11 +40,25 @@ def run(config: PrepareJob, inputs: Mapping[str, Artifact], out_dir: Path, conte
     """
     context.scratch.mkdir(parents=True, exist_ok=True)
     corpus = versioning.checkout_corpus(config.data, context.scratch)
-    return prepare(corpus, config.prepare, out_dir, context)
+    start = inputs.get("start")
+    return prepare(corpus, config.prepare, out_dir, context, known=start.path / "model" if start is not None else None)
 
 
-def prepare(corpus: versioning.Corpus, config: PrepareConfig, out_dir: Path, context: StageContext) -> Summary:
+def prepare(
+    corpus: versioning.Corpus,
+    config: PrepareConfig,
+    out_dir: Path,
+    context: StageContext,
+    known: Path | None = None,
+) -> Summary:
     """Prepare files that were verified before; they are verified again as they are read.
+
+    Args:
+        corpus: the files.
+        config: what to do with them.
+        out_dir: where the result goes.
+        context: of the stage.
+        known: model folder whose tokenizer is taken; None trains one.
 
     Raises:
         IntegrityError: the files changed, are empty, have too many malformed records, or are too few.
@@ -59,7 +73,8 @@ def prepare(corpus: versioning.Corpus, config: PrepareConfig, out_dir: Path, con
     say(2, "dividing works among splits")
     groups = _split(found, first_of_cluster, config, out_dir, tally)
     say(3, f"{tally.documents('train')} documents to learn from")
-    trained = tokenizer.train(_texts(out_dir, "train"), config.vocab_size)
+    learn = known is None
+    trained = tokenizer.train(_texts(out_dir, "train"), config.vocab_size) if learn else tokenizer.load(known)
     tokenizer.save(trained, out_dir / TOKENIZER, config.sequence_length)
     say(4, f"{trained.get_vocab_size()} tokens in the vocabulary")
     index = _pack(trained, out_dir, config, tally)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from pipelines.errors import ConfigError
+
 BOS, EOS, PAD, MASK = "<|bos|>", "<|eos|>", "<|pad|>", "<|mask|>"
 SPECIAL_TOKENS = (BOS, EOS, PAD, MASK)
 """Their ids are their positions here: 0 to 3."""
@@ -36,6 +38,25 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load(folder: Path) -> Tokenizer:
+    """Return the tokenizer of a model folder, to pack another corpus with.
+
+    Raises:
+        ConfigError: there is none, or its special tokens are not those that packing puts in.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder} has no tokenizer.json", hint="set prepare.tokenizer to train")
+    tokenizer = Tokenizer.from_file(str(path))
+    found = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
+    if found != list(range(len(SPECIAL_TOKENS))):
+        raise ConfigError(
+            f"the tokenizer of {folder} gives {', '.join(SPECIAL_TOKENS)} the ids {found}, 0 to 3 are needed",
+            hint="only tokenizers that Ingot trained can pack another corpus",
+        )
     return tokenizer
 
 

@@ -1,7 +1,7 @@
 """Where training starts from: a registered model, an artifact or a Hugging Face folder, pinned to its bytes.
 
 `models:/NAME@champion` names other weights tomorrow. What enters an identity is therefore the digest of the weight
-files, found out when the plan is made; the name that led to them is only remembered.
+files and the tokenizer, found out when the plan is made; the name that led to them is only remembered.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Source:
     place: str
     """`models:/NAME/VERSION`, or the folder."""
     weights: str
-    """sha256 over the weight files."""
+    """sha256 over the weight files and the tokenizer."""
     origin: str
     """Fingerprint of the artifact that the weights come from; empty for a folder that is none."""
     note: str
@@ -92,17 +92,17 @@ def opened(place: str, config: TrackingConfig, store_root: Path) -> Iterator[Pat
 
 
 def folder_digest(folder: Path) -> str:
-    """Return the sha256 over the weight files of a model folder."""
-    return weights_digest({path.name: fingerprint.hash_file(path) for path in folder.iterdir() if _is_weights(path)})
+    """Return the sha256 over the weight files of a model folder and its tokenizer."""
+    return weights_digest({path.name: fingerprint.hash_file(path) for path in folder.iterdir() if _counts(path)})
 
 
 def weights_digest(files: Mapping[str, str]) -> str:
-    """Return the sha256 over the weight files among `files`, file name -> sha256.
+    """Return the sha256 over the weight files and the tokenizer among `files`, file name -> sha256.
 
     Raises:
         ConfigError: there are none.
     """
-    weights = {name: sha for name, sha in files.items() if _is_weights(Path(name))}
+    weights = {name: sha for name, sha in files.items() if _counts(Path(name))}
     if not any(name.endswith(".safetensors") for name in weights):
         raise ConfigError(
             "the model to start from holds no safetensors weights",
@@ -140,8 +140,9 @@ def _inside(name: str) -> str:
     return name.removeprefix(f"{MODEL_FOLDER}/") if name.startswith(f"{MODEL_FOLDER}/") else ""
 
 
-def _is_weights(path: Path) -> bool:
-    return path.suffix == ".safetensors" or path.name == _RECORD
+def _counts(path: Path) -> bool:
+    """Tell whether a file says what the model computes, and of which tokens."""
+    return path.suffix == ".safetensors" or path.name in {_RECORD, "tokenizer.json"}
 
 
 @contextlib.contextmanager

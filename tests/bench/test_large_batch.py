@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def test_every_cell_shows_as_many_sequences_and_the_largest_batch_has_300_steps(
     batches = bench.PRESETS[preset].batches
     assert {cell.steps * cell.batch for cell in cells} == {300 * batches[-1]}
     assert min(cell.steps for cell in cells) >= 300
-    assert [large // small for small, large in zip(batches, batches[1:], strict=False)] == [4] * (len(batches) - 1)
+    assert [large // small for small, large in itertools.pairwise(batches)] == [4] * (len(batches) - 1)
     assert batches[-1] >= 16 * batches[0]
 
 

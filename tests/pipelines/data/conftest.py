@@ -77,17 +77,17 @@ def write_shard() -> Callable[[Path, Records], Path]:
 
 @pytest.fixture
 def prepare(tmp_path: Path) -> Callable[..., Path]:
-    """Return a runner of the stage's body: (corpus folder, **prepare settings) -> folder of the result."""
+    """Return a runner of the stage's body: (corpus folder, a tokenizer, **prepare settings) -> folder of the result."""
     runs = iter(range(1000))
 
-    def run(data: Path, **settings: Any) -> Path:
+    def run(data: Path, known: Path | None = None, **settings: Any) -> Path:
         number = next(runs)
         config = PrepareConfig(**{"vocab_size": 300, "sequence_length": 16, "workers": 1, **settings})
         found = versioning.hash_files(data)
         out = tmp_path / f"out-{number}"
         out.mkdir()
         context = StageContext("prepare", tmp_path / f"scratch-{number}")
-        stage.prepare(versioning.Corpus(data, versioning.hash_tree(found), found), config, out, context)
+        stage.prepare(versioning.Corpus(data, versioning.hash_tree(found), found), config, out, context, known)
         return out
 
     return run

@@ -239,3 +239,24 @@ def test_decoding_the_packed_test_split_gives_its_documents_back(bundled: Path) 
     whole = len(decoded) - 1
     assert [text.removeprefix("<|bos|>") for text in decoded[:whole]] == texts[:whole]
     assert len(texts) - whole <= 1
+
+
+def test_another_corpus_is_packed_with_the_tokenizer_of_a_model(
+    tmp_path: Path,
+    make_documents: Callable[..., Records],
+    write_shard: Callable[..., Path],
+    prepare: Callable[..., Path],
+) -> None:
+    records = make_documents(120, words=60)
+    upper = [{**record, "text": record["text"].upper()} for record in records]
+    first = prepare(write_shard(tmp_path / "one" / "a.jsonl", records).parent)
+    other = write_shard(tmp_path / "two" / "a.jsonl", upper).parent
+    tuned, own = prepare(other, first / "tokenizer", vocab_size=260), prepare(other)
+    assert (tuned / "tokenizer/tokenizer.json").read_bytes() == (first / "tokenizer/tokenizer.json").read_bytes()
+    assert (own / "tokenizer/tokenizer.json").read_bytes() != (first / "tokenizer/tokenizer.json").read_bytes()
+    words = Tokenizer.from_file(str(first / "tokenizer/tokenizer.json"))
+    index = json.loads((tuned / "index.json").read_text())
+    assert index["vocab_size"] == words.get_vocab_size() == json.loads((first / "index.json").read_text())["vocab_size"]
+    shown = words.decode(ShardReader(tuned, "train").take(np.arange(3)).ravel().tolist())
+    document = kept(tuned)["train"][0].text
+    assert shown[:20] == document[:20]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from pipelines.data import spool, tokenizer
+from pipelines.errors import ConfigError
 from pipelines.provenance import CHECKOUT
 
 TEXTS = [
@@ -99,3 +100,17 @@ def test_training_is_the_same_with_any_number_of_threads_and_in_any_process(tmp_
         )
     first, *others = ((tmp_path / threads).read_bytes() for threads in ("1", "2", "7"))
     assert all(other == first for other in others)
+
+
+def test_a_saved_tokenizer_is_loaded_and_one_with_other_special_tokens_refused(
+    trained: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(trained, tmp_path / "ours", 64)
+    assert tokenizer.load(tmp_path / "ours").get_vocab() == trained.get_vocab()
+    (tmp_path / "theirs").mkdir()
+    foreign = json.loads((tmp_path / "ours" / "tokenizer.json").read_text().replace("<|mask|>", "[MASK]"))
+    (tmp_path / "theirs" / "tokenizer.json").write_text(json.dumps(foreign))
+    with pytest.raises(ConfigError, match=r"the ids \[0, 1, 2, None\], 0 to 3 are needed"):
+        tokenizer.load(tmp_path / "theirs")
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        tokenizer.load(tmp_path)
