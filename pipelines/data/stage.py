@@ -73,8 +73,9 @@ def prepare(
     say(2, "dividing works among splits")
     groups = _split(found, first_of_cluster, config, out_dir, tally)
     say(3, f"{tally.documents('train')} documents to learn from")
-    learn = known is None
-    trained = tokenizer.train(_texts(out_dir, "train"), config.vocab_size) if learn else tokenizer.load(known)
+    trained = (
+        tokenizer.load(known) if known is not None else tokenizer.train(_texts(out_dir, "train"), config.vocab_size)
+    )
     tokenizer.save(trained, out_dir / TOKENIZER, config.sequence_length)
     say(4, f"{trained.get_vocab_size()} tokens in the vocabulary")
     index = _pack(trained, out_dir, config, tally)
