@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.config import RunConfig
+from models.compression.trained import TrainedConfig
 from pipelines import fingerprint
 from pipelines.data.config import PrepareJob
 from pipelines.registry.config import FetchConfig
@@ -79,7 +80,10 @@ def nodes(config: RunConfig, start: Source | None = None) -> list[Node]:
     for child in config.compress:
         source = models[child.from_ or "pretrain"]
         models[child.name] = f"compress.{child.name}"
-        graph.append(Node(models[child.name], STAGES["compress"], child, {"prepare": "prepare", "model": source}))
+        reads = {"prepare": "prepare", "model": source}
+        if child.from_ and isinstance(child.parameters, TrainedConfig) and child.parameters.taught:
+            reads["teacher"] = "pretrain"
+        graph.append(Node(models[child.name], STAGES["compress"], child, reads))
         graph.append(_evaluation_of(child.name, models[child.name], config))
     inputs = {"prepare": "prepare"}
     for name, model in models.items():

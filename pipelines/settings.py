@@ -22,26 +22,25 @@ class Settings(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that can change a result, as JSON values: what enters a fingerprint."""
-        return self._chosen(lambda extra: extra.get("identity") is not False)
+        return _fields(self, lambda extra: extra.get("identity") is not False)
 
     def lineage(self) -> dict[str, Any]:
         """Return the identity without elastic fields: runs that agree in it can go on from each other's state."""
-        return self._chosen(lambda extra: extra.get("identity") is not False and not extra.get("elastic"))
+        return _fields(self, lambda extra: extra.get("identity") is not False and not extra.get("elastic"))
 
-    def _chosen(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        extras = {name: field.json_schema_extra for name, field in type(self).model_fields.items()}
-        return {
-            name: _as_json(getattr(self, name), wanted)
-            for name, extra in extras.items()
-            if wanted(extra if isinstance(extra, dict) else {})
-        }
+
+def _fields(section: BaseModel, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    extras = {name: field.json_schema_extra for name, field in type(section).model_fields.items()}
+    return {
+        name: _as_json(getattr(section, name), wanted)
+        for name, extra in extras.items()
+        if wanted(extra if isinstance(extra, dict) else {})
+    }
 
 
 def _as_json(value: Any, wanted: Callable[[dict[str, Any]], bool]) -> Any:
-    if isinstance(value, Settings):
-        return value._chosen(wanted)  # noqa: SLF001 - of the class above
     if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
+        return _fields(value, wanted)
     if isinstance(value, list | tuple):
         return [_as_json(child, wanted) for child in value]
     if isinstance(value, dict):

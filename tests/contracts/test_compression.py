@@ -134,13 +134,16 @@ def test_missing_calibration_is_refused_by_name(method: ModuleType, layer: Any) 
 
 @pytest.fixture(scope="module")
 def prepare(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A train split of random tokens."""
+    """Splits of random tokens, one to train and calibrate on and one to compare on."""
     folder = tmp_path_factory.mktemp("prepare") / "build"
     folder.mkdir()
     tokens = torch.randint(0, 60, (8, 32), generator=torch.Generator().manual_seed(0)).numpy()
-    entries = shards.write([tokens], folder, "train", sequence_length=32, dtype="uint16", shard_bytes=4096)
+    splits = {
+        name: {"shards": shards.write([tokens], folder, name, sequence_length=32, dtype="uint16", shard_bytes=4096)}
+        for name in ("train", "validation")
+    }
     index = {"format": 1, "sequence_length": 32, "vocab_size": 64, "dtype": "uint16"} | IDS
-    (folder / "index.json").write_text(json.dumps(index | {"splits": {"train": {"shards": entries}}}))
+    (folder / "index.json").write_text(json.dumps(index | {"splits": splits}))
     return _publish(folder)
 
 
@@ -175,6 +178,40 @@ def test_both_families_are_compressed_or_refused_by_name(
     assert bool(torch.isfinite(logits).all())
     for layer_name in report["layers"]:
         assert torch.equal(model.get_parameter(f"{layer_name}.weight"), reader.dense(f"{layer_name}.weight"))
+
+
+@pytest.mark.parametrize("name", registry.names("training"))
+def test_a_method_that_trains_packs_the_same_child_twice_and_counts_its_bytes(
+    name: str, prepare: Artifact, parent: Artifact, tmp_path: Path
+) -> None:
+    """Without a step of training, which is tested where ranks are: `tests/pipelines/compression/test_training.py`."""
+    config = CompressConfig.model_validate({"method": name, "steps": 0, "controls": False})
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        context = StageContext(node="compress.x", scratch=tmp_path / place / "scratch", compute={"device": "cpu"})
+        run(config, {"prepare": prepare, "model": parent}, tmp_path / place, context)
+    one, two = (sorted((tmp_path / place / "model").glob("*")) for place in ("one", "two"))
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+    report = json.loads((tmp_path / "one" / "compression.json").read_text())
+    assert report["totals"]["bytes"] == sum(path.stat().st_size for path in one if path.suffix == ".safetensors")
+    assert report["totals"]["layers"] == len(report["layers"]) > 0
+    assert report["held_out"]["child"]["perplexity_ratio"]["value"] > 0
+    with torch.no_grad():
+        logits = load_model(tmp_path / "one" / "model")(input_ids=torch.arange(32).unsqueeze(0)).logits
+    assert bool(torch.isfinite(logits).all())
+
+
+@pytest.mark.parametrize("name", registry.names("training"))
+def test_the_null_arms_of_a_method_that_trains_are_children_that_can_be_made(name: str) -> None:
+    module = registry.get(name)
+    for changes in ({}, {"depth": 2}) if name == "sortednet" else ({},):
+        config = module.Config.model_validate(changes)
+        arms = module.controls(config)
+        assert bool(arms) != bool(module.not_informative)
+        for table in arms.values():
+            arm = CompressConfig.model_validate(table).parameters
+            assert not getattr(arm, "controls", False), "an arm has no arms of its own"
+            assert getattr(arm, "steps", 0) in (0, config.steps)
 
 
 def _publish(folder: Path) -> Artifact:

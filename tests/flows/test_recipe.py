@@ -19,7 +19,9 @@ def test_every_recipe_that_ships_is_valid_and_described(name: str) -> None:
 
 
 def test_the_agreed_recipes_exist() -> None:
-    assert {"smoke", "bench", "demo", "demo-long", "demo-encoder", "bert-lamb", "decoder-lamb"} <= set(recipe.names())
+    assert {"smoke", "bench", "demo", "demo-long", "demo-encoder", "demo-qat", "bert-lamb", "decoder-lamb"} <= set(
+        recipe.names()
+    )
 
 
 def test_an_extended_recipe_keeps_what_it_does_not_replace() -> None:
@@ -103,3 +105,27 @@ def test_a_recipe_of_ones_own_extends_one_that_ships(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('extends = "smoke"\n[pretrain]\nsteps = 41\n')
     assert recipe.resolve(str(path)).pretrain.steps == 41
+
+
+def test_the_chain_of_the_qat_recipe_is_planned_with_the_pretrained_model_as_teacher() -> None:
+    """Prune, distil, quantize: each child starts from the one before it, and only distillation has a teacher."""
+    from flows.graph import identify
+
+    planned = identify(recipe.resolve("demo-qat"), "0" * 32)
+    inputs = {name: dict(planned[f"compress.{name}"].node.inputs) for name in ("pruned", "distilled", "distilled-3bit")}
+    assert inputs["pruned"] == {"prepare": "prepare", "model": "pretrain"}
+    assert inputs["distilled"] == {"prepare": "prepare", "model": "compress.pruned", "teacher": "pretrain"}
+    assert inputs["distilled-3bit"] == {"prepare": "prepare", "model": "compress.distilled"}
+
+
+def test_ranks_of_a_trained_child_are_identity_but_do_not_part_it_from_its_unfinished_work() -> None:
+    from flows.graph import identify
+
+    one, other = (
+        identify(recipe.resolve("demo-qat", [f"compress.1.{key}={value}"]), "0" * 32)["compress.distilled"]
+        for key, value in (("world_size", 2), ("world_size", 1))
+    )
+    assert one.fingerprint != other.fingerprint
+    assert one.lineage == other.lineage
+    quieter = identify(recipe.resolve("demo-qat", ["compress.1.checkpoint_every=7"]), "0" * 32)["compress.distilled"]
+    assert quieter.fingerprint == one.fingerprint

@@ -22,7 +22,7 @@ from pipelines.compression import training
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.load import load_model
 from pipelines.compression.stage import run
-from pipelines.errors import Preempted
+from pipelines.errors import ConfigError, Preempted, TransientError
 from pipelines.stage import StageContext
 from pipelines.training import program, worker
 from pipelines.training.config import PretrainConfig
@@ -158,3 +158,151 @@ def test_the_stored_child_computes_exactly_what_was_trained(name: str, family: s
     if report["loads_with"] == "transformers":
         plain = kinds[family].from_pretrained(child.out / "model", dtype=torch.float32).eval()
         assert torch.equal(logits(plain), logits(student))
+
+
+def test_the_same_settings_give_the_same_child(make: Make) -> None:
+    table = {"method": "distill", "layers": 2, "features": 0.5}
+    assert make(table, name="one").digests == make(table, name="two").digests
+
+
+@pytest.fixture
+def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def plan(**fault: Any) -> None:
+        path = tmp_path / "faults.json"
+        path.write_text(json.dumps([fault]))
+        monkeypatch.setenv("INGOT_FAULTS", str(path))
+
+    return plan
+
+
+LAMB_LISA = {"optimizer": "lamb", "lr": 0.01, "lisa_layers": 1, "lisa_interval": 2}
+
+
+@pytest.mark.parametrize("table", [PRIVATE | LAMB_LISA, TABLES["maestro"], TABLES["sortednet"] | {"drawn": 1}])
+def test_a_training_that_was_stopped_and_resumed_gives_the_same_child(
+    table: dict[str, Any], make: Make, faults: Callable[..., None]
+) -> None:
+    quiet = make(table, name="quiet")
+    faults(point="train.after_step", step=3, action="SIGTERM")
+    with pytest.raises(Preempted):
+        make(table, name="stopped")
+    assert make(table, name="stopped").digests == quiet.digests
+
+
+def test_lisa_moves_the_drawn_layer_and_what_is_outside_the_layers_only(make: Make, tmp_path: Path) -> None:
+    """Scales belong to their layer: they freeze with it."""
+    make(PRIVATE | LAMB_LISA | {"lisa_interval": 4}, name="lisa")
+    records = (tmp_path / "lisa" / "out" / "metrics.jsonl").read_text().splitlines()
+    (active,) = json.loads(records[0])["lisa/active"]
+    moved = trained_student(PRIVATE, tmp_path / "lisa")
+    start = untrained_student(tmp_path / "lisa")
+    for name, parameter in moved.named_parameters():
+        drawn = ".layers." not in name or f".layers.{active}." in name
+        assert torch.equal(parameter, start[name]) != drawn, name
+
+
+def untrained_student(place: Path) -> dict[str, torch.Tensor]:
+    from pipelines.training.job import Job
+
+    job = Job.model_validate_json((place / "scratch" / "train" / "job.json").read_text())
+    assert job.program is not None
+    model = program.student(job.program, job.config.architecture(job.index), job.config.seed)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def test_without_steps_nothing_is_trained(make: Make, parents: Callable[[str], Artifact], tmp_path: Path) -> None:
+    """A cut of the parent is the parent's first layers, and no rank is started for it."""
+    child = make({"method": "sortednet", "depth": 1, "steps": 0}, here=False)
+    assert not (tmp_path / "child" / "scratch" / "train" / "job.json").exists()
+    cut, parent = load_model(child.out / "model"), load_model(parents("decoder").path / "model")
+    assert cut.config.num_hidden_layers == 1
+    kept = dict(cut.named_parameters())
+    assert all(
+        torch.equal(p, kept[n]) for n, p in parent.named_parameters() if ".layers." not in n or ".layers.0." in n
+    )
+
+
+def test_a_child_stands_beside_its_null_arms_in_the_report(make: Make) -> None:
+    child = make({"method": "paretoq", "bits": 3, "controls": True, "steps": 0}, here=False)
+    rows = child.report["held_out"]
+    assert set(rows) == {"parent", "child", "continued fp32", "untrained", "rtn", "gptq"}
+    assert rows["parent"]["perplexity_ratio"]["value"] == 1.0
+    for row in rows.values():
+        assert row["perplexity_ratio"]["low"] <= row["perplexity_ratio"]["value"] <= row["perplexity_ratio"]["high"]
+        assert row["bytes"] > 0
+    assert rows["child"]["bytes"] == child.report["totals"]["bytes"]
+
+
+def test_layers_can_be_left_alone(make: Make) -> None:
+    child = make({"method": "paretoq", "bits": 2, "skip": ["*.down_proj", "model.layers.0.*"], "steps": 0}, here=False)
+    rows = child.report["layers"]
+    wide = {name for name, row in rows.items() if row["bits_per_weight"] == 32}
+    assert wide == {n for n in rows if n.endswith("down_proj") or n.startswith("model.layers.0.")}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"method": "sortednet", "depth": 9}, "sortednet: depth 9, but the model has 3 layers; valid: 1 to 3"),
+        ({"method": "distill", "layers": 4}, "distill: layers = 4 is more than the 3 of the parent"),
+        ({"method": "paretoq", "lisa_layers": 7}, "lisa.layers = 7; the model has 3 layers, valid: 1 to 3"),
+    ],
+)
+def test_a_method_that_does_not_fit_the_model_is_refused(table: dict[str, Any], message: str, make: Make) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make({"steps": 0, **table}, here=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_ranks_under_zero_2_killed_and_resumed_train_what_one_process_does(
+    make: Make, faults: Callable[..., None], tmp_path: Path
+) -> None:
+    """LAMB, LISA and 2-bit QAT together: the sharded weights are the plain ones, and a kill changes no byte."""
+    table = PRIVATE | LAMB_LISA | {"controls": False}
+    make(table, name="plain")
+    quiet = make(table, name="quiet", here=False)
+    faults(point="train.after_step", rank=1, step=3, action="SIGKILL")
+    with pytest.raises(TransientError):
+        make(table, name="killed", here=False)
+    assert make(table, name="killed", here=False).digests == quiet.digests
+    plain, sharded = (trained_student(table, tmp_path / name) for name in ("plain", "quiet"))
+    for (name, one), (_, other) in zip(plain.named_parameters(), sharded.named_parameters(), strict=True):
+        torch.testing.assert_close(other, one, atol=1e-5, rtol=0, msg=name)
+
+
+def test_pruning_distilling_and_quantizing_follow_each_other(
+    make: Make, prepared: Artifact, parents: Callable[[str], Artifact], tmp_path: Path
+) -> None:
+    """The pruned child is the student, the unpruned parent its teacher, and the distilled child is quantized."""
+
+    def follow(table: dict[str, Any], inputs: dict[str, Artifact]) -> Artifact:
+        out = tmp_path / table["method"] / "out"
+        out.mkdir(parents=True)
+        context = StageContext("compress.x", out.parent / "scratch", compute={"device": "cpu", "threads": 1})
+        config = CompressConfig.model_validate(table)
+        if "steps" in table:
+            job = training.make_job(config, inputs, context)
+            training.training._order(job)
+            assert worker.main([str(job.work / "job.json")]) == 0
+        run(config, inputs, out, context)
+        return artifact.publish(
+            out, out.with_name("child"), stage="compress", node="c", identity={}, parents={}, summary={}
+        )
+
+    parent = parents("decoder")
+    pruned = follow({"method": "optin", "neurons": 0.25, "trials": 1}, {"prepare": prepared, "model": parent})
+    inputs = {"prepare": prepared, "model": pruned, "teacher": parent}
+    distilled = follow({"method": "distill", "features": 1.0, **PLAIN, **TINY}, inputs)
+    quantized = follow({"method": "paretoq", "bits": 3, **PLAIN, **TINY}, {"prepare": prepared, "model": distilled})
+    widths = [json.loads((a.path / "model" / "config.json").read_text())["intermediate_size"] for a in (parent, pruned)]
+    assert widths == [48, 36]
+    final = load_model(quantized.path / "model")
+    assert final.config.intermediate_size == 36
+    assert bool(torch.isfinite(logits(final)).all())
+    facts = json.loads((distilled.path / "training.json").read_text())
+    assert facts["steps"] == 4
+    sizes = [
+        sum(p.stat().st_size for p in (a.path / "model").glob("*.safetensors")) for a in (parent, pruned, quantized)
+    ]
+    assert sizes == sorted(sizes, reverse=True)

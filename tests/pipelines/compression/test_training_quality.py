@@ -1,0 +1,81 @@
+"""What training buys on the bench model, beside what rounding and cutting give without it.
+
+Measured when written, perplexity over the parent's on the bench's held-out text, 100 steps of 12 sequences, one seed:
+
+    continued fp32 0.997 (lr 5e-4)
+    2 bits   SEQ 1.026, LSQ 1.112; without training RTN 1.111, GPTQ 1.036
+    3 bits   1.016
+    SortedNet cut to 1 of 3 layers 1.249; the parent cut there 1.481; that depth trained alone 1.215
+
+The bound "below 0.7 of round to nearest at 2 bits" of the methods page is for a grid that spans the largest weight (5.6
+there); our round to nearest searches the range and loses a tenth only, so it is not asserted against that. That
+SortedNet costs nothing against a depth trained alone does not hold either.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.compression import training
+from pipelines.compression.config import CompressConfig
+from pipelines.compression.load import load_model
+from pipelines.compression.stage import run
+from pipelines.stage import StageContext
+from pipelines.training import worker
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SCHEDULE: dict[str, Any] = {"engine": "plain", "world_size": 1, "zero_stage": 0, "batch_size": 12}
+SCHEDULE |= {"micro_batch_size": 12, "steps": 100, "lr": 1e-3, "controls": False, "validation_sequences": 16}
+SCHEDULE |= {"validate_every": 1000, "checkpoint_every": 1000}
+
+
+@pytest.fixture
+def ratio(bench: Any, tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], float]]:
+    """Make a child, trained in this process, and return its perplexity over the parent's."""
+    threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    base = bench.loss(load_model(bench.parent.path / "model"))
+    inputs = {"prepare": bench.prepare, "model": bench.parent}
+
+    def make(table: dict[str, Any]) -> float:
+        place = tmp_path / f"child-{len(list(tmp_path.glob('child-*')))}"
+        (place / "out").mkdir(parents=True)
+        context = StageContext("compress.x", place / "scratch", compute={"device": "cpu", "threads": 1})
+        config = CompressConfig.model_validate(table)
+        if table.get("steps"):
+            job = training.make_job(config, inputs, context)
+            training.training._order(job)
+            assert worker.main([str(job.work / "job.json")]) == 0
+        run(config, inputs, place / "out", context)
+        return math.exp(bench.loss(load_model(place / "out" / "model")) - base)
+
+    yield make
+    torch.use_deterministic_algorithms(mode=False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_two_bits_trained_beat_two_bits_rounded_and_stretched_levels_beat_lsq(
+    ratio: Callable[[dict[str, Any]], float],
+) -> None:
+    rounded = {name: ratio({"method": name, "bits": 2, "group_size": 0}) for name in ("rtn", "gptq")}
+    assert rounded["rtn"] > 1.05, "two bits must hurt, or nothing is compared"
+    seq = ratio({"method": "paretoq", "bits": 2, **SCHEDULE})
+    assert seq < rounded["gptq"] < rounded["rtn"]
+    assert seq - 1 < 0.4 * (rounded["rtn"] - 1)
+    assert seq < ratio({"method": "paretoq", "bits": 2, "quantizer": "lsq", **SCHEDULE})
+
+
+def test_a_sorted_model_survives_a_cut_that_its_parent_does_not(ratio: Callable[[dict[str, Any]], float]) -> None:
+    cut = ratio({"method": "sortednet", "depth": 1, **SCHEDULE, "steps": 0})
+    assert cut > 1.3, "the cut must hurt, or nothing is compared"
+    assert ratio({"method": "sortednet", "depth": 1, **SCHEDULE}) < 0.9 * cut
