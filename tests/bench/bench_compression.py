@@ -7,8 +7,9 @@ left out, and named. llm-compressor pins older versions of transformers and comp
 ours when installed beside them: `pip install --no-deps --target DIR llmcompressor loguru`, then `PYTHONPATH=DIR:.`.
 
 Both sides see the same 64 calibration sequences, write into the same public grids (symmetric, one scale a row or a
-group, token matrices left alone), and are judged by the same loss. Times are CPU seconds of quantizing alone. Ends
-with 1 when ours is more than 1 % worse in perplexity or slower than a library at any width.
+group, token matrices left alone), and are judged by the same loss. Times are CPU seconds of one thread, from the
+parent's folder to the quantized weights. Ends with 1 when ours is more than 1 % worse in perplexity or slower than a
+library at any width.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from pipelines.artifact import Artifact
 from pipelines.compression import calibration
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.load import load_model
@@ -53,28 +53,29 @@ def bench_model() -> Any:
     return shared.build_bench()
 
 
-# ---- arms: each returns the quantized model; its time is the CPU time of the call
+# ---- arms: each quantizes, which is timed, and returns how to get the model, which is not
+
+Arm = Callable[[str, int, int, Any, Path], Callable[[], PreTrainedModel]]
 
 
-def ours(method: str, bits: int, group: int, prepare: Artifact, parent: Artifact) -> PreTrainedModel:
-    """Compress as the stage does."""
-    with tempfile.TemporaryDirectory() as root:
-        out = Path(root) / "child"
-        out.mkdir()
-        table = {"method": method, "bits": bits, "group_size": group, "samples": SAMPLES}
-        context = StageContext(node="compress.child", scratch=Path(root), compute={"device": "cpu"})
-        run(CompressConfig.model_validate(table), {"prepare": prepare, "model": parent}, out, context)
-        return load_model(out / "model")
+def ours(method: str, bits: int, group: int, bench: Any, folder: Path) -> Callable[[], PreTrainedModel]:
+    """Compress as the stage does, files and null arms included."""
+    out = folder / "child"
+    out.mkdir()
+    table = {"method": method, "bits": bits, "group_size": group, "samples": SAMPLES}
+    context = StageContext(node="compress.child", scratch=folder, compute={"device": "cpu"})
+    run(CompressConfig.model_validate(table), {"prepare": bench.prepare, "model": bench.parent}, out, context)
+    return lambda: load_model(out / "model")
 
 
-def llm_compressor(method: str, bits: int, group: int, prepare: Artifact, parent: Artifact) -> PreTrainedModel:
+def llm_compressor(method: str, bits: int, group: int, bench: Any, folder: Path) -> Callable[[], PreTrainedModel]:
     """Quantize with llm-compressor's `oneshot`; weights are rounded in place."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 
-    model = load_model(parent.path / "model")
-    tokens_NT = calibration.sample_tokens(prepare.path, samples=SAMPLES, seed=0, masked=False)
+    model = load_model(bench.parent.path / "model")
+    tokens_NT = calibration.sample_tokens(bench.prepare.path, samples=SAMPLES, seed=0, masked=False)
     strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
     weights = {"num_bits": bits, "type": "int", "symmetric": True, **strategy}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
@@ -88,19 +89,18 @@ def llm_compressor(method: str, bits: int, group: int, prepare: Artifact, parent
         max_seq_length=tokens_NT.shape[1],
         batch_size=8,
     )
-    return model
+    return lambda: model
 
 
-def torchao(method: str, bits: int, group: int, prepare: Artifact, parent: Artifact) -> PreTrainedModel:
+def torchao(method: str, bits: int, group: int, bench: Any, folder: Path) -> Callable[[], PreTrainedModel]:
     """Round to nearest with torchao: int8 a row."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    model = load_model(parent.path / "model")
+    model = load_model(bench.parent.path / "model")
     quantize_(model.model, Int8WeightOnlyConfig())
-    return model
+    return lambda: model
 
 
-Arm = Callable[[str, int, int, Artifact, Artifact], PreTrainedModel]
 LIBRARIES: dict[str, tuple[str, Arm, Callable[[str, int, int], bool]]] = {
     "llm-compressor": ("llmcompressor", llm_compressor, lambda method, bits, group: True),  # noqa: ARG005
     "torchao": ("torchao", torchao, lambda method, bits, group: (method, bits, group) == ("rtn", 8, 0)),
@@ -130,9 +130,11 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str
             for each in (ours, arm):
                 seconds: list[float] = []
                 for _ in range(options.rounds):
-                    with timer(seconds):
-                        model = each(method, bits, group, bench.prepare, bench.parent)
-                ratios.append(math.exp(bench.loss(model) - base))
+                    with tempfile.TemporaryDirectory() as root:
+                        with timer(seconds):
+                            made = each(method, bits, group, bench, Path(root))
+                        loss = bench.loss(made())
+                ratios.append(math.exp(loss - base))
                 times.append(min(seconds))
             row = {"method": method, "bits": bits, "group": group, "library": name}
             row |= {"ours": round(ratios[0], 5), "theirs": round(ratios[1], 5)}
