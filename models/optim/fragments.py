@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from models.optim import kernels
+from models.optim import kernels, native
 from models.optim.layout import Fragment, TensorSums
 from models.optim.state import Exclude, FragmentState
 
@@ -93,8 +93,8 @@ class FragmentOptimizer(FragmentState):
         exclude: tensors that get no weight decay and no trust ratio; None excludes nothing.
         max_grad_norm: clip the global norm of the active tensors' gradients, in place as `clip_grad_norm_` does; None
             leaves them as they are. Use either this or the engine's own clipping.
-        compiled: measure with one kernel made by `torch.compile`; needs a C++ compiler (on a GPU: Triton). Results
-            differ by rounding.
+        compiled: measure in one pass over memory: on a CPU, for float32, in C++ that is compiled at first use; on a
+            GPU by `torch.compile`, which needs Triton. Results differ by rounding.
     """
 
     adaptive: ClassVar[bool]
@@ -124,11 +124,13 @@ class FragmentOptimizer(FragmentState):
 
     # ---- what a subclass supplies ---------------------------------------------------------------------------------
 
+    rule: native.Rule
+    """The name of the rule in `native.cpp`."""
     update: kernels.Update
     """The vector under the fraction line of the trust ratio as plain arithmetic, to be compiled."""
 
     def scalars(self, span: Span) -> list[float]:
-        """Return the numbers that `update` gets besides the tensors."""
+        """Return the numbers that `update` and the native rule get besides the tensors."""
         raise NotImplementedError
 
     def measure(self, span: Span, scratch: Tensor) -> Tensor:
@@ -279,11 +281,16 @@ class FragmentOptimizer(FragmentState):
         sums = TensorSums(3, self.layout)
         limit = GPU_BLOCK if sums.device.type == "cuda" else CPU_BLOCK * torch.get_num_threads()
         scratch: dict[tuple[int, torch.dtype], Tensor] = {}
+        by_native = [span for span in spans if self._is_native(span)]
+        for span, found in zip(by_native, self._measured_natively(by_native), strict=True):
+            sums.add_rows(span.tensor, found)
         for span in spans:
+            if self._is_native(span):
+                continue
             if not span.adapted:
                 sums.add(span.tensor, 0, kernels.squares(span.gradient))
                 continue
-            rest = self._measured_compiled(span, sums) if self.compiled else [span]
+            rest = self._measured_by_torch(span, sums) if self.compiled and span.weights.is_cuda else [span]
             for block in (block for part in rest for block in part.blocks(limit)):
                 key = block.numel, block.weights.dtype
                 if key not in scratch:
@@ -293,7 +300,16 @@ class FragmentOptimizer(FragmentState):
                     sums.add(span.tensor, row, kernels.squares(vector))
         return sums.over_ranks()
 
-    def _measured_compiled(self, span: Span, sums: TensorSums) -> list[Span]:
+    def _is_native(self, span: Span) -> bool:
+        weights = span.weights
+        return self.compiled and span.adapted and weights.device.type == "cpu" and weights.dtype == torch.float32
+
+    def _measured_natively(self, spans: list[Span]) -> list[Tensor]:
+        if not spans:
+            return []
+        return list(native.sums(self.rule, [span.arrays for span in spans], [self.scalars(span) for span in spans]))
+
+    def _measured_by_torch(self, span: Span, sums: TensorSums) -> list[Span]:
         """Measure what fills whole rows; return what is left."""
         length = kernels.whole_rows(span.numel)
         if not length:

@@ -99,7 +99,7 @@ def squares(vector: Tensor) -> list[Tensor]:
 
 
 def whole_rows(length: int) -> int:
-    """Return how many elements of a vector go to a compiled kernel; the rest is for `measure`.
+    """Return how many elements of a vector go to a kernel of torch.compile; the rest is for `measure`.
 
     Not one row alone: torch.compile makes a kernel of its own for a size of 1.
     """

@@ -58,9 +58,9 @@ def trust_ratio(
 
 def update(weights: Tensor, gradient: Tensor, moments: kernels.Tensors, scalars: Tensor) -> Tensor:
     """Return u; `scalars` as `Lamb.scalars` gives them."""
-    share, keep, first_gain, second_gain, eps, decay = scalars.unbind()
+    share, keep, square_share, first_gain, second_gain, eps, decay = scalars.unbind()
     first = moments[0] + share * (gradient - moments[0])
-    second = keep * moments[1] + (1 - keep) * gradient * gradient
+    second = keep * moments[1] + square_share * gradient * gradient
     return first * first_gain / ((second * second_gain).sqrt() + eps) + decay * weights
 
 
@@ -137,13 +137,14 @@ class Lamb(FragmentOptimizer):
         """Tell whether a tensor's update is scaled by its trust ratio."""
         return {"all": True, "decayed": decay > 0, "unexcluded": name not in self._excluded}[self.adapt]
 
+    rule = "lamb"
     update = staticmethod(update)
 
     def scalars(self, span: Span) -> list[float]:
-        """Return (1 - b1, b2, 1 / c1, 1 / c2, eps, weight decay)."""
+        """Return (1 - b1, b2, 1 - b2, 1 / c1, 1 / c2, eps, weight decay); 1 - b2 of a rounded b2 would be 1e-5 off."""
         betas = span.group["betas"]
         first, second = corrections(betas, self._count(span))
-        return [1 - betas[0], betas[1], 1 / first, 1 / second, span.group["eps"], span.decay]
+        return [1 - betas[0], betas[1], 1 - betas[1], 1 / first, 1 / second, span.group["eps"], span.decay]
 
     def measure(self, span: Span, scratch: Tensor) -> Tensor:
         """Return u, by a fused step of Adam on copies: from weight_decay x at a learning rate of -1."""

@@ -19,15 +19,10 @@ from models.optim.lamb import trust_ratio
 from models.optim.state import Exclude, one_dimensional
 
 
-def new_momentum(weights: Tensor, gradient: Tensor, moments: kernels.Tensors, scalars: Tensor) -> Tensor:
-    """Return m of the paper's form; `scalars` as `Lars.scalars` gives them."""
-    share, decay = scalars.unbind()
-    return moments[0] + share * (gradient + decay * weights - moments[0])
-
-
-def raw_gradient(weights: Tensor, gradient: Tensor, moments: kernels.Tensors, scalars: Tensor) -> Tensor:  # noqa: ARG001
-    """Return g, whose norm the original form compares with that of the weights."""
-    return gradient
+def update(weights: Tensor, gradient: Tensor, moments: kernels.Tensors, scalars: Tensor) -> Tensor:
+    """Return the new momentum, or the gradient; `scalars` as `Lars.scalars` gives them."""
+    keep, share, decay = scalars.unbind()
+    return keep * moments[0] + share * (gradient + decay * weights)
 
 
 class Lars(FragmentOptimizer):
@@ -75,15 +70,18 @@ class Lars(FragmentOptimizer):
         if clamp is not None and not 0 <= clamp[0] <= clamp[1]:
             raise ValueError(f"clamp is {clamp}: it must be (low, high) with 0 <= low <= high")
         self.form = form
-        self.update = new_momentum if form == "paper" else raw_gradient
         self.clamp = clamp
         self.trust_coefficient = trust_coefficient
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults, exclude=exclude, max_grad_norm=max_grad_norm, compiled=compiled)
 
+    rule = "lars"
+    update = staticmethod(update)
+
     def scalars(self, span: Span) -> list[float]:
-        """Return (1 - momentum, weight decay)."""
-        return [1 - span.group["momentum"], span.decay]
+        """Return (b, 1 - b, weight decay) for the new momentum; (0, 1, 0) for the gradient of the original form."""
+        momentum = span.group["momentum"]
+        return [momentum, 1 - momentum, span.decay] if self.form == "paper" else [0.0, 1.0, 0.0]
 
     def measure(self, span: Span, scratch: Tensor) -> Tensor:
         """Return the new momentum, or for "original" the gradient."""

@@ -76,8 +76,8 @@ class OptimizerConfig(Settings):
 
     compiled: bool = Field(
         False,
-        description="Measure the trust ratios in one compiled kernel (lamb, lars); needs a C++ compiler, on a GPU "
-        "Triton; pays for tensors of a million elements and more.",
+        description="Measure the trust ratios in one compiled pass over memory (lamb, lars); needs a C++ compiler, on "
+        "a GPU Triton.",
         json_schema_extra=ELASTIC,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from models.optim.lamb import Lamb
 from models.optim.lars import Lars
 from models.optim.layout import Fragment, Layout
 
-KINDS = [Lamb, Lars, AdamW]
+KINDS = [Lamb, Lars, AdamW, partial(Lamb, compiled=True), partial(Lars, compiled=True)]
 SHAPES = {"a": (5, 7), "b": (3, 3), "c": (4,), "d": (2, 11)}
 
 
