@@ -49,6 +49,10 @@ class MethodConfig(BaseModel):
         """Return the parameters under which layers of all these widths share one storage scheme."""
         return self
 
+    def for_layer(self, name: str) -> Self:  # noqa: ARG002 - methods that treat layers differently use it
+        """Return the parameters for the layer of this name."""
+        return self
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -66,6 +70,19 @@ class Statistics:
     """Sum over calibration sequences of the squared gradient of the summed loss; None unless asked for."""
     curvature: float | None = None
     """Mean second derivative of the mean loss along the weights of the layer; only shown to planning."""
+
+    def rows(self, method: str, columns: int) -> Tensor:
+        """Return `inputs_NI`, which `second_moment` must allow too.
+
+        Raises:
+            ValueError: it is missing, empty, or not of `columns` features.
+        """
+        self.second_moment(method, columns)
+        if self.inputs_NI is None or not len(self.inputs_NI):
+            raise ValueError(f"{method} needs calibration: statistics.inputs_NI is {self.inputs_NI}")
+        if self.inputs_NI.shape[1] != columns:
+            raise ValueError(f"{method}: inputs_NI has {self.inputs_NI.shape[1]} features; the layer has {columns}")
+        return self.inputs_NI
 
     def second_moment(self, method: str, columns: int) -> Tensor:
         """Return `hessian_II` as float64.
@@ -102,13 +119,31 @@ class Packed(ABC):
         """Return the `weights` entry of a compressed-tensors config group; None where no public layout fits."""
         return None
 
+    def input_scheme(self) -> dict[str, Any] | None:
+        """Return the `input_activations` entry of that group; None where inputs are not rounded."""
+        return None
+
+    @property
+    def storage(self) -> str:
+        """Return the compressed-tensors format of `tensors()`, which counts where `scheme` is not None."""
+        return "pack-quantized"
+
     def widened(self) -> Packed:
         """Return the same weight with float32 scales, for readers that compute in the dtype of the scales."""
         return self
 
+    def inputs(self, x: Tensor) -> Tensor:
+        """Return x [..., I] as the product reads it: rounded, where the layer rounds its inputs."""
+        return x
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether `inputs` does anything."""
+        return type(self).inputs is not Packed.inputs
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the packed layer to x [..., I]; returns [..., O] in the dtype of x."""
-        return torch.nn.functional.linear(x, self.dequantize().to(x.dtype))
+        return torch.nn.functional.linear(self.inputs(x), self.dequantize().to(x.dtype))
 
 
 class WeightMethod(Protocol):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from models.compression import grid, obs
+from models.compression.activations import Choice, wrap
 from models.compression.base import Calibration, Kind, Packed, Statistics
 from models.lazy import lazy_module
 
@@ -38,6 +39,14 @@ class Config(grid.GridConfig):
         "activation", description="columns from left to right, or those with the largest inputs first (act-order)"
     )
     keep_zeros: bool = Field(False, description="weights that are zero stay zero: for a pruned parent")
+    activations: Choice = Field(
+        "none", description="inputs of the layers as they are, or on 8 bits for each token (W4A8)"
+    )
+
+    @property
+    def label(self) -> str:
+        """As of the grid, with `-a8` where inputs are rounded."""
+        return super().label + ("-a8" if self.activations == "int8" else "")
 
 
 class _Rounder:
@@ -75,17 +84,17 @@ def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packe
     rounder = _Rounder(weight_OI, fixed, order_I, config.keep_zeros)
     stored_OI = torch.empty_like(weight_OI, dtype=torch.float64)
     stored_OI[:, order_I] = obs.compensate(weight_OI[:, order_I], damped_II, rounder)
-    return grid.nearest(stored_OI.to(torch.float32), fixed)
+    return wrap(grid.nearest(stored_OI.to(torch.float32), fixed), config.activations)
 
 
 def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
     """Rebuild a packed weight from its stored tensors."""
-    return grid.restore(tensors, config.bits)
+    return wrap(grid.restore(tensors, config.bits), config.activations)
 
 
 def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG001
     """Return round to nearest on the very same grid."""
-    return {"rtn": grid.nearest(weight_OI, grid.fit(weight_OI, config))}
+    return {"rtn": wrap(grid.nearest(weight_OI, grid.fit(weight_OI, config)), config.activations)}
 
 
 def visit_order(hessian_II: Tensor, order: str) -> Tensor:

@@ -186,16 +186,16 @@ def grouped(matrix_OI: Tensor, groups: int) -> Tensor:
 def _grid(weight_OGS: Tensor, shrink: float, config: GridConfig) -> Grid:
     levels = (1 << config.bits) - 1
     if config.symmetric:
-        return Grid(config.bits, _storable(weight_OGS.abs().amax(-1) * (shrink / (levels // 2))))
+        return Grid(config.bits, storable(weight_OGS.abs().amax(-1) * (shrink / (levels // 2))))
     low, high = weight_OGS.amin(-1).clamp(max=0) * shrink, weight_OGS.amax(-1).clamp(min=0) * shrink
-    scale_OG = _storable((high - low) / levels)
+    scale_OG = storable((high - low) / levels)
     lowest = -(1 << (config.bits - 1))
     zero_OG = (lowest - (low / scale_OG).round()).clamp(lowest, -lowest - 1)
     return Grid(config.bits, scale_OG, zero_OG)
 
 
-def _storable(scale: Tensor) -> Tensor:
-    """Round up to bfloat16, so that the largest weight is never clipped by the rounding of its own scale."""
+def storable(scale: Tensor) -> Tensor:
+    """Round scales up to bfloat16, so that the largest weight is never clipped by the rounding of its own scale."""
     rounded = scale.to(torch.bfloat16).to(torch.float32)
     above = (scale * (1 + 2**-7)).to(torch.bfloat16).to(torch.float32)
     rounded = torch.where(rounded < scale, above, rounded)

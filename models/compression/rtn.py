@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from models.compression import grid
+from models.compression.activations import Choice, wrap
 from models.compression.base import Calibration, Kind, Packed, Statistics
 
 if TYPE_CHECKING:
@@ -21,15 +24,24 @@ not_informative = "round to nearest is itself the naive baseline"
 class Config(grid.GridConfig):
     """Parameters of round to nearest."""
 
+    activations: Choice = Field(
+        "none", description="inputs of the layers as they are, or on 8 bits for each token (W4A8)"
+    )
+
+    @property
+    def label(self) -> str:
+        """As of the grid, with `-a8` where inputs are rounded."""
+        return super().label + ("-a8" if self.activations == "int8" else "")
+
 
 def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:  # noqa: ARG001 - the contract
     """Return the weight rounded to the nearest grid points."""
-    return grid.nearest(weight_OI, grid.fit(weight_OI, config))
+    return wrap(grid.nearest(weight_OI, grid.fit(weight_OI, config)), config.activations)
 
 
 def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
     """Rebuild a packed weight from its stored tensors."""
-    return grid.restore(tensors, config.bits)
+    return wrap(grid.restore(tensors, config.bits), config.activations)
 
 
 def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG001

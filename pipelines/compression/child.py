@@ -57,7 +57,7 @@ class ChildFolder:
 
     def add(self, name: str, packed: Packed, parameters: MethodConfig | None = None) -> Packed:
         """Store one packed layer, with its own parameters if it has any; returns it as stored."""
-        return self._pack(name, packed, self._config.method, parameters or self._parameters)
+        return self._pack(name, packed, self._config.method, (parameters or self._parameters).for_layer(name))
 
     def close(self) -> None:
         """Store every parameter that is not packed, then config, record and companions."""
@@ -66,7 +66,7 @@ class ChildFolder:
                 self._quantize_embedding(name)
         matrices = {f"{name}.weight" for name in token_matrices(self._model, self._reader)}
         for name in self._reader.names():
-            if name.removesuffix(".weight") in self._schemes and name.endswith(".weight"):
+            if name.endswith(".weight") and name.removesuffix(".weight") in self._schemes:
                 continue
             tensor = self._reader.dense(name)
             if name in matrices:
@@ -90,7 +90,7 @@ class ChildFolder:
 
     def _pack(self, name: str, packed: Packed, method: str, parameters: MethodConfig) -> Packed:
         stored = packed.widened() if self._dense else packed
-        self._schemes[name] = None if self._private else stored.scheme()
+        self._schemes[name] = None if self._private else export.group(stored, dense=self._dense)
         self._record[name] = {"method": method, "config": parameters.model_dump(mode="json")}
         for leaf, tensor in stored.tensors().items():
             self._weights().add(f"{name}.{leaf}", tensor)

@@ -13,16 +13,17 @@ How plain transformers 5.23 reads compressed-tensors decides three things here:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from models.compression.base import Packed
 from pipelines.compression import folder
 
-LAYOUT_PUBLIC = "compressed-tensors pack-quantized"
+LAYOUT_PUBLIC = "compressed-tensors"
 LAYOUT_PRIVATE = "ingot packed"
 _UNPACKED_WHILE_LOADING = frozenset({"modernbert"})
 
@@ -37,7 +38,7 @@ def quantization_config(model: PreTrainedModel, packed: Mapping[str, dict[str, A
 
     Args:
         model: the parent, for the names of its modules.
-        packed: module name -> scheme of every packed module.
+        packed: module name -> config group of every packed module, from `group`.
         dense: unpack while loading.
     """
     groups: dict[str, list[str]] = {}
@@ -46,17 +47,29 @@ def quantization_config(model: PreTrainedModel, packed: Mapping[str, dict[str, A
     modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
     kinds = sorted({"Embedding" if isinstance(modules[n], nn.Embedding) else "Linear" for n in packed})
     ignored = [n for n, m in modules.items() if n not in packed and type(m).__name__ in kinds]
+    formats = sorted({scheme["format"] for scheme in packed.values()})
     value: dict[str, Any] = {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats[0] if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "ignore": ignored,
         "config_groups": {
-            f"group_{number}": _group(json.loads(scheme), kinds if len(groups) == 1 else names)
+            f"group_{number}": json.loads(scheme) | {"targets": kinds if len(groups) == 1 else names}
             for number, (scheme, names) in enumerate(sorted(groups.items()))
         },
     }
     return value | ({"dequantize": True} if dense else {})
+
+
+def group(packed: Packed, *, dense: bool) -> dict[str, Any] | None:
+    """Return the config group of one packed module, but for its targets; None where no public reader computes it.
+
+    Unpacking while loading forgets how inputs are rounded, so those layers need our loader there.
+    """
+    weights, inputs = packed.scheme(), packed.input_scheme()
+    if weights is None or (dense and packed.rounds_inputs):
+        return None
+    return {"weights": weights, "input_activations": inputs, "output_activations": None, "format": packed.storage}
 
 
 def finish(source: Path, target: Path, record: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> None:
@@ -75,13 +88,3 @@ def finish(source: Path, target: Path, record: Mapping[str, Any], quantization: 
         config["quantization_config"] = dict(quantization)
     folder.write_json(target / "config.json", config)
     folder.write_json(target / folder.RECORD, {"format": folder.RECORD_FORMAT, "layers": dict(record)})
-
-
-def _group(scheme: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:
-    return {
-        "targets": list(targets),
-        "weights": scheme,
-        "input_activations": None,
-        "output_activations": None,
-        "format": "pack-quantized",
-    }

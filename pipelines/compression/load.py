@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from pipelines.compression import folder, skeleton, tables
+from pipelines.compression import folder, layers, skeleton, tables
 
 
 def load_model(path: Path) -> PreTrainedModel:
@@ -24,7 +24,7 @@ def load_weights(path: Path) -> PreTrainedModel:
     """Return the model in `path` without a quantized cache.
 
     A public folder is loaded by transformers alone; a private one (weights in `packed*.safetensors`) is built from its
-    configuration and filled with the dequantized weights.
+    configuration and filled with the dequantized weights, and layers that round their inputs do so.
 
     Raises:
         IntegrityError: weights are missing or damaged.
@@ -38,6 +38,10 @@ def load_weights(path: Path) -> PreTrainedModel:
     for name, _ in list(model.named_parameters()):
         if name in held:
             skeleton.set_parameter(model, name, reader.dense(name).to(dtype))
+    for name in reader.modules():
+        packed = reader.packed(name)
+        if packed.rounds_inputs:
+            layers.put(model, name, packed)
     model.tie_weights()
     return model
 

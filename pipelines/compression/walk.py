@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.compression.base import MethodConfig, Packed, Statistics, relative_error
-from pipelines.compression import calibration, gradients, skeleton
+from pipelines.compression import calibration, gradients, layers, skeleton
 from pipelines.compression.folder import WeightReader
 from pipelines.errors import ConfigError
 
@@ -91,14 +91,14 @@ def walk(
             original model, which is then followed beside it; 0 shows none.
         fisher: folder that `gradients.record` has filled; None shows no gradients.
     """
-    stack, layers = skeleton.blocks(model)
+    stack, blocks = skeleton.blocks(model)
     prefix = original = rows_R = None
     if tokens_NT is not None:
         skeleton.load_rest(model, stack, reader, device)
-        prefix = calibration.enter(model, layers, tokens_NT, device)
+        prefix = calibration.enter(model, blocks, tokens_NT, device)
         if rows:
             original, rows_R = prefix.fork(), calibration.sample_rows(prefix.tokens, rows)
-    for index, block in enumerate(layers):
+    for index, block in enumerate(blocks):
         place = f"{stack}.{index}"
         skeleton.load(block, place, reader, device, model.dtype)
         chosen = {n: model.get_submodule(n) for n in names if n.startswith(f"{place}.")}
@@ -109,27 +109,27 @@ def walk(
         if fisher is not None:
             squares = gradients.read(fisher, index)
             measured = {n: replace(seen, fisher_OI=squares[n]) for n, seen in measured.items()}
-        yield {
-            n: _compress(n, m, measured.get(n, Statistics()), method, plan.get(n, config)) for n, m in linear.items()
-        }
+        seen = {n: measured.get(n, Statistics()) for n in linear}
+        yield {n: _compress(model, n, seen[n], method, plan.get(n, config).for_layer(n)) for n in linear}
         if prefix is not None:
             prefix.advance(index, block)
+        for name, module in linear.items():
+            model.set_submodule(name, module)  # a packed one would keep its tensors
         skeleton.release(block)
 
 
-def _compress(name: str, module: nn.Linear, seen: Statistics, method: ModuleType, config: MethodConfig) -> Layer:
-    """Compress one layer and leave its dequantized weight in the module."""
-    weight_OI = module.weight.detach().cpu().float()
+def _compress(model: PreTrainedModel, name: str, seen: Statistics, method: ModuleType, config: MethodConfig) -> Layer:
+    """Compress one layer and put what it became into the model."""
+    weight_OI = model.get_parameter(f"{name}.weight").detach().cpu().float()
     try:
         packed: Packed = method.compress(weight_OI, seen, config)
         arms: Mapping[str, Packed] = {} if seen.hessian_II is None else method.nulls(weight_OI, seen, config)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
-    dense_OI = packed.dequantize()
-    skeleton.set_parameter(module, "weight", dense_OI.to(module.weight.device, module.weight.dtype))
+    dense_OI = layers.put(model, name, packed)
     return Layer(
         packed,
-        shape=(module.out_features, module.in_features),
+        shape=(weight_OI.shape[0], weight_OI.shape[1]),
         weight_error=relative_error(weight_OI, dense_OI),
         output_error=_output_error(weight_OI, dense_OI, seen),
         null={arm: relative_error(weight_OI, p.dequantize(), seen.hessian_II) for arm, p in sorted(arms.items())},

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipelines.compression import layers
 from pipelines.compression.folder import WeightReader
 from pipelines.compression.load import load_model
 
@@ -51,6 +52,63 @@ def dense_logits(parent: Path, child: Path, tokens: Tensor) -> Tensor:
         parameter.data.copy_(reader.dense(name))
     with torch.no_grad():
         return model(input_ids=tokens).logits
+
+
+ROUNDED = [
+    {"method": "int8", "calibrator": "p99.9"},
+    {"method": "fp8"},
+    {"method": "rtn", "bits": 4, "group_size": 64, "activations": "int8"},
+    {"method": "gptq", "bits": 8, "group_size": 0, "activations": "int8", "skip": ["*.o_proj"]},
+]
+"""Children whose layers round their inputs."""
+
+
+def rounded_logits(parent: Path, child: Path, tokens: Tensor, *, rounding: bool = True) -> Tensor:
+    """Return the logits of the parent with the child's packed layers in it, their inputs rounded or not."""
+    model, reader = load_model(parent), WeightReader(child)
+    for name in reader.modules():
+        layers.put(model, name, reader.packed(name))
+    if not rounding:
+        for name in reader.modules():
+            plain = torch.nn.Linear.forward.__get__(model.get_submodule(name))
+            model.get_submodule(name).forward = plain
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+def test_rounded_inputs_are_rounded_by_plain_transformers_too(
+    small: Any, compress: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Equal to float32 noise, far below what rounding itself does: a reader that skipped it would be found out."""
+    bench = small()
+    made = [compress(bench, table) for table in ROUNDED]
+    assert all(report["loads_with"] == "transformers" for _, report in made)
+    folders = [out / "model" for out, _ in made]
+    logits, said = plain_transformers("AutoModelForCausalLM", bench.held_BT, folders, tmp_path)
+    assert said["ours"] == []
+    for table, folder, found in zip(ROUNDED, folders, logits, strict=True):
+        ours = rounded_logits(bench.parent.path / "model", folder, bench.held_BT)
+        skipped = rounded_logits(bench.parent.path / "model", folder, bench.held_BT, rounding=False)
+        error, effect = float((found - ours).abs().mean()), float((skipped - ours).abs().mean())
+        assert effect > 1e-4, table
+        assert error < 0.02 * effect, (table, error, effect)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [{"method": "quik", "outliers": 0.125}, {"method": "fp8", "form": "e5m2"}, {"method": "int8"}, {"method": "fp8"}],
+    ids=["quik", "e5m2", "int8", "fp8"],
+)
+def test_rounded_inputs_survive_our_loader(table: dict[str, Any], small: Any, compress: Callable[..., Any]) -> None:
+    """The encoder needs it for every one: unpacking while loading, as transformers must there, forgets the inputs."""
+    bench = small(family="encoder")
+    out, report = compress(bench, table)
+    assert report["loads_with"] == "pipelines.compression.load"
+    with torch.no_grad():
+        logits = load_model(out / "model")(input_ids=bench.held_BT).logits
+    assert torch.equal(logits, rounded_logits(bench.parent.path / "model", out / "model", bench.held_BT))
+    skipped = rounded_logits(bench.parent.path / "model", out / "model", bench.held_BT, rounding=False)
+    assert not torch.allclose(logits, skipped, atol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "kind"), [("decoder", "AutoModelForCausalLM"), ("encoder", "AutoModelForMaskedLM")])

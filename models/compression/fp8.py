@@ -1,0 +1,127 @@
+"""FP8: weights and inputs as 8-bit floating-point numbers with one scale a tensor.
+
+E4M3 is stored as compressed-tensors `float-quantized` (`weight` float8_e4m3fn, `weight_scale` and `input_scale` [1]);
+no maintained reader of checkpoints takes E5M2, whose range is made for gradients: that needs our loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from models.compression import codec, grid
+from models.compression.base import Calibration, Kind, MethodConfig, Packed, Statistics
+from models.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy_module("torch")
+
+kind: Kind = "weight"
+bits = "8, inputs 8"
+calibration: Calibration = "inputs"
+paper = "Micikevicius et al. 2022, FP8 Formats for Deep Learning (arXiv 2209.05433)"
+not_informative = "a fixed code with one scale for the largest value: nothing is chosen"
+
+
+class Config(MethodConfig):
+    """Parameters of FP8."""
+
+    form: Literal["e4m3", "e5m2"] = Field(
+        "e4m3", description="four bits of exponent and three of mantissa, or five and two: more range, less precision"
+    )
+    margin: int = Field(0, ge=0, le=8, description="powers of two left free above the largest input seen")
+
+    @property
+    def label(self) -> str:
+        """For instance `e4m3`."""
+        return self.form
+
+
+@dataclass(frozen=True)
+class FloatPacked(Packed):
+    """One byte a weight; its inputs are rounded to the same format."""
+
+    codes_OI: Tensor
+    """uint8."""
+    scale: Tensor
+    """[1]."""
+    input_scale: Tensor
+    """[1] float32."""
+    form: Literal["e4m3", "e5m2"]
+
+    @property
+    def storage(self) -> str:
+        """Return the layout."""
+        return "float-quantized"
+
+    def dequantize(self) -> Tensor:
+        """Return the weight [O, I], float32."""
+        return codec.decode(self.codes_OI, _format(self.form)) * self.scale.float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return codes and scales."""
+        dtype = torch.float8_e4m3fn if self.form == "e4m3" else torch.float8_e5m2
+        return {
+            "weight": self.codes_OI.view(dtype),
+            "weight_scale": self.scale,
+            "input_scale": self.input_scale,
+        }
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Return x rounded to the format, saturating."""
+        scale, form = self.input_scale.to(x.device), _format(self.form)
+        return (codec.decode(codec.encode(x.float() / scale, form), form) * scale).to(x.dtype)
+
+    def scheme(self) -> dict[str, Any] | None:
+        """Return the compressed-tensors arguments of the weight; None for E5M2."""
+        return _arguments() if self.form == "e4m3" else None
+
+    def input_scheme(self) -> dict[str, Any] | None:
+        """Return the compressed-tensors arguments of the inputs."""
+        return self.scheme()
+
+    def widened(self) -> Packed:
+        """Return the same codes with a float32 scale."""
+        return replace(self, scale=self.scale.float())
+
+
+def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
+    """Return the weight in FP8, and the scale of its inputs.
+
+    Raises:
+        ValueError: no sample of inputs.
+    """
+    rows_NI, form = statistics.rows("fp8", weight_OI.shape[1]), _format(config.form)
+    scale, input_scale = tensor_scale(weight_OI, form), tensor_scale(rows_NI, form) * 2**config.margin
+    codes_OI = codec.encode(weight_OI.float() / scale, form)
+    return FloatPacked(codes_OI, scale.to(torch.bfloat16), input_scale, config.form)
+
+
+def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
+    """Rebuild a packed weight from its stored tensors."""
+    codes_OI = tensors["weight"].view(torch.uint8)
+    return FloatPacked(codes_OI, tensors["weight_scale"], tensors["input_scale"], config.form)
+
+
+def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG001
+    """Return no arm: nothing is chosen."""
+    return {}
+
+
+def tensor_scale(values: Tensor, form: codec.Format) -> Tensor:
+    """Return [1] float32, exact in bfloat16: what takes the largest magnitude to the largest of the format."""
+    return grid.storable((values.abs().max() / form.largest).float().reshape(1))
+
+
+def _format(name: str) -> codec.Format:
+    return codec.E4M3 if name == "e4m3" else codec.E5M2
+
+
+def _arguments() -> dict[str, Any]:
+    return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}

@@ -1,0 +1,70 @@
+"""FP8 on one layer, against torch's casts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.compression import fp8, int8
+from models.compression.base import Statistics
+
+DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+@pytest.fixture(scope="module")
+def layer() -> tuple[Tensor, Statistics]:
+    """A weight [24, 64], and inputs of which four channels are 60 times as large."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(500, 64, generator=generator)
+    rows[:, 5:9] *= 60
+    weight = torch.randn(24, 64, generator=generator)
+    weight[:, 5:9] /= 60
+    return weight, Statistics(rows.double().T @ rows.double(), len(rows), inputs_NI=rows)
+
+
+@pytest.mark.parametrize("form", ["e4m3", "e5m2"])
+def test_weights_and_inputs_are_cast_as_torch_casts_them(form: str, layer: tuple[Tensor, Statistics]) -> None:
+    weight, seen = layer
+    packed = fp8.compress(weight, seen, fp8.Config.model_validate({"form": form}))
+    stored = packed.tensors()
+    scale, input_scale = stored["weight_scale"].float(), stored["input_scale"]
+    assert stored["weight"].dtype == DTYPES[form]
+    assert torch.equal(packed.dequantize(), (weight / scale).to(DTYPES[form]).float() * scale)
+    rows = seen.rows("fp8", 64)
+    assert torch.equal(packed.inputs(rows), (rows / input_scale).to(DTYPES[form]).float() * input_scale)
+
+
+@pytest.mark.parametrize(("form", "largest"), [("e4m3", 448), ("e5m2", 57344)])
+def test_the_largest_value_lands_near_the_largest_of_the_format(
+    form: str, largest: int, layer: tuple[Tensor, Statistics]
+) -> None:
+    weight, seen = layer
+    stored = fp8.compress(weight, seen, fp8.Config.model_validate({"form": form})).tensors()
+    top = float(stored["weight"].float().abs().max())
+    assert 0.85 * largest <= top <= largest
+    spare = fp8.compress(weight, seen, fp8.Config.model_validate({"form": form, "margin": 2})).tensors()
+    assert torch.equal(spare["input_scale"], stored["input_scale"] * 4)
+
+
+def test_channels_of_very_different_size_suit_floating_point_better_than_integers(
+    layer: tuple[Tensor, Statistics],
+) -> None:
+    weight, seen = layer
+    rows = seen.rows("fp8", 64)
+    exact = rows @ weight.T
+    errors = [
+        float((packed.forward(rows) - exact).square().mean())
+        for packed in (
+            fp8.compress(weight, seen, fp8.Config()),
+            int8.compress(weight, seen, int8.Config(calibrator="max")),
+        )
+    ]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_only_e4m3_has_a_public_layout(layer: tuple[Tensor, Statistics]) -> None:
+    weight, seen = layer
+    public, private = (fp8.compress(weight, seen, fp8.Config.model_validate({"form": form})) for form in DTYPES)
+    assert public.scheme() == public.input_scheme() is not None
+    assert private.scheme() is None
