@@ -48,6 +48,20 @@ class CompressConfig(Settings):
         "keep",
         description="Token matrices: as they are, in half the bytes, or rounded to the grid of the other layers.",
     )
+    tolerance: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="Perplexity on validation text may grow by so much (0.01: one percent); the most sensitive layers "
+        "are left as they are until it does not grow by more. 0: every layer is compressed.",
+    )
+    arms_documents: int = Field(
+        12,
+        ge=0,
+        le=10_000,
+        description="Validation documents on which the child is compared with other methods at equal bytes; the first "
+        "1024 tokens of each are scored. It holds a whole model in memory; 0: no comparison.",
+    )
     parameters: SerializeAsAny[MethodConfig] = Field(
         default_factory=MethodConfig, description="Parameters of the method; written flat, beside these keys."
     )

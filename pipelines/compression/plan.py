@@ -37,6 +37,8 @@ class Plan:
 
     parameters: Mapping[str, MethodConfig] = field(default_factory=dict)
     """Layer name -> its parameters; layers that are missing take those of the child."""
+    random: Mapping[str, MethodConfig] = field(default_factory=dict)
+    """The same for a random allocation within the budget: the null arm."""
     report: Mapping[str, Any] = field(default_factory=dict)
     """Goes into `compression.json`; empty where nothing was shared out."""
 
@@ -85,7 +87,9 @@ def make(
     budget = int(_budget(config) * prices.weights)
     chosen = allocate.solve(prices.cost_LC, prices.bits_LC, budget, groups=_groups(prices.names, config))
     parameters = {name: options[choice] for name, choice in zip(prices.names, chosen, strict=True)}
-    return Plan(parameters, _report(prices, chosen, budget, parameters))
+    drawn = allocate.random_choice(prices.bits_LC, budget, 0)
+    random = {name: options[choice] for name, choice in zip(prices.names, drawn, strict=True)}
+    return Plan(parameters, random, _report(prices, chosen, budget, parameters))
 
 
 def prices_by(method: ModuleType, config: MethodConfig) -> str:

@@ -62,6 +62,45 @@ def targets(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
     return left
 
 
+@dataclass(frozen=True)
+class Walker:
+    """A model that can be walked again and again, always calibrated on the same sequences."""
+
+    model: PreTrainedModel
+    """Skeleton of the parent."""
+    reader: WeightReader
+    device: torch.device
+    tokens_NT: NDArray[np.int64] | None = None
+    rows: int = 0
+    fisher: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The parent's model folder."""
+        return self.reader.folder
+
+    def walk(
+        self,
+        method: ModuleType,
+        config: MethodConfig,
+        names: Sequence[str],
+        plan: Mapping[str, MethodConfig] = MappingProxyType({}),
+    ) -> Iterator[dict[str, Layer]]:
+        """Yield the layers `names` compressed with a method, block by block; see `walk`."""
+        return walk(
+            self.model,
+            self.reader,
+            method,
+            config,
+            names=names,
+            tokens_NT=self.tokens_NT,
+            device=self.device,
+            plan=plan,
+            rows=self.rows,
+            fisher=self.fisher,
+        )
+
+
 @torch.no_grad()
 def walk(
     model: PreTrainedModel,

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from models.compression import registry
 from models.compression.base import MethodConfig
 from pipelines.artifact import Artifact
-from pipelines.compression import calibration, child, export, gradients, plan, skeleton, walk
+from pipelines.compression import arms, calibration, child, choose, export, gradients, plan, skeleton, walk, yardstick
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.folder import WeightReader, write_json
+from pipelines.errors import ConfigError
 from pipelines.stage import Progress, StageContext, Summary
 
 
@@ -24,19 +25,31 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     """Compress `inputs["model"]`, calibrated on `inputs["prepare"]`.
 
     Writes `model/` (a transformers folder) and `compression.json`: method, parameters, layout, errors of every layer
-    beside those of its null arms, and the bytes of the compressed layers and of the whole, parent and child.
+    beside those of its null arms, the bytes of the compressed layers and of the whole, parent and child, and `arms`:
+    the child beside other methods of its size on validation text.
 
     Raises:
-        ConfigError: the method does not fit a layer, which is named.
+        ConfigError: the method does not fit a layer, which is named, or the parent cannot be compressed again.
         NumericError: calibration met activations that are not finite.
     """
-    method = registry.get(config.method)
+    method, prepare = registry.get(config.method), inputs["prepare"].path
     source, target = inputs["model"].path / "model", out_dir / "model"
     model, reader = skeleton.build(source), WeightReader(source)
+    refuse_rounded_inputs(config.method, reader)
     names = walk.targets(model, config.skip)
     dense = export.loads_dense(model, config.parameters.model_dump(), embeddings=config.embeddings == "quantize")
     parameters = config.parameters.fitted(_widths(model, reader, names, config)) if dense else config.parameters
-    shown = _shown(config, parameters, inputs["prepare"].path, model, reader, names, context)
+    shown = _shown(config, parameters, prepare, model, reader, names, context)
+    rows_shown = calibration.ROWS if method.calibration == "inputs" else 0
+    walker = walk.Walker(
+        model,
+        reader,
+        device_of(context.compute),
+        tokens_NT=shown.tokens_NT if shown else None,
+        rows=rows_shown,
+        fisher=shown.fisher if shown else None,
+    )
+    parameters, names, choice = choose.decide(config, walker, method, parameters, names, prepare)
     planned = plan.make(model, reader, method, parameters, names=names, shown=shown)
     # Readers that unpack while loading apply one scheme to all layers.
     private = dense and bool(planned.parameters)
@@ -44,26 +57,12 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         model, reader, target, config=config, parameters=parameters, dense=dense and not private, private=private
     )
     rows: dict[str, dict[str, Any]] = {}
-    blocks = walk.walk(
-        model,
-        reader,
-        method,
-        parameters,
-        names=names,
-        tokens_NT=shown.tokens_NT if shown else None,
-        device=_device(context.compute),
-        plan=planned.parameters,
-        rows=calibration.ROWS if method.calibration == "inputs" else 0,
-        fisher=shown.fisher if shown else None,
-    )
-    for done, block in enumerate(blocks, start=1):
+    for done, block in enumerate(walker.walk(method, parameters, names, planned.parameters), start=1):
         for name, layer in block.items():
             stored = folder.add(name, layer.packed, planned.parameters.get(name))
             rows[name] = layer.report(stored.stored_bits())
         context.report(Progress(context.node, done, model.config.num_hidden_layers, "blocks"))
     folder.close()
-    if shown and shown.fisher:
-        shutil.rmtree(shown.fisher)
     report = {
         "method": config.method,
         "parameters": parameters.model_dump(mode="json"),
@@ -74,9 +73,28 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         "totals": totals(rows, reader, target, embedding_bytes=folder.embedding_bytes),
         "errors": _errors(rows),
         "layers": rows,
-    } | ({"allocation": dict(planned.report)} if planned.report else {})
+    }
+    report |= choice | ({"allocation": dict(planned.report)} if planned.report else {})
+    maker = arms.Arm(config.method, method, parameters, planned.parameters)
+    report |= arms.measure(config, walker, list(rows), maker, planned.random, target, prepare, context)
+    if shown and shown.fisher:
+        shutil.rmtree(shown.fisher)
     write_json(out_dir / "compression.json", report)
-    return {key: report[key] for key in ("method", "parameters", "layout", "totals", "errors")}
+    return {key: report[key] for key in ("method", "parameters", "layout", "totals", "errors", "arms")}
+
+
+def refuse_rounded_inputs(method: str, reader: WeightReader) -> None:
+    """Refuse a parent whose layers round their inputs: its weights alone are not what it computes.
+
+    Raises:
+        ConfigError: naming the first such layer.
+    """
+    for name in reader.modules():
+        if reader.packed(name).rounds_inputs:
+            raise ConfigError(
+                f"{method} cannot start from this parent: {name} rounds its inputs, which another method would forget",
+                hint="quantize inputs last: start from the parent of that child",
+            )
 
 
 def _shown(
@@ -92,7 +110,7 @@ def _shown(
     method = registry.get(config.method)
     if method.calibration == "none":
         return None
-    device, masked = _device(context.compute), _is_encoder(model)
+    device, masked = device_of(context.compute), yardstick.is_encoder(model)
     tokens_NT = calibration.sample_tokens(prepare, samples=config.samples, seed=config.seed, masked=masked)
     labels_NT = calibration.labels(prepare, tokens_NT, seed=config.seed, masked=masked)
     if "gradients" not in (method.calibration, plan.prices_by(method, parameters)):
@@ -146,11 +164,8 @@ def _widths(model: PreTrainedModel, reader: WeightReader, names: list[str], conf
     return sorted({int(model.get_parameter(f"{name}.weight").shape[1]) for name in [*names, *matrices]})
 
 
-def _is_encoder(model: PreTrainedModel) -> bool:
-    return type(model).__name__.endswith("ForMaskedLM")
-
-
-def _device(compute: Mapping[str, Any]) -> torch.device:
+def device_of(compute: Mapping[str, Any]) -> torch.device:
+    """Return the device that a recipe asks for."""
     wanted = compute.get("device", "auto")
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"

@@ -100,10 +100,10 @@ Compress = Callable[..., tuple[Path, dict[str, Any]]]
 
 @pytest.fixture
 def compress(tmp_path: Path) -> Compress:
-    """Return a function that runs the stage: (child folder, compression.json)."""
+    """Return a function that runs the stage: (child folder, compression.json); arms only on request."""
 
     def go(bench: Any, table: Mapping[str, Any], *, parent: Artifact | None = None) -> tuple[Path, dict[str, Any]]:
-        config = CompressConfig.model_validate(table)
+        config = CompressConfig.model_validate({"arms_documents": 0} | dict(table))
         out = tmp_path / f"child-{len(list(tmp_path.glob('child-*')))}"
         out.mkdir()
         context = StageContext(node="compress.child", scratch=tmp_path, compute={"device": "cpu"})
