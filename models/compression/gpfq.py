@@ -55,7 +55,7 @@ class Config(MethodConfig):
     rounding: Literal["nearest", "stochastic"] = Field(
         "nearest", description="to the nearest level, or up with the probability of the remainder"
     )
-    seed: int = Field(0, ge=0, description="seed of stochastic rounding")
+    rounding_seed: int = Field(0, ge=0, description="seed of stochastic rounding")
 
     @property
     def label(self) -> str:
@@ -102,7 +102,7 @@ def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packe
     inputs_NI = _inputs(statistics.inputs_NI, "inputs_NI", weight_OI.shape[1])
     reference_NI = _inputs(statistics.reference_NI, "reference_NI", weight_OI.shape[1])
     scale_O = steps(weight_OI, config)
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.rounding_seed)
     stored_OI = greedy(
         weight_OI, reference_NI, inputs_NI, lambda _, wanted_O: nearest_level(wanted_O, scale_O, config, generator)
     )

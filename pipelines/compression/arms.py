@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType, ModuleType, SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class Arm:
     name: str
     method: ModuleType
     config: MethodConfig
-    plan: Mapping[str, MethodConfig] = MappingProxyType({})
+    plan: Mapping[str, MethodConfig] = field(default_factory=dict)
     """Parameters of layers that have their own."""
 
 

@@ -152,7 +152,8 @@ def test_seeds_change_only_the_stochastic_variant(seen: Callable[..., Any]) -> N
     weight, statistics = seen()
     for rounding, same in (("nearest", True), ("stochastic", False)):
         one, two = (
-            gpfq.compress(weight, statistics, gpfq.Config(rounding=rounding, seed=seed)).dequantize() for seed in (0, 1)
+            gpfq.compress(weight, statistics, gpfq.Config(rounding=rounding, rounding_seed=seed)).dequantize()
+            for seed in (0, 1)
         )
         assert torch.equal(one, two) is same
 
