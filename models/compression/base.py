@@ -49,6 +49,11 @@ class MethodConfig(BaseModel):
         """Return the parameters under which layers of all these widths share one storage scheme."""
         return self
 
+    @property
+    def block_steps(self) -> int:
+        """Steps of block-wise optimisation that the driver makes with the layers of each block, once compressed."""
+        return 0
+
     def for_layer(self, name: str) -> Self:  # noqa: ARG002 - methods that treat layers differently use it
         """Return the parameters for the layer of this name."""
         return self

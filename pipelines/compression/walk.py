@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.compression.base import MethodConfig, Packed, Statistics, relative_error
-from pipelines.compression import calibration, gradients, layers, skeleton
+from pipelines.compression import blockwise, calibration, gradients, layers, skeleton
 from pipelines.compression.folder import WeightReader
 from pipelines.errors import ConfigError
 
@@ -135,8 +135,10 @@ def walk(
     if tokens_NT is not None:
         skeleton.load_rest(model, stack, reader, device)
         prefix = calibration.enter(model, blocks, tokens_NT, device)
+        if rows or config.block_steps:
+            original = prefix.fork()
         if rows:
-            original, rows_R = prefix.fork(), calibration.sample_rows(prefix.tokens, rows)
+            rows_R = calibration.sample_rows(prefix.tokens, rows)
     for index, block in enumerate(blocks):
         place = f"{stack}.{index}"
         skeleton.load(block, place, reader, device, model.dtype)
@@ -149,7 +151,11 @@ def walk(
             squares = gradients.read(fisher, index)
             measured = {n: replace(seen, fisher_OI=squares[n]) for n, seen in measured.items()}
         seen = {n: measured.get(n, Statistics()) for n in linear}
-        yield {n: _compress(model, n, seen[n], method, plan.get(n, config).for_layer(n)) for n in linear}
+        weights = {n: m.weight.detach().cpu().float() for n, m in linear.items()}
+        done = {n: _compress(model, n, seen[n], method, plan.get(n, config).for_layer(n)) for n in linear}
+        if prefix is not None and original is not None and config.block_steps:
+            done = _refine(model, place, index, prefix, original.hidden, config.block_steps, done, weights, seen)
+        yield done
         if prefix is not None:
             prefix.advance(index, block)
         for name, module in linear.items():
@@ -173,6 +179,36 @@ def _compress(model: PreTrainedModel, name: str, seen: Statistics, method: Modul
         output_error=_output_error(weight_OI, dense_OI, seen),
         null={arm: relative_error(weight_OI, p.dequantize(), seen.hessian_II) for arm, p in sorted(arms.items())},
     )
+
+
+def _refine(
+    model: PreTrainedModel,
+    place: str,
+    index: int,
+    prefix: calibration.Prefix,
+    targets: list[Tensor],
+    steps: int,
+    done: Mapping[str, Layer],
+    weights: Mapping[str, Tensor],
+    seen: Mapping[str, Statistics],
+) -> dict[str, Layer]:
+    """Optimise the compressed layers of a block together, and put what they became into the model."""
+    found = {name: blockwise.learnable(weights[name], layer.packed) for name, layer in done.items()}
+    learned = {name: layer for name, layer in found.items() if layer is not None}
+    inside = {name.removeprefix(f"{place}."): layer for name, layer in learned.items()}
+    block = model.get_submodule(place)
+    blockwise.optimise(block, inside, index, prefix, targets, steps=steps)
+    refined = dict(done)
+    for name, layer in learned.items():
+        packed = layer.pack()
+        dense_OI = layers.put(model, name, packed)
+        refined[name] = replace(
+            done[name],
+            packed=packed,
+            weight_error=relative_error(weights[name], dense_OI),
+            output_error=_output_error(weights[name], dense_OI, seen[name]),
+        )
+    return refined
 
 
 def _output_error(weight_OI: Tensor, dense_OI: Tensor, seen: Statistics) -> float | None:

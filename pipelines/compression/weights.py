@@ -108,7 +108,7 @@ def _shown(
 ) -> plan.Shown | None:
     """Return what calibration shows; None for methods that need none. Squared gradients are recorded here."""
     method = registry.get(config.method)
-    if method.calibration == "none":
+    if method.calibration == "none" and not parameters.block_steps:
         return None
     device, masked = device_of(context.compute), yardstick.is_encoder(model)
     tokens_NT = calibration.sample_tokens(prepare, samples=config.samples, seed=config.seed, masked=masked)
