@@ -117,6 +117,6 @@ def _lineage(found: Artifact, depth: int = 0) -> list[str]:
     if found.manifest.stage == "fetch":
         made_by = found.manifest.summary.get("origin")
         lines.append("  " * depth + f"from: {found.manifest.summary['source']} {(made_by or '')[:12]}".rstrip())
-    elif not found.manifest.parents:
+    elif "data" in found.manifest.identity.get("inputs", {}) or not found.manifest.parents:
         lines.append("  " * depth + f"corpus: data.dvc {found.manifest.identity.get('inputs', {}).get('data', '?')}")
     return lines

@@ -7,6 +7,9 @@ with the square root of the batch, and the share of the warm-up in proportion to
 runs are lines of the results file, and are not repeated: stop at any time and call it again. Seed 0 comes first, all
 rates of it; the other seeds run at each cell's best rate.
 
+The h200 preset is the full table, 30 M parameters and batches of 128 to 8,192 sequences: it wants a corpus of some
+300 million tokens in place of the bundled one, which it would see eighty times.
+
 The rates are those at the smallest batch. Two numbers are of interest for each optimizer: the best of its three rates
 at each batch, and what the rule makes, at the largest batch, of the rate that was best at the smallest.
 """
