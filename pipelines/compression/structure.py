@@ -57,9 +57,11 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     best, median = structured.random_arms(problem, parameters)
     arms = {"magnitude": structured.by_magnitude(problem, parameters), "random best": best, "random median": median}
     held = held_out_pairs(prepared, masked=encoder)
-    errors = compare(problem if held is None else ModelProblem(model, *held), chosen, arms)
-    errors["held_out"] = held is not None
+    judge = problem if held is None else ModelProblem(model, *held)
+    losses = {name: sequence_losses(judge, s) for name, s in {config.method: chosen, **arms}.items()}
+    parent_losses = sequence_losses(judge, None)
     cut(source, target, chosen, problem.family, _sizes(model, chosen))
+    totals = _totals(WeightReader(source), WeightReader(target), model)
     report = {
         "method": config.method,
         "parameters": parameters.model_dump(mode="json"),
@@ -67,8 +69,10 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         "loads_with": "transformers",
         "calibration": {"sequences": len(tokens), "seed": config.seed},
         "not_informative": "",
-        "totals": _totals(WeightReader(source), WeightReader(target), model),
-        "errors": errors,
+        "totals": totals,
+        "errors": {"parent_loss": float(parent_losses.mean()), "held_out": held is not None}
+        | compare(losses, config.method),
+        "arms": {name: _arm(found, parent_losses, totals["layer_bytes"]) for name, found in losses.items()},
         "layers": _kept(chosen),
     }
     write_json(out_dir / "compression.json", report)
@@ -121,22 +125,27 @@ def held_out_pairs(prepared: Path, *, masked: bool) -> tuple[NDArray[np.int64], 
     return np.where(hidden, reader.index["mask_id"], tokens), np.where(hidden, tokens, -100)
 
 
-def compare(problem: ModelProblem, chosen: Structure, arms: Mapping[str, Structure]) -> dict[str, Any]:
-    """Return losses of parent, child and arms, and what each arm loses more than the child, with intervals.
+def sequence_losses(problem: ModelProblem, structure: Structure | None) -> NDArray[np.float64]:
+    """Return the loss of every sequence [N], nats a token.
 
     Raises:
-        NumericError: a loss is not finite.
+        NumericError: one is not finite.
     """
-    parent, child = problem.losses(None).double().numpy(), problem.losses(chosen).double().numpy()
-    if not np.isfinite(child).all():
+    losses = problem.losses(structure).double().numpy()
+    if not np.isfinite(losses).all():
         raise NumericError("the pruned model gives losses that are not finite")
-    found: dict[str, Any] = {"parent_loss": float(parent.mean()), "loss": float(child.mean()), "null": {}, "worse": {}}
-    for arm, structure in arms.items():
-        losses = problem.losses(structure).double().numpy()
-        found["null"][arm] = float(losses.mean())
-        if len(losses) > 1:
-            found["worse"][arm] = comparison.paired_difference(losses.tolist(), child.tolist()).to_json()
-    return found
+    return losses
+
+
+def compare(losses: Mapping[str, NDArray[np.float64]], method: str) -> dict[str, Any]:
+    """Return the mean losses of child and arms, and what each arm loses more than the child, with intervals."""
+    child = losses[method]
+    arms = {arm: found for arm, found in losses.items() if arm != method}
+    return {
+        "loss": float(child.mean()),
+        "null": {arm: float(found.mean()) for arm, found in arms.items()},
+        "worse": {arm: comparison.paired_difference(found, child).to_json() for arm, found in arms.items()},
+    }
 
 
 def cut(source: Path, target: Path, structure: Structure, family: Family, sizes: Mapping[str, int]) -> None:
@@ -194,6 +203,11 @@ def _kept(structure: Structure) -> dict[str, dict[str, list[int]]]:
     }
 
 
+def _arm(losses: NDArray[np.float64], parent: NDArray[np.float64], size: int) -> dict[str, Any]:
+    """Return an arm as reports draw it: loss over the parent's, and bytes, which are the same for all."""
+    return {"ratio": comparison.paired_ratio(losses, parent, np.ones_like(losses)).to_json(), "bytes": size}
+
+
 def _totals(parent: WeightReader, child: WeightReader, model: PreTrainedModel) -> dict[str, Any]:
     stored = [child.dense(name) for name in child.names()]
     weights = sum(tensor.numel() for tensor in stored)
@@ -202,6 +216,8 @@ def _totals(parent: WeightReader, child: WeightReader, model: PreTrainedModel) -
         "weights": weights,
         "parent_weights": sum(p.numel() for p in model.parameters()),
         "bits_per_weight": 8 * sum(t.numel() * t.element_size() for t in stored) / weights,
+        "layer_bytes": child.bytes,
+        "parent_layer_bytes": parent.bytes,
         "bytes": child.bytes,
         "parent_bytes": parent.bytes,
         "ratio": parent.bytes / child.bytes,

@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 def append(store_root: Path, model: str, action: str, *, version: str | None, why: str, **facts: Any) -> Record:
     """Add one record, durably; a record that a power cut left unfinished is closed off, never merged with ours."""
-    record = signature() | {
+    record: Record = signature() | {
         "model": model,
         "action": action,
         "version": version,
@@ -42,7 +42,7 @@ def append(store_root: Path, model: str, action: str, *, version: str | None, wh
     return record
 
 
-def signature() -> dict[str, Any]:
+def signature() -> dict[str, str]:
     """Return who acts, and when."""
     now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     return {"time": now, "who": f"{_user()}@{socket.gethostname()}"}

@@ -148,14 +148,15 @@ class Registry:
         holder = str(previous.version) if previous is not None else None
         if holder not in {str(over.version) if over is not None else None, number}:
             return False
+        signed: dict[str, str] = {}
         if holder != number:
-            self._sign(number, why)
+            signed = self._sign(number, why)
             self._client.set_registered_model_alias(self.model, CHAMPION, number)
         fault_point("promote.after_alias")
         self.release(CHALLENGER, number)
         known = champions.champion(self.store_root, self.model)
         if known is None or known["version"] != number or known["action"] == champions.OBSERVED:
-            self._note(champions.PROMOTE, number, why, version.tags, previous=holder, **facts)
+            self._note(champions.PROMOTE, number, why, version.tags, previous=holder, **signed, **facts)
         return True
 
     def note_registered(self, version: ModelVersion) -> None:
@@ -191,9 +192,9 @@ class Registry:
         tags = self._client.get_model_version(self.model, number).tags
         before = str(current.version)
         why = why or f"rollback from version {before}"
-        self._sign(number, why)
+        signed = self._sign(number, why)
         self._client.set_registered_model_alias(self.model, CHAMPION, number)
-        return self._note(champions.ROLLBACK, number, why, tags, previous=before)
+        return self._note(champions.ROLLBACK, number, why, tags, previous=before, **signed)
 
     def run_for(self, facts: Evidence, experiment: str) -> str:
         """Return the MLflow run that carries a model's files when tracking names none."""
@@ -218,10 +219,12 @@ class Registry:
         finally:
             shutil.rmtree(scratch)
 
-    def _sign(self, number: str, why: str) -> None:
+    def _sign(self, number: str, why: str) -> dict[str, str]:
         """Tag a version with who gives it the title, when and why: other stores see the registry, not our history."""
-        signature = champions.signature() | {"why": redact(why)}
-        self._client.set_model_version_tag(self.model, number, _CROWNED, json.dumps(signature, sort_keys=True))
+        signature = champions.signature()
+        text = json.dumps(signature | {"why": redact(why)}, sort_keys=True)
+        self._client.set_model_version_tag(self.model, number, _CROWNED, text)
+        return signature
 
     def _scratch(self) -> Path:
         folder = self.store_root / "scratch"

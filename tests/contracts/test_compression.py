@@ -214,6 +214,33 @@ def test_the_null_arms_of_a_method_that_trains_are_children_that_can_be_made(nam
             assert getattr(arm, "steps", 0) in (0, config.steps)
 
 
+@pytest.mark.parametrize("name", [*registry.names("structure"), *registry.names("kv_cache")])
+def test_methods_of_whole_models_do_both_families_or_refuse_by_name(
+    name: str, prepare: Artifact, parent: Artifact, tmp_path: Path
+) -> None:
+    config = CompressConfig.model_validate({"method": name})
+    context = StageContext(node="compress.x", scratch=tmp_path, compute={"device": "cpu"})
+    inputs = {"prepare": prepare, "model": parent}
+    try:
+        run(config, inputs, tmp_path, context)
+    except ConfigError as error:
+        assert name in str(error)  # noqa: PT017 - a refusal is one of the two right answers
+        return
+    report = json.loads((tmp_path / "compression.json").read_text())
+    assert report["totals"]["layers"] == len(report["layers"]) == 2
+    assert report["errors"]["null"], "arms to compare with"
+    assert report["totals"]["bytes"] == sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
+    ids = torch.arange(32).unsqueeze(0)
+    with torch.no_grad():
+        logits, original = (load_model(f / "model")(input_ids=ids).logits for f in (tmp_path, parent.path))
+    assert bool(torch.isfinite(logits).all())
+    assert not torch.allclose(logits, original, atol=1e-6), "it does nothing"
+    again = tmp_path / "again"
+    again.mkdir()
+    run(config, inputs, again, context)
+    assert (again / "compression.json").read_bytes() == (tmp_path / "compression.json").read_bytes()
+
+
 def _publish(folder: Path) -> Artifact:
     return artifact.publish(
         folder, folder.with_name("artifact"), stage="x", node="x", identity={}, parents={}, summary={}

@@ -117,6 +117,10 @@ def test_children_are_smaller_load_anywhere_and_come_out_the_same_twice(
     assert load_model(one / "model").config.intermediate_size == 18
     assert [len(row["neurons_removed"]) for row in report["layers"].values()] == [6, 6]
     assert report["errors"]["null"].keys() == {"magnitude", "random best", "random median"}
+    assert report["arms"].keys() == {"optin", *report["errors"]["null"]}
+    ratio = report["arms"]["optin"]["ratio"]
+    assert ratio["value"] == pytest.approx(report["errors"]["loss"] / report["errors"]["parent_loss"])
+    assert ratio["low"] <= ratio["value"] <= ratio["high"]
 
 
 @pytest.fixture(scope="module")
