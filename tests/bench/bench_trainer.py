@@ -6,7 +6,7 @@ Prints tokens per second of the bare loop (torch AdamW, fused, clipping), of tra
 every step, and neither evaluates nor saves), of this trainer with AdamW and with LAMB (plain engine; metrics every
 step), and medians over rounds of the ratio to the bare loop and to HF Trainer in the same round. On one thread the time
 is the CPU time of the process, so that waiting for a core does not count. With --ranks it then launches that many ranks
-under DeepSpeed and prints their throughput and where a step's time goes, with LAMB and with AdamW.
+under DeepSpeed with LAMB and prints their throughput and where a step's time goes.
 """
 
 from __future__ import annotations
