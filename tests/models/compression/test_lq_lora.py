@@ -119,6 +119,37 @@ def test_a_budget_offers_every_storage_once() -> None:
     assert lq_lora.choices(lq_lora.Config()) == []
 
 
+@pytest.mark.parametrize("number", [0, 77, 200, 431])
+def test_the_price_of_a_storage_is_to_the_bit_what_it_stores(number: int, layer: Callable[..., Any]) -> None:
+    weight, _, seen = layer(rows=20, columns=48)
+    seen = replace(seen, fisher_OI=fisher(weight))
+    choice = lq_lora.choices(lq_lora.Config(budget=3.0, rank=3))[number]
+    bits, cost = lq_lora.price(weight, seen, choice)
+    assert bits == lq_lora.compress(weight, seen, choice).stored_bits()
+    error = normal_float.quantize(weight, choice).dequantize() - weight
+    assert cost == pytest.approx(float((fisher(weight) * error.square()).sum()), rel=1e-4)
+
+
+def test_predicted_losses_rank_storages_as_the_whole_method_does(layer: Callable[..., Any]) -> None:
+    """The price leaves the adapter out; over the widths the order must be that of the finished decompositions."""
+    weight, _, seen = layer(rows=48)
+    seen = replace(seen, fisher_OI=fisher(weight, rank_one=False))
+    widths = [lq_lora.Config(bits=bits) for bits in (2, 3, 4, 8)]
+    predicted = [lq_lora.price(weight, seen, config)[1] for config in widths]
+    finished = [
+        lq_lora.weighted_error(lq_lora.compress(weight, seen, config).dequantize() - weight, seen.fisher_OI)
+        for config in widths
+    ]
+    assert predicted == sorted(predicted, reverse=True)
+    assert finished == sorted(finished, reverse=True)
+    assert all(done < start for done, start in zip(finished[:2], predicted[:2], strict=True))
+
+
+def test_prices_are_by_gradients_only_where_those_are_the_weights() -> None:
+    assert lq_lora.sees(lq_lora.Config()) == "gradients"
+    assert lq_lora.sees(lq_lora.Config(weighting="hessian")) == "hessian"
+
+
 @pytest.mark.parametrize(
     ("values", "label"),
     [({}, "nf4-r8"), ({"bits": 3, "rank": 16, "weighting": "none"}, "nf3-r16-none"), ({"budget": 2.75}, "2p75bits-r8")],

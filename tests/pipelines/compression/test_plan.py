@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from models.compression import gptq, hawq
+from models.compression.base import Statistics
+from pipelines.compression import plan, skeleton, walk
 from pipelines.compression.folder import WeightReader, read_record
 from pipelines.compression.load import is_private, load_model
 from pipelines.errors import ConfigError
@@ -91,3 +94,35 @@ def test_without_a_budget_there_is_no_allocation(small: Any, compress: Callable[
 def test_a_budget_that_is_too_small_is_refused(small: Any, compress: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="within the budget"):
         compress(small(), MIXED | {"budget": 1.5})
+
+
+def test_methods_that_share_nothing_out_are_not_priced(small: Any) -> None:
+    assert plan.prices_by(gptq, gptq.Config()) == ""
+    assert plan.prices_by(hawq, hawq.Config(budget=0)) == ""
+    assert plan.prices_by(hawq, hawq.Config(sensitivity="gradients")) == "gradients"
+    model, reader = skeleton.build(small().parent.path / "model"), WeightReader(small().parent.path / "model")
+    names = walk.targets(model, ())
+    assert plan.make(model, reader, hawq, hawq.Config(), names=names, shown=None) == plan.Plan()
+
+
+def test_prices_are_those_of_the_method_on_each_layer(small: Any) -> None:
+    bench = small()
+    source, config = bench.parent.path / "model", hawq.Config(sensitivity="hessian", widths=(3, 5))
+    model, reader = skeleton.build(source), WeightReader(source)
+    names = walk.targets(model, ())[:4]
+    tokens = bench.held_BT.numpy()
+    shown = plan.Shown(tokens, tokens, torch.device("cpu"))
+    prices = plan.price_all(model, reader, hawq, config, names=names, shown=shown)
+    assert prices.weights == sum(reader.dense(f"{name}.weight").numel() for name in names)
+    whole, seen = load_model(source), dict[str, torch.Tensor]()
+    for name in names:
+        whole.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: seen.update({name: inputs[0].detach().flatten(0, -2).double()})
+        )
+    whole(input_ids=bench.held_BT)
+    for row, name in enumerate(names):
+        weight, moment = reader.dense(f"{name}.weight"), seen[name].T @ seen[name]
+        for column, width in enumerate(hawq.choices(config)):
+            bits, cost = hawq.price(weight, Statistics(moment, len(seen[name])), width)
+            assert prices.bits_LC[row, column] == bits
+            assert prices.cost_LC[row, column] == pytest.approx(cost, rel=1e-3)
