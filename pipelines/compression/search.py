@@ -147,10 +147,11 @@ class _Bench:
         lines = len(parameters.methods) * len(parameters.group_sizes)
         self._most = lines * (len(parameters.bits).bit_length())
 
-    def candidate(self, method: str, bits: int, group_size: int) -> CompressConfig:
+    def candidate(self, method: str, bits: int, group_size: int, **changes: int) -> CompressConfig:
         """Return the configuration of one candidate: the engine's keys are those of the search."""
         engine = {key: getattr(self._config, key) for key in CompressConfig.model_fields.keys() - _OF_THE_CHILD}
-        return CompressConfig.model_validate({**engine, "method": method, "bits": bits, "group_size": group_size})
+        own = {"method": method, "bits": bits, "group_size": group_size}
+        return CompressConfig.model_validate({**engine, **own, **changes})
 
     def fits(self, method: str, group_size: int, bits: int) -> bool:
         """Return whether a candidate is within budget."""
@@ -174,7 +175,9 @@ class _Bench:
         folder = self._context.scratch / "candidate"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        made = stage.run(self.candidate(method, bits, group_size), self._inputs, folder, self._context)
+        # Only the winner is compared with its arms.
+        config = self.candidate(method, bits, group_size, arms_documents=0)
+        made = stage.run(config, self._inputs, folder, self._context)
         child = load_model(folder / "model")
         nats, kl = compare(self._parent, child, self.tokens_NT, self._labels_NT)
         shutil.rmtree(folder)
