@@ -106,6 +106,26 @@ def test_without_input_scales_any_reader_knows_the_layout(layer: Callable[..., A
     assert packed.tensors().keys() == theirs.tensors().keys()
 
 
+def test_the_gain_holds_on_inputs_it_never_saw(layer: Callable[..., Any]) -> None:
+    weight, inputs, _ = layer(rows=48, columns=64, tokens=2000)
+    shown, held = inputs[:1000].double(), inputs[1000:].double()
+    seen, config = Statistics(shown.T @ shown, 1000), awq.Config(bits=3, group_size=0)
+    mine, naive = awq.compress(weight, seen, config), awq.nulls(weight, seen, config)["rtn"]
+    error, base = (relative_error(weight, p.dequantize(), held.T @ held) for p in (mine, naive))
+    assert error < 0.9 * base
+
+
+def test_more_exponents_are_never_worse(layer: Callable[..., Any]) -> None:
+    weight, _, seen = layer(rows=24)
+    losses = []
+    for alphas in (1, 5, 20):
+        config = awq.Config(bits=3, group_size=0, alphas=alphas, clip="max")
+        scale = awq.search_scale(weight, seen.hessian_II, config)
+        dense = grid.nearest(weight * scale, grid.fit(weight * scale, config)).dequantize() / scale
+        losses.append(awq.output_loss(dense - weight, seen.hessian_II))
+    assert losses == sorted(losses, reverse=True)
+
+
 def test_calibration_is_required() -> None:
     with pytest.raises(ValueError, match="awq needs calibration"):
         awq.compress(torch.randn(2, 4), Statistics(), awq.Config())

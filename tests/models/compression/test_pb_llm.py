@@ -113,6 +113,30 @@ def test_others_of_a_row_take_two_values_for_each_group(layer: Callable[..., Any
             assert len(set(dense[row, span][others[row, span]].tolist())) <= 2
 
 
+def test_the_gain_holds_on_inputs_it_never_saw(layer: Callable[..., Any]) -> None:
+    weight, inputs, _ = layer(rows=48, columns=64, tokens=2000)
+    shown, held = inputs[:1000].double(), inputs[1000:].double()
+    seen, config = Statistics(shown.T @ shown, 1000), pb_llm.Config()
+    mine, arms = pb_llm.compress(weight, seen, config), pb_llm.nulls(weight, seen, config)
+    error = relative_error(weight, mine.dequantize(), held.T @ held)
+    assert all(error < 0.85 * relative_error(weight, arm.dequantize(), held.T @ held) for arm in arms.values())
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_an_amplitude_over_whole_rows_would_lose_more(share: float, layer: Callable[..., Any]) -> None:
+    """The released code divides by the whole row, salient weights counted as zeros."""
+    weight, _, _ = layer(rows=48)
+    salient = pb_llm.highest(weight.abs(), share)
+    levels = pb_llm.fit(weight, salient, pb_llm.Config(salient=share))
+    mean, others = levels.mean_OG, ~salient
+    released = ((weight - mean).abs() * others).mean(1, keepdim=True)
+    errors = [
+        float((((weight - mean).abs() - amplitude) * others).square().sum())
+        for amplitude in (levels.amplitude_OG, released)
+    ]
+    assert errors[0] < errors[1]
+
+
 @pytest.mark.parametrize(
     ("values", "label"),
     [
