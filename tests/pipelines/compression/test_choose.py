@@ -157,9 +157,10 @@ def test_a_tolerance_that_no_layer_meets_is_refused(small: Any) -> None:
 
     from models.compression import rtn
 
+    judge: Any = SimpleNamespace(loss=judged)
     with pytest.raises(ConfigError, match=r"2\.0000 times the parent's with one layer left"):
-        choose.partial(walker, rtn, rtn.Config(), names, tolerance=0.1, text=SimpleNamespace(loss=judged))
-    found = choose.partial(walker, rtn, rtn.Config(), names, tolerance=1.0, text=SimpleNamespace(loss=judged))
+        choose.partial(walker, rtn, rtn.Config(), names, tolerance=0.1, text=judge)
+    found = choose.partial(walker, rtn, rtn.Config(), names, tolerance=1.0, text=judge)
     assert len(found["kept"]) == len(names) - 1
 
 
@@ -178,7 +179,8 @@ def test_measuring_a_choice_leaves_the_model_as_it_was(small: Any, bench: Any) -
             inside.append(inner(input_ids=tokens).logits)
             return 0.0
 
-        choose.loss(model, packed, SimpleNamespace(loss=judged), "x")
+        judge: Any = SimpleNamespace(loss=judged)
+        choose.loss(model, packed, judge, "x")
         after = model(input_ids=tokens).logits
     assert torch.equal(before, after)
     assert not torch.allclose(before, inside[0], atol=1e-3)
