@@ -179,3 +179,39 @@ def test_trust_ratio(update: float, weight: float, clamp: Any, on: Any, expected
 def test_impossible_hyperparameters_are_refused(options: dict[str, Any], message: str, named: Any) -> None:
     with pytest.raises(ValueError, match=message):
         Lamb(named(weight=(2, 2)).items(), **options)
+
+
+@pytest.mark.parametrize(
+    ("variant", "eps", "decay", "clip", "adapted"),
+    [
+        ("nvlamb", 1e-6, 0.01, 1.0, {"weight", "other", "bias"}),
+        ("apex", 1e-6, 0.01, 1.0, {"weight", "other"}),
+        ("addons", 1e-6, 0.0, math.inf, {"weight", "other", "bias"}),
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_variant_is_its_implementation_stated_in_float64(
+    variant: str, eps: float, decay: float, clip: float, adapted: set[str], compiled: bool, named: Any, fill: Any
+) -> None:
+    """Apex adapts what decays: the bias is in a group without decay here, which NVLAMB adapts all the same."""
+    parameters = named(**SHAPES)
+    start = {name: parameter.detach().double().numpy().copy() for name, parameter in parameters.items()}
+    options = dict(VARIANTS[variant])
+    share = options.pop("weight_decay")
+    groups = [
+        {"params": [(name, parameters[name]) for name in ("weight", "other")], "weight_decay": share},
+        {"params": [("bias", parameters["bias"])], "weight_decay": 0.0},
+    ]
+    optimizer = Lamb(groups, lr=0.02, compiled=compiled, **options)
+    gradients: dict[str, list[np.ndarray]] = {name: [] for name in SHAPES}
+    for step in range(15):
+        given = {name: gradient.double().numpy() for name, gradient in fill(parameters, step).items()}
+        norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in given.values()))
+        for name, gradient in given.items():
+            gradients[name].append(gradient / max(1.0, norm / clip))
+        optimizer.step()
+    assert set(optimizer.trust_ratios()) == adapted
+    for name, parameter in parameters.items():
+        rate = 0.0 if name == "bias" else decay
+        expected = paper(start[name], gradients[name], 0.02, rate, adapt=name in adapted, eps=eps)
+        np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=0, atol=1e-5)
