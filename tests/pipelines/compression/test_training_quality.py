@@ -3,13 +3,14 @@
 Measured when written, perplexity over the parent's on the bench's held-out text, 100 steps of 12 sequences, one seed:
 
     continued fp32 0.997 (lr 5e-4)
-    2 bits   SEQ 1.026, LSQ 1.112; without training RTN 1.111, GPTQ 1.036
+    2 bits   SEQ 1.026, LSQ 1.112; without training SEQ 1.087, RTN 1.111 (2.019 without a search), GPTQ 1.036
     3 bits   1.016
     SortedNet cut to 1 of 3 layers 1.249; the parent cut there 1.481; that depth trained alone 1.215
+    a student of 2 of 3 layers, 60 steps: taught 1.063, by labels only 1.085, untrained 1.183
+    a quarter of the weights, 60 steps: SVD then trained 1.105, SVD alone 1.378
 
-The bound "below 0.7 of round to nearest at 2 bits" of the methods page is for a grid that spans the largest weight (5.6
-there); our round to nearest searches the range and loses a tenth only, so it is not asserted against that. That
-SortedNet costs nothing against a depth trained alone does not hold either.
+The methods page's bound, below 0.7 of round to nearest at 2 bits, is for a grid that spans the largest weight, and
+holds against that (2.019). That SortedNet costs nothing against a depth trained alone does not hold here.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def test_two_bits_trained_beat_two_bits_rounded_and_stretched_levels_beat_lsq(
 ) -> None:
     rounded = {name: ratio({"method": name, "bits": 2, "group_size": 0}) for name in ("rtn", "gptq")}
     assert rounded["rtn"] > 1.05, "two bits must hurt, or nothing is compared"
+    spanning = ratio({"method": "rtn", "bits": 2, "group_size": 0, "clip": "max"})
     seq = ratio({"method": "paretoq", "bits": 2, **SCHEDULE})
+    assert seq < 0.7 * spanning
     assert seq < rounded["gptq"] < rounded["rtn"]
     assert seq - 1 < 0.4 * (rounded["rtn"] - 1)
     assert seq < ratio({"method": "paretoq", "bits": 2, "quantizer": "lsq", **SCHEDULE})
@@ -79,3 +82,22 @@ def test_a_sorted_model_survives_a_cut_that_its_parent_does_not(ratio: Callable[
     cut = ratio({"method": "sortednet", "depth": 1, **SCHEDULE, "steps": 0})
     assert cut > 1.3, "the cut must hurt, or nothing is compared"
     assert ratio({"method": "sortednet", "depth": 1, **SCHEDULE}) < 0.9 * cut
+
+
+def test_a_taught_student_is_ahead_of_one_that_sees_labels_only(ratio: Callable[[dict[str, Any]], float]) -> None:
+    """The same student, start, data and number of steps; one seed."""
+    table = {"method": "distill", "layers": 2, **SCHEDULE, "steps": 60}
+    untrained = ratio(table | {"steps": 0})
+    assert untrained > 1.1, "the student must have something to learn"
+    labels = ratio(table | {"soft": 0.0})
+    assert ratio(table) - 1 < 0.85 * (labels - 1)
+    assert labels < untrained
+
+
+def test_factors_that_are_trained_after_the_cut_beat_the_truncated_svd(
+    ratio: Callable[[dict[str, Any]], float],
+) -> None:
+    table = {"method": "maestro", "share": 0.25, "value_bits": 32, "cut": "start", **SCHEDULE, "steps": 60}
+    plain = ratio(table | {"steps": 0})
+    assert plain > 1.2, "the cut must hurt, or nothing is compared"
+    assert ratio(table) - 1 < 0.5 * (plain - 1)
