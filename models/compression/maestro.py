@@ -47,7 +47,7 @@ class Config(TrainedConfig):
     cut: Literal["end", "start"] = Field(
         "end", description="end: train in order, then cut; start: truncated SVD first, then train what is left"
     )
-    drawn: Literal["one", "all"] = Field("one", description="layers that a step cuts: one of them, or all")
+    drawn: Literal["one", "all"] = Field("all", description="layers that a step cuts: one of them, or all")
     penalty: float = Field(0.0, ge=0.0, le=1.0, description="weight of the group lasso, for each layer")
     allocation: Literal["importance", "uniform"] = Field(
         "importance", description="which components go: the least important of all layers, or as many of each"

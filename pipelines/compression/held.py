@@ -34,9 +34,9 @@ def sequence_nats(folder: Path, feed: Feed) -> tuple[Floats, Floats]:
 
 
 def table(folders: Mapping[str, Path], parent: Path, feed: Feed) -> dict[str, dict[str, Any]]:
-    """Return a row for each model: nats per token, and the ratio of its perplexity to the parent's, with intervals.
+    """Return a row for each model: nats per token, their ratio and that of the perplexity to the parent's.
 
-    Intervals are over sequences, on the same resamples for child and parent.
+    With intervals over sequences, on the same resamples for child and parent.
     """
     base, targets = sequence_nats(parent, feed)
     rows = {"parent": _row(base, base, targets)}
@@ -47,5 +47,6 @@ def table(folders: Mapping[str, Path], parent: Path, feed: Feed) -> dict[str, di
 
 def _row(nats: Floats, base: Floats, targets: Floats) -> dict[str, Any]:
     own = bootstrap(lambda n, t: n / t, (nats, targets))
-    ratio = bootstrap(lambda n, b, t: np.exp((n - b) / t), (nats, base, targets))
-    return {"nats_per_token": own.to_json(), "perplexity_ratio": ratio.to_json()}
+    ratio = bootstrap(lambda n, b: n / b, (nats, base))
+    perplexity = bootstrap(lambda n, b, t: np.exp((n - b) / t), (nats, base, targets))
+    return {"nats_per_token": own.to_json(), "ratio": ratio.to_json(), "perplexity_ratio": perplexity.to_json()}

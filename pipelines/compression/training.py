@@ -46,7 +46,7 @@ _LAYOUT_DENSE = "safetensors"
 def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
     """Train a child of `inputs["model"]` on `inputs["prepare"]`, taught by `inputs["teacher"]` where there is one.
 
-    Writes `model/`, `compression.json` (with `held_out`: the child beside its null arms) and, of the training,
+    Writes `model/`, `compression.json` (with `arms`: the child beside its null arms) and, of the training,
     `training.json` and `metrics.jsonl`.
 
     Raises:
@@ -60,10 +60,11 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         for path in (job.facts, job.metrics):
             shutil.copyfile(path, out_dir / path.name)
     report = pack(config, job, out_dir / "model", context.scratch / "plain")
-    arms = _arms(config, inputs, context) if parameters.controls else {}
-    report["held_out"] = _compared({"child": out_dir / "model", **arms}, job)
     write_json(out_dir / "compression.json", report)
-    return {key: report[key] for key in ("method", "parameters", "layout", "totals", "errors", "held_out")}
+    arms = _arms(config, inputs, context) if parameters.controls else {}
+    report["parent"], report["arms"] = _compared({config.method: out_dir, **arms}, job)
+    write_json(out_dir / "compression.json", report)
+    return {key: report[key] for key in ("method", "parameters", "layout", "totals", "errors", "arms")}
 
 
 def make_job(config: CompressConfig, inputs: Mapping[str, Artifact], context: StageContext) -> Job:
@@ -198,18 +199,24 @@ def _errors(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _arms(config: CompressConfig, inputs: Mapping[str, Artifact], context: StageContext) -> dict[str, Path]:
-    """Make the null arms that are not there yet; return their model folders."""
+    """Make the null arms that are not there yet; return their folders."""
     from pipelines.compression import stage
 
     folders = {}
     for name, table in registry.get(config.method).controls(config.parameters).items():
         place = context.scratch / "arms" / re.sub(r"\W+", "-", name)
-        folders[name] = place / "out" / "model"
+        folders[name] = place / "out"
         if (place / "out" / "compression.json").exists():
             continue
         shutil.rmtree(place / "out", ignore_errors=True)
         (place / "out").mkdir(parents=True)
-        shared = {"name": place.name, "seed": config.seed, "samples": config.samples, "skip": config.skip}
+        shared = {
+            "name": place.name,
+            "seed": config.seed,
+            "samples": config.samples,
+            "skip": config.skip,
+            "arms_documents": 0,
+        }
         arm = CompressConfig.model_validate(shared | table)
         stage.run(arm, inputs, place / "out", _within(context, place / "scratch", name))
     return folders
@@ -224,11 +231,14 @@ def _within(context: StageContext, scratch: Path, name: str) -> StageContext:
     return dataclasses.replace(context, scratch=scratch, report=report)
 
 
-def _compared(folders: Mapping[str, Path], job: Job) -> dict[str, dict[str, Any]]:
-    """Return the child and its arms on the validation split, with the bytes of their weights."""
+def _compared(folders: Mapping[str, Path], job: Job) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the parent, and the child with its arms, on the validation split; `bytes` are those of the layers."""
     assert job.program is not None
-    parent, alone = job.program.parent, Ranks(0, 1, torch.device(job.device))
-    rows = held.table(folders, parent, make_feed(job, job.config.architecture(job.index), alone))
-    for name, path in {"parent": parent, **folders}.items():
-        rows[name]["bytes"] = WeightReader(path).bytes
-    return rows
+    alone = Ranks(0, 1, torch.device(job.device))
+    feed = make_feed(job, job.config.architecture(job.index), alone)
+    rows = held.table({name: path / "model" for name, path in folders.items()}, job.program.parent, feed)
+    for name, path in folders.items():
+        rows[name]["bytes"] = json.loads((path / "compression.json").read_text(encoding="utf-8"))["totals"][
+            "layer_bytes"
+        ]
+    return rows.pop("parent"), rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,13 +41,17 @@ TABLES: dict[str, dict[str, Any]] = {
     "bitnet": {"method": "bitnet"},
     "bitnet-norm": {"method": "bitnet", "norm": True, "scale": "median"},
     "bitnet-wide": {"method": "bitnet", "start": "scratch", "widen": 2},
-    "maestro": {"method": "maestro", "value_bits": 32, "penalty": 1e-3},
+    "maestro": {"method": "maestro", "value_bits": 32, "penalty": 1e-3, "drawn": "one"},
     "maestro-all": {"method": "maestro", "value_bits": 32, "drawn": "all", "allocation": "uniform"},
     "maestro-svd": {"method": "maestro", "value_bits": 32, "cut": "start"},
     "sortednet": {"method": "sortednet", "depth": 2},
     "distill": {"method": "distill", "layers": 2, "features": 1.0},
     "finetune": {"method": "finetune"},
 }
+
+
+EXACT = [name for name in TABLES if not name.startswith("maestro")]
+"""Factors are multiplied out when a child is loaded, which rounds differently."""
 
 
 @dataclass
@@ -140,14 +145,14 @@ def trained_student(table: dict[str, Any], place: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", [name for name in TABLES if not name.startswith(("bitnet", "maestro"))])
+@pytest.mark.parametrize("name", EXACT)
 def test_the_stored_child_computes_exactly_what_was_trained(name: str, family: str, make: Make, tmp_path: Path) -> None:
-    """Bit for bit, for what is deployed as it was trained; cut children are compared with a cut of the student."""
+    """Bit for bit; cut children are compared with a cut of the student."""
     child = make(TABLES[name], family=family)
     student = trained_student(TABLES[name], tmp_path / "child")
     method = registry.get(TABLES[name]["method"])
     config = CompressConfig.model_validate({**PLAIN, **TINY, **TABLES[name]}).parameters
-    if method.__name__.endswith(("sortednet", "maestro")):
+    if method.__name__.endswith("sortednet"):
         method.finish(student, config)
     loaded = load_model(child.out / "model")
     loaded = load_model(child.out / "model")
@@ -224,13 +229,16 @@ def test_without_steps_nothing_is_trained(make: Make, parents: Callable[[str], A
 
 def test_a_child_stands_beside_its_null_arms_in_the_report(make: Make) -> None:
     child = make({"method": "paretoq", "bits": 3, "controls": True, "steps": 0}, here=False)
-    rows = child.report["held_out"]
-    assert set(rows) == {"parent", "child", "continued fp32", "untrained", "rtn", "gptq"}
-    assert rows["parent"]["perplexity_ratio"]["value"] == 1.0
+    rows, parent = child.report["arms"], child.report["parent"]
+    assert set(rows) == {"paretoq", "continued fp32", "untrained", "rtn", "gptq"}
+    assert parent["ratio"]["value"] == parent["perplexity_ratio"]["value"] == 1.0
     for row in rows.values():
-        assert row["perplexity_ratio"]["low"] <= row["perplexity_ratio"]["value"] <= row["perplexity_ratio"]["high"]
-        assert row["bytes"] > 0
-    assert rows["child"]["bytes"] == child.report["totals"]["bytes"]
+        for measure in ("nats_per_token", "ratio", "perplexity_ratio"):
+            assert row[measure]["low"] <= row[measure]["value"] <= row[measure]["high"]
+        nats, base = row["nats_per_token"]["value"], parent["nats_per_token"]["value"]
+        assert row["ratio"]["value"] == pytest.approx(nats / base)
+        assert row["perplexity_ratio"]["value"] == pytest.approx(math.exp(nats - base))
+    assert rows["paretoq"]["bytes"] == child.report["totals"]["layer_bytes"] == rows["rtn"]["bytes"]
 
 
 def test_layers_can_be_left_alone(make: Make) -> None:
