@@ -41,6 +41,10 @@ bench-gpu:
 bench-large-batch: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/large_batch.py --minutes 25
 
+# LISA beside full AdamW and LoRA: quality, memory and time; about half an hour, in parts that go on.
+bench-lisa: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/lisa_quality.py --minutes 25
+
 clean:
 	rm -rf $(VENV) .ingot data .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
