@@ -61,7 +61,9 @@ def ours(method: str, bits: int, group: int, bench: Any) -> PreTrainedModel:
     """Compress block by block; weights are rounded in place, which leaves out the files of the stage."""
     source = bench.parent.path / "model"
     config = CompressConfig.model_validate({"method": method, "bits": bits, "group_size": group, "clip": "max"})
-    tokens_NT = calibration.sample_tokens(bench.prepare.path, samples=SAMPLES, seed=0, masked=False)
+    tokens_NT = None
+    if registry.get(method).calibration != "none":
+        tokens_NT = calibration.sample_tokens(bench.prepare.path, samples=SAMPLES, seed=0, masked=False)
     walker = walk.Walker(skeleton.build(source), WeightReader(source), torch.device("cpu"), tokens_NT)
     model = load_model(source)
     for block in walker.walk(registry.get(method), config.parameters, walk.targets(walker.model, ())):

@@ -24,7 +24,8 @@ from pipelines.compression.stage import run
 from pipelines.errors import ConfigError
 from pipelines.stage import Progress, StageContext
 
-TABLE = {"method": "search", "bits": [2, 3, 4, 8], "group_sizes": [0], "sequences": 64, "samples": 32}
+QUICK = {"samples": 32, "arms_documents": 0}
+TABLE = {"method": "search", "bits": [2, 3, 4, 8], "group_sizes": [0], "sequences": 64} | QUICK
 BUDGET = 1.008
 ANY = Trial("rtn", 4, 0, 1000, {"value": 1.0, "low": 0.99, "high": 1.005}, 0.01)
 
@@ -89,7 +90,7 @@ def test_the_winner_is_the_one_that_trying_everything_finds(found: Any, bench: A
         for bits in (2, 3, 4, 8):
             out = tmp_path / f"{name}-{bits}"
             out.mkdir()
-            table = {"method": name, "bits": bits, "group_size": 0, "samples": 32}
+            table = {"method": name, "bits": bits, "group_size": 0} | QUICK
             context = StageContext(node="compress.c", scratch=tmp_path, compute={"device": "cpu"})
             inputs = {"prepare": bench.prepare, "model": bench.parent}
             run(CompressConfig.model_validate(table), inputs, out, context)

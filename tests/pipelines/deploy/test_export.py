@@ -26,7 +26,12 @@ def child(parent: Artifact, folder: Path, table: dict[str, Any]) -> Artifact:
     """Compress a model with a method that needs no calibration."""
     (folder / "build").mkdir(parents=True)
     context = StageContext(node="compress.child", scratch=folder, compute={"device": "cpu"})
-    run(CompressConfig.model_validate(table), {"prepare": parent, "model": parent}, folder / "build", context)
+    run(
+        CompressConfig.model_validate({"arms_documents": 0} | table),
+        {"prepare": parent, "model": parent},
+        folder / "build",
+        context,
+    )
     names = {"stage": "compress", "node": "compress.child", "identity": {}, "parents": {}, "summary": {}}
     return artifact.publish(folder / "build", folder / "final", **names)
 

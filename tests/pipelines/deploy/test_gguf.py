@@ -133,7 +133,7 @@ def test_a_trained_model_keeps_its_loss_in_llama_cpp(
 def test_a_compressed_child_is_written_as_it_computes(
     bench: Any, llama_cpp: Any, transformers_logits: Any, tmp_path: Path
 ) -> None:
-    config = CompressConfig.model_validate({"method": "rtn", "bits": 4, "group_size": 32})
+    config = CompressConfig.model_validate({"method": "rtn", "bits": 4, "group_size": 32, "arms_documents": 0})
     (tmp_path / "child").mkdir()
     context = StageContext(node="compress.child", scratch=tmp_path, compute={"device": "cpu"})
     run(config, {"prepare": bench.prepare, "model": bench.parent}, tmp_path / "child", context)

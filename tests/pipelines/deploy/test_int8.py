@@ -26,7 +26,12 @@ def compress(parent: Artifact, prepare: Artifact, folder: Path, **table: Any) ->
     out = folder / "-".join(map(str, table.values()))
     out.mkdir()
     context = StageContext(node="compress.child", scratch=folder, compute={"device": "cpu"})
-    run(CompressConfig.model_validate(table), {"prepare": prepare, "model": parent}, out, context)
+    run(
+        CompressConfig.model_validate({"arms_documents": 0} | table),
+        {"prepare": prepare, "model": parent},
+        out,
+        context,
+    )
     return out / "model"
 
 
