@@ -62,7 +62,9 @@ def measure(bench: Any, seen: Any) -> Callable[..., tuple[float, float]]:
 def test_each_step_of_the_method_brings_the_model_closer_to_its_parent(bits: int, measure: Any) -> None:
     """Ratios of perplexity at 2 bits when this was written: 1.114 per channel, 1.074 with everything but Q-Norm.
 
-    On a model trained four times shorter: 1.155 per token, 1.102 per channel, 1.072 fitted, 1.046 sparse.
+    On a model trained four times shorter: 1.155 per token, 1.102 per channel, 1.072 fitted, 1.046 sparse. Weighting the
+    codebook by squared gradients is not asserted to help: without outliers, at 2 bits and with Q-Norm, it did there
+    (1.069 against 1.090 without weights or Q-Norm) and did not here (1.092 against 1.072).
     """
     per_token, size_token = measure(bits=bits, keys="token", codebook="uniform", outliers=0.0)
     per_channel, size = measure(bits=bits, codebook="uniform", outliers=0.0)
@@ -72,10 +74,6 @@ def test_each_step_of_the_method_brings_the_model_closer_to_its_parent(bits: int
     assert sparse - 1 < 0.75 * (per_channel - 1)
     assert size == size_fitted < size_token, "ranges of channels are stored once"
     assert size < size_sparse < 1.25 * size
-
-
-def test_squared_gradients_make_a_better_codebook_than_equal_weights(measure: Any) -> None:
-    assert measure(bits=2, outliers=0.0)[0] < measure(bits=2, outliers=0.0, fisher=False)[0]
 
 
 def test_the_stored_cache_is_a_small_part_of_a_plain_one(bench: Any, measure: Any) -> None:
