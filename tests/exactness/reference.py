@@ -6,6 +6,7 @@ the tests (one process) both read this file.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -139,8 +140,11 @@ def plain_run(case: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> di
 
 def _gradients(model: nn.Module, named: Mapping[str, Tensor], step: int, case: Mapping[str, Any]) -> dict[str, Tensor]:
     inputs, targets = batch(step)
-    loss = loss_sum(model, inputs, targets) / (targets != -100).sum()
-    gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+    computing = copy.deepcopy(model).bfloat16() if case.get("bf16") else model
+    parameters = dict(computing.named_parameters())
+    loss = loss_sum(computing, inputs, targets) / (targets != -100).sum()
+    found = torch.autograd.grad(loss, [parameters[name] for name in named])
+    gradients = {name: gradient.to(named[name].dtype) for name, gradient in zip(named, found, strict=True)}
     if case.get("clip"):
         norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients.values()))
         factor = min(1.0, case["clip"] / (norm + 1e-6))

@@ -76,6 +76,7 @@ def created(case: Case, model: nn.Module) -> Any:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": case.get("bf16", False)},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "gradient_clipping": case["clip"] if case.get("clip_by") == "engine" else 0.0,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(case, model), config=config)
