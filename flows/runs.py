@@ -60,7 +60,8 @@ class RunRecord(BaseModel):
 
     def pin(self, overrides: list[str]) -> list[str]:
         """Return overrides that start from the same weights as this run, wherever the aliases point by now."""
-        return overrides if self.start is None else [*overrides, f"pretrain.from={self.start}"]
+        pinned = f"pretrain.from={self.start}"
+        return overrides if self.start is None or pinned in overrides else [*overrides, pinned]
 
     def alive(self) -> bool:
         """Return whether the process of a running record still exists (on this host)."""

@@ -92,7 +92,10 @@ def test_a_command_that_was_cut_off_goes_on_from_the_weights_it_began_with(tmp_p
     found = runs.unfinished("smoke", ["a=1"])
     assert found is not None
     assert found.pin(["a=1"]) == ["a=1", "pretrain.from=models:/x/3"]
-    assert runs.unfinished("smoke", found.pin(["a=1"])) == found
+    assert found.pin(found.pin(["a=1"])) == found.pin(["a=1"])
+    again = record.model_copy(update={"id": record.id + "-again", "overrides": found.pin(["a=1"])})
+    runs.save(again)
+    assert runs.unfinished("smoke", ["a=1"]) == again
     assert runs.unfinished("smoke", ["a=2"]) is None
     assert runs.unfinished("demo", ["a=1"]) is None
 
