@@ -151,7 +151,8 @@ def walk(
             squares = gradients.read(fisher, index)
             measured = {n: replace(seen, fisher_OI=squares[n]) for n, seen in measured.items()}
         seen = {n: measured.get(n, Statistics()) for n in linear}
-        weights = {n: m.weight.detach().cpu().float() for n, m in linear.items()}
+        # Only where they are needed: held beside the compressed ones they are a second block in memory.
+        weights = {n: m.weight.detach().cpu().float() for n, m in linear.items()} if config.block_steps else {}
         done = {n: _compress(model, n, seen[n], method, plan.get(n, config).for_layer(n)) for n in linear}
         if prefix is not None and original is not None and config.block_steps:
             done = _refine(model, place, index, prefix, original.hidden, config.block_steps, done, weights, seen)
