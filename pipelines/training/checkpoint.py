@@ -19,13 +19,13 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
 from models.optim.fragments import FragmentOptimizer
 from pipelines import artifact, fingerprint
@@ -33,14 +33,12 @@ from pipelines.artifact import Artifact, FileRecord, Manifest
 from pipelines.errors import ConfigError, IngotError, IntegrityError, TransientError
 from pipelines.faults import fault_point
 from pipelines.launch import beat
-from pipelines.training import shards
+from pipelines.training import shards, snapshot
 from pipelines.training.ranks import Ranks
-from pipelines.training.shards import MASTER, Piece
+from pipelines.training.shards import MASTER
+from pipelines.training.snapshot import STATE, Snapshot
 
 log = logging.getLogger(__name__)
-
-STATE = "state.json"
-FORMAT = 1
 
 _STEP = re.compile(r"step-(\d{8})")
 _TEMPORARY = (".writing-*", ".pruned-*", ".retired-*")
@@ -51,26 +49,15 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass
-class _Job:
+class _Save:
     """One save, from the snapshot to publication."""
 
-    step: int
+    held: Snapshot
     ranks: Ranks
-    writers: int
-    """Ranks 0 to `writers - 1` write: all of them, or rank 0 alone where all hold the same."""
-    tensors: dict[Piece, Tensor]
-    shapes: dict[str, tuple[int, ...]]
-    state: str
-    """Content of `state.json`."""
     written: threading.Event = field(default_factory=threading.Event)
     abandoned: bool = False
     error: Exception | None = None
     thread: threading.Thread | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Size of this rank's share."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
 class Checkpoints:
@@ -88,7 +75,7 @@ class Checkpoints:
             )
         self.folder = folder
         self.keep = keep
-        self._job: _Job | None = None
+        self._job: _Save | None = None
 
     @property
     def fallbacks(self) -> int:
@@ -132,7 +119,7 @@ class Checkpoints:
         ranks = _ranks(rank, world)
         if _agreed(ranks, self._final(step).exists()):
             return
-        job = _snapshot(step, optimizer, state, ranks, copy=not wait)
+        job = _Save(snapshot.take(step, optimizer, state, ranks, copy=not wait), ranks)
         self._start(job)
         self._job = job
         if wait:
@@ -148,7 +135,7 @@ class Checkpoints:
             if fault is None:
                 return
             if job.ranks.rank == 0:
-                shutil.rmtree(self._build(job.step), ignore_errors=True)
+                shutil.rmtree(self._build(job.held.step), ignore_errors=True)
                 if not last:
                     self._make_room()
             if last or not isinstance(fault, TransientError):
@@ -159,20 +146,20 @@ class Checkpoints:
             job.written.clear()
             self._start(job)
 
-    def _start(self, job: _Job) -> None:
-        build = self._build(job.step)
+    def _start(self, job: _Save) -> None:
+        build = self._build(job.held.step)
         if job.ranks.rank == 0:
-            fault_point("checkpoint.before_write", step=job.step)
+            fault_point("checkpoint.before_write", step=job.held.step)
             shutil.rmtree(build, ignore_errors=True)
             build.mkdir(parents=True)
         job.ranks.barrier()
-        job.thread = threading.Thread(target=self._work, args=(job,), name=f"checkpoint-{job.step}")
+        job.thread = threading.Thread(target=self._work, args=(job,), name=f"checkpoint-{job.held.step}")
         job.thread.start()
 
-    def _work(self, job: _Job) -> None:
+    def _work(self, job: _Save) -> None:
         """Write this rank's share, and on rank 0 publish when every rank has; runs in a thread, without collectives."""
         try:
-            if job.ranks.rank < job.writers:
+            if job.ranks.rank < job.held.writers:
                 self._write_share(job)
             job.written.set()
             if job.ranks.rank == 0 and self._others_have_written(job):
@@ -181,17 +168,17 @@ class Checkpoints:
             job.error = error
             job.written.set()
 
-    def _write_share(self, job: _Job) -> None:
-        build, rank = self._build(job.step), job.ranks.rank
+    def _write_share(self, job: _Save) -> None:
+        build, rank = self._build(job.held.step), job.ranks.rank
         path = build / f"rank-{rank:05d}.safetensors"
-        record = shards.write(path, job.tensors)
-        spans = [(piece.name, piece.start, piece.numel) for piece in job.tensors if piece.kind == MASTER]
+        record = shards.write(path, job.held.tensors)
+        spans = [(piece.name, piece.start, piece.numel) for piece in job.held.tensors if piece.kind == MASTER]
         note = {"file": path.name, "record": record.model_dump(), "spans": spans}
         artifact.write_text(_note(build, rank), json.dumps(note))
 
-    def _others_have_written(self, job: _Job) -> bool:
-        build = self._build(job.step)
-        missing = set(range(job.writers))
+    def _others_have_written(self, job: _Save) -> bool:
+        build = self._build(job.held.step)
+        missing = set(range(job.held.writers))
         pause = threading.Event()
         while not job.abandoned:
             missing = {rank for rank in missing if not _note(build, rank).exists()}
@@ -200,20 +187,20 @@ class Checkpoints:
             pause.wait(_POLL_S)
         return False
 
-    def _publish(self, job: _Job) -> None:
-        build = self._build(job.step)
-        fault_point("checkpoint.after_shards", step=job.step, path=build)
-        notes = [json.loads(_note(build, rank).read_text(encoding="utf-8")) for rank in range(job.writers)]
+    def _publish(self, job: _Save) -> None:
+        build = self._build(job.held.step)
+        fault_point("checkpoint.after_shards", step=job.held.step, path=build)
+        notes = [json.loads(_note(build, rank).read_text(encoding="utf-8")) for rank in range(job.held.writers)]
         spans = [tuple(span) for note in notes for span in note["spans"]]
-        if gaps := list(shards.uncovered(job.shapes, spans)):
+        if gaps := list(shards.uncovered(job.held.shapes, spans)):
             raise IngotError("the ranks do not hold every weight exactly once: " + "; ".join(gaps[:3]))
-        for rank in range(job.writers):
+        for rank in range(job.held.writers):
             _note(build, rank).unlink()
-        artifact.write_text(build / STATE, json.dumps({**json.loads(job.state), "shapes": job.shapes}))
+        artifact.write_text(build / STATE, json.dumps({**json.loads(job.held.state), "shapes": job.held.shapes}))
         files = {note["file"]: FileRecord.model_validate(note["record"]) for note in notes}
         state = build / STATE
         files[STATE] = FileRecord(sha256=fingerprint.hash_file(state), size=state.stat().st_size)
-        identity = {"stage": "checkpoint", "step": job.step}
+        identity = {"stage": "checkpoint", "step": job.held.step}
         manifest = Manifest(
             stage="checkpoint",
             node="pretrain",
@@ -221,12 +208,12 @@ class Checkpoints:
             identity=identity,
             parents={},
             files=files,
-            summary={"step": job.step, "world": job.ranks.world},
+            summary={"step": job.held.step, "world": job.ranks.world},
         )
-        artifact.commit(build, self._final(job.step), manifest)
+        artifact.commit(build, self._final(job.held.step), manifest)
         self._prune(self.keep)
 
-    def _outcome(self, job: _Job) -> IngotError | Exception | None:
+    def _outcome(self, job: _Save) -> IngotError | Exception | None:
         """Wait for all ranks, and return what went wrong on any of them; the same kind of error on every rank."""
         assert job.thread is not None
         while not job.written.wait(_BEAT_S):
@@ -241,18 +228,20 @@ class Checkpoints:
             job.thread.join(_BEAT_S)
         full = isinstance(job.error, OSError) and job.error.errno in _NO_SPACE
         failed = job.ranks.gathered(float(job.error is not None))
-        without_space, needed = job.ranks.summed([float(full), float(job.bytes if job.ranks.rank < job.writers else 0)])
+        without_space, needed = job.ranks.summed(
+            [float(full), float(job.held.bytes if job.ranks.rank < job.held.writers else 0)]
+        )
         if not any(failed):
             return None
         if without_space and without_space == sum(failed):
             free = shutil.disk_usage(self.folder).free
             return TransientError(
-                f"no space for the checkpoint of step {job.step} in {self.folder}: it needs {needed:.0f} bytes, "
+                f"no space for the checkpoint of step {job.held.step} in {self.folder}: it needs {needed:.0f} bytes, "
                 f"{free} are free",
                 hint="free some space and run the same command again: it goes on from the newest checkpoint",
             )
         blamed = ", ".join(str(rank) for rank, error in enumerate(failed) if error)
-        return job.error or IngotError(f"the checkpoint of step {job.step} failed on rank {blamed}; see its log")
+        return job.error or IngotError(f"the checkpoint of step {job.held.step} failed on rank {blamed}; see its log")
 
     # ---- retention ------------------------------------------------------------------------------------------------
 
@@ -296,7 +285,7 @@ class Checkpoints:
             found, fault = self._verified(step, ranks)
             if _agreed(ranks, fault is None, every=True):
                 assert found is not None
-                return _load(found, optimizer)
+                return snapshot.restore(found, optimizer)
             log.warning(
                 "checkpoint of step %d is damaged%s", step, f": {fault}" if fault else " (seen by another rank)"
             )
@@ -319,7 +308,7 @@ class Checkpoints:
         found, fault = self._verified(step, Ranks(0, 1, torch.device("cpu")))
         if found is None:
             raise IntegrityError(f"the checkpoint of step {step} in {self.folder} cannot be used: {fault}")
-        return _load(found, optimizer)
+        return snapshot.restore(found, optimizer)
 
     def go_back(self, before: int, optimizer: FragmentOptimizer, *, rank: int, world: int) -> dict[str, Any]:
         """Remove the checkpoints of step `before` and later, and load the newest that is left; a collective call.
@@ -383,51 +372,3 @@ def _agreed(ranks: Ranks, fact: bool, *, every: bool = False) -> bool:
     """Return what rank 0 says of a fact, or with `every`, whether all ranks say so."""
     facts = ranks.gathered(float(fact))
     return all(facts) if every else bool(facts[0])
-
-
-def _snapshot(step: int, optimizer: FragmentOptimizer, state: Mapping[str, Any], ranks: Ranks, *, copy: bool) -> _Job:
-    """Gather what this rank writes; with `copy`, training may go on changing it."""
-    tensors: dict[Piece, Tensor] = {}
-    for fragment in optimizer.fragments:
-        if fragment.numel:
-            for kind, tensor in ((MASTER, fragment.master), *optimizer.fragment_state(fragment).items()):
-                piece = Piece(fragment.name, kind, fragment.start, fragment.numel)
-                tensors[piece] = tensor.detach().to("cpu", copy=True) if copy else tensor
-    content = {"format": FORMAT, "step": step, "counters": optimizer.counters(), "state": dict(state)}
-    # ZeRO 0: every rank holds all of it, and one copy is enough. 48 bits are exact in the float64 that is gathered.
-    held = int(fingerprint.digest([piece.key for piece in sorted(tensors)])[:12], 16)
-    writers = 1 if len(set(ranks.gathered(float(held)))) == 1 else ranks.world
-    return _Job(step, ranks, writers, tensors, dict(optimizer.layout.shapes), fingerprint.canonical_json(content))
-
-
-def _load(found: Artifact, optimizer: FragmentOptimizer) -> dict[str, Any]:
-    content = found.read_json(STATE)
-    if content["format"] != FORMAT:
-        raise IntegrityError(f"{found.path} has format {content['format']}; this checkout reads {FORMAT}")
-    _refuse_other_model(found, content["shapes"], optimizer.layout.shapes)
-    files = [found.path / name for name in sorted(found.manifest.files) if name.endswith(".safetensors")]
-    with shards.Reader(files) as reader:
-        empty = []
-        for fragment in optimizer.fragments:
-            where = (fragment.start, fragment.numel)
-            if fragment.numel:
-                fragment.master.copy_(reader.read(fragment.name, MASTER, *where))
-            moments = [kind for kind in reader.kinds(fragment.name, *where) if kind != MASTER]
-            if moments:
-                loaded = {kind: reader.read(fragment.name, kind, *where) for kind in moments}
-                optimizer.load_fragment_state(fragment, loaded)
-            else:
-                empty.append(fragment)
-        # Last: loading one fragment may allocate moments for its neighbours in the same flat buffer.
-        for fragment in empty:
-            optimizer.load_fragment_state(fragment, {})
-    optimizer.load_counters(content["counters"])
-    return {**content["state"], "step": content["step"]}
-
-
-def _refuse_other_model(found: Artifact, saved: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]]) -> None:
-    """Compare all tensors, not this rank's only: every rank must come to the same answer."""
-    for name in sorted({*saved, *own}):
-        here, there = (list(shapes[name]) if name in shapes else "absent" for shapes in (own, saved))
-        if here != there:
-            raise IntegrityError(f"{found.path} is of another model: {name} is {here}, saved was {there}")
