@@ -262,7 +262,7 @@ def test_a_method_that_does_not_fit_the_model_is_refused(table: dict[str, Any], 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_two_ranks_under_zero_2_killed_and_resumed_train_what_one_process_does(
     make: Make, faults: Callable[..., None], tmp_path: Path
 ) -> None:

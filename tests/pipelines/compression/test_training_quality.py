@@ -32,7 +32,7 @@ from pipelines.compression.stage import run
 from pipelines.stage import StageContext
 from pipelines.training import worker
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SCHEDULE: dict[str, Any] = {"engine": "plain", "world_size": 1, "zero_stage": 0, "batch_size": 12}
 SCHEDULE |= {"micro_batch_size": 12, "steps": 100, "lr": 1e-3, "controls": False, "validation_sequences": 16}
