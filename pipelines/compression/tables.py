@@ -1,8 +1,8 @@
 """The file `kv_cache.safetensors` of a model folder: how the attention cache of every layer is coded.
 
 Tensors `layers.N.keys.*` and `layers.N.values.*` (levels [2^bits], edges [2^bits - 1], and `range` [2, channels] where
-channels have fixed ranges), float32; metadata `method` and `config` (JSON). The weights beside it are the parent's,
-unchanged: plain transformers loads them and keeps an ordinary cache.
+channels have fixed ranges), float32; metadata `coding` (JSON: `method` and `config`). The weights beside it are the
+parent's, unchanged: plain transformers loads them and keeps an ordinary cache.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def write(folder: Path, tables: Sequence[Tables], method: str, config: MethodCon
         for side in _SIDES
         for name, tensor in getattr(table, side).tensors().items()
     }
-    metadata = {"method": method, "config": json.dumps(config.model_dump(mode="json"), sort_keys=True)}
-    save_file(stored, folder / CACHE_TABLES, metadata=metadata)
+    # One entry: safetensors writes several in an order that differs from process to process.
+    coding = json.dumps({"method": method, "config": config.model_dump(mode="json")}, sort_keys=True)
+    save_file(stored, folder / CACHE_TABLES, metadata={"coding": coding})
 
 
 def read(folder: Path, layers: int) -> list[Tables]:
@@ -50,15 +51,18 @@ def read(folder: Path, layers: int) -> list[Tables]:
     """
     try:
         with safe_open(folder / CACHE_TABLES, framework="pt") as file:
-            metadata = file.metadata()
+            said = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
     except SafetensorError as error:
         raise IntegrityError(f"{folder / CACHE_TABLES} is damaged: {error}", hint="`ingot verify`") from error
     found = len({name.split(".")[1] for name in tensors})
     if found != layers:
         raise IntegrityError(f"{folder / CACHE_TABLES} is for {found} layers; the model beside it has {layers}")
-    method = registry.get(metadata["method"])
-    config = method.Config.model_validate_json(metadata["config"])
+    if "coding" not in said:
+        raise IntegrityError(f"{folder / CACHE_TABLES} does not say how it was coded", hint="`ingot verify`")
+    coding = json.loads(said["coding"])
+    method = registry.get(coding["method"])
+    config = method.Config.model_validate(coding["config"])
     made = []
     for number in range(layers):
         keys, values = (

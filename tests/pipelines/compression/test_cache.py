@@ -186,3 +186,7 @@ def test_damaged_or_foreign_tables_are_an_integrity_error(small: Any, compress: 
     save_file(kept, path)
     with pytest.raises(IntegrityError, match="is for 1 layers"):
         load_model(folder)
+    path.write_bytes(whole)
+    save_file(load_file(path), path)
+    with pytest.raises(IntegrityError, match="does not say how it was coded"):
+        load_model(folder)
