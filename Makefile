@@ -4,15 +4,24 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt
 
-.PHONY: run test setup check exactness faults bench bench-gpu bench-large-batch clean
+.PHONY: run test test-tensors test-pipelines setup check exactness faults bench bench-gpu bench-large-batch bench-lisa clean
 
 run: $(VENV)/.installed
 	@$(BIN)/ingot run --recipe demo
 
 setup: $(VENV)/.installed-dev
 
+# Two halves side by side, one thread each: most tests keep one core busy.
 test: check
-	$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-tensors test-pipelines
+
+TENSORS = tests/models tests/contracts tests/pipelines/compression tests/pipelines/deploy tests/bench
+
+test-tensors: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q $(TENSORS)
+
+test-pipelines: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(TENSORS))
 
 # Formatting, types and layers: half a minute, no training.
 check: $(VENV)/.installed-dev
