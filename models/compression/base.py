@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
-Kind = Literal["weight", "structure", "kv_cache", "training", "search"]
+Kind = Literal["weight", "structure", "kv_cache", "training"]
 Calibration = Literal["none", "hessian", "inputs", "gradients"]
 
 

@@ -1,5 +1,7 @@
 """Finds compression methods: a module of this package that defines `kind` is one, under its own file name.
 
+One with a `Config` but no `kind` is found by name and not listed: it makes children with the methods (`search`).
+
 Nothing here imports torch; method modules reach it through `models.lazy`.
 """
 
@@ -16,7 +18,7 @@ import models.compression
 
 def names(kind: str | None = None) -> list[str]:
     """Return the names of all methods, or of those of one kind, sorted."""
-    return [name for name, module in _methods().items() if kind in (None, module.kind)]
+    return [n for n, m in _modules().items() if hasattr(m, "kind") and kind in (None, m.kind)]
 
 
 def get(name: str) -> ModuleType:
@@ -25,7 +27,7 @@ def get(name: str) -> ModuleType:
     Raises:
         ValueError: no method has this name; the message lists the known ones and the nearest.
     """
-    methods = _methods()
+    methods = _modules()
     if name not in methods:
         near = difflib.get_close_matches(name, methods, n=1)
         meant = f"; did you mean {near[0]!r}?" if near else ""
@@ -40,7 +42,7 @@ def describe(name: str) -> dict[str, str]:
 
 
 @functools.cache
-def _methods() -> dict[str, ModuleType]:
+def _modules() -> dict[str, ModuleType]:
     found = sorted(module.name for module in pkgutil.iter_modules(models.compression.__path__))
     modules = {name: importlib.import_module(f"models.compression.{name}") for name in found if name != "registry"}
-    return {name: module for name, module in modules.items() if hasattr(module, "kind")}
+    return {name: module for name, module in modules.items() if hasattr(module, "Config")}

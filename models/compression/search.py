@@ -11,13 +11,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from models.compression import registry
-from models.compression.base import Calibration, Kind, MethodConfig
-
-kind: Kind = "search"
-bits = "those of its methods"
-calibration: Calibration = "hessian"
-paper = "none: bisection over bits, each candidate measured on the validation split"
-not_informative = "the child is the one of the method that it chose, which is compared with its own null arms"
+from models.compression.base import MethodConfig
 
 
 class Config(MethodConfig):
@@ -43,7 +37,7 @@ class Config(MethodConfig):
     def _candidates_exist(self) -> Self:
         for method, width, size in product(self.methods, self.bits, self.group_sizes):
             known: type[MethodConfig] = registry.get(method).Config
-            if registry.get(method).kind != "weight" or not {"bits", "group_size"} <= set(known.model_fields):
+            if method not in registry.names("weight") or not {"bits", "group_size"} <= set(known.model_fields):
                 raise ValueError(f"methods: {method!r} has no `bits` and `group_size` to search over")
             known.model_validate({"bits": width, "group_size": size})
         return self

@@ -73,11 +73,11 @@ def measure(
         tokens_NT = calibration.sample_tokens(prepare, samples=config.samples, seed=config.seed, masked=masked)
         walker = replace(walker, tokens_NT=tokens_NT)
     made: dict[str, Any] = {}
-    for name, row in compare(walker, names, child, random_plan, target, text):
+    for name, row, total in compare(walker, names, child, random_plan, target, text):
         made[name] = row
         interval = comparison.Interval(**row["ratio"])
         message = f"{name}: {interval} of the parent's bits per byte with {row['bytes']:,} bytes"
-        context.report(Progress(context.node, len(made), 0, "arms", message))
+        context.report(Progress(context.node, len(made), total, "arms", message))
     measured = {"split": "validation", "documents": text.documents, "scored_tokens": text.scored}
     return {"arms": made, "arms_measured": measured}
 
@@ -89,8 +89,8 @@ def compare(
     random_plan: Mapping[str, MethodConfig],
     target: Path,
     text: Yardstick,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (name, {"ratio", "bytes"}) of the child and of each arm; bytes are those of the compressed layers."""
+) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """Yield (name, {"ratio", "bytes"}, how many come) of the child and each arm; bytes are of the compressed layers."""
     base = text.nats(load_model(walker.folder), "the parent")
     reader = WeightReader(target)
     stored = sum(reader.packed(name).stored_bits() for name in names) // 8
@@ -98,11 +98,12 @@ def compare(
     def row(nats: Floats, size: int) -> dict[str, Any]:
         return {"ratio": comparison.paired_ratio(nats, base, np.ones_like(base)).to_json(), "bytes": size}
 
-    yield child.name, row(text.nats(load_model(target), child.name), stored)
-    for arm in plan(walker, names, child, random_plan, stored):
+    arms = list(plan(walker, names, child, random_plan, stored))
+    yield child.name, row(text.nats(load_model(target), child.name), stored), 1 + len(arms)
+    for arm in arms:
         model = load_model(walker.folder)
         size = sum(put(model, block) for block in walker.walk(arm.method, arm.config, names, arm.plan))
-        yield arm.name, row(text.nats(model, arm.name), size)
+        yield arm.name, row(text.nats(model, arm.name), size), 1 + len(arms)
 
 
 def plan(

@@ -20,7 +20,7 @@ DRIVERS = {
     "training": "pipelines.compression.training",
     "weight": "pipelines.compression.weights",
 }
-"""Kind of a method -> module whose `run` makes a child with it."""
+"""Kind of a method, or the name of what has none -> module whose `run` makes a child."""
 
 
 def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
@@ -38,5 +38,7 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
             f"{config.method}: its parent codes its cache already, and the tables fit no other weights",
             hint="compress the cache last: start from the parent of that child",
         )
-    driver: StageFunction = importlib.import_module(DRIVERS[registry.get(config.method).kind]).run
+    driver: StageFunction = importlib.import_module(
+        DRIVERS[getattr(registry.get(config.method), "kind", config.method)]
+    ).run
     return driver(config, inputs, out_dir, context)

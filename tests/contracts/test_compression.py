@@ -54,7 +54,7 @@ def layer() -> tuple[Tensor, Statistics]:
 @pytest.mark.parametrize("name", registry.names())
 def test_a_method_says_what_it_is(name: str) -> None:
     module = registry.get(name)
-    assert module.kind in {"weight", "structure", "kv_cache", "training", "search"}
+    assert module.kind in {"weight", "structure", "kv_cache", "training"}
     assert module.calibration in {"none", "hessian", "inputs", "gradients"}
     assert module.bits
     assert module.paper

@@ -31,6 +31,11 @@ def test_names_can_be_asked_by_kind() -> None:
     assert registry.names("nothing") == []
 
 
+def test_what_makes_children_with_methods_is_found_but_is_none() -> None:
+    assert registry.get("search").Config().methods == ("rtn", "gptq")
+    assert "search" not in registry.names()
+
+
 def test_a_name_is_its_module() -> None:
     assert registry.get("gptq").__name__ == "models.compression.gptq"
 
