@@ -15,13 +15,13 @@ Layout (ours: plain transformers knows no factored layers): `weight_left` [O, R]
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from models.compression import trained
 from models.compression.base import Calibration, Kind, Packed
+from models.compression.svd import LowRankPacked
 from models.compression.trained import Step, TrainedConfig
 from models.lazy import lazy_module
 
@@ -112,27 +112,6 @@ def _uniform_rank(shape: tuple[int, int], share: float) -> int:
     rows, columns = shape
     rank = max(1, int(share * rows * columns / (rows + columns)))
     return min(rows, columns) if share >= 1.0 else rank
-
-
-@dataclass(frozen=True)
-class FactorPacked(Packed):
-    """A matrix as a product of two."""
-
-    left_OR: Tensor
-    right_RI: Tensor
-
-    def dequantize(self) -> Tensor:
-        """Return the product [O, I], float32."""
-        return self.left_OR.float() @ self.right_RI.float()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return both factors."""
-        return {"weight_left": self.left_OR, "weight_right": self.right_RI}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply both factors to x [..., I], which takes R (O + I) multiplications instead of O I."""
-        narrow = torch.nn.functional.linear(x, self.right_RI.to(x.dtype))
-        return torch.nn.functional.linear(narrow, self.left_OR.to(x.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,14 +209,14 @@ def finish(model: nn.Module, config: Config) -> dict[str, Packed]:
         cut(model, config)
     dtype = torch.bfloat16 if config.value_bits == 16 else torch.float32
     return {
-        name: FactorPacked(layer.left_OR.detach().to(dtype), layer.right_RI.detach().to(dtype))
+        name: LowRankPacked(layer.left_OR.detach().to(dtype), layer.right_RI.detach().to(dtype))
         for name, layer in factored(model).items()
     }
 
 
 def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:  # noqa: ARG001 - the contract
     """Rebuild a packed weight from its stored tensors."""
-    return FactorPacked(tensors["weight_left"], tensors["weight_right"])
+    return LowRankPacked(tensors["weight_left"], tensors["weight_right"])
 
 
 def controls(config: Config) -> dict[str, dict[str, Any]]:
