@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
 from models.compression.base import Packed
+from models.compression.grid import GridConfig
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -21,6 +24,28 @@ else:
 
 Choice = Literal["none", "int8"]
 """Inputs of a layer as they are, or on 8 bits for each token."""
+
+
+class RoundingConfig(GridConfig):
+    """Parameters of methods that round weights to an integer grid, and may round inputs or learn the grid."""
+
+    activations: Choice = Field(
+        "none", description="inputs of the layers as they are, or on 8 bits for each token (W4A8)"
+    )
+    refine: int = Field(
+        0, ge=0, le=100_000, description="steps that learn scales and codes of a block from its output; 0: none"
+    )
+
+    @property
+    def block_steps(self) -> int:
+        """Steps of block-wise optimisation."""
+        return self.refine
+
+    @property
+    def label(self) -> str:
+        """As of the grid, with `-a8` where inputs are rounded and `-r100` after 100 steps of refinement."""
+        steps = f"-r{self.refine}" if self.refine else ""
+        return super().label + ("-a8" if self.activations == "int8" else "") + steps
 
 
 @dataclass(frozen=True)

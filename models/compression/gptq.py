@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from models.compression import grid, obs
-from models.compression.activations import Choice, wrap
+from models.compression.activations import RoundingConfig, wrap
 from models.compression.base import Calibration, Kind, Packed, Statistics
 from models.lazy import lazy_module
 
@@ -25,7 +25,7 @@ paper = "Frantar et al. 2022, GPTQ (arXiv 2210.17323)"
 not_informative = ""
 
 
-class Config(grid.GridConfig):
+class Config(RoundingConfig):
     """Parameters of GPTQ."""
 
     bits: int = Field(4, ge=2, le=8, description="bits of one stored weight")
@@ -39,23 +39,6 @@ class Config(grid.GridConfig):
         "activation", description="columns from left to right, or those with the largest inputs first (act-order)"
     )
     keep_zeros: bool = Field(False, description="weights that are zero stay zero: for a pruned parent")
-    activations: Choice = Field(
-        "none", description="inputs of the layers as they are, or on 8 bits for each token (W4A8)"
-    )
-    refine: int = Field(
-        0, ge=0, le=100_000, description="steps that learn scales and codes of a block from its output; 0: none"
-    )
-
-    @property
-    def block_steps(self) -> int:
-        """Steps of block-wise optimisation."""
-        return self.refine
-
-    @property
-    def label(self) -> str:
-        """As of the grid, with `-a8` where inputs are rounded and `-r100` after 100 steps of refinement."""
-        steps = f"-r{self.refine}" if self.refine else ""
-        return super().label + ("-a8" if self.activations == "int8" else "") + steps
 
 
 class _Rounder:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
 from models.compression import grid
-from models.compression.activations import Choice, wrap
+from models.compression.activations import RoundingConfig, wrap
 from models.compression.base import Calibration, Kind, Packed, Statistics
 
 if TYPE_CHECKING:
@@ -21,26 +19,8 @@ paper = "Wu et al. 2020, Integer Quantization for Deep Learning Inference (arXiv
 not_informative = "round to nearest is itself the naive baseline"
 
 
-class Config(grid.GridConfig):
+class Config(RoundingConfig):
     """Parameters of round to nearest."""
-
-    activations: Choice = Field(
-        "none", description="inputs of the layers as they are, or on 8 bits for each token (W4A8)"
-    )
-    refine: int = Field(
-        0, ge=0, le=100_000, description="steps that learn scales and codes of a block from its output; 0: none"
-    )
-
-    @property
-    def block_steps(self) -> int:
-        """Steps of block-wise optimisation."""
-        return self.refine
-
-    @property
-    def label(self) -> str:
-        """As of the grid, with `-a8` where inputs are rounded and `-r100` after 100 steps of refinement."""
-        steps = f"-r{self.refine}" if self.refine else ""
-        return super().label + ("-a8" if self.activations == "int8" else "") + steps
 
 
 def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:  # noqa: ARG001 - the contract
