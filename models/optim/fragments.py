@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,8 +45,7 @@ class StepRecord:
     """Whether nothing was changed, on any rank, because a gradient was not finite."""
 
 
-@dataclass(frozen=True, eq=False)
-class Span:
+class Span(NamedTuple):
     """What a step needs of a fragment, or of a block of one: 1-D views of the same length."""
 
     tensor: int
@@ -75,7 +74,7 @@ class Span:
         """Cut into spans of these sizes, or of equal size but for the last."""
         pieces = zip(*(array.split(sizes) for array in self.arrays), strict=True)
         return [
-            Span(self.tensor, self.group, self.decay, self.step, self.adapted, weights, gradient, tuple(moments))
+            self._replace(weights=weights, gradient=gradient, moments=tuple(moments))
             for weights, gradient, *moments in pieces
         ]
 
@@ -93,8 +92,8 @@ class FragmentOptimizer(FragmentState):
         exclude: tensors that get no weight decay and no trust ratio; None excludes nothing.
         max_grad_norm: clip the global norm of the active tensors' gradients, in place as `clip_grad_norm_` does; None
             leaves them as they are. Use either this or the engine's own clipping.
-        compiled: measure in one pass over memory: on a CPU, for float32, in C++ that is compiled at first use; on a
-            GPU by `torch.compile`, which needs Triton. Results differ by rounding.
+        compiled: one pass over memory to measure and one to apply: on a CPU, for float32, in C++ that is compiled at
+            first use; on a GPU `torch.compile`, which needs Triton, measures. Results differ by rounding.
     """
 
     adaptive: ClassVar[bool]
@@ -130,7 +129,11 @@ class FragmentOptimizer(FragmentState):
     """The vector under the fraction line of the trust ratio as plain arithmetic, to be compiled."""
 
     def scalars(self, span: Span) -> list[float]:
-        """Return the numbers that `update` and the native rule get besides the tensors."""
+        """Return the numbers that `update` gets besides the tensors, and the native rule before the rate."""
+        raise NotImplementedError
+
+    def step_scalars(self, span: Span, ratio: float) -> list[float]:
+        """Return the numbers that make the native rule take the step, the rate last."""
         raise NotImplementedError
 
     def measure(self, span: Span, scratch: Tensor) -> Tensor:
@@ -282,8 +285,8 @@ class FragmentOptimizer(FragmentState):
         limit = GPU_BLOCK if sums.device.type == "cuda" else CPU_BLOCK * torch.get_num_threads()
         scratch: dict[tuple[int, torch.dtype], Tensor] = {}
         by_native = [span for span in spans if self._is_native(span)]
-        for span, found in zip(by_native, self._measured_natively(by_native), strict=True):
-            sums.add_rows(span.tensor, found)
+        if by_native:
+            sums.add_rows([span.tensor for span in by_native], self._measured_natively(by_native))
         for span in spans:
             if self._is_native(span):
                 continue
@@ -302,12 +305,11 @@ class FragmentOptimizer(FragmentState):
 
     def _is_native(self, span: Span) -> bool:
         weights = span.weights
-        return self.compiled and span.adapted and weights.device.type == "cpu" and weights.dtype == torch.float32
+        return self.compiled and weights.device.type == "cpu" and weights.dtype == torch.float32
 
-    def _measured_natively(self, spans: list[Span]) -> list[Tensor]:
-        if not spans:
-            return []
-        return list(native.sums(self.rule, [span.arrays for span in spans], [self.scalars(span) for span in spans]))
+    def _measured_natively(self, spans: list[Span]) -> Tensor:
+        scalars = [[*self.scalars(span), 0.0] for span in spans]
+        return native.measure(self.rule, [span.arrays for span in spans], scalars, [span.adapted for span in spans])
 
     def _measured_by_torch(self, span: Span, sums: TensorSums) -> list[Span]:
         """Measure what fills whole rows; return what is left."""
@@ -318,15 +320,19 @@ class FragmentOptimizer(FragmentState):
         # Without .data, torch.compile would look at the tensors that these are views of, and compile for each anew.
         weights, gradient, *moments = (array.data for array in head.arrays)
         scalars = torch.tensor(self.scalars(span), dtype=weights.dtype, device=weights.device)
-        sums.add_rows(span.tensor, kernels.compiled_sums(self.update)(weights, gradient, moments, scalars))
+        sums.add_rows([span.tensor], kernels.compiled_sums(self.update)(weights, gradient, moments, scalars)[None])
         return rest
 
     def _apply(self, spans: list[Span], factors: list[float]) -> None:
         """Update all spans, last first: their arrays are the ones that a cache may still hold from measuring."""
+        if by_native := [span for span in spans if self._is_native(span)]:
+            scalars = [self.step_scalars(span, factors[span.tensor]) for span in by_native]
+            native.apply(self.rule, [span.arrays for span in by_native], scalars)
         alike: dict[Any, list[Span]] = {}
         for span in reversed(spans):
-            own = span.tensor if span.adapted else None
-            alike.setdefault((own, id(span.group), span.decay, span.step, span.weights.dtype), []).append(span)
+            if not self._is_native(span):
+                own = span.tensor if span.adapted else None
+                alike.setdefault((own, id(span.group), span.decay, span.step, span.weights.dtype), []).append(span)
         for members in alike.values():
             self.apply(members, factors[members[0].tensor])
 

@@ -160,12 +160,20 @@ class Lamb(FragmentOptimizer):
 
     def apply(self, spans: list[Span], ratio: float) -> None:
         """Update m, v and x in place: AdamW's step at the learning rate lr phi(||x||) / ||u||."""
-        rate = spans[0].group["lr"] * ratio
-        if self.bias_correction == "outside":
-            first, second = corrections(spans[0].group["betas"], spans[0].step)
-            rate *= math.sqrt(second) / first
         moments = [[span.moments[number] for span in spans] for number in range(2)]
-        self._adam_(spans, [span.weights for span in spans], moments, lr=rate, decay=spans[0].decay)
+        weights = [span.weights for span in spans]
+        self._adam_(spans, weights, moments, lr=self._rate(spans[0], ratio), decay=spans[0].decay)
+
+    def step_scalars(self, span: Span, ratio: float) -> list[float]:
+        """Return `scalars` and the rate lr phi(||x||) / ||u||."""
+        return [*self.scalars(span), self._rate(span, ratio)]
+
+    def _rate(self, span: Span, ratio: float) -> float:
+        rate: float = span.group["lr"] * ratio
+        if self.bias_correction != "outside":
+            return rate
+        first, second = corrections(span.group["betas"], span.step)
+        return rate * math.sqrt(second) / first
 
     def _count(self, span: Span) -> float:
         """Return the step that the direction is corrected for: infinite for no correction."""

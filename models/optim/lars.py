@@ -97,6 +97,12 @@ class Lars(FragmentOptimizer):
             return trust_ratio(under, over, self.clamp)
         return self.trust_coefficient * over / (under + decay * over) if under and over else 1.0
 
+    def step_scalars(self, span: Span, ratio: float) -> list[float]:
+        """Return (b, share of what comes in, weight decay, rate): the original form has the rate inside m."""
+        momentum, rate = span.group["momentum"], span.group["lr"] * ratio
+        paper = self.form == "paper"
+        return [momentum, 1 - momentum if paper else rate, span.decay, rate if paper else 1.0]
+
     def apply(self, spans: list[Span], ratio: float) -> None:
         """Update m and x in place, by a fused step of SGD."""
         momentum, rate = spans[0].group["momentum"], spans[0].group["lr"] * ratio

@@ -113,24 +113,29 @@ class TensorSums:
     def __init__(self, rows: int, layout: Layout) -> None:
         self._layout = layout
         self._rows = rows
-        self._places: list[int] = []
-        self._values: list[Tensor] = []
+        self._scalars: list[Tensor] = []
+        self._scalar_places: list[int] = []
+        self._vectors: list[Tensor] = []
+        self._vector_places: list[int] = []
         self.device = layout.owners[0].device
 
     def add(self, tensor: int, row: int, parts: Sequence[Tensor]) -> None:
         """Add scalars to one sum of the tensor at position `tensor`."""
-        self._places += [row * len(self._layout.shapes) + tensor] * len(parts)
-        self._values += parts
+        self._scalar_places += [row * len(self._layout.shapes) + tensor] * len(parts)
+        self._scalars += parts
 
-    def add_rows(self, tensor: int, values: Tensor) -> None:
-        """Add a vector [rows] to the sums of a tensor."""
-        for row, value in enumerate(values.unbind()):
-            self.add(tensor, row, [value])
+    def add_rows(self, tensors: Sequence[int], values: Tensor) -> None:
+        """Add a vector, a row of `values` [tensors, rows], to the sums of each of these tensors."""
+        stride = len(self._layout.shapes)
+        self._vector_places += [row * stride + tensor for tensor in tensors for row in range(self._rows)]
+        self._vectors.append(values.double().reshape(-1))
 
     def over_ranks(self) -> Tensor:
         """Return the sums [rows, tensors], float64, on the host: one all-reduce and one copy from the device."""
         sums = torch.zeros(self._rows * len(self._layout.shapes), dtype=torch.float64, device=self.device)
-        if self._values:
-            sums.index_add_(0, torch.tensor(self._places, device=self.device), torch.stack(self._values).double())
+        values = [*([torch.stack(self._scalars).double()] if self._scalars else []), *self._vectors]
+        if values:
+            places = torch.tensor(self._scalar_places + self._vector_places, device=self.device)
+            sums.index_add_(0, places, torch.cat(values))
         sums = sums.view(self._rows, -1)
         return (sums if self._layout.reduce is None else self._layout.reduce(sums)).cpu()

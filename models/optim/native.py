@@ -1,4 +1,4 @@
-"""The measuring pass of LAMB and LARS on a CPU in compiled C++ (`native.cpp`): all tensors in one call.
+"""The two passes of LAMB and LARS on a CPU in compiled C++ (`native.cpp`): all tensors in one call each.
 
 Compiled at first use, in about a second, for this machine's processor, and kept in the user's cache folder under a name
 made of source, flags and processor. `CXX` names another compiler than g++.
@@ -28,23 +28,49 @@ _FLAGS = ["-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread", 
 _FLAGS += ["-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
 
 
-def sums(rule: Rule, arrays: Sequence[Sequence[Tensor]], scalars: Sequence[Sequence[float]]) -> Tensor:
+def measure(
+    rule: Rule, arrays: Sequence[Sequence[Tensor]], scalars: Sequence[Sequence[float]], adapted: Sequence[bool]
+) -> Tensor:
     """Return the sums of squares [tensors, 3] of gradient, update and weights, float64.
 
     Args:
         rule: whose update.
         arrays: for each tensor the weights, the gradient and the moments: contiguous float32 on the CPU.
-        scalars: for each tensor the numbers of the rule.
+        scalars: for each tensor the numbers of the rule, the last of them (the rate) unused.
+        adapted: for each tensor whether update and weights are measured; otherwise their sums are 0.
 
     Raises:
         RuntimeError: no C++ compiler, or it fails; with its message.
     """
-    table = torch.tensor([[*(array.data_ptr() for array in row), row[0].numel()] for row in arrays])
-    numbers, result = torch.tensor(scalars), torch.zeros(len(arrays), 3, dtype=torch.float64)
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (table, numbers, result)]
-    count, threads = ctypes.c_int64(len(arrays)), ctypes.c_int64(torch.get_num_threads())
-    getattr(_library(), rule)(pointers[0], count, pointers[1], pointers[2], threads)
+    result = torch.zeros(len(arrays), 3, dtype=torch.float64)
+    _call(f"measure_{rule}", arrays, scalars, adapted, [ctypes.c_void_p(result.data_ptr())])
     return result
+
+
+def apply(rule: Rule, arrays: Sequence[Sequence[Tensor]], scalars: Sequence[Sequence[float]]) -> None:
+    """Update weights and moments in place; the arguments are those of `measure`, rates included.
+
+    Raises:
+        RuntimeError: no C++ compiler, or it fails; with its message.
+    """
+    _call(f"apply_{rule}", arrays, scalars, [True] * len(arrays), [])
+
+
+def _call(
+    name: str,
+    arrays: Sequence[Sequence[Tensor]],
+    scalars: Sequence[Sequence[float]],
+    adapted: Sequence[bool],
+    results: list[ctypes.c_void_p],
+) -> None:
+    rows = [
+        (*(array.data_ptr() for array in row), row[0].numel(), whole)
+        for row, whole in zip(arrays, adapted, strict=True)
+    ]
+    table, numbers = torch.tensor(rows, dtype=torch.int64), torch.tensor(scalars, dtype=torch.float32)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (table, numbers)]
+    count, threads = ctypes.c_int64(len(rows)), ctypes.c_int64(torch.get_num_threads())
+    getattr(_library(), name)(pointers[0], count, pointers[1], *results, threads)
 
 
 @functools.cache

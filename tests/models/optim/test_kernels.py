@@ -81,21 +81,25 @@ def test_a_compiled_kernel_gets_whole_rows_and_never_one_alone(length: int, whol
 
 
 @pytest.mark.parametrize(("kind", "options"), COMPILED)
-def test_compiled_equals_eager_over_20_steps_within_an_ulp_of_the_largest_weight(
+def test_compiled_and_eager_stay_within_6e_7_of_float64_over_20_steps(
     kind: Any, options: dict[str, Any], named: Any, fill: Any
 ) -> None:
     shapes = {"small": (5, 7), "rows": (64, 64), "more": (37, 83), "bias": (4096,)}
-    eager, compiled = named(**shapes), named(**shapes)
-    one = kind(eager.items(), lr=0.02, weight_decay=0.1, **options)
-    other = kind(compiled.items(), lr=0.02, weight_decay=0.1, compiled=True, **options)
+    eager, compiled, exact = named(**shapes), named(**shapes), named(**shapes)
+    exact = {name: torch.nn.Parameter(parameter.detach().double()) for name, parameter in exact.items()}
+    runs = [(eager, False), (compiled, True), (exact, False)]
+    optimizers = [kind(each.items(), lr=0.02, weight_decay=0.1, compiled=flag, **options) for each, flag in runs]
     for step in range(20):
-        for parameters, optimizer in ((eager, one), (compiled, other)):
-            fill(parameters, step)
+        fill(eager, step)
+        for (parameters, _), optimizer in zip(runs, optimizers, strict=True):
+            for name, parameter in parameters.items():
+                parameter.grad = eager[name].grad.to(parameter.dtype)
             optimizer.step()
-    assert other.trust_ratios() == pytest.approx(one.trust_ratios(), rel=1e-6)
+    assert optimizers[1].trust_ratios() == pytest.approx(optimizers[2].trust_ratios(), rel=1e-6)
     for name in shapes:
-        largest = float(eager[name].detach().abs().max())
-        torch.testing.assert_close(compiled[name], eager[name], rtol=0, atol=6e-7 * largest)
+        largest = float(exact[name].detach().abs().max())
+        for parameters in (eager, compiled):
+            torch.testing.assert_close(parameters[name].double(), exact[name], rtol=0, atol=6e-7 * largest)
 
 
 def test_torch_compile_makes_one_kernel_for_all_sizes_steps_rates_and_decays(monkeypatch: Any) -> None:

@@ -42,7 +42,7 @@ def test_sums_are_added_up_in_float64_over_blocks_and_ranks() -> None:
     both = Layout(layout.fragments, layout.shapes, layout.homes, reduce=lambda sums: 2 * sums)
     sums = TensorSums(2, both)
     sums.add(0, 1, [torch.tensor(2.0**25), torch.tensor(1.0)])
-    sums.add_rows(1, torch.tensor([3.0, 4.0], dtype=torch.float64))
+    sums.add_rows([1], torch.tensor([[3.0, 4.0]], dtype=torch.float64))
     assert sums.over_ranks().tolist() == [[0.0, 6.0], [2.0 * (2**25 + 1), 8.0]]
 
 
