@@ -39,7 +39,14 @@ def attach(engine: Any) -> None:
     Raises:
         ConfigError: if the engine uses something that the optimizer could not serve exactly, with the reason.
     """
-    optimizer = engine.basic_optimizer
+    layout, elements = _agreed(engine, lambda: _located(engine))
+    _verify(layout, elements)
+    engine.basic_optimizer.bind(layout)
+
+
+def _located(engine: Any) -> tuple[Layout, Tensor]:
+    """Find the tensors, by this rank's knowledge alone."""
+    optimizer, wrapper = engine.basic_optimizer, engine.optimizer
     if not isinstance(optimizer, FragmentOptimizer):
         raise ConfigError(
             f"the engine's optimizer is {type(optimizer).__name__}",
@@ -47,19 +54,17 @@ def attach(engine: Any) -> None:
         )
     _refuse_unserved(engine, optimizer)
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    if engine.optimizer is optimizer:
+    if wrapper is optimizer:
         _name_groups(optimizer, names)
-        optimizer.bind(whole_tensors(optimizer.param_groups))
-        return
-    read = _READERS.get(type(engine.optimizer).__name__)
+        layout = whole_tensors(optimizer.param_groups)
+        return _counted(layout, [(fragment, fragment.master) for fragment in layout.fragments])
+    read = _READERS.get(type(wrapper).__name__)
     if read is None:
         raise ConfigError(
-            f"{type(engine.optimizer).__name__} is a DeepSpeed optimizer whose layout is not known here",
+            f"{type(wrapper).__name__} is a DeepSpeed optimizer whose layout is not known here",
             hint="use ZeRO stage 1, 2 or 3 for half precision, and stages 0 to 3 for float32",
         )
-    layout, elements = _agreed(engine, lambda: _counted(*read(engine, names)))
-    _verify(layout, elements)
-    optimizer.bind(layout)
+    return _counted(*read(engine, names))
 
 
 def refresh_weights(engine: Any) -> None:
@@ -84,10 +89,15 @@ def _refuse_unserved(engine: Any, optimizer: FragmentOptimizer) -> None:
     zero = engine.optimizer
     reasons = {
         "round_robin_gradients reorders the flat buffers but not their addresses": engine.zero_round_robin_gradients(),
-        "mixture-of-experts layers are reduced over other process groups": engine.has_moe_layers,
-        "tensor parallelism splits tensors over ranks that norms are not summed over": engine.mp_world_size > 1,
-        "sequence parallelism uses other process groups": engine.sequence_parallel_size > 1,
         "pipeline parallelism spreads layers over ranks": engine.pipeline_parallelism,
+        "mixture-of-experts layers are reduced over other process groups": engine.has_moe_layers,
+        "tensor parallelism splits tensors over ranks that norms are not summed over": (
+            engine.mp_world_size > 1 or engine.autotp_size() > 1
+        ),
+        "sequence parallelism uses other process groups": engine.sequence_parallel_size > 1,
+        "masters in half precision round small updates away": (
+            getattr(zero, "master_weights_and_grads_dtype", torch.float32) != torch.float32
+        ),
         "ZenFlow steps parts of tensors at other times": bool(getattr(zero, "zenflow", False)),
         "optimizer states on NVMe cannot be addressed": bool(getattr(zero, "swap_optimizer", False)),
         "float16 autocast scales gradients behind the optimizer's back": (
@@ -224,19 +234,27 @@ def _reducer(group: Any, device: torch.device) -> Callable[[Tensor], Tensor] | N
 
 def _agreed(engine: Any, read: Callable[[], tuple[Layout, Tensor]]) -> tuple[Layout, Tensor]:
     """Read on every rank, and refuse on all ranks when one could not: a rank alone would leave the others waiting."""
-    problem, result = None, None
+    problem: ConfigError | None = None
+    result = None
     try:
         result = read()
-    except (AttributeError, KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
+    except ConfigError as error:
         problem = error
+    except (AttributeError, KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
+        problem = ConfigError(
+            f"this DeepSpeed lays out {type(engine.optimizer).__name__} in an unknown way: {error!r}",
+            hint="install the version of deepspeed that infra/constraints.txt names",
+        )
+        problem.__cause__ = error
     failures = torch.tensor([float(result is None)], device=engine.device)
     dist.all_reduce(failures)
+    if problem is not None:
+        raise problem
     if result is None or failures.item():
         raise ConfigError(
-            f"this DeepSpeed lays out {type(engine.optimizer).__name__} in an unknown way: "
-            f"{problem or 'another rank could not read it'!r}",
-            hint="install the version of deepspeed that infra/constraints.txt names",
-        ) from problem
+            f"{int(failures.item())} of {dist.get_world_size()} ranks cannot bind the optimizer",
+            hint="their own messages say why",
+        )
     return result
 
 

@@ -109,7 +109,8 @@ class Trainer:
     config: PretrainConfig
     engine: Engine
     feed: Feed
-    saves: Saves
+    saves: Saves | None
+    """None where nothing is to be written, as in a replay."""
     state: State
     diagnostics: Path
     rollbacks: Path
@@ -240,6 +241,7 @@ class Trainer:
 
         The state before this step may be what spiked, so a checkpoint of it goes too.
         """
+        assert self.saves is not None, "going back needs checkpoints"
         spiked_at, rollbacks, ranks = self.state.step, self.state.rollbacks, self.engine.ranks
         saved = self.saves.go_back(spiked_at - 1, self.engine.optimizer, rank=ranks.rank, world=ranks.world)
         self.engine.publish_weights()
@@ -294,10 +296,11 @@ class Trainer:
 
     def _save(self, *, wait: bool) -> None:
         """Save the state, except amid non-finite steps: the older checkpoint is the one that is known to be good."""
-        if not self.state.skipped_in_row and self._saved != self.state.step:
+        if self.saves is not None and not self.state.skipped_in_row and self._saved != self.state.step:
             self._write(wait=wait)
 
     def _write(self, *, wait: bool) -> None:
+        assert self.saves is not None, "a replay writes nothing"
         ranks = self.engine.ranks
         with self._times("checkpoint"):
             for log in self.journal.logs():

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from models.architectures.naming import group_of
-from models.optim.fragments import FragmentOptimizer
 from pipelines.errors import ConfigError, IngotError
 from pipelines.training import phases, spikes, worker
 from pipelines.training.checkpoint import Checkpoints
@@ -121,26 +120,6 @@ class Report:
         return said
 
 
-class _Nowhere:
-    """Saves nothing: a replay leaves the run's folder alone."""
-
-    def save(
-        self,
-        step: int,
-        optimizer: FragmentOptimizer,
-        state: Mapping[str, Any],
-        *,
-        rank: int,
-        world: int,
-        wait: bool,
-    ) -> None:
-        """Do nothing."""
-
-    def go_back(self, before: int, optimizer: FragmentOptimizer, *, rank: int, world: int) -> dict[str, Any]:
-        """Refuse; spikes are not looked for."""
-        raise NotImplementedError(f"a replay does not go back ({before}, {rank}, {world})")
-
-
 def replay(diagnostics: Path) -> Report:
     """Do a recorded step again.
 
@@ -183,7 +162,7 @@ def _restored(job: Job, step: int) -> Trainer:
         state = State(**checkpoints.load(step, engine.optimizer))
         engine.publish_weights()
     state.rollbacks = max(state.rollbacks, spikes.read(job.rollbacks), key=len)
-    trainer = worker.make_trainer(job, architecture, engine, _Nowhere(), state, Journal(), lambda: False, 1.0)
+    trainer = worker.make_trainer(job, architecture, engine, None, state, Journal(), lambda: False, 1.0)
     if state.active is not None:
         trainer.activate(state.active)
     return trainer

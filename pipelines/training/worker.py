@@ -238,13 +238,13 @@ def make_trainer(
     job: Job,
     architecture: ArchitectureConfig,
     engine: engines.Engine,
-    saves: Saves,
+    saves: Saves | None,
     state: State,
     journal: Journal,
     stop: Callable[[], bool],
     peak_flops: float,
 ) -> Trainer:
-    """Return the loop over the job's data; `peak_flops` is of all ranks together."""
+    """Return the loop over the job's data; it saves nothing without `saves`; `peak_flops` is of all ranks together."""
     return Trainer(
         config=job.config,
         engine=engine,

@@ -17,6 +17,7 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed
+import refusals
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -34,7 +35,7 @@ def model() -> nn.Module:
 
 def engine_of(stage: int, optimizer: Callable[[nn.Module], Any] | None = None, **config: Any) -> Any:
     """Return an engine of a ZeRO stage, made by deepspeed.initialize."""
-    network = model()
+    network = config.pop("network", None) or model()
     made = optimizer(network) if optimizer else Lamb(network.named_parameters(), lr=0.01)
     zero = {"stage": stage, **config.pop("zero", {})}
     settings = {
@@ -44,7 +45,8 @@ def engine_of(stage: int, optimizer: Callable[[nn.Module], Any] | None = None, *
         "zero_force_ds_cpu_optimizer": False,
         **config,
     }
-    return deepspeed.initialize(model=network, optimizer=made, config=settings)[0]
+    mpu = settings.pop("mpu", None)
+    return deepspeed.initialize(model=network, optimizer=made, config=settings, mpu=mpu)[0]
 
 
 def train(engine: Any, steps: int) -> list[float]:
@@ -57,37 +59,6 @@ def train(engine: Any, steps: int) -> list[float]:
         engine.step()
         losses.append(loss.item())
     return losses
-
-
-def refusal(engine: Any) -> str:
-    """Return what attach says."""
-    try:
-        attach(engine)
-    except Exception as error:  # noqa: BLE001 - the test looks at its type and text
-        return f"{type(error).__name__}: {error}"
-    return "attached"
-
-
-def refusals() -> dict[str, str]:
-    """Try everything that must be refused."""
-    said = {
-        "foreign optimizer": refusal(engine_of(1, lambda network: torch.optim.AdamW(network.parameters()))),
-        "round robin": refusal(engine_of(1, zero={"round_robin_gradients": True})),
-        "clipped twice": refusal(
-            engine_of(2, lambda n: Lamb(n.named_parameters(), max_grad_norm=1.0), gradient_clipping=1.0)
-        ),
-        "bf16 without ZeRO": refusal(engine_of(0, bf16={"enabled": True})),
-    }
-    shifted = engine_of(2)
-    mapped = [parameter for parameter in shifted.module.parameters() if parameter._hp_mapping is not None]
-    mapped[0]._hp_mapping.hp_fragment_address.start += 1
-    mapped[0]._hp_mapping.hp_fragment_address.numel -= 1
-    said["shifted address"] = refusal(shifted)
-    unknown = engine_of(3)
-    if dist.get_rank() == 0:  # the other rank must not be left waiting
-        del unknown.optimizer.grad_position
-    said["unknown layout"] = refusal(unknown)
-    return said
 
 
 def refreshed(stage: int, **config: Any) -> dict[str, bool]:
@@ -146,13 +117,13 @@ def main() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
     facts = {
-        "refusals": refusals(),
         "refreshed": {f"z{stage}": refreshed(stage) for stage in range(4)},
         "refreshed_offloaded": {
             f"z{stage}": refreshed(stage, zero={"offload_optimizer": {"device": "cpu"}}) for stage in (1, 2, 3)
         },
         "half_precision": half_precision(),
         "by_callable": by_callable(),
+        "refusals": refusals.all_of_them(engine_of),
     }
     (Path(sys.argv[1]) / f"rank{dist.get_rank()}.json").write_text(json.dumps(facts))
     dist.barrier()

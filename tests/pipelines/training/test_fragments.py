@@ -51,8 +51,14 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         ("round robin", "round_robin_gradients reorders the flat buffers but not their addresses"),
         ("clipped twice", "both by the engine (gradient_clipping) and by the optimizer (max_grad_norm)"),
         ("bf16 without ZeRO", "FP16_UnfusedOptimizer is a DeepSpeed optimizer whose layout is not known here"),
+        ("half-precision masters", "masters in half precision round small updates away"),
         ("shifted address", "the fp32 master at DeepSpeed's address is not the live weight"),
-        ("unknown layout", "lays out DeepSpeedZeroOptimizer_Stage3 in an unknown way"),
+        ("swapped addresses", "the fp32 master at DeepSpeed's address is not the live weight"),
+        ("experts", "mixture-of-experts layers are reduced over other process groups"),
+        ("pipeline", "pipeline parallelism spreads layers over ranks"),
+        ("Megatron", "tensor parallelism splits tensors over ranks that norms are not summed over"),
+        ("AutoTP", "tensor parallelism splits tensors over ranks that norms are not summed over"),
+        ("Ulysses", "sequence parallelism uses other process groups"),
     ],
 )
 def test_what_cannot_be_served_is_refused_on_all_ranks_with_the_reason(
@@ -61,6 +67,22 @@ def test_what_cannot_be_served_is_refused_on_all_ranks_with_the_reason(
     for rank in facts:
         assert rank["refusals"][case].startswith("ConfigError: ")
         assert reason in rank["refusals"][case]
+
+
+@pytest.mark.parametrize(
+    ("case", "culprit", "reason"),
+    [
+        ("clipped twice on rank 1", 1, "both by the engine (gradient_clipping) and by the optimizer (max_grad_norm)"),
+        ("no single_partition_of_fp32_groups in ZeRO-1", 0, "lays out DeepSpeedZeroOptimizer in an unknown way"),
+        ("no real_dp_process_group in ZeRO-2", 0, "lays out DeepSpeedZeroOptimizer in an unknown way"),
+        ("no grad_position in ZeRO-3", 0, "lays out DeepSpeedZeroOptimizer_Stage3 in an unknown way"),
+    ],
+)
+def test_what_one_rank_cannot_serve_is_refused_on_the_others_too(
+    case: str, culprit: int, reason: str, facts: list[dict[str, Any]]
+) -> None:
+    assert reason in facts[culprit]["refusals"][case]
+    assert facts[1 - culprit]["refusals"][case].startswith("ConfigError: 1 of 2 ranks cannot bind the optimizer")
 
 
 @pytest.mark.parametrize("stage", ["z0", "z1", "z2", "z3"])
