@@ -30,6 +30,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "groups": {"groups": True},
     "tied": {"tied": True},
     "offload": {"offload": True},
+    "compiled": {"options": {"compiled": True}},
+    "compiled-offload-groups": {"options": {"compiled": True}, "offload": True, "groups": True},
     "lisa": {"interval": 4, "lisa": {"seed": 3, "layers": 1}},
     "lisa-groups": {"interval": 4, "lisa": {"seed": 5, "layers": 2}, "layer_groups": True, "clip": 0.3},
     "lisa-decay-groups": {"interval": 4, "lisa": {"seed": 5, "layers": 1}, "groups": True},
@@ -51,7 +53,7 @@ def cases(stage: int) -> list[dict[str, Any]]:
         }
         for optimizer, lr in RATES.items()
         for name, options in OPTIONS.items()
-        if stage or not options.get("offload")
+        if (stage or not options.get("offload")) and not (optimizer == "adamw" and "options" in options)
     ]
 
 
