@@ -212,11 +212,10 @@ def pretrained(data: Artifact, path: Path) -> nn.Module:
     return model
 
 
-def arms(base: nn.Module, text: Text, found: list[dict[str, Any]], begin: str) -> list[tuple[str, str, dict[str, Any]]]:
+def arms(base: nn.Module, text: Text, done: list[dict[str, Any]]) -> list[tuple[str, str, dict[str, Any]]]:
     """Return (name, kind, settings) of every arm that can be run with what is known."""
     listed: list[tuple[str, str, dict[str, Any]]] = [("full AdamW", "full", {})]
     listed += [(f"LISA {active}", "lisa", {"active": active}) for active in (0, 2, 4)]
-    done = [row for row in found if row["begin"] == begin]
     two = [row for row in done if row["arm"] == "LISA 2"]
     if two:
         listed.append(("LoRA", "lora", {"rank": equal_rank(base, text, sum(two[0]["bytes"].values()))}))
@@ -251,7 +250,8 @@ def work(steps: int, minutes: float, path: Path, store: Path) -> None:
             else fresh(data)
         )
         for _ in range(2):  # the second round has the arms that need the first one's results
-            for name, kind, settings in arms(base, text, read(path), begin):
+            known = [row for row in read(path) if row["begin"] == begin and row["steps"] == steps]
+            for name, kind, settings in arms(base, text, known):
                 for rate in RATES[kind]:
                     key = {"begin": begin, "arm": name, "rate": rate, "steps": steps}
                     if any(key.items() <= row.items() for row in read(path)):
@@ -273,15 +273,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 def markdown(found: list[dict[str, Any]]) -> str:
     """Return the table: the best rate of each arm."""
     lines = []
-    for begin in ("pretrained", "scratch"):
+    for begin, steps in dict.fromkeys((row["begin"], row["steps"]) for row in found):
         lines += [
-            f"From {begin}:",
+            f"From {begin}, {steps} steps:",
             "",
-            "| arm | bits/byte | rate | weights + gradients + optimizer + activations, KB |",
+            "| arm | bits/byte | rate | weights + gradients + optimizer + activations, KB | of full | step, ms |",
+            "|---|---|---|---|---|---|",
         ]
-        lines[-1] += " of full | step, ms |"
-        lines.append("|---|---|---|---|---|---|")
-        rows = [row for row in found if row["begin"] == begin]
+        rows = [row for row in found if (row["begin"], row["steps"]) == (begin, steps)]
         full = next((sum(row["bytes"].values()) for row in rows if row["arm"] == "full AdamW"), None)
         for name in dict.fromkeys(row["arm"] for row in rows):
             row = min((row for row in rows if row["arm"] == name), key=lambda row: row["bits_per_byte"])
