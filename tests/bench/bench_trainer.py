@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python tests/bench/bench_trainer.py [--preset 4m] [--rounds 12] [--ranks 2 --zero 2]
 
 Prints tokens per second of the bare loop (torch AdamW, fused, clipping), of transformers' Trainer (the same; it logs
-every step, and neither evaluates nor saves), of this trainer with AdamW and with LAMB (plain engine; metrics every
-step), and medians over rounds of the ratio to the bare loop and to HF Trainer in the same round. On one thread the time
-is the CPU time of the process, so that waiting for a core does not count. With --ranks it then launches that many ranks
-under DeepSpeed with LAMB and prints their throughput and where a step's time goes.
+every step, and neither evaluates nor saves), of this trainer with AdamW and with LAMB, eager and compiled (plain
+engine; metrics every step), and medians over rounds of the ratio to the bare loop and to HF Trainer in the same round.
+On one thread the time is the CPU time of the process, so that waiting for a core does not count. With --ranks it then
+launches that many ranks under DeepSpeed with LAMB and prints their throughput and where a step's time goes.
 """
 
 from __future__ import annotations
@@ -148,8 +148,10 @@ def hugging_face(model: nn.Module, tokens: torch.Tensor, folder: Path, steps: in
 def compare(folder: Path, index: dict[str, Any], preset: str, rounds: int) -> None:
     """Run all arms turn by turn and print medians."""
     plain = {"preset": preset, "engine": "plain", "world_size": 1, "zero_stage": 0, "micro_batch_size": BATCH}
+    optimizers = {"adamw": {}, "lamb": {}, "lamb compiled": {"compiled": True}}
     orders = {
-        name: job(folder, index, name, optimizer={"name": name, "lr": 1e-4}, **plain) for name in ("adamw", "lamb")
+        name: job(folder, index, name, optimizer={"name": name.split()[0], "lr": 1e-4, **options}, **plain)
+        for name, options in optimizers.items()
     }
     tokens = torch.from_numpy(shards.ShardReader(folder, "train").take(np.arange(BATCH)))
     architecture = orders["adamw"].config.architecture(index)
@@ -166,7 +168,7 @@ def compare(folder: Path, index: dict[str, Any], preset: str, rounds: int) -> No
             for base in ("bare loop", "HF Trainer")
         )
         print(
-            f"{name:16s} {TOKENS / value:8,.0f} tokens/s   {value:.3f} s/step   {bare_ratio:.3f} of the bare loop   "
+            f"{name:22s} {TOKENS / value:8,.0f} tokens/s   {value:.3f} s/step   {bare_ratio:.3f} of the bare loop   "
             f"{hf_ratio:.3f} of HF Trainer"
         )
 
