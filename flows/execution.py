@@ -116,7 +116,7 @@ class Execution:
         report.write(self.record.model_dump(), self.artifacts, path)
         self.session.log_file(path, REPORT)
         table = path.with_name(PARETO)
-        if report.write_pareto(self.artifacts, table):
+        if report.write_pareto(self.record.model_dump(), self.artifacts, table):
             self.session.log_file(table, PARETO)
         return path
 

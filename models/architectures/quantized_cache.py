@@ -36,6 +36,8 @@ class Tables:
     keys: Quantizer
     values: Quantizer
     exact_tokens: int
+    rotated: bool = False
+    """Whether keys are coded after RoPE, as the null arm has it; then `keys` was fitted on such keys."""
 
 
 class QuantizedLayer(CacheLayerMixin):
@@ -63,6 +65,7 @@ class QuantizedLayer(CacheLayerMixin):
             self._tables.keys.to(key_states.device),
             self._tables.values.to(key_states.device),
             self._tables.exact_tokens,
+            self._tables.rotated,
         )
         self._batch, self._heads = key_states.shape[0], key_states.shape[1]
         empty = torch.zeros(0, self._batch, key_states.shape[1] * key_states.shape[3], device=key_states.device)
@@ -118,7 +121,12 @@ class QuantizedLayer(CacheLayerMixin):
     @property
     def stored_bytes(self) -> int:
         """Size of what is stored for the cached tokens; the tables are part of the model."""
-        return sum(t.numel() * t.element_size() for t in self._exact) + sum(rows.bytes for rows in self._rows)
+        return sum(t.numel() * t.element_size() for t in self._exact) + self.coded_bytes
+
+    @property
+    def coded_bytes(self) -> int:
+        """Size of the rows of codes; the rest of what is stored is the same for every method."""
+        return sum(rows.bytes for rows in self._rows)
 
     def _pick(self, tokens: int, sequences_B: Tensor) -> None:
         """Keep the first `tokens` of the named sequences."""
@@ -176,6 +184,11 @@ class QuantizedCache(Cache):
         positions = 0 if self._positions_BT is None else 4 * self._positions_BT.numel()
         return positions + sum(layer.stored_bytes for layer in self.layers)
 
+    @property
+    def coded_bytes(self) -> int:
+        """Size of the codes alone: without exact tokens and positions."""
+        return sum(layer.coded_bytes for layer in self.layers)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens."""
         super().crop(tokens_to_remove)
@@ -226,7 +239,9 @@ class QuantizedCacheAttention(LlamaAttention):
         query, key, value = (
             project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        angles = position_embeddings
+        angles, rotated = position_embeddings, self.tables.rotated
+        if rotated:
+            key = rotate(key, position_embeddings)
         if past_key_values is None:
             keys, values = QuantizedLayer(self.tables).update(key, value)
         elif isinstance(past_key_values, QuantizedCache):
@@ -238,8 +253,8 @@ class QuantizedCacheAttention(LlamaAttention):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)  # noqa: SLF001 - as transformers does
         output, weights = attend(
             self,
-            _rotate(query, position_embeddings),
-            _rotate(keys, angles),
+            rotate(query, position_embeddings),
+            keys if rotated else rotate(keys, angles),
             values,
             attention_mask,
             dropout=0.0,
@@ -291,6 +306,7 @@ def _rows_of(states_BHTD: Tensor) -> Tensor:
     return states_BHTD.permute(2, 0, 1, 3).flatten(2)
 
 
-def _rotate(x_BHTD: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x_BHTD: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply RoPE, given cosines and sines [B, T, D]."""
     cosine, sine = (part.unsqueeze(1) for part in angles)
     return x_BHTD * cosine + rotate_half(x_BHTD) * sine

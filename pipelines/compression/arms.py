@@ -65,7 +65,8 @@ def measure(
         prepare: folder of the prepare artifact.
         context: takes the progress.
     """
-    text = yardstick.build(prepare, config.arms_documents, walker, end="first") if config.arms_documents else None
+    number, parent, device = config.arms_documents, walker.model, walker.device
+    text = yardstick.build(prepare, number, parent, device, end="first") if number else None
     if text is None:
         return {"arms": {}}
     if walker.tokens_NT is None:

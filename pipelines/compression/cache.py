@@ -2,6 +2,8 @@
 
 Calibration records the keys (before RoPE) and values of every layer over training sequences, and the gradients of the
 loss with respect to them, so the whole model is held in memory, with the activations of one batch.
+
+The child is compared with its null arms on validation text; see `cache_arms.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,13 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from models.architectures.quantized_cache import Tables
+from models.architectures.quantized_cache import Tables, rotate
 from models.compression import registry
 from pipelines.artifact import Artifact
-from pipelines.compression import calibration, tables
+from pipelines.compression import cache_arms, calibration, tables
 from pipelines.compression.config import CompressConfig
-from pipelines.compression.folder import CACHE_TABLES, WeightReader, write_json
+from pipelines.compression.folder import WeightReader, write_json
 from pipelines.compression.load import load_weights
+from pipelines.compression.names import CACHE_TABLES
 from pipelines.errors import ConfigError, NumericError
 from pipelines.stage import Progress, StageContext, Summary
 
@@ -39,6 +42,8 @@ _ARMS: dict[str, dict[str, Any]] = {
     "per token": {"keys": "token", "codebook": "uniform", "q_norm": False},
 }
 """Null arms: the same bits and the same share of outliers, with the plainer choice."""
+ROTATED = "after RoPE"
+"""The null arm whose keys have their ranges per channel after the rotation."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,26 @@ class Seen:
     """What one side of one layer held over the calibration tokens."""
 
     x_NC: Tensor
-    fisher_NC: Tensor
-    """Squared gradients."""
+    gradient_NC: Tensor
+    """Of the summed loss with respect to each entry."""
+    positions_N: Tensor
+    """Place of each row in its sequence."""
+
+    @property
+    def fisher_NC(self) -> Tensor:  # noqa: N802 - a shape letter
+        """Squared gradients."""
+        return self.gradient_NC.square()
+
+    def rotated(self, model: PreTrainedModel) -> Seen:
+        """Return keys after RoPE; their gradients turn with them."""
+        heads = model.config.num_key_value_heads
+
+        def turn(rows_NC: Tensor) -> Tensor:
+            x_BHTD = rows_NC.unflatten(1, (heads, -1)).transpose(0, 1).unsqueeze(0)
+            angles = model.model.rotary_emb(x_BHTD, self.positions_N.unsqueeze(0))
+            return rotate(x_BHTD, angles)[0].transpose(0, 1).flatten(1)
+
+        return replace(self, x_NC=turn(self.x_NC), gradient_NC=turn(self.gradient_NC))
 
 
 def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
@@ -67,13 +90,19 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     )
     parameters: Any = config.parameters
     seen = record(model, tokens_NT, parameters.exact_tokens)
-    made: list[Tables] = []
+    arms = {config.method: parameters, **null_arms(parameters)}
+    fitted: dict[str, list[Tables]] = {name: [] for name in arms}
     rows: dict[str, dict[str, Any]] = {}
     for number, (keys, values) in enumerate(seen):
-        made.append(_fit(method, keys, values, parameters))
-        arms = {arm: _fit(method, keys, values, parameters.model_copy(update=plain)) for arm, plain in _ARMS.items()}
-        rows[f"layers.{number}"] = _errors(made[-1], arms, keys, values)
+        errors: dict[str, Any] = {}
+        for name, chosen in arms.items():
+            coded = keys.rotated(model) if name == ROTATED else keys
+            table = replace(_fit(method, coded, values, chosen), rotated=name == ROTATED)
+            fitted[name].append(table)
+            errors[name] = _errors(table, coded, values)
+        rows[f"layers.{number}"] = errors.pop(config.method) | {"null": errors}
         context.report(Progress(context.node, number + 1, len(seen), "layers"))
+    made = fitted[config.method]
     _copy(source, target)
     tables.write(target, made, config.method, parameters)
     report = {
@@ -87,8 +116,9 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         "errors": _means(rows),
         "layers": rows,
     }
+    report |= cache_arms.measure(config, source, fitted, inputs["prepare"].path, context)
     write_json(out_dir / "compression.json", report)
-    return {key: report[key] for key in ("method", "parameters", "layout", "totals", "errors")}
+    return {key: report[key] for key in ("method", "parameters", "layout", "totals", "errors", "arms")}
 
 
 def check(method: str, model: PreTrainedModel) -> None:
@@ -104,8 +134,15 @@ def check(method: str, model: PreTrainedModel) -> None:
         )
 
 
+def null_arms(parameters: Any) -> dict[str, Any]:
+    """Return name -> parameters of the arms that differ from the child."""
+    plainer = {name: parameters.model_copy(update=changed) for name, changed in _ARMS.items()}
+    found = {name: chosen for name, chosen in plainer.items() if chosen != parameters}
+    return found | ({ROTATED: parameters} if parameters.keys == "channel" else {})
+
+
 def record(model: PreTrainedModel, tokens_NT: NDArray[np.int64], skip: int) -> list[tuple[Seen, Seen]]:
-    """Return keys before RoPE and values of every layer, and their squared gradients.
+    """Return keys before RoPE and values of every layer, and their gradients.
 
     Args:
         model: a Llama decoder.
@@ -119,14 +156,18 @@ def record(model: PreTrainedModel, tokens_NT: NDArray[np.int64], skip: int) -> l
     places = [module for layer in layers for module in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
     thin = -(-tokens_NT.size // _ROWS)
     states: list[list[Tensor]] = [[] for _ in places]
-    squares: list[list[Tensor]] = [[] for _ in places]
+    gradients: list[list[Tensor]] = [[] for _ in places]
+    positions: list[Tensor] = []
     model.requires_grad_(False)
     for outputs in _passes(model, places, tokens_NT):
         for place, output in enumerate(outputs):
             assert output.grad is not None
-            for held, tensor in ((states, output.detach()), (squares, output.grad.square())):
+            for held, tensor in ((states, output.detach()), (gradients, output.grad)):
                 held[place].append(tensor[:, skip:].flatten(0, 1)[::thin].cpu())
-    found = [Seen(torch.cat(x).float(), torch.cat(f).float()) for x, f in zip(states, squares, strict=True)]
+        places_BT = torch.arange(skip, tokens_NT.shape[1]).expand(len(outputs[0]), -1)
+        positions.append(places_BT.flatten()[::thin])
+    places_N = torch.cat(positions)
+    found = [Seen(torch.cat(x).float(), torch.cat(g).float(), places_N) for x, g in zip(states, gradients, strict=True)]
     if not all(bool(torch.isfinite(seen.x_NC.sum() + seen.fisher_NC.sum())) for seen in found):
         raise NumericError("calibration met keys, values or gradients that are not finite")
     return list(zip(found[::2], found[1::2], strict=True))
@@ -166,14 +207,10 @@ def _fit(method: ModuleType, keys: Seen, values: Seen, config: Any) -> Tables:
         raise ConfigError(str(error)) from error
 
 
-def _errors(made: Tables, arms: Mapping[str, Tables], keys: Seen, values: Seen) -> dict[str, Any]:
-    """Return the layer's row of `compression.json`: errors weighted by squared gradients, null arms beside them."""
-
-    def row(table: Tables) -> dict[str, float]:
-        pairs = {"keys": (table.keys, keys), "values": (table.values, values)}
-        return {side: _relative(q.decode(q.encode(s.x_NC)), s) for side, (q, s) in pairs.items()}
-
-    return row(made) | {"null": {arm: row(table) for arm, table in arms.items()}}
+def _errors(table: Tables, keys: Seen, values: Seen) -> dict[str, float]:
+    """Return the relative errors of one layer, weighted by squared gradients."""
+    pairs = {"keys": (table.keys, keys), "values": (table.values, values)}
+    return {side: _relative(q.decode(q.encode(s.x_NC)), s) for side, (q, s) in pairs.items()}
 
 
 def _relative(decoded_NC: Tensor, seen: Seen) -> float:
@@ -186,7 +223,8 @@ def _means(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     def mean(pick: Any) -> dict[str, float]:
         return {side: float(np.mean([pick(row)[side] for row in rows.values()])) for side in ("keys", "values")}
 
-    arms = {arm: mean(lambda row, arm=arm: row["null"][arm]) for arm in _ARMS}
+    names = next(iter(rows.values()))["null"]
+    arms = {arm: mean(lambda row, arm=arm: row["null"][arm]) for arm in names}
     return mean(lambda row: row) | {"null": arms}
 
 

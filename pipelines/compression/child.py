@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from models.compression import rtn
 from models.compression.base import MethodConfig, Packed, Statistics
 from models.compression.grid import GridConfig
-from pipelines.compression import export, folder
+from pipelines.compression import export, folder, names
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.folder import WeightReader, WeightWriter
 
@@ -99,7 +99,7 @@ class ChildFolder:
     def _weights(self) -> WeightWriter:
         if self._writer is None:
             private = self.layout == export.LAYOUT_PRIVATE
-            self._writer = WeightWriter(self._target, folder.PRIVATE_STEM if private else folder.PUBLIC_STEM)
+            self._writer = WeightWriter(self._target, names.PRIVATE_STEM if private else folder.PUBLIC_STEM)
         return self._writer
 
 

@@ -41,7 +41,7 @@ def decide(
     candidates = method.candidates(parameters) if hasattr(method, "candidates") else [parameters]
     if len(candidates) == 1 and not config.tolerance:
         return parameters, list(names), {}
-    text = yardstick.build(prepare, config.arms_documents, walker, end="last")
+    text = yardstick.build(prepare, config.arms_documents, walker.model, walker.device, end="last")
     if text is None:
         raise ConfigError(f"{config.method}: choices are made on validation documents; {prepare} has fewer than two")
     report: dict[str, Any] = {}

@@ -18,16 +18,13 @@ from torch import Tensor
 
 from models.compression import registry
 from models.compression.base import Packed
+from pipelines.compression.names import CACHE_TABLES
 from pipelines.errors import IntegrityError
 
 RECORD = "ingot_compression.json"
 RECORD_FORMAT = 1
 PUBLIC_STEM = "model"
 """File stem of weights that plain transformers loads."""
-PRIVATE_STEM = "packed"
-"""File stem of weights that need `pipelines.compression.load`; plain transformers finds no weights and says so."""
-CACHE_TABLES = "kv_cache.safetensors"
-"""File of how attention caches are coded, in a child of a `kv_cache` method; it holds no weights."""
 SHARD_BYTES = 1 << 30
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from pipelines.compression import folder, layers, skeleton, tables
+from pipelines.compression import folder, layers, names, skeleton, tables
 
 
 def load_model(path: Path) -> PreTrainedModel:
@@ -52,4 +52,4 @@ def is_private(path: Path) -> bool:
 
 
 def _is_packed(path: Path) -> bool:
-    return (path / folder.RECORD).is_file() and any(path.glob(f"{folder.PRIVATE_STEM}*.safetensors"))
+    return (path / folder.RECORD).is_file() and any(path.glob(f"{names.PRIVATE_STEM}*.safetensors"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from models.compression import registry
 from pipelines.artifact import Artifact
 from pipelines.compression.config import CompressConfig
-from pipelines.compression.folder import CACHE_TABLES
+from pipelines.compression.names import CACHE_TABLES
 from pipelines.errors import ConfigError
 from pipelines.stage import StageContext, StageFunction, Summary
 

@@ -19,7 +19,7 @@ from models.architectures import quantized_cache
 from models.architectures.quantized_cache import Tables
 from models.compression import registry
 from models.compression.base import MethodConfig
-from pipelines.compression.folder import CACHE_TABLES
+from pipelines.compression.names import CACHE_TABLES
 from pipelines.errors import IntegrityError
 
 _SIDES = ("keys", "values")

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from pipelines.compression.walk import Walker
 from pipelines.evaluation import heldout, scoring
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.heldout import Document, Heldout
@@ -57,13 +57,16 @@ class Yardstick:
         return float(self.nats(model, name).sum()) / self.scored
 
 
-def build(prepare: Path, documents: int, walker: Walker, *, end: Literal["first", "last"]) -> Yardstick | None:
+def build(
+    prepare: Path, documents: int, model: PreTrainedModel, device: torch.device | str, *, end: Literal["first", "last"]
+) -> Yardstick | None:
     """Return the yardstick over at most `documents` validation documents; None where there are not two of them.
 
     Args:
         prepare: folder of a prepare artifact.
         documents: how many.
-        walker: the parent, for its family and its device.
+        model: the parent, for its family; nothing of it is run here.
+        device: where models will be.
         end: from which side of the order by hash.
 
     Raises:
@@ -78,9 +81,9 @@ def build(prepare: Path, documents: int, walker: Walker, *, end: Literal["first"
     tokens = heldout.tokenize(chosen, prepare / "tokenizer" / heldout.TOKENIZER, index)
     held = Heldout(chosen, len(everything), tuple(ids[:DOCUMENT_TOKENS] for ids in tokens), index)
     config = EvaluateConfig(batch_tokens=max(2048, int(index["sequence_length"])))
-    family: scoring.Family = "encoder" if is_encoder(walker.model) else "decoder"
+    family: scoring.Family = "encoder" if is_encoder(model) else "decoder"
     batches = plan_batches(config, held, family, prepare).batches
-    return Yardstick(batches, len(chosen), family, str(walker.device))
+    return Yardstick(batches, len(chosen), family, str(device))
 
 
 def is_encoder(model: PreTrainedModel) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.artifact import Artifact
+from pipelines.compression import loading
 from pipelines.errors import ConfigError
 
 PRECISIONS = {"hf": ("as stored",), "gguf": ("f16", "f32", "q8_0", "q4_0"), "onnx": ("fp32", "int8")}
@@ -58,13 +59,10 @@ def check(destination: Path, file_format: str, precision: str | None) -> str:
 
 def _hf(source: Artifact, building: Path, _: str) -> str:
     shutil.copytree(source.path / "model", building)
-    loads_with = _loads_with(source)
-    if loads_with == "transformers":
+    how = loading.of(source)
+    if how.plain:
         return "load it with transformers: from_pretrained({!r})"
-    return (
-        f"no public loader reads this layout: load it with `{loads_with}` of this checkout: load_model(Path({{!r}})); "
-        "its weights are in packed*.safetensors, described by ingot_compression.json"
-    )
+    return f"{how.sentence} pipelines.compression.load.load_model(Path({{!r}})) in this checkout"
 
 
 def _gguf(source: Artifact, building: Path, precision: str) -> str:
@@ -82,13 +80,6 @@ def _onnx(source: Artifact, building: Path, precision: str) -> str:
     building.mkdir(parents=True)
     onnx.write(source.path / "model", building, precision)  # type: ignore[arg-type]
     return f"{precision}; load it with onnxruntime: InferenceSession('{{}}/{onnx.MODEL}')"
-
-
-def _loads_with(source: Artifact) -> str:
-    """Return what reads the model folder; only a compressed child says."""
-    if not (source.path / "compression.json").is_file():
-        return "transformers"
-    return str(source.read_json("compression.json").get("loads_with", "transformers"))
 
 
 def _remove(path: Path) -> None:

@@ -141,8 +141,8 @@ def table(evaluations: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         Rows with the same keys: `model`, `kind` (parent, child or baseline), `bits_per_byte`, `low`, `high`,
-        `truncated`, `ratio`, `ratio_low`, `ratio_high`, `kl`, `task.<name>`, `size_bytes`, `prefill_ms`, `decode_ms`,
-        `peak_memory_bytes`; None where there is no number.
+        `truncated`, `ratio`, `ratio_low`, `ratio_high`, `kl`, `task.<name>`, `size_bytes`, `cache_bytes_per_token`,
+        `prefill_ms`, `decode_ms`, `peak_memory_bytes`; None where there is no number.
     """
     names = sorted({task for evaluation in evaluations.values() for task in evaluation["tasks"]})
     rows = [_row(name, evaluation, names) for name, evaluation in evaluations.items()]
@@ -167,6 +167,7 @@ def _row(name: str, evaluation: Mapping[str, Any], tasks: list[str]) -> dict[str
         "kl": versus.get("kl_nats_per_token"),
         **{f"task.{task}": result["accuracy"] for task, result in evaluation["tasks"].items()},
         "size_bytes": evaluation["size_bytes"],
+        "cache_bytes_per_token": evaluation.get("cache_bytes_per_token"),
         "prefill_ms": latency.get("prefill_ms_per_token"),
         "decode_ms": latency.get("decode_ms_per_token"),
         "peak_memory_bytes": observed.get("peak_memory_bytes"),
@@ -175,5 +176,6 @@ def _row(name: str, evaluation: Mapping[str, Any], tasks: list[str]) -> dict[str
 
 def _empty_row(name: str, kind: str, tasks: list[str]) -> dict[str, Any]:
     keys = ["bits_per_byte", "low", "high", "truncated", "ratio", "ratio_low", "ratio_high", "kl"]
-    keys += [f"task.{task}" for task in tasks] + ["size_bytes", "prefill_ms", "decode_ms", "peak_memory_bytes"]
+    keys += [f"task.{task}" for task in tasks] + ["size_bytes", "cache_bytes_per_token"]
+    keys += ["prefill_ms", "decode_ms", "peak_memory_bytes"]
     return {"model": name, "kind": kind} | dict.fromkeys(keys)

@@ -12,6 +12,7 @@ import jinja2
 import zstandard
 
 from pipelines.artifact import Artifact
+from pipelines.compression import loading
 from pipelines.redaction import redact, redact_value
 from pipelines.registry.config import PromoteConfig
 from pipelines.registry.evidence import Evidence
@@ -30,14 +31,10 @@ _PAGE = jinja2.Environment(autoescape=False, trim_blocks=True, lstrip_blocks=Tru
 
 {{ sentence }}
 
-Load it with plain transformers; no code of Ingot is needed:
+{{ loading }}
 
 ```python
-from transformers import AutoTokenizer, {{ loader }}
-
-model = {{ loader }}.from_pretrained(path)  # path: `ingot list models --json`
-tokenizer = AutoTokenizer.from_pretrained(path)
-```
+{{ snippet }}```
 
 ## Data
 
@@ -63,13 +60,13 @@ tokenizer = AutoTokenizer.from_pretrained(path)
 
 {{ evaluation_sentence }}
 
-| model | bits per byte | interval | size, bytes |
-|---|---:|---|---:|
+| model | bits per byte | interval | size, bytes | cache, bytes a token |
+|---|---:|---|---:|---:|
 {% for row in models %}
-| {{ row.name }} | {{ row.bits }} | {{ row.interval }} | {{ row.size }} |
+| {{ row.name }} | {{ row.bits }} | {{ row.interval }} | {{ row.size }} | {{ row.cache }} |
 {% endfor %}
 {% for name, bits in baselines %}
-| {{ name }} (null arm) | {{ bits }} | | |
+| {{ name }} (null arm) | {{ bits }} | | | |
 {% endfor %}
 {% if tasks %}
 
@@ -128,11 +125,12 @@ def render(
     prepare, model = inputs["prepare"], inputs[f"model:{facts.name}"]
     sources = source_rows(prepare)
     front = _front_matter(facts, models, sources, config)
-    record = model.manifest.provenance
+    record, how = model.manifest.provenance, loading.of(model)
     page = _PAGE.render(
         title=f"{config.model_name}: {facts.name}",
         sentence=_sentence(facts),
-        loader=_LOADER[facts.family],
+        loading=how.sentence,
+        snippet=how.snippet(_LOADER[facts.family]),
         sources=sources,
         data_sentence=_data_sentence(prepare),
         training=_training_rows(inputs, facts),
@@ -248,7 +246,9 @@ def _evaluation_sentence(facts: Evidence) -> str:
 def _model_row(one: Evidence) -> dict[str, str]:
     bits = one.bits_per_byte
     interval = f"{bits['low']:.4f} to {bits['high']:.4f}"
-    return {"name": one.name, "bits": f"{bits['value']:.4f}", "interval": interval, "size": f"{one.size_bytes:,}"}
+    cache = "" if one.cache_bytes is None else f"{one.cache_bytes:,.1f}"
+    size = f"{one.size_bytes:,}"
+    return {"name": one.name, "bits": f"{bits['value']:.4f}", "interval": interval, "size": size, "cache": cache}
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

@@ -31,14 +31,15 @@ def write(run_record: dict[str, Any], artifacts: Mapping[str, Artifact], path: P
     write_text(path, _environment().get_template(_TEMPLATE).render(sections.page(run_record, artifacts)))
 
 
-def write_pareto(artifacts: Mapping[str, Artifact], path: Path) -> bool:
+def write_pareto(run_record: Mapping[str, Any], artifacts: Mapping[str, Artifact], path: Path) -> bool:
     """Write the children of a run by method and bits as JSON rows; return whether there are any."""
     evaluations = {
         name.removeprefix("evaluate."): comparison.read(found.path)
         for name, found in artifacts.items()
         if name.startswith("evaluate.")
     }
-    children = compression.rows(comparison.table(evaluations), artifacts)
+    tokens = compression.counted_tokens(run_record, artifacts)
+    children = compression.rows(comparison.table(evaluations), artifacts, tokens)
     if children:
         write_text(path, json.dumps(children, indent=1) + "\n")
     return bool(children)

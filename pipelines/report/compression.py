@@ -2,6 +2,9 @@
 
 The picture shows the ratio of bits per byte to the parent's, whose paired interval tells two models apart, where the
 interval of the bits per byte themselves only tells how hard the documents are.
+
+Where attention caches count, a size is the bytes on disk and those of a cache: a child of a `kv_cache` method saves
+nothing on disk.
 """
 
 from __future__ import annotations
@@ -11,24 +14,50 @@ from itertools import groupby
 from typing import Any
 
 from pipelines.artifact import Artifact
+from pipelines.compression import loading
 from pipelines.report import axes, pareto
 from pipelines.report.charts import Axis
 
 Facts = dict[str, Any]
 _COMPRESS = "compress."
+CACHE_TOKENS = 4096
+"""Tokens whose cache counts where a child codes its cache and the recipe names no number."""
 
 
-def rows(models: Sequence[Mapping[str, Any]], artifacts: Mapping[str, Artifact]) -> list[Facts]:
+def counted_tokens(record: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> int:
+    """Return the tokens of a run whose attention cache counts as part of a model's size.
+
+    `promote.cache_tokens`, as at the gate; where that is 0 and a child codes its cache, `CACHE_TOKENS`, else none.
+    """
+    promote = (record.get("config") or {}).get("promote") or {}
+    coded = any(node.startswith(_COMPRESS) and loading.of(found).cache for node, found in artifacts.items())
+    return int(promote.get("cache_tokens") or (CACHE_TOKENS if coded else 0))
+
+
+def footprint(row: Mapping[str, Any], cache_tokens: int) -> float:
+    """Return the bytes of a model on disk and of its attention cache for so many tokens."""
+    return float(row["size_bytes"] + cache_tokens * (row.get("cache_bytes_per_token") or 0.0))
+
+
+def size_axis(cache_tokens: int) -> Axis:
+    """Return the axis of sizes, which says what counts."""
+    counted = f" and of a cache of {cache_tokens:,} tokens" if cache_tokens else ""
+    return Axis(f"bytes on disk{counted} (logarithmic)", log=True, text=axes.size)
+
+
+def rows(models: Sequence[Mapping[str, Any]], artifacts: Mapping[str, Artifact], cache_tokens: int = 0) -> list[Facts]:
     """Return one row per child, from the smallest to the largest.
 
     Args:
         models: rows of `comparison.table`, the parent's among them.
         artifacts: node name -> artifact.
+        cache_tokens: tokens whose attention cache counts as part of a size.
 
     Returns:
         The child's row of the comparison with `method`, `bits_per_weight`, `layer_bytes` (compressed layers), `arms`
-        (name -> ratio on validation text, bytes of the compressed layers), `size_ratio`, `prefill_ratio`,
-        `decode_ratio`, `memory_ratio` (to the parent's) and `best`: no other child is smaller and better.
+        (name -> ratio on validation text, bytes of the compressed layers or of a token's cache), `cache_tokens`,
+        `footprint_bytes` (disk and cache), `size_ratio`, `footprint_ratio`, `prefill_ratio`, `decode_ratio`,
+        `memory_ratio` (to the parent's) and `best`: no other child is smaller and better.
     """
     parent = next((row for row in models if row["kind"] == "parent"), None)
     measured = {row["model"]: row for row in models if row["kind"] == "child"}
@@ -37,9 +66,9 @@ def rows(models: Sequence[Mapping[str, Any]], artifacts: Mapping[str, Artifact])
         name = node.removeprefix(_COMPRESS)
         if node.startswith(_COMPRESS) and name in measured:
             report = artifact.read_json("compression.json")
-            found.append({**measured[name], **_stored(report), **_versus(measured[name], parent)})
+            found.append({**measured[name], **_stored(report), **_versus(measured[name], parent, cache_tokens)})
     best = pareto.frontier([_point(row) for row in found])
-    return sorted(({**row, "best": row["model"] in best} for row in found), key=lambda row: row["size_bytes"])
+    return sorted(({**row, "best": row["model"] in best} for row in found), key=lambda row: row["footprint_bytes"])
 
 
 def picture(children: Sequence[Mapping[str, Any]], candidate: str | None = None) -> str:
@@ -47,23 +76,26 @@ def picture(children: Sequence[Mapping[str, Any]], candidate: str | None = None)
     shown = [row for row in children if row["ratio"] is not None]
     if not shown:
         return ""
-    by_method = sorted(shown, key=lambda row: (row["method"], row["size_bytes"]))
+    by_method = sorted(shown, key=lambda row: (row["method"], row["footprint_bytes"]))
     joined = [[_point(row) for row in group] for _, group in groupby(by_method, key=lambda row: row["method"])]
     arms = [
-        pareto.Model(f"{name} for {row['model']}", _size_with(arm["bytes"], row), *_interval(arm["ratio"]))
+        pareto.Model(f"{name} for {row['model']}", _size_with(arm, row), *_interval(arm["ratio"]))
         for row in shown
         for name, arm in sorted(row["arms"].items())
         if name != row["method"]
     ]
     models = [_point(row, candidate) for row in shown]
-    x = Axis("bytes on disk (logarithmic)", log=True, text=axes.size)
-    y = Axis("bits per byte, ratio to the parent")
+    x, y = size_axis(shown[0]["cache_tokens"]), Axis("bits per byte, ratio to the parent")
     return pareto.draw(models, [("parent", 1.0)], x, y, "Size against quality lost", joined=joined, arms=arms)
 
 
-def _size_with(layer_bytes: int, row: Mapping[str, Any]) -> float:
-    """Return the size of a child whose compressed layers took these bytes instead of their own."""
-    return row["size_bytes"] + layer_bytes - (row["layer_bytes"] or layer_bytes)
+def _size_with(arm: Mapping[str, Any], row: Mapping[str, Any]) -> float:
+    """Return the size of a child whose compressed layers, or whose cache, took an arm's bytes instead of their own."""
+    size: float = row["footprint_bytes"]
+    if "cache_bytes_per_token" in arm:
+        own = row["arms"][row["method"]]["cache_bytes_per_token"]
+        return size + row["cache_tokens"] * (arm["cache_bytes_per_token"] - own)
+    return size + arm["bytes"] - (row["layer_bytes"] or arm["bytes"])
 
 
 def _stored(report: Mapping[str, Any]) -> Facts:
@@ -71,6 +103,7 @@ def _stored(report: Mapping[str, Any]) -> Facts:
     return {
         "method": report["method"],
         "bits_per_weight": totals.get("bits_per_weight"),
+        "bits_per_cached_number": totals.get("bits_per_cached_number"),
         "layer_bytes": totals.get("layer_bytes"),
         "loads_with": report.get("loads_with"),
         "not_informative": report.get("not_informative"),
@@ -79,12 +112,16 @@ def _stored(report: Mapping[str, Any]) -> Facts:
     }
 
 
-def _versus(child: Mapping[str, Any], parent: Mapping[str, Any] | None) -> Facts:
+def _versus(child: Mapping[str, Any], parent: Mapping[str, Any] | None, cache_tokens: int) -> Facts:
     def ratio(key: str) -> float | None:
         before = parent[key] if parent else None
         return child[key] / before if before and child[key] is not None else None
 
+    size = footprint(child, cache_tokens)
     return {
+        "cache_tokens": cache_tokens,
+        "footprint_bytes": size,
+        "footprint_ratio": size / footprint(parent, cache_tokens) if parent else None,
         "size_ratio": ratio("size_bytes"),
         "prefill_ratio": ratio("prefill_ms"),
         "decode_ratio": ratio("decode_ms"),
@@ -94,7 +131,7 @@ def _versus(child: Mapping[str, Any], parent: Mapping[str, Any] | None) -> Facts
 
 def _point(row: Mapping[str, Any], candidate: str | None = None) -> pareto.Model:
     value = {"value": row["ratio"], "low": row["ratio_low"], "high": row["ratio_high"]}
-    return pareto.Model(row["model"], row["size_bytes"], *_interval(value), chosen=row["model"] == candidate)
+    return pareto.Model(row["model"], row["footprint_bytes"], *_interval(value), chosen=row["model"] == candidate)
 
 
 def _interval(ratio: Mapping[str, float | None]) -> tuple[float, float, float]:

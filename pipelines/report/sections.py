@@ -21,15 +21,15 @@ def page(record: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> Facts:
     """Return everything that the template shows; a section that the run did not reach is None."""
     evaluations = _evaluations(artifacts)
     gate = _gate(record, artifacts.get("promote"))
-    rows = comparison.table(evaluations)
+    rows, tokens = comparison.table(evaluations), compression.counted_tokens(record, artifacts)
     return {
         "run": {**record, "error": redact(record.get("error") or ""), "overrides": [*map(redact, record["overrides"])]},
         "headline": _headline(record, rows, gate),
         "training": training(artifacts.get("pretrain")),
         "time": _stage_times(record),
         "data": data(artifacts.get("prepare")),
-        "evaluation": _evaluation(rows, evaluations, gate["candidate"]),
-        "compression": _compression(rows, artifacts, gate["candidate"]),
+        "evaluation": _evaluation(rows, evaluations, gate["candidate"], tokens),
+        "compression": _compression(rows, artifacts, gate["candidate"], tokens),
         "gate": gate,
         "lineage": {"picture": lineage.draw(record, artifacts), "rows": _lineage_rows(record, artifacts)},
         "config": list(flatten(record.get("config") or {})),
@@ -220,17 +220,26 @@ def _evaluations(artifacts: Mapping[str, Artifact]) -> dict[str, Facts]:
     return dict(sorted(found.items(), key=lambda item: item[0] != _PARENT))
 
 
-def _evaluation(rows: list[Facts], evaluations: Mapping[str, Facts], candidate: str | None) -> Facts | None:
+def _evaluation(
+    rows: list[Facts], evaluations: Mapping[str, Facts], candidate: str | None, cache_tokens: int
+) -> Facts | None:
     if not evaluations:
         return None
     first = next(iter(evaluations.values()))
     models = [
-        pareto.Model(r["model"], r["size_bytes"], r["bits_per_byte"], r["low"], r["high"], r["model"] == candidate)
-        for r in rows
-        if r["kind"] != "baseline"
+        pareto.Model(
+            row["model"],
+            compression.footprint(row, cache_tokens),
+            row["bits_per_byte"],
+            row["low"],
+            row["high"],
+            row["model"] == candidate,
+        )
+        for row in rows
+        if row["kind"] != "baseline"
     ]
     nulls = [(row["model"], row["bits_per_byte"]) for row in rows if row["kind"] == "baseline"]
-    x = Axis("bytes on disk (logarithmic)", log=True, text=axes.size)
+    x = compression.size_axis(cache_tokens)
     return {
         "rows": rows,
         "tasks": [key.removeprefix("task.") for key in rows[0] if key.startswith("task.")],
@@ -241,9 +250,11 @@ def _evaluation(rows: list[Facts], evaluations: Mapping[str, Facts], candidate: 
     }
 
 
-def _compression(rows: list[Facts], artifacts: Mapping[str, Artifact], candidate: str | None) -> Facts | None:
+def _compression(
+    rows: list[Facts], artifacts: Mapping[str, Artifact], candidate: str | None, cache_tokens: int
+) -> Facts | None:
     """Return the children by method and bits; None where none was measured."""
-    children = compression.rows(rows, artifacts)
+    children = compression.rows(rows, artifacts, cache_tokens)
     return {"rows": children, "picture": compression.picture(children, candidate)} if children else None
 
 

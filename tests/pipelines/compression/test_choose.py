@@ -63,7 +63,7 @@ def walker(bench: Any, outliers: Artifact) -> walk.Walker:
 @pytest.fixture(scope="module")
 def text(bench: Any, walker: walk.Walker) -> yardstick.Yardstick:
     """Four validation documents."""
-    made = yardstick.build(bench.prepare.path, 4, walker, end="last")
+    made = yardstick.build(bench.prepare.path, 4, walker.model, "cpu", end="last")
     assert made is not None
     return made
 
@@ -187,9 +187,10 @@ def test_measuring_a_choice_leaves_the_model_as_it_was(small: Any, bench: Any) -
 
 
 def test_yardsticks_of_either_end_share_no_document_and_are_the_same_every_time(bench: Any) -> None:
-    source = bench.parent.path / "model"
-    walker = walk.Walker(skeleton.build(source), WeightReader(source), torch.device("cpu"))
-    first, last, again = (yardstick.build(bench.prepare.path, 3, walker, end=end) for end in ("first", "last", "first"))
+    model = skeleton.build(bench.parent.path / "model")
+    first, last, again = (
+        yardstick.build(bench.prepare.path, 3, model, "cpu", end=end) for end in ("first", "last", "first")
+    )
     assert first is not None
     assert last is not None
     assert again is not None
@@ -201,6 +202,5 @@ def test_yardsticks_of_either_end_share_no_document_and_are_the_same_every_time(
 
 
 def test_fewer_than_two_documents_are_no_yardstick(small: Any, tmp_path: Path) -> None:
-    source = small().parent.path / "model"
-    walker = walk.Walker(skeleton.build(source), WeightReader(source), torch.device("cpu"))
-    assert yardstick.build(tmp_path, 8, walker, end="first") is None
+    model = skeleton.build(small().parent.path / "model")
+    assert yardstick.build(tmp_path, 8, model, "cpu", end="first") is None

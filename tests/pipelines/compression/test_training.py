@@ -279,10 +279,13 @@ def test_two_ranks_under_zero_2_killed_and_resumed_train_what_one_process_does(
         torch.testing.assert_close(other, one, atol=1e-5, rtol=0, msg=name)
 
 
-def test_pruning_distilling_and_quantizing_follow_each_other(
+def test_pruning_distilling_quantizing_and_coding_the_cache_follow_each_other(
     make: Make, prepared: Artifact, parents: Callable[[str], Artifact], tmp_path: Path
 ) -> None:
-    """The pruned child is the student, the unpruned parent its teacher, and the distilled child is quantized."""
+    """The pruned child is the student, the unpruned parent its teacher; the distilled child is quantized, then coded.
+
+    Every link keeps what the links before it did, and the last child generates with its coded cache.
+    """
 
     def follow(table: dict[str, Any], inputs: dict[str, Artifact]) -> Artifact:
         out = tmp_path / table["method"] / "out"
@@ -303,11 +306,25 @@ def test_pruning_distilling_and_quantizing_follow_each_other(
     inputs = {"prepare": prepared, "model": pruned, "teacher": parent}
     distilled = follow({"method": "distill", "features": 1.0, **PLAIN, **TINY}, inputs)
     quantized = follow({"method": "paretoq", "bits": 3, **PLAIN, **TINY}, {"prepare": prepared, "model": distilled})
+    coded = follow({"method": "kvquant", "bits": 3, "samples": 8}, {"prepare": prepared, "model": quantized})
     widths = [json.loads((a.path / "model" / "config.json").read_text())["intermediate_size"] for a in (parent, pruned)]
     assert widths == [48, 36]
-    final = load_model(quantized.path / "model")
+    before, final = load_model(quantized.path / "model"), load_model(coded.path / "model")
     assert final.config.intermediate_size == 36
-    assert bool(torch.isfinite(logits(final)).all())
+    for (name, one), (_, other) in zip(before.named_parameters(), final.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert 0 < float((logits(final) - logits(before)).std()) < 0.5 * float(logits(before).std())
+    prompt = torch.arange(4, 16).unsqueeze(0)
+    made = final.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=2)
+    assert made.shape == (1, 18)
+    cache = final.new_cache()
+    with torch.no_grad():
+        last = final(made, past_key_values=cache).logits[0, 11:-1].argmax(-1)
+    assert torch.equal(last, made[0, 12:]), "greedy tokens are those of one pass with the coded cache"
+    assert cache.get_seq_length() == 18
+    plain = before(made, use_cache=True).past_key_values
+    full = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers)
+    assert 0 < 3 * cache.stored_bytes < full
     facts = json.loads((distilled.path / "training.json").read_text())
     assert facts["steps"] == 4
     sizes = [

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from pipelines import artifact
 from pipelines.artifact import Artifact
+from pipelines.compression import loading
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.load import load_model
 from pipelines.compression.stage import run
+from pipelines.data import shards
 from pipelines.deploy import export
 from pipelines.errors import ConfigError, IntegrityError
+from pipelines.provenance import CHECKOUT
 from pipelines.stage import StageContext
 
 MakeModel = Callable[..., Artifact]
@@ -51,6 +58,48 @@ def test_a_private_layout_says_that_it_needs_our_loader(model_artifact: MakeMode
     assert "no public loader" in said
     assert "pipelines.compression.load" in said
     assert load_model(tmp_path / "out").num_parameters() == load_model(made.path / "model").num_parameters()
+
+
+def test_a_coded_cache_is_used_by_the_snippet_and_ignored_by_plain_transformers(
+    model_artifact: MakeModel, tmp_path: Path
+) -> None:
+    """The snippet of the model card runs in a checkout, generates, and holds less than plain transformers does."""
+    parent = model_artifact()
+    made = coded_child(parent, tmp_path)
+    said = export.write(made, tmp_path / "out")
+    assert "ignores that file: it keeps an ordinary cache of full size" in said
+    assert f"load_model(Path('{tmp_path / 'out'}'))" in said
+    code = f"path = {str(tmp_path / 'out')!r}\n" + loading.of(made).snippet("AutoModelForCausalLM")
+    code += "model(output, past_key_values=cache, use_cache=True); print(output.shape[1], cache.stored_bytes)"
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=CHECKOUT)
+    tokens, stored = map(int, ran.stdout.splitlines()[-1].split())
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(tokens).unsqueeze(0)
+    layers = plain(input_ids=ids, use_cache=True).past_key_values.layers
+    assert tokens > 50
+    assert 0 < 3 * stored < sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    original = AutoModelForCausalLM.from_pretrained(parent.path / "model")
+    assert torch.equal(plain(input_ids=ids).logits, original(input_ids=ids).logits)
+
+
+def coded_child(parent: Artifact, folder: Path) -> Artifact:
+    """Code the cache of a model, on tables fitted to noise."""
+    prepare = folder / "prepare"
+    prepare.mkdir()
+    tokens = np.random.default_rng(0).integers(4, 260, (8, 32))
+    entries = shards.write([tokens], prepare, "train", sequence_length=32, dtype="uint16", shard_bytes=10_000)
+    split = {"train": {"shards": entries, "sequences": len(tokens)}}
+    index = {"format": 1, "sequence_length": 32, "vocab_size": 300, "dtype": "uint16", "splits": split}
+    index |= {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
+    (prepare / "index.json").write_text(json.dumps(index))
+    names = {"stage": "prepare", "node": "prepare", "identity": {}, "parents": {}, "summary": {}}
+    prepared = artifact.publish(prepare, folder / "prepared", **names)
+    build = folder / "coded"
+    build.mkdir()
+    context = StageContext(node="compress.kv", scratch=folder, compute={"device": "cpu"})
+    config = CompressConfig.model_validate({"method": "kvquant", "samples": 8, "arms_documents": 0})
+    run(config, {"prepare": prepared, "model": parent}, build, context)
+    return artifact.publish(build, folder / "kv", **(names | {"stage": "compress", "node": "compress.kv"}))
 
 
 def test_gguf_is_one_file_and_says_how_its_tensors_are_stored(model_artifact: MakeModel, tmp_path: Path) -> None:

@@ -79,11 +79,19 @@ class World:
         return self._publish(build, "prepare", "prepare", {"text": text}, {}, {"train_tokens": 9000})
 
     def model(
-        self, name: str, *, parent: Artifact | None = None, seed: int = 0, prepare: Artifact | None = None
+        self,
+        name: str,
+        *,
+        parent: Artifact | None = None,
+        seed: int = 0,
+        prepare: Artifact | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> Artifact:
-        """Publish a model; with a parent it is a compressed child."""
+        """Publish a model, with more files in its folder if wanted; with a parent it is a compressed child."""
         build = self._build()
         shutil.copytree(self._model_folder, build / "model")
+        for file, content in (files or {}).items():
+            (build / "model" / file).write_bytes(content)
         (build / "note.txt").write_text(f"{name} {seed}")
         parents = {"prepare": (prepare or self.prepare).digest}
         if parent is not None:

@@ -41,6 +41,33 @@ def test_a_child_names_its_parent_its_method_and_its_bits(world: Any) -> None:
     assert "| pretrain |" in page
 
 
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("kv_cache.safetensors", "ignores that file: it keeps an ordinary cache"),
+        ("packed.safetensors", "a layout that no public loader reads"),
+    ],
+)
+def test_a_child_that_plain_transformers_does_not_compute_is_told_to_be_loaded_with_ours(
+    file: str, said: str, world: Any
+) -> None:
+    parent = world.model("pretrain")
+    child = world.model("coded", parent=parent, files={file: b"tables"})
+    pairs = [
+        (parent, world.evaluation(parent, 2.0, extra={"cache_bytes_per_token": 4096.0})),
+        (child, world.evaluation(child, 2.002, extra={"cache_bytes_per_token": 512.5})),
+    ]
+    _, page = rendered(world.inputs(*pairs), "coded")
+    assert said in page
+    assert "from pipelines.compression.load import load_model" in page
+    assert "no code of Ingot is needed" not in page
+    assert ("model.new_cache()" in page) == (file == "kv_cache.safetensors")
+    assert "| 512.5 |" in page
+    assert "| 4,096.0 |" in page
+    _, page = rendered(world.inputs(*pairs))
+    assert "no code of Ingot is needed" in page
+
+
 def test_null_arms_and_tasks_stand_beside_the_model(world: Any) -> None:
     _, page = rendered(world.candidate(2.0))
     assert "| gzip (null arm) | 3.2400 |" in page

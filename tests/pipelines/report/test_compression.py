@@ -105,6 +105,65 @@ def test_null_arms_are_diamonds_where_the_child_would_lie_with_their_bytes(child
     assert svg.count('class="ring"') == 1, "the candidate"
 
 
+CACHES = {"pretrain": 100.0, "rtn8": 100.0, "kvq4": 20.0}
+ARMS = {
+    "kvq": {"ratio": INTERVAL, "cache_bytes_per_token": 21.0},
+    "rtn": {"ratio": INTERVAL, "cache_bytes_per_token": 31.0},
+}
+
+
+def coded(children: Any) -> tuple[list[dict[str, Any]], dict[str, Artifact]]:
+    """A parent, a child with small weights and one with a coded cache, which is no smaller on disk."""
+    models = [*MODELS[:2], model("kvq4", "child", 4010, 1.01, None)]
+    models = [row | {"cache_bytes_per_token": CACHES[row["model"]]} for row in models]
+    totals = {"bits_per_weight": None, "bits_per_cached_number": 3.4}
+    return models, children(rtn8={}, kvq4={"arms": ARMS, "totals": totals})
+
+
+def test_a_coded_cache_counts_where_caches_count(children: Any) -> None:
+    """On disk it is the largest and dominated; with the cache of 400 tokens it is the smallest."""
+    models, artifacts = coded(children)
+    disk, both = (compression.rows(models, artifacts, tokens) for tokens in (0, 400))
+    assert [row["model"] for row in disk] == ["rtn8", "kvq4"]
+    assert [row["footprint_bytes"] for row in disk] == [1200, 4010]
+    assert {row["model"] for row in disk if row["best"]} == {"rtn8"}
+    assert [(row["model"], row["footprint_bytes"]) for row in both] == [("kvq4", 12010.0), ("rtn8", 41200.0)]
+    assert both[0]["footprint_ratio"] == pytest.approx(12010 / 44000)
+    assert both[0]["bits_per_cached_number"] == 3.4
+    assert {row["model"] for row in both if row["best"]} == {"kvq4", "rtn8"}
+
+
+def test_an_arm_of_a_coded_cache_stands_where_its_cache_puts_it(children: Any) -> None:
+    models, artifacts = coded(children)
+    found = compression.rows(models, artifacts, 400)
+    assert compression._size_with(ARMS["rtn"], found[0]) == 12010 + 400 * 10
+    svg = compression.picture(found)
+    assert "bytes on disk and of a cache of 400 tokens" in svg
+    assert svg.count('class="arm"') == 1
+    assert "of a cache" not in compression.picture(compression.rows(models, artifacts))
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted", "counted"),
+    [
+        (["config.json"], 0, 0),
+        (["config.json"], 300, 300),
+        (["kv_cache.safetensors"], 0, 4096),
+        (["kv_cache.safetensors"], 300, 300),
+    ],
+)
+def test_the_cache_counts_at_the_gates_tokens_or_where_a_child_codes_it(
+    files: list[str], wanted: int, counted: int, tmp_path: Path
+) -> None:
+    for file in files:
+        (tmp_path / "b" / "model").mkdir(parents=True)
+        (tmp_path / "b" / "model" / file).write_text("{}")
+    names = {"stage": "compress", "node": "compress.x", "identity": {}, "parents": {}, "summary": {}}
+    made = {"compress.x": artifact.publish(tmp_path / "b", tmp_path / "f", **names)}
+    record = {"config": {"promote": {"cache_tokens": wanted}}}
+    assert compression.counted_tokens(record, made) == counted
+
+
 def test_the_arm_that_is_the_child_itself_is_not_drawn_twice(children: Any) -> None:
     arms = {"gptq": {"ratio": INTERVAL, "bytes": 500}}
     svg = compression.picture(compression.rows(MODELS, children(gptq4={"arms": arms})))
@@ -127,8 +186,8 @@ def test_the_page_and_the_logged_table_show_the_child_and_its_arms(
     assert "4.25" in section
     assert "random 1.2" in section
     assert "<b>int4" not in section
-    assert report.write_pareto(artifacts, tmp_path / "pareto.json")
+    assert report.write_pareto(record, artifacts, tmp_path / "pareto.json")
     (row,) = json.loads((tmp_path / "pareto.json").read_text())
     assert (row["model"], row["arms"]["random"]["ratio"]) == ("<b>int4", INTERVAL)
-    assert not report.write_pareto({}, tmp_path / "none.json")
+    assert not report.write_pareto(record, {}, tmp_path / "none.json")
     assert not (tmp_path / "none.json").exists()
