@@ -4,7 +4,7 @@
 
 A model is pretrained on the books of the bundled corpus and then tuned on its manuals, another kind of text, by full
 AdamW, by LISA with 0 (embeddings, final norm and head only: the control), 2 and 4 layers at a time, and by LoRA whose
-rank is chosen so that it takes as much memory as LISA with 2. Each arm has three rates and shows the best one. The last
+rank is chosen so that it takes as much memory as LISA with 2. Each arm has three or four rates and shows the best one. The last
 arm draws layers by what the full run measured (`lisa.weights = "measured"`).
 
 Memory is counted tensor by tensor, at the step that needs most: weights, gradients and optimizer state, and what
@@ -48,7 +48,7 @@ RESULTS = Path(__file__).with_name("lisa_quality_results.jsonl")
 TUNED_ON = "python-docs"
 LAYERS, LENGTH, BATCH, INTERVAL = 8, 32, 8, 10
 BASE_STEPS, BASE_RATE = 1200, 4e-3
-RATES = {"full": (1e-3, 3e-3, 1e-2), "lisa": (1e-3, 3e-3, 1e-2), "lora": (3e-3, 1e-2, 3e-2)}
+RATES = {"full": (1e-3, 3e-3, 1e-2, 3e-2), "lisa": (1e-3, 3e-3, 1e-2, 3e-2), "lora": (3e-3, 1e-2, 3e-2)}
 RANKS = (1, 2, 4, 8, 16, 32)
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
