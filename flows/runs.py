@@ -136,6 +136,12 @@ class Runs:
         same = [run for run in self.all() if run.recipe == recipe and run.overrides in (overrides, run.pin(overrides))]
         return same[-1] if same and same[-1].status not in {"done", "refused"} else None
 
+    def pareto(self, run_id: str) -> list[dict[str, Any]]:
+        """Return the rows of a run's children by method and bits, as its report shows them; empty without a report."""
+        path = self.folder(run_id) / PARETO
+        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        return rows
+
     def get(self, prefix: str | None = None) -> RunRecord:
         """Return the run whose id starts with `prefix`, the newest when None.
 

@@ -16,10 +16,18 @@ from pipelines.artifact import Artifact
 def status(run_id: str | None, *, as_json: bool) -> None:
     """Print how far a run is."""
     record = Runs(store().root).get(run_id)
-    state = "killed" if record.status == "running" and not record.alive() else record.status
     if as_json:
-        print(json.dumps(record.model_dump() | {"status": state}, indent=1))
-        return
+        print(json.dumps(record.model_dump() | {"status": _state(record)}, indent=1))
+    else:
+        _show_status(record)
+
+
+def _state(record: RunRecord) -> str:
+    return "killed" if record.status == "running" and not record.alive() else record.status
+
+
+def _show_status(record: RunRecord) -> None:
+    state = _state(record)
     print(f"{record.id}  {state}  started {record.started_at}  recipe {record.recipe}")
     console.table(
         [_node_row(name, node) for name, node in record.nodes.items()],
@@ -43,7 +51,7 @@ def show(target: str, recipe_name: str, overrides: list[str], *, as_json: bool) 
     else:
         found = find(target)
         if isinstance(found, RunRecord):
-            status(found.id, as_json=as_json)
+            _show_run(found, as_json=as_json)
         else:
             _show_artifact(found, as_json=as_json)
 
@@ -56,6 +64,37 @@ def diff(old: str, new: str, *, as_json: bool) -> None:
         print("no difference")
         return
     console.table(rows, ["field", "old", "new"], as_json=as_json)
+
+
+def _show_run(record: RunRecord, *, as_json: bool) -> None:
+    """Print how far a run is, and its children from the smallest to the largest."""
+    children = Runs(store().root).pareto(record.id)
+    if as_json:
+        print(json.dumps(record.model_dump() | {"status": _state(record), "pareto": children}, indent=1))
+        return
+    _show_status(record)
+    if children:
+        tokens = children[0].get("cache_tokens")
+        counted = f" Sizes are with a cache of {tokens:,} tokens." if tokens else ""
+        print(f"Children by size; ratios are to the parent's bits per byte, arms on validation text.{counted}")
+        columns = ["child", "method", "bits", "size", "ratio", "interval", "best", "arms"]
+        console.table([_child_row(row) for row in children], columns, as_json=False)
+
+
+def _child_row(row: dict[str, Any]) -> dict[str, Any]:
+    bits = row.get("bits_per_cached_number") or row["bits_per_weight"]
+    arms = [(name, arm["ratio"]["value"]) for name, arm in row["arms"].items() if name != row["method"]]
+    measured = row["ratio"] is not None
+    return {
+        "child": row["model"],
+        "method": row["method"],
+        "bits": f"{bits:.3g}{' cached' if row.get('bits_per_cached_number') else ''}" if bits else None,
+        "size": console.size(round(row.get("footprint_bytes", row["size_bytes"]))),
+        "ratio": f"{row['ratio']:.5f}" if measured else None,
+        "interval": f"[{row['ratio_low']:.5f}, {row['ratio_high']:.5f}]" if measured else None,
+        "best": "best" if row["best"] else "",
+        "arms": ", ".join(f"{name} {value:.5f}" for name, value in sorted(arms, key=lambda arm: arm[1])),
+    }
 
 
 def _facts(found: RunRecord | Artifact) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """MLflow's model registry, used so that any step may be interrupted and repeated.
 
 A version is found again by fingerprint and digest before one is made; its bytes are fetched back and hashed before an
-alias moves; aliases move under a lease, and only from the champion that the decision was about. So a promotion that is
+alias moves; aliases move under a lock, and only from the champion that the decision was about. So a promotion that is
 cut anywhere ends, when repeated, with one version, one champion and one line of champions.
 """
 
@@ -16,15 +16,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import fingerprint, lease
+from pipelines import fingerprint
 from pipelines.errors import ConfigError, IntegrityError
 from pipelines.faults import fault_point
 from pipelines.redaction import redact
-from pipelines.registry import champions, listing
+from pipelines.registry import alone, champions, listing
 from pipelines.registry import evidence as evidence_of
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.package import MODEL_FOLDER, OURS
-from pipelines.tracking.client import connect, experiment_id, lease_folder, reachable
+from pipelines.tracking.client import connect, experiment_id, reachable
 from pipelines.tracking.config import TrackingConfig, resolve_uri
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def _moved_by(tags: Mapping[str, str]) -> str:
 def opened(config: TrackingConfig, store_root: Path, model: str) -> Iterator[tuple[Registry, str]]:
     """Hold the right to change one registered model, and connect to it.
 
-    The lease lies beside a SQLite registry, so it holds between stores; for a server it holds within this store, and
+    It holds between all stores of a SQLite or PostgreSQL registry. For any other it holds within this store, and
     `Registry.crown` looks once more at the champion before it moves the alias.
 
     Yields:
@@ -290,10 +290,9 @@ def opened(config: TrackingConfig, store_root: Path, model: str) -> Iterator[tup
         LockedError: another promotion takes longer than a quarter of an hour.
     """
     uri = resolve_uri(config, store_root)
-    lock = lease_folder(uri, store_root) / f"registry-{model}.lock"
     with (
-        lease.hold(lock, what=f"the registered model {model}", wait_s=_LEASE_WAIT_S),
         reachable(uri, what=f"registered model {model}"),
+        alone.hold(uri, store_root, model, wait_s=_LEASE_WAIT_S),
     ):
         client = connect(config, store_root)
         yield Registry(client, uri, model, store_root), experiment_id(client, config, store_root)

@@ -58,5 +58,10 @@ def resolve_uri(config: TrackingConfig, store_root: Path) -> str:
 
 
 def artifact_root(uri: str, store_root: Path) -> str | None:
-    """Return where MLflow keeps artifacts: beside a SQLite database; None leaves it to the server."""
-    return (store_root.resolve() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+    """Return where MLflow keeps artifacts: in the store for a database; None leaves it to the server.
+
+    With a database MLflow's own choice is a folder wherever the first process happened to run. Stores that share a
+    database share the folder of the first, so on several machines it has to be a shared one, or a server it is.
+    """
+    server = uri.startswith(("http:", "https:", "databricks"))
+    return None if server else (store_root.resolve() / "mlartifacts").as_uri()

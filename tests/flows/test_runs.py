@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.runs import NodeRecord, RunRecord, Runs
+from flows.runs import PARETO, NodeRecord, RunRecord, Runs
 from pipelines.errors import ConfigError
 
 
@@ -75,6 +75,14 @@ def test_an_ambiguous_beginning_is_refused(tmp_path: Path) -> None:
 def test_no_run_is_a_clear_error(tmp_path: Path, asked: str | None) -> None:
     with pytest.raises(ConfigError, match="there is no run"):
         Runs(tmp_path).get(asked)
+
+
+def test_the_children_of_a_run_are_read_where_its_report_put_them(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    record = start(runs)
+    assert runs.pareto(record.id) == []
+    (runs.folder(record.id) / PARETO).write_text('[{"model": "int4"}]')
+    assert runs.pareto(record.id) == [{"model": "int4"}]
 
 
 def test_saving_leaves_no_temporary_file(tmp_path: Path) -> None:

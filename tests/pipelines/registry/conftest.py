@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from pipelines.stage import StageContext, Summary
 
 DATA_HASH = "0123456789abcdef0123456789abcdef.dir"
 DOCUMENTS = 40
+WORKER = Path(__file__).parent / "promote_once.py"
 
 
 @pytest.fixture(scope="session")
@@ -159,6 +163,22 @@ class World:
             found |= {f"model:{name}": model, f"evaluation:{name}": evaluation}
         return found
 
+    def start_promotion(
+        self, name: str, inputs: Mapping[str, Artifact], fault: str | None = None
+    ) -> subprocess.Popen[str]:
+        """Start a promotion in a process of its own; `fault` is the point where it kills itself."""
+        folder = self.root.parent / name
+        folder.mkdir(parents=True)
+        paths = {name: str(artifact.path) for name, artifact in inputs.items()}
+        job = {"store": str(self.root), "out": str(folder), "inputs": paths, "tracking": self.tracking}
+        (folder / "job.json").write_text(json.dumps(job))
+        environment = dict(os.environ)
+        if fault is not None:
+            (folder / "faults.json").write_text(json.dumps([{"point": fault, "action": "SIGKILL"}]))
+            environment["INGOT_FAULTS"] = str(folder / "faults.json")
+        command = [sys.executable, str(WORKER), str(folder / "job.json")]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
     def candidate(self, bits: float, *, seed: int = 0, **options: Any) -> dict[str, Artifact]:
         """Return inputs with one pretrained model of these bits per byte."""
         model = self.model("pretrain", seed=seed)
@@ -198,6 +218,12 @@ class World:
             provenance=provenance.capture(duration_s=1.0, source_digest="0" * 64, data_hash=DATA_HASH),
             observations=("observations.json",),
         )
+
+
+@pytest.fixture
+def world_at(model_folder: Path) -> Callable[[Path, str], World]:
+    """Return a function of a store and an MLflow that makes a world."""
+    return lambda root, uri: World(root, model_folder, uri)
 
 
 @pytest.fixture

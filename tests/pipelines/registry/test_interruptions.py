@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,23 +16,7 @@ from pipelines.faults import InjectedFaultError
 from pipelines.registry import champions
 from pipelines.registry.registry import Registry
 
-WORKER = Path(__file__).parent / "promote_once.py"
 LIMIT_S = 240.0
-
-
-def start(world: Any, name: str, inputs: Mapping[str, Artifact], fault: str | None = None) -> subprocess.Popen[str]:
-    """Start a promotion in a process of its own; `fault` is the point where it kills itself."""
-    folder = world.root.parent / name
-    folder.mkdir()
-    paths = {name: str(artifact.path) for name, artifact in inputs.items()}
-    job = {"store": str(world.root), "out": str(folder), "inputs": paths, "tracking": world.tracking}
-    (folder / "job.json").write_text(json.dumps(job))
-    environment = dict(os.environ)
-    if fault is not None:
-        (folder / "faults.json").write_text(json.dumps([{"point": fault, "action": "SIGKILL"}]))
-        environment["INGOT_FAULTS"] = str(folder / "faults.json")
-    command = [sys.executable, str(WORKER), str(folder / "job.json")]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def versions(world: Any) -> list[Any]:
@@ -176,7 +157,7 @@ def test_stores_that_share_a_registry_see_each_others_champions(world: Any, seco
 def test_two_promotions_at_once_from_two_stores_leave_the_better_champion(world: Any, second_world: Any) -> None:
     world.promote(world.candidate(2.0))
     good, best = world.candidate(1.9, seed=1), second_world.candidate(1.8, seed=2)
-    runs = [start(second_world, "best", best), start(world, "good", good)]
+    runs = [second_world.start_promotion("best", best), world.start_promotion("good", good)]
     for run in runs:
         _, errors = run.communicate(timeout=LIMIT_S)
         assert run.returncode in {0, 7}, errors
@@ -190,7 +171,7 @@ def test_two_promotions_at_once_from_two_stores_leave_the_better_champion(world:
 def test_a_promotion_killed_between_version_and_alias_is_completed_by_the_next(world: Any) -> None:
     world.promote(world.candidate(2.0))
     better = world.candidate(1.9, seed=1)
-    killed = start(world, "killed", better, "promote.after_version")
+    killed = world.start_promotion("killed", better, "promote.after_version")
     _, errors = killed.communicate(timeout=LIMIT_S)
     assert killed.returncode == -signal.SIGKILL, errors
     assert aliases(world) == {"champion": "1"}
@@ -202,7 +183,7 @@ def test_a_promotion_killed_between_version_and_alias_is_completed_by_the_next(w
 def test_two_promotions_at_once_leave_one_champion(world: Any) -> None:
     world.promote(world.candidate(2.0))
     good, best = world.candidate(1.9, seed=1), world.candidate(1.8, seed=2)
-    runs = [start(world, "good", good), start(world, "best", best)]
+    runs = [world.start_promotion("good", good), world.start_promotion("best", best)]
     codes = []
     for run in runs:
         _, errors = run.communicate(timeout=LIMIT_S)

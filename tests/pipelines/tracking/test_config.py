@@ -35,9 +35,11 @@ def test_nothing_about_tracking_is_identity() -> None:
     assert TrackingConfig(experiment="a").identity() == TrackingConfig(experiment="b").identity() == {}
 
 
-def test_artifacts_lie_beside_sqlite_and_elsewhere_where_the_server_says(tmp_path: Path) -> None:
+def test_artifacts_of_a_database_lie_in_the_store_and_elsewhere_where_the_server_says(tmp_path: Path) -> None:
     assert artifact_root("sqlite:///x/mlflow.db", tmp_path) == (tmp_path / "mlartifacts").as_uri()
-    assert artifact_root("http://host", tmp_path) is None
+    assert artifact_root("postgresql://u@host/db", tmp_path) == (tmp_path / "mlartifacts").as_uri()
+    for server in ("http://host", "https://host", "databricks"):
+        assert artifact_root(server, tmp_path) is None
 
 
 def test_configuration_and_session_import_no_mlflow() -> None:
