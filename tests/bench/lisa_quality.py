@@ -4,8 +4,8 @@
 
 A model is pretrained on the books of the bundled corpus and then tuned on its manuals, another kind of text, by full
 AdamW, by LISA with 0 (embeddings, final norm and head only: the control), 2 and 4 layers at a time, and by LoRA whose
-rank is chosen so that it takes as much memory as LISA with 2. Each arm has three or four rates and shows the best one. The last
-arm draws layers by what the full run measured (`lisa.weights = "measured"`).
+rank is chosen so that it takes as much memory as LISA with 2. Each arm has three or four rates and shows the best one.
+The last arm draws layers by what the full run measured (`lisa.weights = "measured"`).
 
 Memory is counted tensor by tensor, at the step that needs most: weights, gradients and optimizer state, and what
 autograd keeps of the forward pass. The sum is an upper bound: gradients grow while what was kept is given back.
