@@ -180,10 +180,10 @@ def relative_error(weight_OI: Tensor, approximation_OI: Tensor, hessian_II: Tens
         approximation_OI: what replaced it.
         hessian_II: X^T X.
     """
-    error_OI = weight_OI.double() - approximation_OI.double()
-    return _energy(error_OI, hessian_II) / max(_energy(weight_OI.double(), hessian_II), 1e-300)
+    exact_OI = weight_OI.double()
+    return _energy(exact_OI - approximation_OI, hessian_II) / max(_energy(exact_OI, hessian_II), 1e-300)
 
 
 def _energy(matrix_OI: Tensor, hessian_II: Tensor | None) -> float:
     weighted_OI = matrix_OI if hessian_II is None else matrix_OI @ hessian_II.double()
-    return float((weighted_OI * matrix_OI).sum())
+    return float(torch.dot(weighted_OI.flatten(), matrix_OI.flatten()))

@@ -78,6 +78,15 @@ class Grid:
         shifted = codes if self.zero_OG is None else codes - self.zero_OG.unsqueeze(-1)
         return shifted * self.scale_OG.unsqueeze(-1)
 
+    def nearest(self, weight_OGS: Tensor) -> Tensor:
+        """Return the nearest points [O, G, S] themselves, float32: `decode(encode(...))` in half the passes."""
+        scale_OG1 = self.scale_OG.unsqueeze(-1)
+        points_OGS = (weight_OGS / scale_OG1).round_()
+        if self.zero_OG is None:
+            return points_OGS.clamp_(self.lowest, -self.lowest - 1).mul_(scale_OG1)
+        zero_OG1 = self.zero_OG.unsqueeze(-1)
+        return points_OGS.add_(zero_OG1).clamp_(self.lowest, -self.lowest - 1).sub_(zero_OG1).mul_(scale_OG1)
+
     def column(self, group: int) -> Grid:
         """Return the grid of one group alone, G = 1."""
         zero = None if self.zero_OG is None else self.zero_OG[:, group : group + 1]
@@ -142,12 +151,13 @@ def fit(weight_OI: Tensor, config: GridConfig, *, loss: Callable[[Tensor], Tenso
     measure = loss or _sum_of_squares
     size = group_for(weight_OI.shape[1], config.group_size)
     weight_OGS = grouped(weight_OI.to(torch.float32), weight_OI.shape[1] // size)
-    best = _grid(weight_OGS, 1.0, config)
+    ends = _ends(weight_OGS, config)
+    best = _grid(ends, 1.0, config)
     if config.clip == "max":
         return best
     least = measure(_rounding_error(weight_OGS, best))
     for shrink in _SHRINKS[1:]:
-        other = _grid(weight_OGS, shrink, config)
+        other = _grid(ends, shrink, config)
         error = measure(_rounding_error(weight_OGS, other))
         better = error < least
         least = torch.where(better, error, least)
@@ -183,11 +193,20 @@ def grouped(matrix_OI: Tensor, groups: int) -> Tensor:
     return matrix_OI.unflatten(1, (groups, -1))
 
 
-def _grid(weight_OGS: Tensor, shrink: float, config: GridConfig) -> Grid:
+def _ends(weight_OGS: Tensor, config: GridConfig) -> tuple[Tensor, Tensor]:
+    """Return the lowest and the highest number [O, G] that the full range must hold, zero inside."""
+    if config.symmetric:
+        peak_OG = weight_OGS.abs().amax(-1)
+        return -peak_OG, peak_OG
+    return weight_OGS.amin(-1).clamp(max=0), weight_OGS.amax(-1).clamp(min=0)
+
+
+def _grid(ends: tuple[Tensor, Tensor], shrink: float, config: GridConfig) -> Grid:
+    """Return the grid over a fraction of the full range."""
     levels = (1 << config.bits) - 1
     if config.symmetric:
-        return Grid(config.bits, storable(weight_OGS.abs().amax(-1) * (shrink / (levels // 2))))
-    low, high = weight_OGS.amin(-1).clamp(max=0) * shrink, weight_OGS.amax(-1).clamp(min=0) * shrink
+        return Grid(config.bits, storable(ends[1] * (shrink / (levels // 2))))
+    low, high = (end * shrink for end in ends)
     scale_OG = storable((high - low) / levels)
     lowest = -(1 << (config.bits - 1))
     zero_OG = (lowest - (low / scale_OG).round()).clamp(lowest, -lowest - 1)
@@ -203,11 +222,11 @@ def storable(scale: Tensor) -> Tensor:
 
 
 def _rounding_error(weight_OGS: Tensor, grid: Grid) -> Tensor:
-    return grid.decode(grid.encode(weight_OGS)) - weight_OGS
+    return grid.nearest(weight_OGS).sub_(weight_OGS)
 
 
 def _sum_of_squares(error_OGS: Tensor) -> Tensor:
-    return error_OGS.square().sum(-1)
+    return error_OGS.square_().sum(-1)
 
 
 def _choose(mask_OG: Tensor, left: Grid, right: Grid) -> Grid:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
 from pipelines.compression.folder import WeightReader
 from pipelines.errors import ConfigError, IntegrityError
@@ -23,8 +24,10 @@ def build(folder: Path) -> transformers.PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with parameters_on_meta():
-        return architecture(config, folder)(config).eval()
+    with no_init_weights(), parameters_on_meta():
+        model = architecture(config, folder)(config)
+    model.tie_weights()
+    return model.eval()
 
 
 def architecture(config: transformers.PretrainedConfig, folder: Path) -> type[transformers.PreTrainedModel]:

@@ -49,6 +49,17 @@ def test_rounding_picks_the_nearest_point_of_the_grid(config: GridConfig, layer:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.label}-{c.clip}")
+def test_nearest_points_are_to_the_bit_what_codes_stand_for(config: GridConfig, layer: Callable[..., Any]) -> None:
+    """The search for the range compares points without making codes; it must see what will be stored."""
+    weight_OI, _, _ = layer(rows=7, columns=64)
+    fitted = grid.fit(weight_OI, config)
+    weight_OGS = grid.grouped(weight_OI * 1.7, fitted.scale_OG.shape[1])
+    untouched = weight_OGS.clone()
+    assert torch.equal(fitted.nearest(weight_OGS), fitted.decode(fitted.encode(weight_OGS)))
+    assert torch.equal(weight_OGS, untouched)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.label}-{c.clip}")
 def test_storage_is_what_compressed_tensors_unpacks(config: GridConfig, layer: Callable[..., Any]) -> None:
     weight, _, _ = layer(rows=12, columns=64)
     packed = grid.nearest(weight, grid.fit(weight, config))
