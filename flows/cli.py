@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.errors import IngotError
+from pipelines import space
+from pipelines.errors import IngotError, TransientError
 
 app = typer.Typer(
     name="ingot",
@@ -251,3 +252,9 @@ def main() -> None:
     except IngotError as error:
         print(f"ingot: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if not space.is_full(error):
+            raise
+        where = getattr(error, "filename", None) or "of the store or of a temporary file"
+        print(f"ingot: no space left on the disk ({where}): {error}\n  -> {space.HINT}", file=sys.stderr)
+        sys.exit(TransientError.exit_code)

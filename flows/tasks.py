@@ -24,7 +24,7 @@ from prefect.states import Completed
 
 from flows.execution import Execution
 from pipelines.artifact import Artifact
-from pipelines.errors import TransientError
+from pipelines.errors import DiskFullError, TransientError
 from pipelines.stage import Progress
 
 _PROGRESS_EVERY_S = 5.0
@@ -109,5 +109,6 @@ def _show(name: str, found: Artifact) -> None:
 
 
 def _may_pass(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Retry only faults that can pass; bad configuration and broken bytes stay as they are."""
-    return isinstance(state.result(raise_on_failure=False), TransientError)
+    """Retry only faults that can pass; bad configuration, broken bytes and full disks stay as they are."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, TransientError) and not isinstance(error, DiskFullError)

@@ -203,9 +203,13 @@ def load(path: Path) -> Artifact:
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new one, never a part, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

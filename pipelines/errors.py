@@ -43,6 +43,10 @@ class TransientError(IngotError):
     exit_code = 4
 
 
+class DiskFullError(TransientError):
+    """There is no space left to write to; trying again at once would only repeat the work."""
+
+
 class NumericError(IngotError):
     """Training produced non-finite numbers for longer than the configuration allows."""
 

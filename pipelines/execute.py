@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Mapping
 
-from pipelines import artifact, fingerprint, provenance
+from pipelines import artifact, fingerprint, provenance, quiet, space
 from pipelines.artifact import Artifact
 from pipelines.settings import Settings
 from pipelines.stage import Stage, StageContext
@@ -42,6 +42,7 @@ def materialize(
     Raises:
         LockedError: another run held the lease for longer than `wait_s`.
         IntegrityError: an input does not match its manifest.
+        DiskFullError: the disk is full; nothing of the artifact is left, its checkpoints are.
     """
     identity = stage.identity(config, input_keys)
     key = fingerprint.digest(identity)
@@ -57,20 +58,22 @@ def materialize(
         scratch = store.scratch(stage.name, lineage)
         scratch.mkdir(parents=True, exist_ok=True)
         build = store.build_folder(stage.name, lineage)
+        at_work = dataclasses.replace(context, scratch=scratch, store=store.root)
         started = time.monotonic()
-        summary = stage.body()(config, inputs, build, dataclasses.replace(context, scratch=scratch, store=store.root))
-        published = artifact.publish(
-            build,
-            store.path(stage.name, key),
-            stage=stage.name,
-            node=context.node,
-            identity=identity,
-            parents={name: used.digest for name, used in inputs.items()},
-            summary=summary,
-            provenance=provenance.capture(
-                duration_s=time.monotonic() - started, source_digest=stage.source_digest(), data_hash=data_hash
-            ),
-            observations=stage.observations,
-        )
+        with space.explained(f"the artifact of {context.node}", build, remove=True), quiet.bars():
+            summary = stage.body()(config, inputs, build, at_work)
+            published = artifact.publish(
+                build,
+                store.path(stage.name, key),
+                stage=stage.name,
+                node=context.node,
+                identity=identity,
+                parents={name: used.digest for name, used in inputs.items()},
+                summary=summary,
+                provenance=provenance.capture(
+                    duration_s=time.monotonic() - started, source_digest=stage.source_digest(), data_hash=data_hash
+                ),
+                observations=stage.observations,
+            )
         shutil.rmtree(scratch, ignore_errors=True)
         return published

@@ -107,7 +107,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(
             "prepare",
-            version=1,
+            version=2,
             entry="pipelines.data.stage:run",
             sources=("pipelines/data",),
             observations=("report.json", "quarantine.jsonl"),

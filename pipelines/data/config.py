@@ -79,6 +79,13 @@ class PrepareConfig(Settings):
     )
     shingle_words: int = Field(5, ge=1, le=32, description="Words per shingle.")
     permutations: int = Field(128, ge=16, le=1024, multiple_of=4, description="MinHash permutations per document.")
+    max_contamination: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Share of the held-out 13-word runs that may also stand in the training text; above it the stage "
+        "stops with exit code 3.",
+    )
     shard_bytes: int = Field(
         64 << 20, ge=1 << 12, le=1 << 34, description="Size above which a shard of sequences is closed."
     )

@@ -1,7 +1,8 @@
 """The prepare stage: from the corpus that DVC names to documents, a tokenizer and packed sequences, by split.
 
-Five steps, each a stream from disk to disk: survey (read, clean, filter, drop copies), deduplicate, split, train the
-tokenizer, pack. The same corpus and configuration give the same bytes, whatever the number of workers.
+Six steps, each a stream from disk to disk: survey (read, clean, filter, drop copies), deduplicate, split, look for
+held-out text in the training text, train the tokenizer, pack. The same corpus and configuration give the same bytes,
+whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pipelines.artifact import Artifact
-from pipelines.data import dedup, packing, reader, shards, spool, tokenizer, versioning
+from pipelines.data import contamination, dedup, packing, reader, shards, spool, tokenizer, versioning
 from pipelines.data.config import PrepareConfig, PrepareJob
 from pipelines.data.report import Tally
 from pipelines.data.split import SPLITS, assign, group_names
@@ -26,7 +27,7 @@ from pipelines.stage import Progress, StageContext, Summary
 
 TOKENIZER = "tokenizer"
 REPORT = "report.json"
-_STEPS = ("survey", "deduplicate", "split", "tokenizer", "pack")
+_STEPS = ("survey", "deduplicate", "split", "contamination", "tokenizer", "pack")
 _ENCODE_BATCH = 64
 """Documents tokenized at a time: the bound on texts in memory while packing."""
 
@@ -72,19 +73,22 @@ def prepare(
     first_of_cluster = dedup.clusters(found.signatures, config.near_duplicate_similarity)
     say(2, "dividing works among splits")
     groups = _split(found, first_of_cluster, config, out_dir, tally)
-    say(3, f"{tally.documents('train')} documents to learn from")
+    say(3, "comparing held-out with training text")
+    shared = _contamination(out_dir, config)
+    say(4, f"{tally.documents('train')} documents to learn from, which hold {shared['share']:.2%} of the held-out text")
     trained = (
         tokenizer.load(known) if known is not None else tokenizer.train(_texts(out_dir, "train"), config.vocab_size)
     )
     tokenizer.save(trained, out_dir / TOKENIZER, config.sequence_length)
-    say(4, f"{trained.get_vocab_size()} tokens in the vocabulary")
+    say(5, f"{trained.get_vocab_size()} tokens in the vocabulary")
     index = _pack(trained, out_dir, config, tally)
     duplicates = _duplicates(first_of_cluster, tally)
     report = {**tally.to_json(), "duplicates": duplicates, "groups": groups, "quarantined": found.quarantined}
+    report["contamination"] = shared
     _write_json(out_dir / REPORT, report)
     shutil.copyfile(context.scratch / QUARANTINE, out_dir / QUARANTINE)
-    say(5, "done")
-    return _summary(index, tally, found.quarantined, corpus.hash)
+    say(6, "done")
+    return _summary(index, tally, shared, found.quarantined, corpus.hash)
 
 
 def _announcer(context: StageContext) -> Callable[[int, str], None]:
@@ -117,6 +121,23 @@ def _split(
             writers[split].write(document)
             tally.keep(document.source, split, len(document.text.encode()))
     return {split: sum(side == split for side in side_of.values()) for split in SPLITS}
+
+
+def _contamination(out_dir: Path, config: PrepareConfig) -> dict[str, Any]:
+    """Return what the held-out splits share with the training text, or refuse it."""
+    held_out = {split: spool.documents(_documents(out_dir, split)) for split in SPLITS if split != "train"}
+    shared = contamination.measure(spool.documents(_documents(out_dir, "train")), held_out)
+    if shared["share"] > config.max_contamination:
+        worst = [
+            f"{one['id']} ({one['shared']} of {one['runs']})" for s in shared["splits"].values() for one in s["worst"]
+        ]
+        raise IntegrityError(
+            f"{shared['share']:.2%} of the held-out {contamination.WORDS}-word runs also stand in the training text; "
+            f"prepare.max_contamination is {config.max_contamination:.2%}; most in {', '.join(worst[:3])}",
+            hint="give documents that share text the same `work`, lower prepare.near_duplicate_similarity, or raise "
+            "prepare.max_contamination",
+        )
+    return shared
 
 
 def _pack(trained: Tokenizer, out_dir: Path, config: PrepareConfig, tally: Tally) -> dict[str, Any]:
@@ -207,11 +228,12 @@ def _duplicates(first_of_cluster: list[int], tally: Tally) -> dict[str, int]:
     }
 
 
-def _summary(index: dict[str, Any], tally: Tally, quarantined: int, data_hash: str) -> Summary:
+def _summary(index: dict[str, Any], tally: Tally, shared: dict[str, Any], quarantined: int, data_hash: str) -> Summary:
     return {
         "data": data_hash,
         "vocab_size": index["vocab_size"],
         "sequence_length": index["sequence_length"],
+        "contamination": shared["share"],
         **{f"{split}_tokens": index["splits"][split]["tokens"] for split in SPLITS},
         **{f"{split}_documents": index["splits"][split]["documents"] for split in SPLITS},
         **{f"{split}_bytes": index["splits"][split]["bytes"] for split in SPLITS},

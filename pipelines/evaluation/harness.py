@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,6 @@ import datasets
 import lm_eval
 import numpy as np
 import torch
-from lm_eval.api import task as lm_eval_task
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
@@ -23,6 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import hash_string
 
+from pipelines import quiet
 from pipelines.errors import NumericError
 from pipelines.evaluation.scoring import Scorer, negative_log_likelihood
 from pipelines.evaluation.tasks import Task
@@ -111,15 +110,14 @@ def _outcome(task: Task, results: dict[str, Any], model: str) -> Outcome:
 def _quietly() -> Iterator[None]:
     """Keep the harness's bars and notes out of the terminal, where the run shows its own progress."""
     logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
-    level, bar = logger.level, lm_eval_task.tqdm
+    level = logger.level
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    lm_eval_task.tqdm = functools.partial(bar, disable=True)
     try:
-        yield
+        with quiet.bars():
+            yield
     finally:
         logger.setLevel(level)
-        lm_eval_task.tqdm = bar
         if not bars:
             datasets.enable_progress_bars()
 

@@ -190,7 +190,7 @@ def data(artifact: Artifact | None) -> Facts | None:
 
 
 def _splits(report: Facts, index: Facts) -> list[Facts]:
-    rows = []
+    rows, shared = [], (report.get("contamination") or {}).get("splits") or {}
     for name in ("train", "validation", "test"):
         parts = (report.get("splits") or {}).get(name, {})
         written = (index.get("splits") or {}).get(name, {})
@@ -202,6 +202,7 @@ def _splits(report: Facts, index: Facts) -> list[Facts]:
                 "sequences": written.get("sequences"),
                 "tokens": written.get("tokens"),
                 "groups": (report.get("groups") or {}).get(name),
+                "shared": (shared.get(name) or {}).get("share"),
             }
         )
     return rows

@@ -13,7 +13,6 @@ choose the same checkpoint.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import re
@@ -28,7 +27,7 @@ import torch
 from torch import distributed
 
 from models.optim.fragments import FragmentOptimizer
-from pipelines import artifact, fingerprint
+from pipelines import artifact, fingerprint, space
 from pipelines.artifact import Artifact, FileRecord, Manifest
 from pipelines.errors import ConfigError, IngotError, IntegrityError, TransientError
 from pipelines.faults import fault_point
@@ -45,7 +44,6 @@ _TEMPORARY = (".writing-*", ".pruned-*", ".retired-*")
 _POLL_S = 0.02
 _BEAT_S = 1.0
 """A rank that waits for a disk is alive, and says so this often."""
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass
@@ -226,7 +224,7 @@ class Checkpoints:
         while job.thread.is_alive():
             beat()
             job.thread.join(_BEAT_S)
-        full = isinstance(job.error, OSError) and job.error.errno in _NO_SPACE
+        full = space.is_full(job.error)
         failed = job.ranks.gathered(float(job.error is not None))
         without_space, needed = job.ranks.summed(
             [float(full), float(job.held.bytes if job.ranks.rank < job.held.writers else 0)]

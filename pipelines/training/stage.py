@@ -20,7 +20,7 @@ from pipelines.artifact import Artifact
 from pipelines.errors import ConfigError
 from pipelines.launch import launch
 from pipelines.stage import Progress, StageContext, Summary
-from pipelines.training import phases
+from pipelines.training import phases, room
 from pipelines.training.config import PretrainConfig
 from pipelines.training.job import Job
 from pipelines.training.metrics import Record, Tail
@@ -34,9 +34,11 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
 
     Raises:
         ConfigError: the model cannot be built for this tokenizer, or the device is not there.
+        DiskFullError: the disk has no room for the checkpoints.
         Preempted, NumericError, TransientError, IntegrityError: as the ranks ended.
     """
     job = make_job(config, inputs["prepare"], context, inputs.get("start"))
+    room.check(job)
     train(job, context)
     shutil.copytree(job.model, out_dir / "model")
     for path in (job.facts, job.metrics, job.observations):

@@ -22,7 +22,7 @@ from torch import distributed
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig, count_parameters, flops_per_token
 from models.optim import lisa
-from pipelines import artifact
+from pipelines import artifact, space
 from pipelines.data.shards import ShardReader
 from pipelines.errors import IngotError, NumericError, Preempted
 from pipelines.launch import beat
@@ -68,7 +68,8 @@ def main(arguments: list[str]) -> int:
     stop = StopRequest()
     stop.install()
     try:
-        pretrain(job, stop)
+        with space.explained("what the training writes", job.work):
+            pretrain(job, stop)
     except IngotError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -210,8 +210,8 @@ def test_progress_is_reported_from_the_first_step_to_the_last(
     context = StageContext("prepare", tmp_path / "scratch", report=reports.append)
     config = PrepareConfig(vocab_size=300, sequence_length=16)
     stage.prepare(Corpus(folder, "hash", hash_files(folder)), config, out, context)
-    assert [report.done for report in reports] == [1, 2, 3, 4, 5]
-    assert {report.total for report in reports} == {5}
+    assert [report.done for report in reports] == [1, 2, 3, 4, 5, 6]
+    assert {report.total for report in reports} == {6}
 
 
 def test_the_index_agrees_with_the_shards_the_documents_and_the_tokenizer(bundled: Path) -> None:

@@ -65,6 +65,7 @@ def payloads() -> dict[str, dict[str, Any]]:
                 "splits": dict.fromkeys(("train", "validation", "test"), parts),
                 "duplicates": {"exact": 3, "near": 2},
                 "quarantined": 4,
+                "contamination": {"splits": {"test": {"share": 0.0123456}}},
             }
         },
         "pretrain": {

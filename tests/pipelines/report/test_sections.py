@@ -20,6 +20,16 @@ def test_the_data_table_adds_up(artifacts: dict[str, Artifact]) -> None:
     assert [split["documents"] for split in facts["splits"]] == [30, 30, 30]
 
 
+def test_the_data_table_shows_what_held_out_text_shares_with_the_training_text(artifacts: dict[str, Artifact]) -> None:
+    facts = sections.data(artifacts["prepare"])
+    assert facts is not None
+    assert {split["name"]: split["shared"] for split in facts["splits"]} == {
+        "train": None,
+        "validation": None,
+        "test": 0.0123456,
+    }
+
+
 def test_a_step_repeated_after_a_resume_counts_once_with_its_last_numbers(artifacts: dict[str, Artifact]) -> None:
     path = artifacts["pretrain"].path / "metrics.jsonl"
     path.write_text(path.read_text() + "\n" + json.dumps({"step": 3, "loss": 1.25}) + "\n")

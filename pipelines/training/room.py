@@ -1,0 +1,42 @@
+"""Whether the disk has room for a training's checkpoints, asked before the first step and not hours into it."""
+
+from __future__ import annotations
+
+from models.architectures.config import ArchitectureConfig, count_parameters
+from pipelines import space
+from pipelines.training.config import PretrainConfig
+from pipelines.training.job import Job
+
+_FLOAT = 4
+_MOMENTS = {"lamb": 2, "adamw": 2, "lars": 1}
+
+
+def checkpoint_bytes(config: PretrainConfig, architecture: ArchitectureConfig) -> int:
+    """Return the size of a checkpoint: masters of all weights, and the moments of those that are active at a time."""
+    every = active = count_parameters(architecture)
+    if config.lisa.enabled:
+        shallower = architecture.model_copy(update={"layers": architecture.layers - 1})
+        active -= (architecture.layers - config.lisa.layers) * (every - count_parameters(shallower))
+    return _FLOAT * (every + _MOMENTS[config.optimizer.name] * active)
+
+
+def needed_bytes(config: PretrainConfig, architecture: ArchitectureConfig) -> int:
+    """Return the bytes that a training holds at most: the kept checkpoints, the one being written, the model twice.
+
+    The model is written to the scratch folder and then to the artifact, in 2 or 4 bytes a weight.
+    """
+    model = count_parameters(architecture) * (_FLOAT if config.precision == "fp32" else 2)
+    return checkpoint_bytes(config, architecture) * (config.checkpoint.keep + 1) + 2 * model
+
+
+def check(job: Job) -> None:
+    """Refuse a training for whose checkpoints the disk has no room; what an earlier attempt has written counts as room.
+
+    Raises:
+        DiskFullError: with the bytes that are needed and free.
+    """
+    architecture = job.config.architecture(job.index)
+    needed, one = needed_bytes(job.config, architecture), checkpoint_bytes(job.config, architecture)
+    if needed > space.free(job.work) + space.size_of(job.work):
+        kept = f"{job.config.checkpoint.keep} are kept and one more is written, {one} bytes each"
+        raise space.full("the checkpoints and the model", job.work, f"{kept}; {needed} bytes are needed in all")
