@@ -155,16 +155,25 @@ def export(
     destination: Annotated[str, typer.Argument(help="Folder to create, or the .gguf file.")],
     file_format: Annotated[
         str,
-        typer.Option("--format", help="hf: the model folder; gguf: llama.cpp (decoder); onnx: onnxruntime (encoder)."),
+        typer.Option(
+            "--format",
+            help="hf: the model folder; gguf: llama.cpp (decoder); onnx: onnxruntime (encoder); torchao: transformers.",
+        ),
     ] = "hf",
     precision: Annotated[
-        str | None, typer.Option(help="gguf: f16, f32, q8_0, q4_0; onnx: fp32, int8. Default: the first.")
+        str | None,
+        typer.Option(
+            help="gguf: f16, f32, q8_0, q4_0; onnx: fp32, int8; torchao: int8, int8-dynamic, int4. Default: the first."
+        ),
     ] = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Go on where a format leaves out rounded inputs or a coded cache.")
+    ] = False,
 ) -> None:
     """Write a model for use elsewhere, and say what loads it."""
     from flows.commands import storing
 
-    storing.export(target, destination, file_format, precision)
+    storing.export(target, destination, file_format, precision, weights_only=weights_only)
 
 
 @app.command()

@@ -64,11 +64,11 @@ def gc(keep: int, *, dry_run: bool, as_json: bool) -> None:
         print(f"{len(rows)} artifacts, {freed}: {'would go' if dry_run else 'removed'}.")
 
 
-def export(target: str, destination: str, file_format: str, precision: str | None) -> None:
+def export(target: str, destination: str, file_format: str, precision: str | None, *, weights_only: bool) -> None:
     """Write a model, verified, to a new place.
 
     Raises:
-        ConfigError: no such model, no such format, or the destination exists.
+        ConfigError: no such model, no such format, the destination exists, or the format leaves something out.
     """
     from pipelines.deploy import export as deploy
 
@@ -78,7 +78,7 @@ def export(target: str, destination: str, file_format: str, precision: str | Non
         raise ConfigError(
             f"{target!r} is no model", hint="`ingot list artifacts` shows pretrain and compress artifacts"
         )
-    said = deploy.write(source, Path(destination), file_format, precision)
+    said = deploy.write(source, Path(destination), file_format, precision, weights_only=weights_only)
     print(f"{source.manifest.node} -> {destination}; {said}")
 
 

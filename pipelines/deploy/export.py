@@ -1,7 +1,8 @@
-"""Write a model of the store to a place of the user's, in one of three formats; appears complete or not at all."""
+"""Write a model of the store to a place of the user's, in one of four formats; appears complete or not at all."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -11,34 +12,48 @@ from pipelines.artifact import Artifact
 from pipelines.compression import loading
 from pipelines.errors import ConfigError
 
-PRECISIONS = {"hf": ("as stored",), "gguf": ("f16", "f32", "q8_0", "q4_0"), "onnx": ("fp32", "int8")}
+PRECISIONS = {
+    "hf": ("as stored",),
+    "gguf": ("f16", "f32", "q8_0", "q4_0"),
+    "onnx": ("fp32", "int8"),
+    "torchao": ("int8", "int8-dynamic", "int4"),
+}
 """Format -> how its matrices can be stored, the default first."""
 
 
-def write(source: Artifact, destination: Path, file_format: str = "hf", precision: str | None = None) -> str:
-    """Write a model and return a sentence that says how to load it.
+def write(
+    source: Artifact,
+    destination: Path,
+    file_format: str = "hf",
+    precision: str | None = None,
+    *,
+    weights_only: bool = False,
+) -> str:
+    """Write a model and return a sentence that says how to load it, and what of it is not in the file.
 
     Args:
         source: a pretrain or compress artifact; verified before anything is read.
-        destination: folder to create (hf, onnx) or file (gguf).
+        destination: folder to create (hf, onnx, torchao) or file (gguf).
         file_format: `hf`: the model folder as it is; `gguf`: one file for llama.cpp (decoder); `onnx`: a folder for
-            onnxruntime (encoder).
+            onnxruntime (encoder); `torchao`: a folder for transformers with torchao.
         precision: one of `PRECISIONS[file_format]`; None for its default.
+        weights_only: go on where the format leaves out rounded inputs or a coded cache.
 
     Raises:
-        ConfigError: unknown format or precision, an existing destination, a family that the format does not have.
+        ConfigError: unknown format or precision, an existing destination, a family that the format does not have, or
+            something left out that nobody said may be.
         IntegrityError: a file of the artifact is damaged.
     """
     chosen = check(destination, file_format, precision)
     source.verify()
+    lost = _left_out(source, file_format, chosen, allowed=weights_only)
     building = destination.with_name(f".{destination.name}.building-{os.getpid()}")
-    writer: Callable[[Artifact, Path, str], str] = {"hf": _hf, "gguf": _gguf, "onnx": _onnx}[file_format]
     try:
-        said = writer(source, building, chosen)
+        said = _WRITERS[file_format](source, building, chosen)
         building.rename(destination)
     finally:
         _remove(building)
-    return said.format(str(destination))
+    return said.format(str(destination)) + lost
 
 
 def check(destination: Path, file_format: str, precision: str | None) -> str:
@@ -80,6 +95,37 @@ def _onnx(source: Artifact, building: Path, precision: str) -> str:
     building.mkdir(parents=True)
     onnx.write(source.path / "model", building, precision)  # type: ignore[arg-type]
     return f"{precision}; load it with onnxruntime: InferenceSession('{{}}/{onnx.MODEL}')"
+
+
+def _torchao(source: Artifact, building: Path, precision: str) -> str:
+    from pipelines.deploy import torchao
+
+    building.mkdir(parents=True)
+    used = torchao.write(source.path / "model", building, precision)  # type: ignore[arg-type]
+    stored = ", ".join(f"{count} matrices {how}" for how, count in used.items() if count)
+    return f"{stored} ({precision}); load it with transformers and torchao: from_pretrained({{!r}})"
+
+
+_WRITERS: dict[str, Callable[[Artifact, Path, str], str]] = {
+    "hf": _hf,
+    "gguf": _gguf,
+    "onnx": _onnx,
+    "torchao": _torchao,
+}
+
+
+def _left_out(source: Artifact, file_format: str, precision: str, *, allowed: bool) -> str:
+    """Return what to add to the sentence.
+
+    Raises:
+        ConfigError: something is left out that nobody said may be.
+    """
+    if file_format == "hf" or "compression.json" not in source.manifest.files:
+        return ""
+    from pipelines.deploy import left_out, torchao
+
+    says = functools.partial(torchao.says, precision=precision if file_format == "torchao" else "")
+    return left_out.refuse(left_out.of(source.path / "model", says), file_format, allowed=allowed)
 
 
 def _remove(path: Path) -> None:

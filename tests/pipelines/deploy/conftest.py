@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
 from pipelines import artifact
 from pipelines.artifact import Artifact
-from pipelines.data import tokenizer
+from pipelines.compression.config import CompressConfig
+from pipelines.compression.stage import run
+from pipelines.data import shards, tokenizer
+from pipelines.stage import StageContext
 
 LENGTH = 64
 WORDS = "the ark of gopher wood shall thou make; 1611 AD, rooms shalt thou make in it -- caf\u00e9 \u00bd\n\n"
@@ -79,6 +83,36 @@ def model_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ar
         tokenizer.save(trained, root / "build" / "model", LENGTH)
         names = {"stage": "pretrain", "node": "pretrain", "identity": {}, "parents": {}, "summary": {}}
         return artifact.publish(root / "build", root / "final", **names)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A prepare artifact of random tokens, for methods that calibrate."""
+    root = tmp_path_factory.mktemp("noise")
+    build = root / "build"
+    tokens = np.random.default_rng(0).integers(4, 260, (8, 32))
+    entries = shards.write([tokens], build, "train", sequence_length=32, dtype="uint16", shard_bytes=10_000)
+    split = {"train": {"shards": entries, "sequences": len(tokens)}}
+    index = {"format": 1, "sequence_length": 32, "vocab_size": 300, "dtype": "uint16", "splits": split}
+    index |= {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
+    (build / "index.json").write_text(json.dumps(index))
+    names = {"stage": "prepare", "node": "prepare", "identity": {}, "parents": {}, "summary": {}}
+    return artifact.publish(build, root / "final", **names)
+
+
+@pytest.fixture(scope="session")
+def child(noise: Artifact) -> Callable[[Artifact, Path, dict[str, Any]], Artifact]:
+    """Return a function that compresses a model into a folder of its own."""
+
+    def make(parent: Artifact, folder: Path, table: dict[str, Any]) -> Artifact:
+        (folder / "build").mkdir(parents=True)
+        context = StageContext(node="compress.child", scratch=folder, compute={"device": "cpu"})
+        config = CompressConfig.model_validate({"arms_documents": 0, "samples": 8} | table)
+        run(config, {"prepare": noise, "model": parent}, folder / "build", context)
+        names = {"stage": "compress", "node": "compress.child", "identity": {}, "parents": {}, "summary": {}}
+        return artifact.publish(folder / "build", folder / "final", **names)
 
     return make
 

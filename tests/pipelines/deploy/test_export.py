@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,48 +12,34 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipelines import artifact
 from pipelines.artifact import Artifact
 from pipelines.compression import loading
-from pipelines.compression.config import CompressConfig
+from pipelines.compression.folder import WeightReader
 from pipelines.compression.load import load_model
-from pipelines.compression.stage import run
-from pipelines.data import shards
 from pipelines.deploy import export
 from pipelines.errors import ConfigError, IntegrityError
 from pipelines.provenance import CHECKOUT
-from pipelines.stage import StageContext
 
-MakeModel = Callable[..., Artifact]
-
-
-def child(parent: Artifact, folder: Path, table: dict[str, Any]) -> Artifact:
-    """Compress a model with a method that needs no calibration."""
-    (folder / "build").mkdir(parents=True)
-    context = StageContext(node="compress.child", scratch=folder, compute={"device": "cpu"})
-    run(
-        CompressConfig.model_validate({"arms_documents": 0} | table),
-        {"prepare": parent, "model": parent},
-        folder / "build",
-        context,
-    )
-    names = {"stage": "compress", "node": "compress.child", "identity": {}, "parents": {}, "summary": {}}
-    return artifact.publish(folder / "build", folder / "final", **names)
+MakeModel = Child = Callable[..., Artifact]
 
 
-def test_a_public_layout_is_copied_and_loads_in_transformers(model_artifact: MakeModel, tmp_path: Path) -> None:
-    made = child(model_artifact(), tmp_path, {"method": "rtn", "bits": 8})
+def test_a_public_layout_is_copied_and_loads_in_transformers(
+    model_artifact: MakeModel, child: Child, tmp_path: Path
+) -> None:
+    made = child(model_artifact(), tmp_path / "child", {"method": "rtn", "bits": 8})
     said = export.write(made, tmp_path / "out")
     assert said == f"load it with transformers: from_pretrained('{tmp_path / 'out'}')"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (made.path / "model").iterdir()}
-    code = "import sys; from transformers import AutoModelForCausalLM as M; M.from_pretrained(sys.argv[1])"
+    code = "import sys; from transformers import AutoConfig, AutoModelForCausalLM as M; M.from_pretrained(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=True, capture_output=True, cwd=tmp_path)
 
 
-def test_a_private_layout_says_that_it_needs_our_loader(model_artifact: MakeModel, tmp_path: Path) -> None:
-    made = child(model_artifact(), tmp_path, {"method": "magnitude", "storage": "bitmask"})
+def test_a_private_layout_says_that_it_needs_our_loader(
+    model_artifact: MakeModel, child: Child, tmp_path: Path
+) -> None:
+    made = child(model_artifact(), tmp_path / "child", {"method": "magnitude", "storage": "bitmask"})
     said = export.write(made, tmp_path / "out")
     assert "no public loader" in said
     assert "pipelines.compression.load" in said
@@ -61,11 +47,11 @@ def test_a_private_layout_says_that_it_needs_our_loader(model_artifact: MakeMode
 
 
 def test_a_coded_cache_is_used_by_the_snippet_and_ignored_by_plain_transformers(
-    model_artifact: MakeModel, tmp_path: Path
+    model_artifact: MakeModel, child: Child, tmp_path: Path
 ) -> None:
     """The snippet of the model card runs in a checkout, generates, and holds less than plain transformers does."""
     parent = model_artifact()
-    made = coded_child(parent, tmp_path)
+    made = child(parent, tmp_path / "child", {"method": "kvquant"})
     said = export.write(made, tmp_path / "out")
     assert "ignores that file: it keeps an ordinary cache of full size" in said
     assert f"load_model(Path('{tmp_path / 'out'}'))" in said
@@ -80,26 +66,6 @@ def test_a_coded_cache_is_used_by_the_snippet_and_ignored_by_plain_transformers(
     assert 0 < 3 * stored < sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     original = AutoModelForCausalLM.from_pretrained(parent.path / "model")
     assert torch.equal(plain(input_ids=ids).logits, original(input_ids=ids).logits)
-
-
-def coded_child(parent: Artifact, folder: Path) -> Artifact:
-    """Code the cache of a model, on tables fitted to noise."""
-    prepare = folder / "prepare"
-    prepare.mkdir()
-    tokens = np.random.default_rng(0).integers(4, 260, (8, 32))
-    entries = shards.write([tokens], prepare, "train", sequence_length=32, dtype="uint16", shard_bytes=10_000)
-    split = {"train": {"shards": entries, "sequences": len(tokens)}}
-    index = {"format": 1, "sequence_length": 32, "vocab_size": 300, "dtype": "uint16", "splits": split}
-    index |= {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
-    (prepare / "index.json").write_text(json.dumps(index))
-    names = {"stage": "prepare", "node": "prepare", "identity": {}, "parents": {}, "summary": {}}
-    prepared = artifact.publish(prepare, folder / "prepared", **names)
-    build = folder / "coded"
-    build.mkdir()
-    context = StageContext(node="compress.kv", scratch=folder, compute={"device": "cpu"})
-    config = CompressConfig.model_validate({"method": "kvquant", "samples": 8, "arms_documents": 0})
-    run(config, {"prepare": prepared, "model": parent}, build, context)
-    return artifact.publish(build, folder / "kv", **(names | {"stage": "compress", "node": "compress.kv"}))
 
 
 def test_gguf_is_one_file_and_says_how_its_tensors_are_stored(model_artifact: MakeModel, tmp_path: Path) -> None:
@@ -120,8 +86,9 @@ def test_a_refused_family_leaves_nothing_behind(model_artifact: MakeModel, tmp_p
 @pytest.mark.parametrize(
     ("file_format", "precision", "message", "valid"),
     [
-        ("safetensors", None, "there is no format 'safetensors'", "hf, gguf, onnx"),
+        ("safetensors", None, "there is no format 'safetensors'", "hf, gguf, onnx, torchao"),
         ("gguf", "int8", "gguf has no precision 'int8'", "f16, f32, q8_0, q4_0"),
+        ("torchao", "fp8", "torchao has no precision 'fp8'", "int8, int8-dynamic, int4"),
         ("hf", "f16", "hf has no precision 'f16'", "as stored"),
     ],
 )
@@ -130,9 +97,80 @@ def test_unknown_names_are_refused_with_the_valid_ones(
 ) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
         export.check(tmp_path / "out", file_format, precision)
-    assert (
-        "hf" in str(refused.value.hint) or "as stored" in str(refused.value.hint) or "q8_0" in str(refused.value.hint)
+    assert valid in str(refused.value.hint)
+
+
+ROUNDED = {
+    "int8": ({"method": "int8"}, r"14 layers of this child round their inputs \(int8, a fixed scale\)"),
+    "w8a8": (
+        {"method": "rtn", "bits": 8, "group_size": 0, "activations": "int8"},
+        r"14 layers of this child round their inputs \(int8, a scale for each token\)",
+    ),
+    "quik": ({"method": "quik"}, r"activations are not quantized there: \d+ layers"),
+    "kvquant": ({"method": "kvquant"}, "its attention cache is not coded there"),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_what_gguf_leaves_out_is_refused_unless_weights_alone_are_wanted(
+    name: str, model_artifact: MakeModel, child: Child, tmp_path: Path
+) -> None:
+    table, said = ROUNDED[name]
+    made = child(model_artifact(), tmp_path / "child", table)
+    with pytest.raises(ConfigError, match=said) as refused:
+        export.write(made, tmp_path / "m.gguf", "gguf", "f32")
+    assert "--weights-only" in str(refused.value.hint)
+    assert not (tmp_path / "m.gguf").exists()
+    told = export.write(made, tmp_path / "m.gguf", "gguf", "f32", weights_only=True)
+    assert "; weights only: " in told
+    assert re.search(said, told)
+    assert (tmp_path / "m.gguf").is_file()
+
+
+def test_the_file_that_was_told_to_be_weights_alone_computes_with_inputs_as_they_are(
+    model_artifact: MakeModel, child: Child, llama_cpp: Any, transformers_logits: Any, tmp_path: Path
+) -> None:
+    """llama.cpp on the file: the logits of the child's weights in a plain model, not those of the child."""
+    made = child(model_artifact(), tmp_path / "child", {"method": "int8"})
+    export.write(made, tmp_path / "m.gguf", "gguf", "f32", weights_only=True)
+    tokens = [0, 17, 42, 5, 99, 120, 7, 8]
+    found = llama_cpp(tmp_path / "m.gguf").logits(tokens)
+    plain = WeightReader(made.path / "model")
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_artifact().path / "model"))
+    model.load_state_dict({name: plain.dense(name) for name in plain.names()}, strict=False)
+    model.tie_weights()
+    with torch.no_grad():
+        alone = model.eval()(input_ids=torch.tensor([tokens])).logits[0].numpy()
+    near, far = (
+        float(np.abs(found - other).max()) for other in (alone, transformers_logits(made.path / "model", tokens))
     )
+    assert near < 1e-4
+    assert far > 10 * near
+
+
+def test_torchao_says_rounded_inputs_only_where_it_rounds_them_alike(
+    model_artifact: MakeModel, child: Child, tmp_path: Path
+) -> None:
+    table = {"method": "rtn", "bits": 8, "group_size": 0, "activations": "int8"}
+    dynamic = child(model_artifact(), tmp_path / "dynamic", table)
+    said = export.write(dynamic, tmp_path / "a", "torchao", "int8-dynamic")
+    assert said.startswith("14 matrices taken over (int8-dynamic); load it with transformers and torchao: ")
+    assert said.endswith(f"from_pretrained('{tmp_path / 'a'}')")
+    for made, precision in (
+        (dynamic, "int8"),
+        (child(model_artifact(), tmp_path / "static", {"method": "int8"}), "int8-dynamic"),
+        (child(model_artifact(), tmp_path / "groups", table | {"bits": 4, "group_size": 32}), "int8-dynamic"),
+    ):
+        with pytest.raises(ConfigError, match="activations are not quantized there: 14 layers"):
+            export.write(made, tmp_path / "b", "torchao", precision)
+
+
+def test_a_child_that_rounds_weights_alone_is_written_without_a_word(
+    model_artifact: MakeModel, child: Child, tmp_path: Path
+) -> None:
+    made = child(model_artifact(), tmp_path / "child", {"method": "rtn", "bits": 4, "group_size": 32})
+    for file_format in ("gguf", "torchao"):
+        assert "only" not in export.write(made, tmp_path / file_format, file_format)
 
 
 def test_an_existing_destination_is_kept(model_artifact: MakeModel, tmp_path: Path) -> None:
