@@ -127,7 +127,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "compress",
-            version=3,
+            version=4,
             entry="pipelines.compression.stage:run",
             sources=("pipelines/compression", "models/compression", "pipelines/training", "models/optim"),
             observations=("observations.json", "metrics.jsonl"),

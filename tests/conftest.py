@@ -59,6 +59,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         entries = shards.write([tokens], build, split, sequence_length=LENGTH, dtype="uint16", shard_bytes=1000)
         size = {"sequences": sequences, "tokens": sequences * LENGTH, "documents": sequences, "bytes": tokens.size * 3}
         splits[split] = {"shards": entries, **size}
+        if split == "validation":
+            _write_documents(build / "documents" / f"{split}.jsonl.zst", tokens)
     _write_tokenizer(build / "tokenizer")
     ids = {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
     index = {"format": 1, "sequence_length": LENGTH, "vocab_size": VOCABULARY, "dtype": "uint16", **ids}
@@ -190,6 +192,16 @@ def _kept(found: Iterator[Artifact], wanted: Mapping[str, Any], inputs: Mapping[
         if later and same_inputs and all(old[key] == wanted[key] for key in ("stage", "version")):
             return each
     return None
+
+
+def _write_documents(path: Path, tokens_NT: Any) -> None:
+    """Write every sequence as a document of its words, without the special tokens."""
+    import zstandard
+
+    path.parent.mkdir()
+    texts = [" ".join(f"w{token}" for token in row if token >= 4) for row in tokens_NT.tolist()]
+    lines = [json.dumps({"id": f"d{n}", "text": text, "source": "made"}) + "\n" for n, text in enumerate(texts)]
+    path.write_bytes(zstandard.compress("".join(lines).encode()))
 
 
 def _write_tokenizer(folder: Path) -> None:

@@ -23,6 +23,12 @@ class Shape(BaseModel):
     layers: int = Field(4, ge=1, le=512, description="number of layers")
     heads: int = Field(4, ge=1, le=1024, description="attention heads; must divide width, into an even head size")
     kv_heads: int | None = Field(None, ge=1, le=1024, description="key and value heads (decoder); none: same as heads")
+    head_width: int | None = Field(
+        None,
+        ge=2,
+        le=65536,
+        description="width of a head (decoder); none: width / heads. Pruned models have fewer heads",
+    )
     ffn_width: int = Field(688, ge=8, le=262144, description="width of the gated feed-forward")
     rope_theta: float = Field(10_000.0, gt=1.0, description="base of the rotary position frequencies")
     tie_embeddings: bool = Field(True, description="one matrix for token embedding and output")
@@ -34,7 +40,7 @@ class Shape(BaseModel):
     @property
     def head_size(self) -> int:
         """Width of one attention head."""
-        return self.width // self.heads
+        return self.head_width or self.width // self.heads
 
     @property
     def key_heads(self) -> int:
@@ -43,7 +49,14 @@ class Shape(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.width % self.heads or self.head_size % 2:
+        if self.head_width is not None:
+            if self.family == "encoder" and self.head_width * self.heads != self.width:
+                raise ValueError(f"head_width = {self.head_width}: the encoder's is width / heads; valid: none")
+            if self.head_width % 2:
+                raise ValueError(f"head_width = {self.head_width} must be even, for rotary positions turn pairs")
+            if self.width % self.heads:
+                raise ValueError(f"heads = {self.heads} does not divide width = {self.width}, as transformers asks")
+        elif self.width % self.heads or self.head_size % 2:
             raise ValueError(
                 f"heads = {self.heads} does not fit width = {self.width}: width / heads must be a whole, even number; "
                 f"valid heads: {_valid_heads(self.width)}"
@@ -129,7 +142,9 @@ def flops_per_token(config: ArchitectureConfig, sequence_length: int) -> float:
 
 
 def _layer_weights(config: Shape) -> int:
-    attention = 2 * config.width * config.width + 2 * config.width * config.key_heads * config.head_size
+    attention = (
+        2 * config.width * config.heads * config.head_size + 2 * config.width * config.key_heads * config.head_size
+    )
     return attention + 3 * config.width * config.ffn_width + 2 * config.width
 
 

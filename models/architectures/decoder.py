@@ -16,6 +16,7 @@ def layout(config: ArchitectureConfig) -> LlamaConfig:
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
         num_key_value_heads=config.key_heads,
+        head_dim=config.head_size,
         max_position_embeddings=config.max_positions,
         initializer_range=config.init_std,
         rms_norm_eps=config.norm_eps,

@@ -39,10 +39,9 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
 def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
     heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
     size = config.get("head_dim") or config["hidden_size"] // heads
-    if size * heads != config["hidden_size"]:
-        raise ValueError(f"{heads} heads of {size} do not make up the width {config['hidden_size']}")
     return {
         "family": "decoder",
+        "head_width": None if size * heads == config["hidden_size"] else size,
         "kv_heads": None if keys == heads else keys,
         "norm_eps": config["rms_norm_eps"],
         "rope_theta": config["rope_parameters"]["rope_theta"],

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
 
+from models import processes
 from models.architectures.config import Shape
 from models.compression.base import MethodConfig, Packed
 
@@ -71,21 +72,12 @@ class TrainedConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _batch_splits(self) -> Self:
-        unit = self.world_size * self.micro_batch_size
-        if self.batch_size % unit:
-            raise ValueError(
-                f"batch_size = {self.batch_size} is not a multiple of world_size x micro_batch_size = {unit}; "
-                f"valid: {unit}, {2 * unit}, {3 * unit}, ..."
-            )
+        processes.refuse_uneven("batch_size", self.batch_size, self.world_size, self.micro_batch_size)
         return self
 
     @model_validator(mode="after")
     def _plain_is_one_process(self) -> Self:
-        if self.engine == "plain" and (self.world_size, self.zero_stage) != (1, 0):
-            raise ValueError(
-                f"engine = plain runs in one process without sharding: world_size = {self.world_size} must be 1 and "
-                f"zero_stage = {self.zero_stage} must be 0"
-            )
+        processes.refuse_spread_plain(self.engine, self.world_size, self.zero_stage)
         return self
 
 

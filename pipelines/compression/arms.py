@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from models.compression import gptq, rtn
@@ -97,7 +96,7 @@ def compare(
     stored = sum(reader.packed(name).stored_bits() for name in names) // 8
 
     def row(nats: Floats, size: int) -> dict[str, Any]:
-        return {"ratio": comparison.paired_ratio(nats, base, np.ones_like(base)).to_json(), "bytes": size}
+        return {**text.against(nats, base), "bytes": size}
 
     arms = list(plan(walker, names, child, random_plan, stored))
     yield child.name, row(text.nats(load_model(target), child.name), stored), 1 + len(arms)

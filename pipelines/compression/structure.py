@@ -42,7 +42,8 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     """Cut units out of `inputs["model"]`, chosen on training sequences of `inputs["prepare"]`.
 
     Raises:
-        ConfigError: the family has no such units, or the shares round to none; the method is named.
+        ConfigError: the family has no such units, the shares round to none, or there is too little text to compare
+            on; the method is named.
         NumericError: a loss is not finite.
     """
     method, source, target = registry.get(config.method), inputs["model"].path / "model", out_dir / "model"
@@ -52,11 +53,13 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     tokens, targets = calibration_pairs(prepared, config.samples, config.seed, masked=encoder)
     problem = ModelProblem(model, tokens, targets)
     check(config.method, problem, parameters)
+    refuse_odd_heads(config.method, model, problem.groups, parameters)
+    held = held_out_pairs(prepared, masked=encoder)
+    refuse_too_few(config.method, len(tokens if held is None else held[0]), held_out=held is not None)
     chosen: Structure = method.choose(problem, parameters)
     context.report(Progress(context.node, 1, 2, "steps", "units chosen"))
     best, median = structured.random_arms(problem, parameters)
     arms = {"magnitude": structured.by_magnitude(problem, parameters), "random best": best, "random median": median}
-    held = held_out_pairs(prepared, masked=encoder)
     judge = problem if held is None else ModelProblem(model, *held)
     losses = {name: sequence_losses(judge, s) for name, s in {config.method: chosen, **arms}.items()}
     parent_losses = sequence_losses(judge, None)
@@ -98,6 +101,39 @@ def check(method: str, problem: ModelProblem, config: StructureConfig) -> None:
                 if units > 1
                 else f"{method}: {key} = {share:g}, but there is one for each layer; valid: 0"
             )
+
+
+def refuse_odd_heads(method: str, model: PreTrainedModel, groups: int, config: StructureConfig) -> None:
+    """Refuse as many heads as transformers does not load: they must divide the width.
+
+    Raises:
+        ConfigError: with the shares that leave a number of heads which loads.
+    """
+    width, each = model.config.hidden_size, model.config.num_attention_heads // max(groups, 1)
+    left = groups - structured.removed(groups, config.heads)
+    if not config.heads or width % (left * each) == 0:
+        return
+    valid = [f"{1 - n / groups:g}" for n in range(groups - 1, 0, -1) if width % (n * each) == 0]
+    raise ConfigError(
+        f"{method}: heads = {config.heads:g} leaves {left * each} heads, which do not divide the width {width}; "
+        f"valid: {', '.join(valid) or 0}",
+        hint="plain transformers loads no other number; remove neurons instead of the rest",
+    )
+
+
+def refuse_too_few(method: str, sequences: int, *, held_out: bool) -> None:
+    """Refuse fewer sequences than an interval over them needs.
+
+    Raises:
+        ConfigError: naming the method, what there is and what to change.
+    """
+    if sequences >= 2:
+        return
+    kind, key = ("validation", "prepare.validation_fraction") if held_out else ("calibration", "compress.samples")
+    raise ConfigError(
+        f"{method}: {sequences} {kind} sequence to compare the child and its arms on; intervals need at least 2",
+        hint=f"raise {key}",
+    )
 
 
 def calibration_pairs(

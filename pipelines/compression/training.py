@@ -28,17 +28,16 @@ from models.compression import registry
 from models.compression.base import Packed, relative_error
 from models.compression.trained import TrainedConfig
 from pipelines.artifact import Artifact
-from pipelines.compression import child, export, folder, held, skeleton, walk, weights
+from pipelines.compression import child, export, folder, skeleton, walk, weights, yardstick
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.folder import WeightReader, WeightWriter, write_json
+from pipelines.compression.load import load_model
 from pipelines.errors import ConfigError
 from pipelines.stage import Progress, StageContext, Summary
 from pipelines.training import program as programs
 from pipelines.training import stage as training
 from pipelines.training.config import PretrainConfig
 from pipelines.training.job import Job, Program
-from pipelines.training.ranks import Ranks
-from pipelines.training.worker import make_feed
 
 _LAYOUT_DENSE = "safetensors"
 
@@ -61,8 +60,7 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
             shutil.copyfile(path, out_dir / path.name)
     report = pack(config, job, out_dir / "model", context.scratch / "plain")
     write_json(out_dir / "compression.json", report)
-    arms = _arms(config, inputs, context) if parameters.controls else {}
-    report["parent"], report["arms"] = _compared({config.method: out_dir, **arms}, job)
+    report |= _arms(config, inputs, out_dir, context)
     write_json(out_dir / "compression.json", report)
     return {key: report[key] for key in ("method", "parameters", "layout", "totals", "errors", "arms")}
 
@@ -198,7 +196,30 @@ def _errors(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 # Null arms
 
 
-def _arms(config: CompressConfig, inputs: Mapping[str, Artifact], context: StageContext) -> dict[str, Path]:
+def _arms(
+    config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext
+) -> dict[str, Any]:
+    """Return `parent`, `arms` and `arms_measured` of `compression.json`; no arms without validation documents."""
+    if not config.arms_documents:
+        return {"arms": {}}
+    parent, device = inputs["model"].path / "model", weights.device_of(context.compute)
+    bare = skeleton.build(parent)
+    text = yardstick.build(inputs["prepare"].path, config.arms_documents, bare, device, end="first")
+    if text is None:
+        return {"arms": {}}
+    parameters = cast("TrainedConfig", config.parameters)
+    made = _made(config, inputs, context) if parameters.controls else {}
+    base = text.nats(load_model(parent).to(device), "the parent")
+    rows: dict[str, Any] = {}
+    for name, path in {config.method: out_dir, **made}.items():
+        nats = text.nats(load_model(path / "model").to(device), name)
+        report = json.loads((path / "compression.json").read_text(encoding="utf-8"))
+        rows[name] = {**text.against(nats, base), "bytes": report["totals"]["layer_bytes"]}
+    measured = {"split": "validation", "documents": text.documents, "scored_tokens": text.scored}
+    return {"parent": text.against(base, base), "arms": rows, "arms_measured": measured}
+
+
+def _made(config: CompressConfig, inputs: Mapping[str, Artifact], context: StageContext) -> dict[str, Path]:
     """Make the null arms that are not there yet; return their folders."""
     from pipelines.compression import stage
 
@@ -229,16 +250,3 @@ def _within(context: StageContext, scratch: Path, name: str) -> StageContext:
         context.report(dataclasses.replace(progress, message=f"{name}: {progress.message}", metrics={}))
 
     return dataclasses.replace(context, scratch=scratch, report=report)
-
-
-def _compared(folders: Mapping[str, Path], job: Job) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return the parent, and the child with its arms, on the validation split; `bytes` are those of the layers."""
-    assert job.program is not None
-    alone = Ranks(0, 1, torch.device(job.device))
-    feed = make_feed(job, job.config.architecture(job.index), alone)
-    rows = held.table({name: path / "model" for name, path in folders.items()}, job.program.parent, feed)
-    for name, path in folders.items():
-        rows[name]["bytes"] = json.loads((path / "compression.json").read_text(encoding="utf-8"))["totals"][
-            "layer_bytes"
-        ]
-    return rows.pop("parent"), rows

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from pipelines.evaluation import heldout, scoring
+from pipelines.evaluation import comparison, heldout, scoring
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.heldout import Document, Heldout
 from pipelines.evaluation.stage import plan_batches
@@ -51,6 +51,22 @@ class Yardstick:
         """
         scorer = scoring.Scorer(model, self.family, name, self.device)
         return scoring.document_nats(scorer, self.batches, self.documents, lambda _done, _total: None)
+
+    def against(self, nats: Floats, base: Floats) -> dict[str, dict[str, float]]:
+        """Return nats a token, their ratio and that of the perplexity to the parent's, with intervals over documents.
+
+        Args:
+            nats: `nats` of a model.
+            base: those of its parent, resampled together with it.
+        """
+        tokens = np.bincount(np.concatenate([batch.documents for batch in self.batches]), minlength=self.documents)
+        columns = (nats, base, tokens.astype(np.float64))
+        found = {
+            "ratio": comparison.paired_ratio(nats, base, np.ones_like(base)),
+            "nats_per_token": comparison.bootstrap(lambda n, _, t: n / t, columns),
+            "perplexity_ratio": comparison.bootstrap(lambda n, b, t: np.exp((n - b) / t), columns),
+        }
+        return {name: interval.to_json() for name, interval in found.items()}
 
     def loss(self, model: Any, name: str) -> float:
         """Return the mean negative log likelihood of a token, in nats."""

@@ -10,20 +10,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
+from models import processes
 from models.architectures.config import PRESETS, ArchitectureConfig, Family, Shape, preset
 from pipelines.settings import ELASTIC, NOT_IDENTITY, Settings
 
 _REGISTERED = re.compile(r"models:/[^/@:]+(?:@[^/@:]+|/\d+)")
 _DEFAULT_LR = {"lamb": 2e-2, "adamw": 3e-3, "lars": 2e-2}
 _DEFAULT_EPS = {"lamb": 1e-6, "adamw": 1e-8, "lars": 1e-6}
-
-
-def _refuse_uneven(name: str, batch: int, world: int, micro: int) -> None:
-    if batch % (unit := world * micro):
-        raise ValueError(
-            f"{name} = {batch} is not a multiple of world_size x micro_batch_size = {world} x {micro} = {unit}; "
-            f"valid: {unit}, {2 * unit}, {3 * unit}, ..."
-        )
 
 
 def _known_preset(name: str) -> str:
@@ -39,6 +32,7 @@ class ModelOverrides(Settings):
     layers: int | None = Field(None, ge=1, description="Number of layers.")
     heads: int | None = Field(None, ge=1, description="Attention heads; must divide the width into even parts.")
     kv_heads: int | None = Field(None, ge=1, description="Key and value heads (decoder); must divide `heads`.")
+    head_width: int | None = Field(None, ge=2, description="Width of a head (decoder); none: the width over the heads.")
     ffn_width: int | None = Field(None, ge=8, description="Width of the gated feed-forward.")
     rope_theta: float | None = Field(None, gt=1.0, description="Base of the rotary position frequencies.")
     tie_embeddings: bool | None = Field(None, description="One matrix for token embedding and output.")
@@ -343,12 +337,14 @@ class PretrainConfig(Settings):
 
     @model_validator(mode="after")
     def _batch_splits(self) -> Self:
-        _refuse_uneven("batch_size", self.batch_size, self.world_size, self.micro_batch_size)
+        processes.refuse_uneven("batch_size", self.batch_size, self.world_size, self.micro_batch_size)
         for number, phase in enumerate(self.phases):
             micro = phase.micro_batch_size or self.micro_batch_size
-            _refuse_uneven(f"phases.{number}.batch_size", phase.batch_size, self.world_size, micro)
+            processes.refuse_uneven(f"phases.{number}.batch_size", phase.batch_size, self.world_size, micro)
             if phase.batch_warmup is not None:
-                _refuse_uneven(f"phases.{number}.batch_warmup.start", phase.batch_warmup.start, self.world_size, micro)
+                processes.refuse_uneven(
+                    f"phases.{number}.batch_warmup.start", phase.batch_warmup.start, self.world_size, micro
+                )
         return self
 
     @model_validator(mode="after")
@@ -372,11 +368,7 @@ class PretrainConfig(Settings):
 
     @model_validator(mode="after")
     def _plain_is_one_process(self) -> Self:
-        if self.engine == "plain" and (self.world_size, self.zero_stage) != (1, 0):
-            raise ValueError(
-                f"engine = plain runs in one process without sharding: world_size = {self.world_size} must be 1 and "
-                f"zero_stage = {self.zero_stage} must be 0"
-            )
+        processes.refuse_spread_plain(self.engine, self.world_size, self.zero_stage)
         return self
 
     @model_validator(mode="after")

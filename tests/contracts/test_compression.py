@@ -195,7 +195,7 @@ def test_a_method_that_trains_packs_the_same_child_twice_and_counts_its_bytes(
     report = json.loads((tmp_path / "one" / "compression.json").read_text())
     assert report["totals"]["bytes"] == sum(path.stat().st_size for path in one if path.suffix == ".safetensors")
     assert report["totals"]["layers"] == len(report["layers"]) > 0
-    assert report["arms"][name]["perplexity_ratio"]["value"] > 0
+    assert report["arms"] == {}, "there are no validation documents to compare on"
     with torch.no_grad():
         logits = load_model(tmp_path / "one" / "model")(input_ids=torch.arange(32).unsqueeze(0)).logits
     assert bool(torch.isfinite(logits).all())

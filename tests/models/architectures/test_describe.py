@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from models.architectures.build import build
-from models.architectures.config import ArchitectureConfig, Shape
+from models.architectures.config import ArchitectureConfig, Shape, count_parameters
 from models.architectures.describe import shape_of
 
 IDS = {"vocab_size": 31, "max_positions": 12, "bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
@@ -17,9 +17,31 @@ SHAPES: list[dict[str, Any]] = [
     {"width": 16, "layers": 2, "heads": 2, "ffn_width": 24},
     {"width": 32, "layers": 1, "heads": 4, "kv_heads": 2, "ffn_width": 40, "tie_embeddings": False, "init_std": 0.06},
     {"width": 16, "layers": 3, "heads": 2, "ffn_width": 24, "rope_theta": 500.0, "norm_eps": 1e-6},
+    {"width": 32, "layers": 2, "heads": 2, "head_width": 8, "ffn_width": 40},
+    {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 10, "ffn_width": 40},
     {"family": "encoder", "width": 16, "layers": 5, "heads": 2, "ffn_width": 24, "global_every": 2, "local_window": 8},
     {"family": "encoder", "width": 16, "layers": 2, "heads": 2, "ffn_width": 24, "rope_theta": 500.0},
 ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"heads": 2, "head_width": 7}, "head_width = 7 must be even"),
+        ({"heads": 3, "head_width": 8}, "heads = 3 does not divide width = 32"),
+        ({"heads": 2, "head_width": 8, "family": "encoder"}, "the encoder's is width / heads; valid: none"),
+    ],
+)
+def test_heads_of_a_size_of_their_own_still_fit(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Shape.model_validate({"width": 32} | sizes)
+
+
+@pytest.mark.parametrize("sizes", SHAPES[3:5])
+def test_parameters_are_counted_with_the_size_of_a_head(sizes: dict[str, Any]) -> None:
+    architecture = ArchitectureConfig.model_validate({**sizes, **IDS})
+    model = build(architecture, seed=0)
+    assert count_parameters(architecture) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("sizes", SHAPES)
@@ -40,7 +62,7 @@ def test_the_shape_that_was_saved_is_read_back(sizes: dict[str, Any], tmp_path: 
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"intermediate_size": [24, 20]}, "its layers differ in size"),
-        ({"head_dim": 5}, "2 heads of 5 do not make up the width 16"),
+        ({"head_dim": 5}, "head_width = 5 must be even"),
     ],
 )
 def test_what_cannot_be_trained_here_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_a_scale_stays_positive_when_its_gain_changes_sign(weight: Tensor) -> No
         ({"bits": 5}, "bits = 5; valid: 1, 1.58, 2, 3, 4"),
         ({"bits": 1, "quantizer": "lsq"}, "LSQ needs 2 bits or more"),
         ({"bits": 2, "storage": "ternary5"}, "holds three levels: bits = 2 must be 1.58"),
-        ({"batch_size": 6}, "batch_size = 6 is not a multiple of world_size x micro_batch_size = 8"),
+        ({"batch_size": 6}, "batch_size = 6 is not a multiple of world_size x micro_batch_size = 2 x 4 = 8"),
         ({"engine": "plain"}, "plain runs in one process without sharding: world_size = 2"),
     ],
 )

@@ -101,6 +101,28 @@ def test_what_the_layout_cannot_say_is_refused_by_name(small: Any, compress: Cal
         compress(small(kv_heads=1), {"method": "optin", "heads": 0.5})
 
 
+def test_numbers_of_heads_that_transformers_does_not_load_are_refused_with_those_that_it_does(
+    small: Any, compress: Callable[..., Any]
+) -> None:
+    """Llama's configuration wants heads that divide the width, whatever the size of a head."""
+    made = small(width=64, heads=4, ffn_width=24)
+    with pytest.raises(ConfigError, match=r"optin: heads = 0.25 leaves 3 heads, .* the width 64; valid: 0.5, 0.75"):
+        compress(made, {"method": "optin", "heads": 0.25, "samples": 4})
+    child, _ = compress(made, {"method": "random_search", "heads": 0.75, "samples": 4, "trials": 1})
+    assert load_model(child / "model").config.num_attention_heads == 1
+
+
+def test_one_sequence_to_compare_on_is_refused_with_what_to_change(small: Any, compress: Callable[..., Any]) -> None:
+    """An interval resamples sequences, and of one there is nothing to resample."""
+    with pytest.raises(ConfigError, match=r"optin: 1 calibration sequence .*intervals need at least 2") as refused:
+        compress(small(), {"method": "optin", "samples": 1})
+    assert refused.value.hint == "raise compress.samples"
+    with pytest.raises(ConfigError, match="random_search: 1 validation sequence") as refused:
+        structure.refuse_too_few("random_search", 1, held_out=True)
+    assert refused.value.hint == "raise prepare.validation_fraction"
+    structure.refuse_too_few("random_search", 2, held_out=True)
+
+
 @pytest.mark.parametrize("family", ["decoder", "encoder"])
 def test_children_are_smaller_load_anywhere_and_come_out_the_same_twice(
     small: Any, compress: Callable[..., Any], family: str

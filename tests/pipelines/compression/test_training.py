@@ -105,12 +105,19 @@ def make(prepared: Artifact, parents: Callable[[str], Artifact], tmp_path: Path)
     """Run the stage; `here` trains in this process first, so that no rank has to be started."""
     threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
 
-    def go(table: dict[str, Any], *, name: str = "child", family: str = "decoder", here: bool = True) -> Child:
+    def go(
+        table: dict[str, Any],
+        *,
+        name: str = "child",
+        family: str = "decoder",
+        here: bool = True,
+        parent: Artifact | None = None,
+    ) -> Child:
         place = tmp_path / name
         (place / "out").mkdir(parents=True, exist_ok=True)
         context = StageContext("compress.x", place / "scratch", compute={"device": "cpu", "threads": 1})
         config = CompressConfig.model_validate({**PLAIN, **TINY, **table} if here else {**TINY, **table})
-        inputs = {"prepare": prepared, "model": parents(family)}
+        inputs = {"prepare": prepared, "model": parent or parents(family)}
         if here and config.parameters.steps:  # type: ignore[attr-defined]
             job = training.make_job(config, inputs, context)
             training.training._order(job)
@@ -239,6 +246,17 @@ def test_a_child_stands_beside_its_null_arms_in_the_report(make: Make) -> None:
         assert row["ratio"]["value"] == pytest.approx(nats / base)
         assert row["perplexity_ratio"]["value"] == pytest.approx(math.exp(nats - base))
     assert rows["paretoq"]["bytes"] == child.report["totals"]["layer_bytes"] == rows["rtn"]["bytes"]
+    assert child.report["arms_measured"]["documents"] == 7
+
+
+def test_arms_are_compared_on_as_many_documents_as_asked_for(make: Make) -> None:
+    """Weights that are trained and weights that are rounded are measured by one yardstick, document by document."""
+    few = make({"method": "paretoq", "bits": 3, "steps": 0, "arms_documents": 3}, here=False).report
+    assert few["arms_measured"]["documents"] == 3
+    assert few["arms"]["paretoq"].keys() == {"ratio", "nats_per_token", "perplexity_ratio", "bytes"}
+    none = make({"method": "paretoq", "bits": 3, "steps": 0, "arms_documents": 0}, name="none", here=False).report
+    assert none["arms"] == {}
+    assert "parent" not in none
 
 
 def test_layers_can_be_left_alone(make: Make) -> None:
@@ -279,6 +297,25 @@ def test_two_ranks_under_zero_2_killed_and_resumed_train_what_one_process_does(
         torch.testing.assert_close(other, one, atol=1e-5, rtol=0, msg=name)
 
 
+def test_a_model_that_lost_heads_is_trained_further(
+    prepared: Artifact, parents: Callable[[str], Artifact], make: Make, tmp_path: Path
+) -> None:
+    """Its one head of 16 does not make up the width of 32: the size of a head is part of the shape."""
+    out = tmp_path / "pruned" / "build"
+    out.mkdir(parents=True)
+    context = StageContext("compress.x", tmp_path / "pruned", compute={"device": "cpu", "threads": 1})
+    config = CompressConfig.model_validate({"method": "random_search", "heads": 0.5, "neurons": 0.0, "trials": 1})
+    run(config, {"prepare": prepared, "model": parents("decoder")}, out, context)
+    pruned = artifact.publish(
+        out, out.with_name("child"), stage="compress", node="c", identity={}, parents={}, summary={}
+    )
+    tuned = make({"method": "finetune"}, parent=pruned)
+    before, after = (dict(load_model(path / "model").named_parameters()) for path in (pruned.path, tuned.out))
+    assert {name: p.shape for name, p in before.items()} == {name: p.shape for name, p in after.items()}
+    assert after["model.layers.0.self_attn.q_proj.weight"].shape == (16, 32)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
 def test_pruning_distilling_quantizing_and_coding_the_cache_follow_each_other(
     make: Make, prepared: Artifact, parents: Callable[[str], Artifact], tmp_path: Path
 ) -> None:
@@ -302,13 +339,15 @@ def test_pruning_distilling_quantizing_and_coding_the_cache_follow_each_other(
         )
 
     parent = parents("decoder")
-    pruned = follow({"method": "optin", "neurons": 0.25, "trials": 1}, {"prepare": prepared, "model": parent})
+    table = {"method": "optin", "heads": 0.5, "neurons": 0.25, "trials": 1}
+    pruned = follow(table, {"prepare": prepared, "model": parent})
     inputs = {"prepare": prepared, "model": pruned, "teacher": parent}
     distilled = follow({"method": "distill", "features": 1.0, **PLAIN, **TINY}, inputs)
     quantized = follow({"method": "paretoq", "bits": 3, **PLAIN, **TINY}, {"prepare": prepared, "model": distilled})
     coded = follow({"method": "kvquant", "bits": 3, "samples": 8}, {"prepare": prepared, "model": quantized})
-    widths = [json.loads((a.path / "model" / "config.json").read_text())["intermediate_size"] for a in (parent, pruned)]
-    assert widths == [48, 36]
+    configs = [json.loads((a.path / "model" / "config.json").read_text()) for a in (parent, pruned, distilled)]
+    assert [config["intermediate_size"] for config in configs] == [48, 36, 36]
+    assert [(config["num_attention_heads"], config["head_dim"]) for config in configs] == [(2, 16), (1, 16), (1, 16)]
     before, final = load_model(quantized.path / "model"), load_model(coded.path / "model")
     assert final.config.intermediate_size == 36
     for (name, one), (_, other) in zip(before.named_parameters(), final.named_parameters(), strict=True):
