@@ -46,11 +46,12 @@ TABLES: dict[str, dict[str, Any]] = {
     "maestro-svd": {"method": "maestro", "value_bits": 32, "cut": "start"},
     "sortednet": {"method": "sortednet", "depth": 2},
     "distill": {"method": "distill", "layers": 2, "features": 1.0},
+    "lq_lora_tune": {"method": "lq_lora_tune", "bits": 3, "rank": 4},
     "finetune": {"method": "finetune"},
 }
 
 
-EXACT = [name for name in TABLES if not name.startswith("maestro")]
+EXACT = [name for name in TABLES if not name.startswith(("maestro", "lq_lora"))]
 """Factors are multiplied out when a child is loaded, which rounds differently."""
 
 
