@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from models.architectures import quantized_cache
 from models.architectures.quantized_cache import QuantizedLayer, Tables
 from models.compression import kvquant
-from models.compression.kvquant import Config, rounding, rounding_bytes
+from models.compression.kvquant import Config, Rows, rounding, rounding_bytes
 from pipelines.compression import cache, cache_arms, calibration
 from pipelines.compression.load import load_weights
 
@@ -45,6 +45,17 @@ def test_rounding_is_that_of_every_group_by_itself_at_the_counted_bytes(bits: in
             # An entry halfway between two levels may go to either.
             assert bool(((found - part).abs()[far] - step / 2 < 1e-4).all())
             assert int(far.sum()) <= 1
+
+
+def test_rows_with_groups_are_picked_and_joined_as_they_were_coded() -> None:
+    x_NC = noise(12)
+    quantizer = rounding(3, 16)
+    whole = quantizer.encode(x_NC)
+    index = torch.tensor([7, 0, 7, 11])
+    assert torch.equal(quantizer.decode(whole.take(index)), quantizer.decode(quantizer.encode(x_NC[index])))
+    halves = Rows.joined(quantizer.encode(x_NC[:5]), quantizer.encode(x_NC[5:]))
+    assert torch.equal(quantizer.decode(halves), quantizer.decode(whole))
+    assert halves.bytes == whole.bytes
 
 
 def test_groups_that_do_not_divide_a_row_have_no_size() -> None:
