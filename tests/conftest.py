@@ -1,10 +1,12 @@
-"""What tests share: a tiny prepared corpus, pretraining runs on it in this process, and the bench of compression."""
+"""What tests share: a tiny prepared corpus, pretraining runs on it, disks that fill up, the bench of compression."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +113,36 @@ def run_plain(plain_job: Callable[..., Any]) -> Iterator[Callable[..., int]]:
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A real file system of its own, in memory."""
+
+    path: Path
+
+    def resize(self, kib: int) -> None:
+        """Give it another size."""
+        subprocess.run(["mount", "-o", f"remount,size={kib}k", str(self.path)], check=True)
+
+
+@pytest.fixture
+def disk_of(tmp_path: Path) -> Iterator[Callable[[int], Disk]]:
+    """Return a function that makes a disk of so many KiB."""
+    made: list[Path] = []
+
+    def make(kib: int) -> Disk:
+        path = tmp_path / f"disk{len(made)}"
+        path.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", str(path)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a file system is not permitted here")
+        made.append(path)
+        return Disk(path)
+
+    yield make
+    for path in made:
+        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 @dataclass(frozen=True)

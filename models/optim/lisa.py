@@ -83,19 +83,27 @@ def set_requires_grad(model: nn.Module, names: Collection[str]) -> None:
         parameter.requires_grad_(name in wanted)
 
 
-def layer_groups(parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
+def layer_groups(parameters: Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return one parameter group for each layer, and one for the rest.
 
-    ZeRO 1 and 2 cut each group into equal parts, one for each rank. With a single group a rank owns whole layers, and
-    the ranks that own the active ones save nothing; with a group for each layer every rank holds its share of every
-    layer, so the memory that LISA saves is the same on all.
+    ZeRO 1 and 2 cut each group into equal parts, one for each rank. With a group for each layer every rank holds its
+    share of every layer, so the memory that LISA saves is the same on all, to the padding of a part. In one group of
+    many layers a rank owns whole layers: then the rank that owns the drawn ones holds all their moments, and saves
+    nothing while the others save everything. ZeRO 3 cuts every tensor, and needs no such groups.
+
+    Args:
+        parameters: (name, parameter) pairs, or parameter groups of such pairs; the options of a group (its weight
+            decay, say) stay with each of its layers.
     """
-    groups: dict[int | None, list[tuple[str, Tensor]]] = {}
-    for name, parameter in parameters:
-        groups.setdefault(layer_of(name), []).append((name, parameter))
-    return [
-        {"params": pairs} for _, pairs in sorted(groups.items(), key=lambda item: -1 if item[0] is None else item[0])
-    ]
+    given: list[Any] = list(parameters)
+    made: list[dict[str, Any]] = []
+    for whole in given if given and isinstance(given[0], Mapping) else [{"params": given}]:
+        layers: dict[int, list[tuple[str, Tensor]]] = {}
+        for name, parameter in whole["params"]:
+            number = layer_of(name)
+            layers.setdefault(-1 if number is None else number, []).append((name, parameter))
+        made += [{**whole, "params": layers[number]} for number in sorted(layers)]
+    return made
 
 
 def layer_norms(norms: Mapping[str, float], layer: Callable[[str], int | None] = layer_of) -> list[float]:

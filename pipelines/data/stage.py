@@ -42,7 +42,11 @@ def run(config: PrepareJob, inputs: Mapping[str, Artifact], out_dir: Path, conte
     context.scratch.mkdir(parents=True, exist_ok=True)
     corpus = versioning.checkout_corpus(config.data, context.scratch)
     start = inputs.get("start")
-    return prepare(corpus, config.prepare, out_dir, context, known=start.path / "model" if start is not None else None)
+    try:
+        return prepare(corpus, config.prepare, out_dir, context, known=start.path / "model" if start else None)
+    except OSError:
+        shutil.rmtree(context.scratch, ignore_errors=True)  # no later attempt could use it, and it may fill the disk
+        raise
 
 
 def prepare(

@@ -9,7 +9,8 @@ every rank, and refuses what it cannot serve. From a plain DeepSpeed script, wit
         ..., "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True})
     attach(engine)
 
-and with optimizer offload, `"zero_force_ds_cpu_optimizer": False`.
+and with optimizer offload, `"zero_force_ds_cpu_optimizer": False`. With LISA under ZeRO 1 or 2, give the optimizer
+`lisa.layer_groups(model.named_parameters())`: in one group, a single rank may hold all the moments.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ def two_rank_cases() -> list[dict[str, Any]]:
             {**lamb, **LISA, "id": f"lisa-z{stage}", "layer_groups": stage in (1, 2)},
             {**lamb, "id": f"nan-z{stage}", "nan_step": 5, "nan_rank": 1, "groups": True},
         ]
+        if stage in (1, 2):
+            cases += [{**lamb, **LISA, "id": f"lisa-groups-z{stage}", "layer_groups": True, "groups": True}]
         if stage:
             cases += [
                 {**lamb, **LISA, "id": f"lisa-offload-z{stage}", "offload": True},
@@ -49,6 +51,8 @@ def three_rank_cases() -> list[dict[str, Any]]:
     for stage in (2, 3):
         cases += [{**BASE, "optimizer": o, "lr": r, "stage": stage, "id": f"{o}-z{stage}-3"} for o, r in RATES.items()]
         cases += [{**LAMB, **LISA, "stage": stage, "id": f"lisa-tied-z{stage}-3", "tied": True, "clip": 0.3}]
+    for stage in (1, 2):
+        cases += [{**LAMB, **LISA, "stage": stage, "id": f"lisa-layers-z{stage}-3", "layer_groups": True}]
     return cases
 
 
@@ -175,10 +179,24 @@ def test_lisa_holds_moments_for_active_fragments_only(name: str, outcomes: Any) 
         assert rank.facts["state_bytes"] == rank.facts["active_bytes"]
 
 
-@pytest.mark.parametrize("name", ["lisa-z1", "lisa-z2", "lisa-z3"])
+BALANCED = ["lisa-z3", "lisa-tied-z3-3", *(n for n, (_, case) in CASES.items() if case.get("layer_groups"))]
+
+
+def spread(outcomes: Any, name: str) -> float:
+    """Bytes of moments of the rank that holds most over those of the rank that holds least, at the worst step."""
+    held = zip(*(rank.facts["state_bytes"] for rank in outcomes[name].ranks), strict=True)
+    return max(max(step) / max(min(step), 1) for step in held)
+
+
+@pytest.mark.parametrize("name", BALANCED)
 def test_lisa_memory_is_balanced_over_ranks(name: str, outcomes: Any) -> None:
-    for one, other in zip(*(rank.facts["state_bytes"] for rank in outcomes[name].ranks), strict=True):
-        assert max(one, other) <= 1.02 * min(one, other)
+    """What is left is padding: DeepSpeed rounds the parts of a group up, and these groups are of a few KiB."""
+    assert spread(outcomes, name) < 1.03
+
+
+def test_lisa_memory_in_one_group_is_not_balanced_under_zero_2(outcomes: Any) -> None:
+    """Why there are layer groups, and that the figure above can tell: a part of one group holds whole layers."""
+    assert spread(outcomes, "lisa-tied-z2-3") > 1.5
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("nan")])

@@ -99,14 +99,12 @@ def optimizer_of(case: Case, model: nn.Module) -> torch.optim.Optimizer:
 
 def groups_of(case: Case, model: nn.Module) -> list[Any]:
     """Return the parameters, in one group or in several."""
-    named = list(model.named_parameters())
-    if case.get("layer_groups"):
-        return lisa.layer_groups(named)
-    if not case.get("groups"):
-        return named
-    special = [pair for pair in named if pair[0].startswith("layers.1")]
-    rest = [pair for pair in named if not pair[0].startswith("layers.1")]
-    return [{"params": rest}, {"params": special, "weight_decay": case["weight_decay"] * 3, "share": 0.5}]
+    groups: list[Any] = list(model.named_parameters())
+    if case.get("groups"):
+        special = [pair for pair in groups if pair[0].startswith("layers.1")]
+        rest = [pair for pair in groups if not pair[0].startswith("layers.1")]
+        groups = [{"params": rest}, {"params": special, "weight_decay": case["weight_decay"] * 3, "share": 0.5}]
+    return lisa.layer_groups(groups) if case.get("layer_groups") else groups
 
 
 def train(case: Case, engine: Any, optimizer: Any, facts: dict[str, Any]) -> None:

@@ -106,6 +106,25 @@ def test_layer_groups_hold_every_parameter_once_in_layer_order() -> None:
     assert names == [["e.w", "norm.w"], ["layers.0.w"], ["layers.1.w", "layers.1.b"]]
 
 
+def test_layer_groups_of_groups_keep_each_groups_options() -> None:
+    def pairs(*names: str) -> list[tuple[str, nn.Parameter]]:
+        return [(name, nn.Parameter(torch.ones(1))) for name in names]
+
+    given = [
+        {"params": pairs("e.w", "layers.1.w", "layers.0.w"), "weight_decay": 0.1},
+        {"params": pairs("layers.1.b", "norm.w"), "weight_decay": 0.0},
+    ]
+    made = lisa.layer_groups(given)
+    assert [(group["weight_decay"], [name for name, _ in group["params"]]) for group in made] == [
+        (0.1, ["e.w"]),
+        (0.1, ["layers.0.w"]),
+        (0.1, ["layers.1.w"]),
+        (0.0, ["norm.w"]),
+        (0.0, ["layers.1.b"]),
+    ]
+    assert lisa.layer_groups([]) == []
+
+
 def test_importance_is_the_ratio_of_mean_layer_norms() -> None:
     tuned = lisa.layer_norms({"layers.0.a": 2.0, "layers.0.b": 4.0, "layers.1.a": 3.0, "norm.w": 9.0})
     assert tuned == [3.0, 3.0]

@@ -60,7 +60,7 @@ class World:
     def __init__(self, root: Path, model_folder: Path, uri: str | None = None) -> None:
         self.root = root
         self.tracking = {} if uri is None else {"uri": uri}
-        self._model_folder = model_folder
+        self.model_folder = model_folder
         self.sizes = np.random.default_rng(1).integers(200, 3000, DOCUMENTS)
         self.difficulty = np.random.default_rng(2).uniform(0.8, 1.2, DOCUMENTS)
         self._built = 0
@@ -75,7 +75,7 @@ class World:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(zstandard.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
         (build / "tokenizer").mkdir()
-        shutil.copyfile(self._model_folder / "tokenizer.json", build / "tokenizer" / "tokenizer.json")
+        shutil.copyfile(self.model_folder / "tokenizer.json", build / "tokenizer" / "tokenizer.json")
         counts = {"sources": {"shakespeare": {"read": 50, "kept": 45, "dropped": {"near duplicate": 5}}}}
         (build / "report.json").write_text(json.dumps(counts))
         splits = {"train": {"documents": 40, "tokens": 9000}, "test": {"documents": 5, "tokens": 900}}
@@ -93,7 +93,7 @@ class World:
     ) -> Artifact:
         """Publish a model, with more files in its folder if wanted; with a parent it is a compressed child."""
         build = self._build()
-        shutil.copytree(self._model_folder, build / "model")
+        shutil.copytree(self.model_folder, build / "model")
         for file, content in (files or {}).items():
             (build / "model" / file).write_bytes(content)
         (build / "note.txt").write_text(f"{name} {seed}")
@@ -230,6 +230,12 @@ def world_at(model_folder: Path) -> Callable[[Path, str], World]:
 def world(store_root: Path, model_folder: Path) -> World:
     """A store with a prepared corpus."""
     return World(store_root, model_folder)
+
+
+@pytest.fixture
+def world_of(store_root: Path) -> Callable[[Path], World]:
+    """Return a function that makes the store for a model of one's own."""
+    return lambda model: World(store_root, model)
 
 
 @pytest.fixture
