@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from pipelines import artifact, fingerprint, provenance, quiet, space
 from pipelines.artifact import Artifact
+from pipelines.provenance import Provenance
 from pipelines.settings import Settings
 from pipelines.stage import Stage, StageContext
 from pipelines.store import Store
@@ -37,12 +38,12 @@ def materialize(
         input_keys: input name -> fingerprint (or data hash): the identity of the inputs.
         data_hash: DVC hash of the corpus, for provenance.
         force: run the body even when the artifact exists.
-        wait_s: how long to wait for another run that builds the same artifact; None waits for ever.
+        wait_s: how long to wait for another run that builds it; None waits for ever.
 
     Raises:
         LockedError: another run held the lease for longer than `wait_s`.
         IntegrityError: an input does not match its manifest.
-        DiskFullError: the disk is full; nothing of the artifact is left, its checkpoints are.
+        DiskFullError: nothing of the artifact is left, its checkpoints are.
     """
     identity = stage.identity(config, input_keys)
     key = fingerprint.digest(identity)
@@ -58,10 +59,9 @@ def materialize(
         scratch = store.scratch(stage.name, lineage)
         scratch.mkdir(parents=True, exist_ok=True)
         build = store.build_folder(stage.name, lineage)
-        at_work = dataclasses.replace(context, scratch=scratch, store=store.root)
         started = time.monotonic()
         with space.explained(f"the artifact of {context.node}", build, remove=True), quiet.bars():
-            summary = stage.body()(config, inputs, build, at_work)
+            at_work = dataclasses.replace(context, scratch=scratch, store=store.root)
             published = artifact.publish(
                 build,
                 store.path(stage.name, key),
@@ -69,11 +69,15 @@ def materialize(
                 node=context.node,
                 identity=identity,
                 parents={name: used.digest for name, used in inputs.items()},
-                summary=summary,
-                provenance=provenance.capture(
-                    duration_s=time.monotonic() - started, source_digest=stage.source_digest(), data_hash=data_hash
-                ),
+                summary=stage.body()(config, inputs, build, at_work),
+                provenance=_provenance(stage, started, data_hash),
                 observations=stage.observations,
             )
         shutil.rmtree(scratch, ignore_errors=True)
         return published
+
+
+def _provenance(stage: Stage, started: float, data_hash: str | None) -> Provenance:
+    """Return who made it from which code, in how long."""
+    took = time.monotonic() - started
+    return provenance.capture(duration_s=took, source_digest=stage.source_digest(), data_hash=data_hash)
