@@ -94,11 +94,10 @@ def random_choice(bits_LC: Ints, budget: int, seed: int) -> list[int]:
     return [int(choice) for choice in np.take_along_axis(order_LC, ranks[:, None], axis=1)[:, 0]]
 
 
-def uniform_choice(bits_LC: Ints, budget: int) -> int | None:
-    """Return the largest choice that all layers can share within the budget; None where there is none."""
-    sizes = bits_LC.sum(axis=0)
-    within = np.flatnonzero(sizes <= budget)
-    return int(within[np.argmax(sizes[within])]) if len(within) else None
+def uniform_choice(cost_LC: NDArray[np.float64], bits_LC: Ints, budget: int) -> int | None:
+    """Return the choice of least cost that all layers can share within the budget; None where there is none."""
+    within = np.flatnonzero(bits_LC.sum(axis=0) <= budget)
+    return int(within[np.argmin(cost_LC.sum(axis=0)[within])]) if len(within) else None
 
 
 def _solve(

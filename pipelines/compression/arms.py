@@ -47,7 +47,7 @@ def measure(
     walker: Walker,
     names: Sequence[str],
     child: Arm,
-    random_plan: Mapping[str, MethodConfig],
+    plans: Mapping[str, Mapping[str, MethodConfig]],
     target: Path,
     prepare: Path,
     context: StageContext,
@@ -59,7 +59,7 @@ def measure(
         walker: walks the parent.
         names: the compressed layers.
         child: what made the child.
-        random_plan: a random allocation in place of the child's; empty where nothing was allocated.
+        plans: other allocations in place of the child's, by name; empty where nothing was allocated.
         target: the child's model folder.
         prepare: folder of the prepare artifact.
         context: takes the progress.
@@ -73,7 +73,7 @@ def measure(
         tokens_NT = calibration.sample_tokens(prepare, samples=config.samples, seed=config.seed, masked=masked)
         walker = replace(walker, tokens_NT=tokens_NT)
     made: dict[str, Any] = {}
-    for name, row, total in compare(walker, names, child, random_plan, target, text):
+    for name, row, total in compare(walker, names, child, plans, target, text):
         made[name] = row
         interval = comparison.Interval(**row["ratio"])
         message = f"{name}: {interval} of the parent's bits per byte with {row['bytes']:,} bytes"
@@ -86,7 +86,7 @@ def compare(
     walker: Walker,
     names: Sequence[str],
     child: Arm,
-    random_plan: Mapping[str, MethodConfig],
+    plans: Mapping[str, Mapping[str, MethodConfig]],
     target: Path,
     text: Yardstick,
 ) -> Iterator[tuple[str, dict[str, Any], int]]:
@@ -98,7 +98,7 @@ def compare(
     def row(nats: Floats, size: int) -> dict[str, Any]:
         return {**text.against(nats, base), "bytes": size}
 
-    arms = list(plan(walker, names, child, random_plan, stored))
+    arms = list(plan(walker, names, child, plans, stored))
     yield child.name, row(text.nats(load_model(target), child.name), stored), 1 + len(arms)
     for arm in arms:
         model = load_model(walker.folder)
@@ -107,7 +107,11 @@ def compare(
 
 
 def plan(
-    walker: Walker, names: Sequence[str], child: Arm, random_plan: Mapping[str, MethodConfig], stored: int
+    walker: Walker,
+    names: Sequence[str],
+    child: Arm,
+    plans: Mapping[str, Mapping[str, MethodConfig]],
+    stored: int,
 ) -> Iterator[Arm]:
     """Yield the arms of a child: those on an integer grid, where one is large enough, and its method's null arms."""
     shapes = [tuple(walker.model.get_parameter(f"{name}.weight").shape) for name in names]
@@ -117,8 +121,8 @@ def plan(
             if name not in taken:
                 yield Arm(name, method, method.Config.model_validate(fitting))
         taken |= {"rtn", "gptq"}
-    if random_plan:
-        yield Arm("random allocation", child.method, child.config, random_plan)
+    for name, other in plans.items():
+        yield Arm(name, child.method, child.config, other)
     for name in _null_names(walker, names, child):
         if name not in taken:
             yield Arm(name, _null_method(child.method, name), child.config, child.plan)

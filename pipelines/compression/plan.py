@@ -37,8 +37,8 @@ class Plan:
 
     parameters: Mapping[str, MethodConfig] = field(default_factory=dict)
     """Layer name -> its parameters; layers that are missing take those of the child."""
-    random: Mapping[str, MethodConfig] = field(default_factory=dict)
-    """The same for a random allocation within the budget: the null arm."""
+    nulls: Mapping[str, Mapping[str, MethodConfig]] = field(default_factory=dict)
+    """The same for other allocations within the budget, the null arms: a random one, and the best that is uniform."""
     report: Mapping[str, Any] = field(default_factory=dict)
     """Goes into `compression.json`; empty where nothing was shared out."""
 
@@ -88,8 +88,10 @@ def make(
     chosen = allocate.solve(prices.cost_LC, prices.bits_LC, budget, groups=_groups(prices.names, config))
     parameters = {name: options[choice] for name, choice in zip(prices.names, chosen, strict=True)}
     drawn = allocate.random_choice(prices.bits_LC, budget, 0)
-    random = {name: options[choice] for name, choice in zip(prices.names, drawn, strict=True)}
-    return Plan(parameters, random, _report(prices, chosen, budget, parameters))
+    nulls = {"random allocation": {n: options[choice] for n, choice in zip(prices.names, drawn, strict=True)}}
+    if (uniform := allocate.uniform_choice(prices.cost_LC, prices.bits_LC, budget)) is not None:
+        nulls["uniform allocation"] = dict.fromkeys(prices.names, options[uniform])
+    return Plan(parameters, nulls, _report(prices, chosen, budget, parameters))
 
 
 def prices_by(method: ModuleType, config: MethodConfig) -> str:
@@ -183,7 +185,7 @@ def _report(
     """Return the allocation and its predicted loss beside random ones of the same budget and the best uniform one."""
     rows = np.arange(len(chosen))
     random = [allocate.random_choice(prices.bits_LC, budget, seed) for seed in range(RANDOM_ARMS)]
-    uniform = allocate.uniform_choice(prices.bits_LC, budget)
+    uniform = allocate.uniform_choice(prices.cost_LC, prices.bits_LC, budget)
     return {
         "budget_bits": budget,
         "stored_bits": allocate.total(prices.bits_LC, chosen),

@@ -76,7 +76,7 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     }
     report |= choice | ({"allocation": dict(planned.report)} if planned.report else {})
     maker = arms.Arm(config.method, method, parameters, planned.parameters)
-    report |= arms.measure(config, walker, list(rows), maker, planned.random, target, prepare, context)
+    report |= arms.measure(config, walker, list(rows), maker, planned.nulls, target, prepare, context)
     if shown and shown.fisher:
         shutil.rmtree(shown.fisher)
     write_json(out_dir / "compression.json", report)

@@ -133,9 +133,14 @@ def test_random_allocations_differ() -> None:
     assert len({tuple(allocate.random_choice(bits, 60000, seed)) for seed in range(8)}) > 5
 
 
-def test_the_uniform_arm_is_the_largest_that_fits() -> None:
-    _, bits = problem(0)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_uniform_arm_is_the_best_that_fits_even_where_a_larger_one_is_worse(seed: int) -> None:
+    cost, bits = problem(seed)
+    cost[:, 2] = cost[:, 0] + 1
     sizes = bits.sum(0)
-    assert allocate.uniform_choice(bits, int(sizes[2])) == 2
-    assert allocate.uniform_choice(bits, int(sizes[2]) - 1) == 1
-    assert allocate.uniform_choice(bits, int(sizes[0]) - 1) is None
+    for budget in (int(sizes[2]), int(sizes[1]), int(sizes[2]) - 1, int(sizes.max())):
+        fitting = [choice for choice in range(bits.shape[1]) if sizes[choice] <= budget]
+        best = min(fitting, key=lambda choice: float(cost[:, choice].sum()))
+        assert allocate.uniform_choice(cost, bits, budget) == best
+        assert best != 2
+    assert allocate.uniform_choice(cost, bits, int(sizes.min()) - 1) is None

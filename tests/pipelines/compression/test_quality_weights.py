@@ -200,7 +200,7 @@ def test_widths_by_integer_program_beat_random_ones_and_the_uniform_width_below(
 
     planned = child(allocate.solve(prices.cost_LC, prices.bits_LC, budget))
     random = [child(allocate.random_choice(prices.bits_LC, budget, seed)) for seed in range(plan.RANDOM_ARMS)]
-    uniform = allocate.uniform_choice(prices.bits_LC, budget)
+    uniform = allocate.uniform_choice(prices.cost_LC, prices.bits_LC, budget)
     assert uniform == 1, "three bits are the widest that all layers can have"
     assert planned < statistics.median(random)
     assert planned < child([uniform] * len(prices.names))
