@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from pipelines import space
-from pipelines.errors import IngotError, TransientError
 
 app = typer.Typer(
     name="ingot",
@@ -258,12 +257,8 @@ def main() -> None:
     """Run the command line; errors of ours become a message and their exit code."""
     try:
         app()
-    except IngotError as error:
-        print(f"ingot: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
     except Exception as error:
-        if not space.is_full(error):
+        if (known := space.known(error)) is None:
             raise
-        where = getattr(error, "filename", None) or "of the store or of a temporary file"
-        print(f"ingot: no space left on the disk ({where}): {error}\n  -> {space.HINT}", file=sys.stderr)
-        sys.exit(TransientError.exit_code)
+        print(f"ingot: {known}", file=sys.stderr)
+        sys.exit(known.exit_code)

@@ -86,11 +86,8 @@ def random_choice(bits_LC: Ints, budget: int, seed: int) -> list[int]:
             raise ConfigError(f"no allocation is within the budget of {budget}", hint=f"the least is {size(ranks)}")
         ranks[generator.choice(lowerable)] -= 1
     for layer in generator.permutation(len(bits_LC)):
-        while ranks[layer] + 1 < bits_LC.shape[1]:
+        while ranks[layer] + 1 < bits_LC.shape[1] and size(ranks + (np.arange(len(ranks)) == layer)) <= budget:
             ranks[layer] += 1
-            if size(ranks) > budget:
-                ranks[layer] -= 1
-                break
     return [int(choice) for choice in np.take_along_axis(order_LC, ranks[:, None], axis=1)[:, 0]]
 
 

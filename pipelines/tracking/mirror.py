@@ -25,16 +25,14 @@ from pipelines.tracking.record import StageRecord, TrackingRecord
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-RUN_ID, NODE, FINGERPRINT, CACHED, DIGEST = (
-    "ingot.run_id", "ingot.node", "ingot.fingerprint", "ingot.cached", "ingot.digest"
-)  # fmt: skip
+RUN_ID, NODE, FINGERPRINT = "ingot.run_id", "ingot.node", "ingot.fingerprint"
+CACHED, DIGEST = "ingot.cached", "ingot.digest"
 PARENT_NODE = "run"
 METRICS_FILE = "metrics.jsonl"
 _SMALL_FILES = (artifact.MANIFEST, "evaluation.json", "compression.json", "training.json", "decision.json",
                 "model_card.md", "report.json", "observations.json")  # fmt: skip
 _SMALL_BYTES = 4 << 20
-_BATCH = 100
-_POINTS_BATCH = 1000
+_BATCH, _POINTS_BATCH = 100, 1000
 _TAG_LIMIT = 5000
 _DATASET_DIGEST_LIMIT = 36
 
