@@ -29,9 +29,16 @@ TEXTS = (
 )
 
 
-@pytest.mark.parametrize(
-    "sizes", [{}, {"kv_heads": 2, "rope_theta": 50000.0}, {"tie_embeddings": False}], ids=["plain", "grouped", "untied"]
-)
+SIZES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grouped": {"kv_heads": 2, "rope_theta": 50000.0},
+    "untied": {"tie_embeddings": False},
+    "small heads": {"head_width": 8},
+    "large heads": {"heads": 2, "kv_heads": 1, "head_width": 48},
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 def test_llama_cpp_computes_the_logits_of_the_folder(
     sizes: dict[str, Any], model_artifact: MakeModel, llama_cpp: Any, transformers_logits: Any, tmp_path: Path
 ) -> None:
