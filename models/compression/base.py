@@ -148,7 +148,11 @@ class Packed(ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the packed layer to x [..., I]; returns [..., O] in the dtype of x."""
-        return torch.nn.functional.linear(self.inputs(x), self.dequantize().to(x.dtype))
+        return self.product(x, self.dequantize().to(x.dtype))
+
+    def product(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        """Apply the layer to x [..., I] with its unpacked weight at hand, in the dtype of x."""
+        return torch.nn.functional.linear(self.inputs(x), weight_OI, bias_O)
 
 
 class WeightMethod(Protocol):

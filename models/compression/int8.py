@@ -3,18 +3,21 @@
 `calibrator = "best"` takes the one with the least loss on validation text, and `tolerance` (a key of the stage) leaves
 the most sensitive layers as they are until the loss is near the parent's; both are done by the driver.
 Stored as compressed-tensors `int-quantized`: `weight` int8 [O, I], `weight_scale` [O, 1], `input_scale` [1].
+
+`rescale = "dyadic"` makes a layer's outputs 8-bit integers too, computed without a real number (see `dyadic`). The same
+tensors and `output_scale` [1] are then read by our loader, for no public one computes so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from models.compression import activations, grid, ranges
 from models.compression.base import Calibration, Kind, MethodConfig, Packed, Statistics
+from models.compression.integers import DyadicPacked, Int8Packed
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -40,42 +43,15 @@ class Config(MethodConfig):
         description="range of a layer's input: the largest magnitude, a percentile, least divergence or squared error, "
         "or the best of these on validation text",
     )
+    rescale: Literal["float", "dyadic"] = Field(
+        "float",
+        description="outputs as they are, or on 8 bits by an integer product and a shift, in the calibrator's range",
+    )
 
     @property
     def label(self) -> str:
-        """For instance `p99p9`."""
-        return self.calibrator.replace(".", "p")
-
-
-@dataclass(frozen=True)
-class Int8Packed(Packed):
-    """One byte a weight, one scale a row."""
-
-    codes_OI: Tensor
-    """int8."""
-    scale_O1: Tensor
-    """bfloat16, or float32 after `widened`."""
-
-    @property
-    def storage(self) -> str:
-        """Return the layout."""
-        return "int-quantized"
-
-    def dequantize(self) -> Tensor:
-        """Return the weight [O, I], float32."""
-        return self.codes_OI.float() * self.scale_O1.float()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return codes and scales."""
-        return {"weight": self.codes_OI, "weight_scale": self.scale_O1}
-
-    def scheme(self) -> dict[str, Any]:
-        """Return the compressed-tensors arguments of the weight."""
-        return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-
-    def widened(self) -> Packed:
-        """Return the same codes with float32 scales."""
-        return replace(self, scale_O1=self.scale_O1.float())
+        """For instance `p99p9`, `mse-dyadic`."""
+        return self.calibrator.replace(".", "p") + ("-dyadic" if self.rescale == "dyadic" else "")
 
 
 def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
@@ -84,17 +60,25 @@ def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packe
     Raises:
         ValueError: no sample of inputs, or `calibrator = "best"`, which only a whole model can decide.
     """
-    top = input_range(statistics.rows("int8", weight_OI.shape[1]), config.calibrator)
+    rows_NI = statistics.rows("int8", weight_OI.shape[1])
     fixed = grid.fit(weight_OI, grid.GridConfig(bits=8, clip="max"))
     codes_OI = grid.nearest(weight_OI, fixed).codes_OI
-    weight = Int8Packed(codes_OI, fixed.scale_OG.to(torch.bfloat16))
-    scale = grid.storable(torch.tensor([top / 127], dtype=torch.float32))
-    return activations.InputPacked(weight, scale=scale)
+    stored = {
+        "weight": codes_OI,
+        "weight_scale": fixed.scale_OG.to(torch.bfloat16),
+        "input_scale": _scale(rows_NI, config),
+    }
+    if config.rescale == "dyadic":
+        stored["output_scale"] = _scale(rows_NI @ weight_OI.to(rows_NI).T, config)
+    return restore(stored, config)
 
 
-def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:  # noqa: ARG001 - the contract
+def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
     """Rebuild a packed weight from its stored tensors."""
-    return activations.restore(Int8Packed(tensors["weight"], tensors["weight_scale"]), tensors)
+    codes_OI, scale_O1 = tensors["weight"], tensors["weight_scale"]
+    if config.rescale == "dyadic":
+        return DyadicPacked(codes_OI, scale_O1, tensors["input_scale"], tensors["output_scale"])
+    return activations.restore(Int8Packed(codes_OI, scale_O1), tensors)
 
 
 def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG001
@@ -106,7 +90,7 @@ def candidates(config: Config) -> list[Config]:
     """Return what the driver chooses from on validation text."""
     if config.calibrator != "best":
         return [config]
-    return [Config.model_validate({"calibrator": name}) for name in _CALIBRATORS]
+    return [config.model_copy(update={"calibrator": name}) for name in _CALIBRATORS]
 
 
 def input_range(rows_NI: Tensor, calibrator: str) -> float:
@@ -120,3 +104,8 @@ def input_range(rows_NI: Tensor, calibrator: str) -> float:
     if calibrator.startswith("p"):
         return ranges.percentile(rows_NI, float(calibrator[1:]))
     raise ValueError(f"int8: calibrator = {calibrator!r} is decided on a whole model, by the compress stage")
+
+
+def _scale(rows: Tensor, config: Config) -> Tensor:
+    """Return the scale [1] of what the calibrator is shown."""
+    return grid.storable(torch.tensor([input_range(rows, config.calibrator) / 127], dtype=torch.float32))

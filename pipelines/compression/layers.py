@@ -1,4 +1,4 @@
-"""A linear layer whose input is rounded before the product, as its packed weight says."""
+"""A linear layer that computes as its packed weight says: with rounded inputs, perhaps with rounded outputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in torch
         """Apply the layer to [..., I]."""
-        return nn.functional.linear(self.packed.inputs(input), self.weight, self.bias)
+        return self.packed.product(input, self.weight, self.bias)
 
 
 def put(model: nn.Module, name: str, packed: Packed) -> Tensor:

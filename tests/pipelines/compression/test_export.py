@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -109,6 +110,29 @@ def test_rounded_inputs_survive_our_loader(table: dict[str, Any], small: Any, co
     assert torch.equal(logits, rounded_logits(bench.parent.path / "model", out / "model", bench.held_BT))
     skipped = rounded_logits(bench.parent.path / "model", out / "model", bench.held_BT, rounding=False)
     assert not torch.allclose(logits, skipped, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder"])
+def test_outputs_in_integers_survive_our_loader(family: str, small: Any, compress: Callable[..., Any]) -> None:
+    """What a loaded layer returns is 8-bit codes times its stored scale, and near what its parent returns."""
+    bench = small(family=family)
+    out, report = compress(bench, {"method": "int8", "calibrator": "max", "rescale": "dyadic"})
+    assert (report["loads_with"], report["layout"]) == ("pipelines.compression.load", "ingot packed")
+    model = load_model(out / "model")
+    seen: dict[str, Tensor] = {}
+    for name in report["layers"]:
+        model.get_submodule(name).register_forward_hook(lambda _, __, y, name=name: seen.update({name: y}))
+    with torch.no_grad():
+        logits = model(input_ids=bench.held_BT).logits
+        parent = load_model(bench.parent.path / "model")(input_ids=bench.held_BT).logits
+    largest = []
+    for name, y in seen.items():
+        codes = y / WeightReader(out / "model").packed(name).tensors()["output_scale"]
+        assert torch.allclose(codes, codes.round(), atol=1e-3)
+        largest.append(float(codes.abs().max()))
+    assert seen.keys() == report["layers"].keys()
+    assert 100 < median(largest) <= max(largest) < 128.001, "the ranges fit the outputs"
+    assert 0 < float((logits - parent).norm() / parent.norm()) < 0.1
 
 
 @pytest.mark.parametrize(("family", "kind"), [("decoder", "AutoModelForCausalLM"), ("encoder", "AutoModelForMaskedLM")])
