@@ -149,7 +149,7 @@ def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str
     hessian_II = obs.damped(statistics.second_moment("pb_llm", weight_OI.shape[1]), statistics.tokens, config.damp)
     random_OI = highest(sparse.random_score(weight_OI), config.salient)
     salient_OI = highest(score(weight_OI, hessian_II, config.salience), config.salient)
-    alone = _pack(weight_OI.float(), salient_OI, fit(weight_OI, salient_OI, config))
+    alone = pack(weight_OI.float(), salient_OI, fit(weight_OI, salient_OI, config))
     arms: dict[str, Packed] = {"rtn": alone}
     return arms | ({"random": _compensated(weight_OI, hessian_II, random_OI, config)} if config.salient else {})
 
@@ -177,16 +177,17 @@ def fit(weight_OI: Tensor, salient_OI: Tensor, config: Config) -> Levels:
     return Levels(torch.where(scale_OG > 0, scale_OG, 1.0), mean_OG, amplitude_OG)
 
 
-def _compensated(weight_OI: Tensor, hessian_II: Tensor, salient_OI: Tensor, config: Config) -> Packed:
-    levels = fit(weight_OI, salient_OI, config)
-    return _pack(obs.compensate(weight_OI, hessian_II, _Mixed(salient_OI, levels)), salient_OI, levels)
-
-
-def _pack(weight_OI: Tensor, salient_OI: Tensor, levels: Levels) -> Packed:
+def pack(weight_OI: Tensor, salient_OI: Tensor, levels: Levels) -> MixedPacked:
+    """Return every weight rounded alone: salient ones to their codes, the others to the nearer of two values."""
     size = weight_OI.shape[1] // levels.scale_OG.shape[1]
     scale_OI, mean_OI, _ = (values.repeat_interleave(size, dim=1) for values in levels)
     codes_OI, sign_OI = _codes(weight_OI, scale_OI), weight_OI >= mean_OI
     return MixedPacked(salient_OI, codes_OI[salient_OI].to(torch.int8), sign_OI[~salient_OI], levels)
+
+
+def _compensated(weight_OI: Tensor, hessian_II: Tensor, salient_OI: Tensor, config: Config) -> Packed:
+    levels = fit(weight_OI, salient_OI, config)
+    return pack(obs.compensate(weight_OI, hessian_II, _Mixed(salient_OI, levels)), salient_OI, levels)
 
 
 def _codes(weight: Tensor, scale: Tensor) -> Tensor:

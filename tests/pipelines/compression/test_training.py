@@ -47,6 +47,8 @@ TABLES: dict[str, dict[str, Any]] = {
     "sortednet": {"method": "sortednet", "depth": 2},
     "distill": {"method": "distill", "layers": 2, "features": 1.0},
     "lq_lora_tune": {"method": "lq_lora_tune", "bits": 3, "rank": 4},
+    "pb_llm_tune": {"method": "pb_llm_tune"},
+    "pb_llm_tune-groups": {"method": "pb_llm_tune", "salient": 0.3, "group_size": 8},
     "finetune": {"method": "finetune"},
 }
 
