@@ -146,9 +146,9 @@ def test_a_name_is_found_as_run_node_path_and_fingerprint_and_a_near_miss_is_off
 def test_a_model_is_exported_only_where_there_is_one(store: Store, made: Made, tmp_path: Path) -> None:
     made("prepare")
     with pytest.raises(ConfigError, match="'prepare' is no model"):
-        storing.export("prepare", str(tmp_path / "out"), "hf", None)
+        storing.export("prepare", str(tmp_path / "out"), "hf", None, weights_only=False)
     with pytest.raises(ConfigError, match="there are 0 registered models"):
-        storing.export("champion", str(tmp_path / "out"), "hf", None)
+        storing.export("champion", str(tmp_path / "out"), "hf", None, weights_only=False)
     assert not (tmp_path / "out").exists()
 
 

@@ -67,13 +67,12 @@ class Server:
         finally:
             children = psutil.Process(started.pid).children(recursive=True) if started.poll() is None else []
             started.terminate()
-            try:
-                started.wait(30)
-            finally:
-                for left in (started, *children):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        left.kill()
-                started.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a worker may wait for what its server still owes it
+                started.wait(10)
+            for left in (started, *children):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    left.kill()
+            started.wait()
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `prefect`."""

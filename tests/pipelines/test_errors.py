@@ -18,6 +18,7 @@ def test_the_exit_codes_are_the_documented_ones() -> None:
         "ConfigError": 2,
         "IntegrityError": 3,
         "TransientError": 4,
+        "DiskFullError": 4,
         "NumericError": 5,
         "LockedError": 6,
         "GateRefused": 7,
@@ -26,7 +27,7 @@ def test_the_exit_codes_are_the_documented_ones() -> None:
 
 
 def test_an_exit_code_leads_back_to_its_error() -> None:
-    assert {error.exit_code: error for error in every_error() if error is not IngotError} == BY_EXIT_CODE
+    assert {error.exit_code: error for error in every_error() if error.__base__ is IngotError} == BY_EXIT_CODE
 
 
 @pytest.mark.parametrize("error", every_error())
