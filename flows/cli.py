@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines import space
+from pipelines.core import disk
 
 app = typer.Typer(
     name="ingot",
@@ -45,9 +45,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a run would do, and why. Starts nothing, changes nothing."""
-    from flows.commands import running
+    from flows.commands import run as command
 
-    running.plan(recipe, overrides or [], only, since, force or [], as_json=as_json)
+    command.plan(recipe, overrides or [], only, since, force or [], as_json=as_json)
 
 
 @app.command()
@@ -62,9 +62,9 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Take the corpus to a champion. What is cached stays cached; what was interrupted goes on."""
-    from flows.commands import running
+    from flows.commands import run as command
 
-    running.run(
+    command.run(
         recipe, overrides or [], only, since, force or [], wait_s=0.0 if no_wait else None, as_json=as_json, quiet=quiet
     )
 
@@ -72,17 +72,17 @@ def run(
 @app.command()
 def resume(run_id: RunId = None, as_json: Json = False, quiet: Quiet = False) -> None:
     """Go on with a run that did not finish, with the configuration it had."""
-    from flows.commands import running
+    from flows.commands import run as command
 
-    running.resume(run_id, as_json=as_json, quiet=quiet)
+    command.resume(run_id, as_json=as_json, quiet=quiet)
 
 
 @app.command()
 def status(run_id: RunId = None, as_json: Json = False) -> None:
     """Show how far a run is."""
-    from flows.commands import looking
+    from flows.commands import show as command
 
-    looking.status(run_id, as_json=as_json)
+    command.status(run_id, as_json=as_json)
 
 
 @app.command()
@@ -93,9 +93,9 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show everything known of one thing: where it came from, what it holds, how it measured."""
-    from flows.commands import looking
+    from flows.commands import show as command
 
-    looking.show(target, recipe, overrides or [], as_json=as_json)
+    command.show(target, recipe, overrides or [], as_json=as_json)
 
 
 @app.command()
@@ -105,9 +105,9 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Say which settings, inputs and results differ between two runs or two artifacts."""
-    from flows.commands import looking
+    from flows.commands import show as command
 
-    looking.diff(old, new, as_json=as_json)
+    command.diff(old, new, as_json=as_json)
 
 
 @app.command("list")
@@ -118,9 +118,9 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List what there is."""
-    from flows.commands import listing
+    from flows.commands import list as command
 
-    listing.show(what, as_json=as_json)
+    command.show(what, as_json=as_json)
 
 
 @app.command()
@@ -132,9 +132,9 @@ def promote(
     as_json: Json = False,
 ) -> None:
     """Put a model of a finished run through the gate, and make it champion if it passes."""
-    from flows.commands import running
+    from flows.commands import run as command
 
-    running.promote(candidate, run_id, as_json=as_json)
+    command.promote(candidate, run_id, as_json=as_json)
 
 
 @app.command()
@@ -143,9 +143,9 @@ def rollback(
     as_json: Json = False,
 ) -> None:
     """Make the previous champion the champion again."""
-    from flows.commands import storing
+    from flows.commands import store as command
 
-    storing.rollback(model, as_json=as_json)
+    command.rollback(model, as_json=as_json)
 
 
 @app.command()
@@ -170,9 +170,9 @@ def export(
     ] = False,
 ) -> None:
     """Write a model for use elsewhere, and say what loads it."""
-    from flows.commands import storing
+    from flows.commands import store as command
 
-    storing.export(target, destination, file_format, precision, weights_only=weights_only)
+    command.export(target, destination, file_format, precision, weights_only=weights_only)
 
 
 @app.command()
@@ -181,9 +181,9 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Hash artifacts again and compare them with their manifests."""
-    from flows.commands import storing
+    from flows.commands import store as command
 
-    storing.verify(target, as_json=as_json)
+    command.verify(target, as_json=as_json)
 
 
 @app.command()
@@ -193,25 +193,25 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Remove artifacts that neither the newest runs nor any registered model need."""
-    from flows.commands import storing
+    from flows.commands import store as command
 
-    storing.gc(keep, dry_run=dry_run, as_json=as_json)
+    command.gc(keep, dry_run=dry_run, as_json=as_json)
 
 
 @app.command()
 def sync(as_json: Json = False) -> None:
     """Send MLflow what it missed while it could not be reached."""
-    from flows.commands import storing
+    from flows.commands import store as command
 
-    storing.sync(as_json=as_json)
+    command.sync(as_json=as_json)
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Check this machine and this checkout, and say what is missing and how to get it."""
-    from flows.commands import checking
+    from flows.commands import doctor as command
 
-    checking.doctor(as_json=as_json)
+    command.doctor(as_json=as_json)
 
 
 @data.command("status")
@@ -248,9 +248,9 @@ def data_import(
 
 
 def _data(verb: str, *arguments: Any, as_json: bool) -> None:
-    from flows.commands import corpus
+    from flows.commands import data as command
 
-    corpus.run(verb, *arguments, as_json=as_json)
+    command.run(verb, *arguments, as_json=as_json)
 
 
 def main() -> None:
@@ -258,7 +258,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if (known := space.known(error)) is None:
+        if (known := disk.known(error)) is None:
             raise
         print(f"ingot: {known}", file=sys.stderr)
         sys.exit(known.exit_code)

@@ -8,10 +8,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipelines.compression.config import CompressConfig
+from pipelines.core.settings import NOT_IDENTITY, Settings
 from pipelines.data.config import DataConfig, PrepareConfig
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.registry.config import PromoteConfig
-from pipelines.settings import NOT_IDENTITY, Settings
 from pipelines.tracking.config import TrackingConfig
 from pipelines.training.config import PretrainConfig
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.stage import Progress
+from pipelines.core.stage import Progress
 
 _LINE_EVERY_S = 10.0
 _last: dict[str, tuple[float, int]] = {}

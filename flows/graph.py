@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.config import RunConfig
-from models.compression.trained import TrainedConfig
-from pipelines import fingerprint
+from models.compression.training_method import TrainedConfig
+from pipelines.core import fingerprint
+from pipelines.core.settings import Settings
+from pipelines.core.stage import STAGES, Stage
 from pipelines.data.config import PrepareJob
 from pipelines.registry.config import FetchConfig
-from pipelines.settings import Settings
-from pipelines.stage import STAGES, Stage
 
 if TYPE_CHECKING:
-    from pipelines.registry.source import Source
+    from pipelines.registry.initial_weights import Source
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def start_of(config: RunConfig, store_root: Path) -> Source | None:
     """
     if not config.pretrain.from_:
         return None
-    from pipelines.registry import source
+    from pipelines.registry import initial_weights
 
-    return source.resolve(config.pretrain.from_, config.tracking, store_root)
+    return initial_weights.resolve(config.pretrain.from_, config.tracking, store_root)
 
 
 def nodes(config: RunConfig, start: Source | None = None) -> list[Node]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from pipelines.errors import ConfigError
+from pipelines.core.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -22,10 +22,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
 
-from flows.execution import Execution
-from pipelines.artifact import Artifact
-from pipelines.errors import DiskFullError, TransientError
-from pipelines.stage import Progress
+from flows.runner import Execution
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import DiskFullError, TransientError
+from pipelines.core.stage import Progress
 
 _PROGRESS_EVERY_S = 5.0
 

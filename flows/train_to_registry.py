@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows import plan, recipe
+from flows import planner, recipe
 from flows.console import progress_line
-from flows.execution import Execution, closing, open_execution
-from flows.plan import Selection
+from flows.planner import Selection
+from flows.runner import Execution, closing, open_execution
 from flows.tasks import node_task, show_evaluations, show_plan
-from pipelines.evaluation import comparison
+from pipelines.measure import intervals
 
 
 @flow(name="train-to-registry", persist_result=False, log_prints=False)
@@ -48,7 +48,7 @@ def train_to_registry(
         wait_s=wait_s,
     )
     with closing(execution):
-        steps = plan.make(execution.graph, execution.store, execution.selection)
+        steps = planner.make(execution.graph, execution.store, execution.selection)
         show_plan([step.as_dict() for step in steps], execution.session.url)
         for name in execution.wanted():
             if name == "promote":
@@ -60,9 +60,9 @@ def train_to_registry(
 def _compare(execution: Execution) -> None:
     """Show all evaluations in one table before the gate decides on them."""
     evaluations = {
-        name.removeprefix("evaluate."): comparison.read(found.path)
+        name.removeprefix("evaluate."): intervals.read(found.path)
         for name, found in execution.artifacts.items()
         if name.startswith("evaluate.")
     }
     if evaluations:
-        show_evaluations(comparison.table(evaluations))
+        show_evaluations(intervals.table(evaluations))

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from pipelines import artifact
-from pipelines.artifact import Artifact
+from pipelines.core import artifact
+from pipelines.core.artifact import Artifact
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,7 @@ def tiny_settings() -> dict[str, Any]:
 def plain_job(prepared: Artifact) -> Callable[..., Any]:
     """Return the order for a run in this process: `plain_job(folder, **changes of the settings)`."""
     from pipelines.training.config import PretrainConfig
-    from pipelines.training.job import Job
+    from pipelines.training.worker_spec import Job
 
     def make(folder: Path, **changes: Any) -> Job:
         config = PretrainConfig.model_validate({**TINY, **changes, **PLAIN})
@@ -184,11 +184,11 @@ def build_bench() -> Bench:
 
     from flows import recipe
     from flows.graph import identify
+    from pipelines.core.provenance import CHECKOUT
+    from pipelines.core.run_stage import materialize
+    from pipelines.core.stage import StageContext
+    from pipelines.core.store import Store
     from pipelines.data import shards, versioning
-    from pipelines.execute import materialize
-    from pipelines.provenance import CHECKOUT
-    from pipelines.stage import StageContext
-    from pipelines.store import Store
 
     config = recipe.resolve("bench")
     versioning.ensure(config.data, CHECKOUT)
@@ -214,7 +214,7 @@ def _kept(found: Iterator[Artifact], wanted: Mapping[str, Any], inputs: Mapping[
 
     A setting that came later has a default that changed nothing, or the stage's version would have been raised.
     """
-    from pipelines import fingerprint
+    from pipelines.core import fingerprint
 
     for each in found:
         old = each.manifest.identity

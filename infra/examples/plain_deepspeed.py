@@ -82,7 +82,7 @@ def main() -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    from pipelines.training.fragments import attach
+    from pipelines.training.zero_binding import attach
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else the first CPU run compiles it for minutes
     deepspeed.init_distributed(verbose=False)

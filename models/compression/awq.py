@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from models.compression import grid
 from models.compression.base import Calibration, Kind, Packed, Statistics
+from models.compression.formats import int_grid
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ paper = "Lin et al. 2023, AWQ (arXiv 2306.00978)"
 not_informative = ""
 
 
-class Config(grid.GridConfig):
+class Config(int_grid.GridConfig):
     """Parameters of AWQ."""
 
     bits: int = Field(4, ge=2, le=8, description="bits of one stored weight")
@@ -52,7 +52,7 @@ class Config(grid.GridConfig):
 class ScaledPacked(Packed):
     """Codes of W diag(s), and s."""
 
-    codes: grid.IntPacked
+    codes: int_grid.IntPacked
     scale_I: Tensor
     """bfloat16, positive."""
 
@@ -74,22 +74,24 @@ def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packe
     hessian_II = statistics.second_moment("awq", weight_OI.shape[1])
     scale_I = search_scale(weight_OI, hessian_II, config) if config.input_scales else torch.ones(weight_OI.shape[1])
     scaled_OI, moment_II = weight_OI.float() * scale_I, hessian_II / torch.outer(scale_I, scale_I).double()
-    codes = grid.nearest(scaled_OI, grid.fit(scaled_OI, config))
+    codes = int_grid.nearest(scaled_OI, int_grid.fit(scaled_OI, config))
     if config.clip == "mse":
-        clipped = grid.nearest(scaled_OI, grid.fit(scaled_OI, config, loss=group_loss(moment_II, scaled_OI, config)))
+        clipped = int_grid.nearest(
+            scaled_OI, int_grid.fit(scaled_OI, config, loss=group_loss(moment_II, scaled_OI, config))
+        )
         codes = min(codes, clipped, key=lambda c: output_loss(c.dequantize() - scaled_OI, moment_II))
     return ScaledPacked(codes, scale_I.to(torch.bfloat16)) if config.input_scales else codes
 
 
 def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
     """Rebuild a packed weight from its stored tensors."""
-    codes = grid.restore(tensors, config.bits)
+    codes = int_grid.restore(tensors, config.bits)
     return ScaledPacked(codes, tensors["input_scale"]) if config.input_scales else codes
 
 
 def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG001
     """Return round to nearest in the same storage, input scales of one included."""
-    codes = grid.nearest(weight_OI, grid.fit(weight_OI, config))
+    codes = int_grid.nearest(weight_OI, int_grid.fit(weight_OI, config))
     ones = torch.ones(weight_OI.shape[1], dtype=torch.bfloat16)
     return {"rtn": ScaledPacked(codes, ones) if config.input_scales else codes}
 
@@ -101,7 +103,7 @@ def search_scale(weight_OI: Tensor, hessian_II: Tensor, config: Config) -> Tenso
 
     def loss(scale_I: Tensor) -> float:
         scaled_OI = weight_OI.float() * scale_I
-        dense_OI = grid.nearest(scaled_OI, grid.fit(scaled_OI, config)).dequantize() / scale_I
+        dense_OI = int_grid.nearest(scaled_OI, int_grid.fit(scaled_OI, config)).dequantize() / scale_I
         return output_loss(dense_OI - weight_OI, hessian_II)
 
     return min(candidates, key=loss)
@@ -115,7 +117,7 @@ def output_loss(error_OI: Tensor, hessian_II: Tensor) -> float:
 
 def group_loss(hessian_II: Tensor, weight_OI: Tensor, config: Config) -> Callable[[Tensor], Tensor]:
     """Return the output error of each group alone [O, G] as a function of its weight error [O, G, S]."""
-    size = grid.group_for(weight_OI.shape[1], config.group_size)
+    size = int_grid.group_for(weight_OI.shape[1], config.group_size)
     spans = [slice(start, start + size) for start in range(0, len(hessian_II), size)]
     blocks_GSS = torch.stack([hessian_II[span, span] for span in spans]).float()
 

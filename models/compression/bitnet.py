@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from models.architectures.config import Shape
-from models.compression import levels, trained
+from models.compression import training_method
 from models.compression.base import Calibration, Kind, Packed
-from models.compression.trained import TrainedConfig
+from models.compression.formats import level_codes
+from models.compression.training_method import TrainedConfig
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def prepared_input(x: Tensor, config: Config) -> Tensor:
 
 
 @dataclass(frozen=True)
-class BitPacked(levels.LevelPacked):
+class BitPacked(level_codes.LevelPacked):
     """Three levels, and an input that is quantized before it is multiplied."""
 
     config: Config = field(default_factory=Config)
@@ -123,8 +124,8 @@ class BitPacked(levels.LevelPacked):
 # ---------------------------------------------------------------------------------------------------------------------
 # Life cycle
 
-source = trained.same_layer
-loss = trained.language_loss
+source = training_method.same_layer
+loss = training_method.language_loss
 
 
 def shape(parent: Shape, config: Config) -> Shape:
@@ -140,17 +141,17 @@ def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:
     """Put BitNet's layer in the place of every named layer."""
     import functools
 
-    from models.compression.trainable.quantized import FunctionalLinear
+    from models.compression.modules.quantized import FunctionalLinear
 
     inputs = functools.partial(prepared_input, config=config)
     weight = functools.partial(quantize_weight, rule=config.scale)
-    linear = trained.linear_layers(model, names)
-    trained.replace(model, {name: FunctionalLinear(module, inputs, weight) for name, module in linear.items()})
+    linear = training_method.linear_layers(model, names)
+    training_method.replace(model, {name: FunctionalLinear(module, inputs, weight) for name, module in linear.items()})
 
 
 def finish(model: nn.Module, config: Config) -> dict[str, Packed]:
     """Return the trained layers as stored."""
-    from models.compression.trainable.quantized import FunctionalLinear
+    from models.compression.modules.quantized import FunctionalLinear
 
     found = {n: m for n, m in model.named_modules() if isinstance(m, FunctionalLinear)}
     return {name: pack(module.weight, config) for name, module in found.items()}
@@ -164,7 +165,7 @@ def pack(weight_OI: Tensor, config: Config) -> Packed:
 
 def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
     """Rebuild a packed weight from its stored tensors."""
-    plain = levels.LevelPacked.restore(tensors, 3)
+    plain = level_codes.LevelPacked.restore(tensors, 3)
     return BitPacked(plain.digits_OI, plain.step, 3, config)
 
 

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from models.architectures.config import Shape
 from models.compression.base import Calibration, Kind, Packed
-from models.compression.trained import Step, TrainedConfig
+from models.compression.training_method import Step, TrainedConfig
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:

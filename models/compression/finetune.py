@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from models.compression import trained
+from models.compression import training_method
 from models.compression.base import Calibration, Kind, Packed
-from models.compression.trained import TrainedConfig
+from models.compression.training_method import TrainedConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,9 +42,9 @@ class Config(TrainedConfig):
         return self.start == "scratch"
 
 
-shape = trained.same_shape
-source = trained.same_layer
-loss = trained.language_loss
+shape = training_method.same_shape
+source = training_method.same_layer
+loss = training_method.language_loss
 
 
 def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:

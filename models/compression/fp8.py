@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from models.compression import codec, grid
 from models.compression.base import Calibration, Kind, MethodConfig, Packed, Statistics
+from models.compression.formats import float8, int_grid
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class FloatPacked(Packed):
 
     def dequantize(self) -> Tensor:
         """Return the weight [O, I], float32."""
-        return codec.decode(self.codes_OI, _format(self.form)) * self.scale.float()
+        return float8.decode(self.codes_OI, _format(self.form)) * self.scale.float()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return codes and scales."""
@@ -76,7 +76,7 @@ class FloatPacked(Packed):
     def inputs(self, x: Tensor) -> Tensor:
         """Return x rounded to the format, saturating."""
         scale, form = self.input_scale.to(x.device), _format(self.form)
-        return (codec.decode(codec.encode(x.float() / scale, form), form) * scale).to(x.dtype)
+        return (float8.decode(float8.encode(x.float() / scale, form), form) * scale).to(x.dtype)
 
     def scheme(self) -> dict[str, Any] | None:
         """Return the compressed-tensors arguments of the weight; None for E5M2."""
@@ -99,7 +99,7 @@ def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packe
     """
     rows_NI, form = statistics.rows("fp8", weight_OI.shape[1]), _format(config.form)
     scale, input_scale = tensor_scale(weight_OI, form), tensor_scale(rows_NI, form) * 2**config.margin
-    codes_OI = codec.encode(weight_OI.float() / scale, form)
+    codes_OI = float8.encode(weight_OI.float() / scale, form)
     return FloatPacked(codes_OI, scale.to(torch.bfloat16), input_scale, config.form)
 
 
@@ -114,13 +114,13 @@ def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str
     return {}
 
 
-def tensor_scale(values: Tensor, form: codec.Format) -> Tensor:
+def tensor_scale(values: Tensor, form: float8.Format) -> Tensor:
     """Return [1] float32, exact in bfloat16: what takes the largest magnitude to the largest of the format."""
-    return grid.storable((values.abs().max() / form.largest).float().reshape(1))
+    return int_grid.storable((values.abs().max() / form.largest).float().reshape(1))
 
 
-def _format(name: str) -> codec.Format:
-    return codec.E4M3 if name == "e4m3" else codec.E5M2
+def _format(name: str) -> float8.Format:
+    return float8.E4M3 if name == "e4m3" else float8.E5M2
 
 
 def _arguments() -> dict[str, Any]:

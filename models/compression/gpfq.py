@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from models.compression import grid
 from models.compression.base import Calibration, Kind, MethodConfig, Packed, Statistics
+from models.compression.formats import int_grid
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packe
 
 def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
     """Rebuild a packed weight from its stored tensors."""
-    return grid.restore(tensors, config.bits)
+    return int_grid.restore(tensors, config.bits)
 
 
 def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG001
@@ -153,7 +153,7 @@ def nearest_level(wanted_O: Tensor, scale_O: Tensor, config: Config, generator: 
 
 
 def _pack(stored_OI: Tensor, scale_O: Tensor, config: Config) -> Packed:
-    return grid.nearest(stored_OI, grid.Grid(config.bits, scale_O.unsqueeze(1)))
+    return int_grid.nearest(stored_OI, int_grid.Grid(config.bits, scale_O.unsqueeze(1)))
 
 
 def _squared_error(magnitude_OI: Tensor, scale_O: Tensor, most: int) -> Tensor:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from models.compression import grid, obs
-from models.compression.activations import RoundingConfig, wrap
 from models.compression.base import Calibration, Kind, Packed, Statistics
+from models.compression.formats import int_grid
+from models.compression.formats.quantized_input import RoundingConfig, wrap
+from models.compression.solvers import obs
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Config(RoundingConfig):
 class _Rounder:
     """Rounds columns to grids that are fixed before the first column is visited."""
 
-    def __init__(self, weight_OI: Tensor, fixed: grid.Grid, order_I: Tensor, keep_zeros: bool) -> None:
+    def __init__(self, weight_OI: Tensor, fixed: int_grid.Grid, order_I: Tensor, keep_zeros: bool) -> None:
         self._grid = fixed
         self._order = order_I.tolist()
         self._size = weight_OI.shape[1] // fixed.scale_OG.shape[1]
@@ -71,22 +72,22 @@ def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packe
     """
     hessian_II = statistics.second_moment("gptq", weight_OI.shape[1])
     order_I = visit_order(hessian_II, config.order)
-    fixed = grid.fit(weight_OI, config)
+    fixed = int_grid.fit(weight_OI, config)
     damped_II = obs.damped(hessian_II, statistics.tokens, config.damp)[order_I][:, order_I]
     rounder = _Rounder(weight_OI, fixed, order_I, config.keep_zeros)
     stored_OI = torch.empty_like(weight_OI, dtype=torch.float64)
     stored_OI[:, order_I] = obs.compensate(weight_OI[:, order_I], damped_II, rounder)
-    return wrap(grid.nearest(stored_OI.to(torch.float32), fixed), config.activations)
+    return wrap(int_grid.nearest(stored_OI.to(torch.float32), fixed), config.activations)
 
 
 def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
     """Rebuild a packed weight from its stored tensors."""
-    return wrap(grid.restore(tensors, config.bits), config.activations)
+    return wrap(int_grid.restore(tensors, config.bits), config.activations)
 
 
 def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG001
     """Return round to nearest on the very same grid."""
-    return {"rtn": wrap(grid.nearest(weight_OI, grid.fit(weight_OI, config)), config.activations)}
+    return {"rtn": wrap(int_grid.nearest(weight_OI, int_grid.fit(weight_OI, config)), config.activations)}
 
 
 def visit_order(hessian_II: Tensor, order: str) -> Tensor:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
-from models.compression import gptq, grid
+from models.compression import gptq
 from models.compression.awq import output_loss
 from models.compression.base import Calibration, Kind, Packed, Statistics
+from models.compression.formats import int_grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +69,7 @@ def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packe
     """
     statistics.second_moment("hawq", weight_OI.shape[1])
     if config.rounding == "nearest":
-        return grid.nearest(weight_OI, grid.fit(weight_OI, config))
+        return int_grid.nearest(weight_OI, int_grid.fit(weight_OI, config))
     return gptq.compress(weight_OI, statistics, config)
 
 
@@ -93,7 +94,7 @@ def price(weight_OI: Tensor, statistics: Statistics, choice: Config) -> tuple[in
     With curvature and gradients the loss is in nats, up to one factor for all layers; the output error of a layer is
     relative to its output, because outputs of different layers have different scales.
     """
-    packed = grid.nearest(weight_OI, grid.fit(weight_OI, choice))
+    packed = int_grid.nearest(weight_OI, int_grid.fit(weight_OI, choice))
     error_OI = (packed.dequantize() - weight_OI).double()
     if statistics.curvature is not None:
         loss = max(statistics.curvature, 0.0) * float(error_OI.square().sum()) / 2

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from models.compression import activations, grid, ranges
 from models.compression.base import Calibration, Kind, MethodConfig, Packed, Statistics
-from models.compression.integers import DyadicPacked, Int8Packed
+from models.compression.formats import int_grid, quantized_input
+from models.compression.formats.int8_linear import DyadicPacked, Int8Packed
+from models.compression.solvers import range_calibrators
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packe
         ValueError: no sample of inputs, or `calibrator = "best"`, which only a whole model can decide.
     """
     rows_NI = statistics.rows("int8", weight_OI.shape[1])
-    fixed = grid.fit(weight_OI, grid.GridConfig(bits=8, clip="max"))
-    codes_OI = grid.nearest(weight_OI, fixed).codes_OI
+    fixed = int_grid.fit(weight_OI, int_grid.GridConfig(bits=8, clip="max"))
+    codes_OI = int_grid.nearest(weight_OI, fixed).codes_OI
     stored = {
         "weight": codes_OI,
         "weight_scale": fixed.scale_OG.to(torch.bfloat16),
@@ -78,7 +79,7 @@ def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
     codes_OI, scale_O1 = tensors["weight"], tensors["weight_scale"]
     if config.rescale == "dyadic":
         return DyadicPacked(codes_OI, scale_O1, tensors["input_scale"], tensors["output_scale"])
-    return activations.restore(Int8Packed(codes_OI, scale_O1), tensors)
+    return quantized_input.restore(Int8Packed(codes_OI, scale_O1), tensors)
 
 
 def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG001
@@ -96,16 +97,16 @@ def candidates(config: Config) -> list[Config]:
 def input_range(rows_NI: Tensor, calibrator: str) -> float:
     """Return the largest input that keeps its magnitude."""
     if calibrator == "max":
-        return ranges.highest(rows_NI)
+        return range_calibrators.highest(rows_NI)
     if calibrator == "mse":
-        return ranges.least_squares(rows_NI)
+        return range_calibrators.least_squares(rows_NI)
     if calibrator == "entropy":
-        return ranges.entropy(rows_NI)
+        return range_calibrators.entropy(rows_NI)
     if calibrator.startswith("p"):
-        return ranges.percentile(rows_NI, float(calibrator[1:]))
+        return range_calibrators.percentile(rows_NI, float(calibrator[1:]))
     raise ValueError(f"int8: calibrator = {calibrator!r} is decided on a whole model, by the compress stage")
 
 
 def _scale(rows: Tensor, config: Config) -> Tensor:
     """Return the scale [1] of what the calibrator is shown."""
-    return grid.storable(torch.tensor([input_range(rows, config.calibrator) / 127], dtype=torch.float32))
+    return int_grid.storable(torch.tensor([input_range(rows, config.calibrator) / 127], dtype=torch.float32))

@@ -14,7 +14,7 @@ sequences, perplexity over the parent's with gradients and without: 1.049, 1.050
 2 bits; 1.007, 1.011, 1.009 against 1.010, 1.009, 1.011 at 3; 1.003 thrice against 1.002 thrice at 4. The paper's weight
 alone varied most (1.042 to 1.058 at 2 bits); without outliers it was the best (1.068 to 1.071 against 1.076 to 1.078).
 
-Pure functions of rows; the cache that stores them is `models.architectures.quantized_cache`.
+Pure functions of rows; the cache that stores them is `models.compression.modules.quantized_cache`.
 
 Shapes: N rows (tokens of all sequences), C channels (all key heads side by side), L levels, S stored outliers.
 """

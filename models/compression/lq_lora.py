@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from models.compression import normal_float
 from models.compression.base import Calibration, Kind, Packed, Statistics
+from models.compression.formats import normal_float
 from models.compression.svd import truncated
 from models.lazy import lazy_module
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from models.compression import lq_lora, normal_float, trained
+from models.compression import lq_lora, training_method
 from models.compression.base import Calibration, Kind, Packed
-from models.compression.trained import TrainedConfig
+from models.compression.formats import normal_float
+from models.compression.training_method import TrainedConfig
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -43,9 +44,9 @@ class Config(TrainedConfig, normal_float.NormalFloatConfig):
         return f"nf{self.bits}-r{self.rank}" + ("-zero" if self.start == "zero" else "")
 
 
-shape = trained.same_shape
-source = trained.same_layer
-loss = trained.language_loss
+shape = training_method.same_shape
+source = training_method.same_layer
+loss = training_method.language_loss
 
 
 def begin(weight_OI: Tensor, config: Config) -> lq_lora.AdaptedPacked:
@@ -64,17 +65,17 @@ def begin(weight_OI: Tensor, config: Config) -> lq_lora.AdaptedPacked:
 
 def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:
     """Split the named layers; freeze all else."""
-    from models.compression.trainable import adapted
+    from models.compression.modules import adapted
 
-    linear = trained.linear_layers(model, names)
+    linear = training_method.linear_layers(model, names)
     starts = {name: begin(module.weight.detach(), config) for name, module in linear.items()}
-    trained.replace(model, {name: adapted.AdaptedLinear(linear[name], start) for name, start in starts.items()})
+    training_method.replace(model, {name: adapted.AdaptedLinear(linear[name], start) for name, start in starts.items()})
     adapted.freeze(model)
 
 
 def finish(model: nn.Module, config: Config) -> dict[str, Packed]:  # noqa: ARG001 - the contract
     """Return the layers as stored."""
-    from models.compression.trainable import adapted
+    from models.compression.modules import adapted
 
     adapted.thaw(model)
     return {name: module.pack() for name, module in model.named_modules() if isinstance(module, adapted.AdaptedLinear)}

@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from models.compression import trained
+from models.compression import training_method
 from models.compression.base import Calibration, Kind, Packed
 from models.compression.svd import LowRankPacked
-from models.compression.trained import Step, TrainedConfig
+from models.compression.training_method import Step, TrainedConfig
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from models.compression.trainable.factored import FactoredLinear
+    from models.compression.modules.factored import FactoredLinear
 else:
     torch = lazy_module("torch")
 
@@ -117,17 +117,17 @@ def _uniform_rank(shape: tuple[int, int], share: float) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Life cycle
 
-shape = trained.same_shape
-source = trained.same_layer
+shape = training_method.same_shape
+source = training_method.same_layer
 
 
 def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:
     """Put factors in the place of every named layer."""
-    from models.compression.trainable.factored import FactoredLinear
+    from models.compression.modules.factored import FactoredLinear
 
-    linear = trained.linear_layers(model, names)
+    linear = training_method.linear_layers(model, names)
     made = {name: FactoredLinear(module, *factors(module.weight)) for name, module in linear.items()}
-    trained.replace(model, made)
+    training_method.replace(model, made)
     if config.cut == "start":
         cut(model, config)
 
@@ -140,7 +140,7 @@ def cut(model: nn.Module, config: Config) -> None:
     kept = ranks(found, shapes, config.share, config.allocation)
     for (name, module), (rows, columns), rank in zip(layers.items(), shapes, kept, strict=True):
         if rank * (rows + columns) >= rows * columns:
-            trained.replace(model, {name: dense(module)})
+            training_method.replace(model, {name: dense(module)})
             continue
         module.left_OR = torch.nn.Parameter(module.left_OR.detach()[:, :rank].clone())
         module.right_RI = torch.nn.Parameter(module.right_RI.detach()[:rank].clone())
@@ -148,7 +148,7 @@ def cut(model: nn.Module, config: Config) -> None:
 
 def factored(model: nn.Module) -> dict[str, FactoredLinear]:
     """Return the factored layers by name."""
-    from models.compression.trainable.factored import FactoredLinear
+    from models.compression.modules.factored import FactoredLinear
 
     return {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
 
@@ -168,7 +168,7 @@ def loss(step: Step, config: Config) -> Tensor:
     from models.architectures import predict
 
     if config.cut == "start":
-        return trained.language_loss(step, config)
+        return training_method.language_loss(step, config)
     layers = list(factored(step.student).values())
     asked_BT = step.targets_BT != predict.IGNORED
     targets_N = step.targets_BT[asked_BT]
@@ -190,11 +190,11 @@ def loss(step: Step, config: Config) -> Tensor:
 
 def drawn_rank(place: int, layers: int, left_OR: Tensor, step: Step, config: Config) -> int | None:
     """Return how many components of a layer take part in the cut pass of a step, None for all of them."""
-    if config.drawn == "one" and int(layers * trained.uniform(step.seed, "maestro", step.number)) != place:
+    if config.drawn == "one" and int(layers * training_method.uniform(step.seed, "maestro", step.number)) != place:
         return None
     # Under ZeRO-3 the parameter is elsewhere and only DeepSpeed's own note says what shape it has.
     full = getattr(left_OR, "ds_shape", left_OR.shape)[1]
-    return 1 + int(full * trained.uniform(step.seed, "maestro-rank", step.number, place))
+    return 1 + int(full * training_method.uniform(step.seed, "maestro-rank", step.number, place))
 
 
 def divergence(target_NV: Tensor, logits_NV: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from models.compression import structured
 from models.compression.base import Calibration, Kind
-from models.compression.structured import Problem, Structure, StructureConfig
+from models.compression.solvers import structured
+from models.compression.solvers.structured import Problem, Structure, StructureConfig
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:

@@ -21,16 +21,17 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from models.compression import grid, levels, trained
+from models.compression import training_method
 from models.compression.base import Calibration, Kind, Packed
-from models.compression.trained import TrainedConfig
+from models.compression.formats import int_grid, level_codes
+from models.compression.training_method import TrainedConfig
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from models.compression.trainable.quantized import QuantizedLinear
+    from models.compression.modules.quantized import QuantizedLinear
 else:
     torch = lazy_module("torch")
 
@@ -157,26 +158,28 @@ def quantize(weight_OI: Tensor, alpha_O: Tensor, levels_: Scheme) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Life cycle
 
-shape = trained.same_shape
-source = trained.same_layer
-loss = trained.language_loss
+shape = training_method.same_shape
+source = training_method.same_layer
+loss = training_method.language_loss
 
 
 def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:
     """Quantize every named layer while it trains."""
     import functools
 
-    from models.compression.trainable.quantized import QuantizedLinear
+    from models.compression.modules.quantized import QuantizedLinear
 
     chosen = scheme(config)
     rule = functools.partial(quantize, levels_=chosen)
-    linear = trained.linear_layers(model, names)
-    trained.replace(model, {n: QuantizedLinear(m, start_scale(m.weight, chosen), rule) for n, m in linear.items()})
+    linear = training_method.linear_layers(model, names)
+    training_method.replace(
+        model, {n: QuantizedLinear(m, start_scale(m.weight, chosen), rule) for n, m in linear.items()}
+    )
 
 
 def finish(model: nn.Module, config: Config) -> dict[str, Packed]:
     """Return the trained layers as stored."""
-    from models.compression.trainable.quantized import QuantizedLinear
+    from models.compression.modules.quantized import QuantizedLinear
 
     found = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     return {name: pack(module, config) for name, module in found.items()}
@@ -191,17 +194,19 @@ def pack(module: QuantizedLinear, config: Config) -> Packed:
     if bits_:
         shifted_OI = (codes_OI + chosen.shift) * 2 if halved else codes_OI
         scale_O1 = (step_O.float() / (2 if halved else 1)).unsqueeze(1)
-        return grid.IntPacked(shifted_OI.to(torch.int8), grid.Grid(bits_, scale_O1), torch.bfloat16)
-    return levels.LevelPacked((codes_OI - chosen.lowest).to(torch.uint8), step_O, chosen.highest - chosen.lowest + 1)
+        return int_grid.IntPacked(shifted_OI.to(torch.int8), int_grid.Grid(bits_, scale_O1), torch.bfloat16)
+    return level_codes.LevelPacked(
+        (codes_OI - chosen.lowest).to(torch.uint8), step_O, chosen.highest - chosen.lowest + 1
+    )
 
 
 def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
     """Rebuild a packed weight from its stored tensors."""
     bits_, _ = _public_bits(config)
     if bits_:
-        return grid.restore(tensors, bits_)
+        return int_grid.restore(tensors, bits_)
     chosen = scheme(config)
-    return levels.LevelPacked.restore(tensors, chosen.highest - chosen.lowest + 1)
+    return level_codes.LevelPacked.restore(tensors, chosen.highest - chosen.lowest + 1)
 
 
 def controls(config: Config) -> dict[str, dict[str, Any]]:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field
 
-from models.compression import binary, obs, sparse
 from models.compression.base import Calibration, Kind, MethodConfig, Packed, Statistics
-from models.compression.grid import group_for, grouped
+from models.compression.formats import binary, sparse
+from models.compression.formats.int_grid import group_for, grouped
+from models.compression.solvers import obs
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from models.compression import binary, pb_llm, trained
+from models.compression import pb_llm, training_method
 from models.compression.base import Calibration, Kind, Packed
-from models.compression.trained import TrainedConfig
+from models.compression.formats import binary
+from models.compression.training_method import TrainedConfig
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -49,9 +50,9 @@ class Config(TrainedConfig):
         return pb_llm.Config(salient=self.salient, group_size=self.group_size)
 
 
-shape = trained.same_shape
-source = trained.same_layer
-loss = trained.language_loss
+shape = training_method.same_shape
+source = training_method.same_layer
+loss = training_method.language_loss
 
 
 def begin(weight_OI: Tensor, config: Config) -> pb_llm.MixedPacked:
@@ -83,19 +84,19 @@ def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:
     """Binarize every named layer in part while it trains."""
     import functools
 
-    from models.compression.trainable.partly_binary import PartlyBinaryLinear
+    from models.compression.modules.partly_binary import PartlyBinaryLinear
 
     rule = functools.partial(quantize, config=config)
-    linear = trained.linear_layers(model, names)
+    linear = training_method.linear_layers(model, names)
     made = {
         name: PartlyBinaryLinear(layer, begin(layer.weight.detach(), config), rule) for name, layer in linear.items()
     }
-    trained.replace(model, made)
+    training_method.replace(model, made)
 
 
 def finish(model: nn.Module, config: Config) -> dict[str, Packed]:
     """Return the trained layers as stored."""
-    from models.compression.trainable.partly_binary import PartlyBinaryLinear
+    from models.compression.modules.partly_binary import PartlyBinaryLinear
 
     found = {name: module for name, module in model.named_modules() if isinstance(module, PartlyBinaryLinear)}
     return {name: pack(module.weight.detach(), module.start, config) for name, module in found.items()}

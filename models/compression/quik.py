@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import Field
 
-from models.compression import activations, grid, obs
 from models.compression.base import Calibration, Kind, MethodConfig, Packed, Statistics
+from models.compression.formats import int_grid, quantized_input
+from models.compression.solvers import obs
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Config(MethodConfig):
 class QuikPacked(Packed):
     """Codes for most columns, 16 bits for the others."""
 
-    rounded: grid.IntPacked
+    rounded: int_grid.IntPacked
     """[O, I - K]."""
     outliers_OK: Tensor
     """bfloat16."""
@@ -80,7 +81,7 @@ class QuikPacked(Packed):
     def inputs(self, x: Tensor) -> Tensor:
         """Return x with every feature that is no outlier on the levels of its token."""
         kept = self._kept.to(x.device)
-        return x.index_copy(-1, kept, activations.round_between(x[..., kept], self.rounded.grid.bits))
+        return x.index_copy(-1, kept, quantized_input.round_between(x[..., kept], self.rounded.grid.bits))
 
     @property
     def _kept(self) -> Tensor:
@@ -100,7 +101,7 @@ def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packe
 
 def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
     """Rebuild a packed weight from its stored tensors."""
-    return QuikPacked(grid.restore(tensors, config.bits), tensors["weight_outliers"], tensors["outlier_index"])
+    return QuikPacked(int_grid.restore(tensors, config.bits), tensors["weight_outliers"], tensors["outlier_index"])
 
 
 def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:
@@ -119,7 +120,7 @@ def others(index_K: Tensor, columns: int) -> Tensor:
 class _Rounder:
     """Rounds the first columns of the visit to their row's grid; the others are stored in bfloat16."""
 
-    def __init__(self, fixed: grid.Grid, rounded: int) -> None:
+    def __init__(self, fixed: int_grid.Grid, rounded: int) -> None:
         self._grid, self._rounded = fixed, rounded
 
     def begin(self, first: int, weight_OB: Tensor, inverse_B: Tensor) -> None:
@@ -136,9 +137,9 @@ def _pack(weight_OI: Tensor, statistics: Statistics, config: Config, score_I: Te
     columns = weight_OI.shape[1]
     index_K = score_I.argsort(descending=True, stable=True)[: round(config.outliers * columns)].sort().values
     kept = others(index_K, columns)
-    fixed = grid.fit(weight_OI[:, kept], grid.GridConfig(bits=config.bits))
+    fixed = int_grid.fit(weight_OI[:, kept], int_grid.GridConfig(bits=config.bits))
     hessian_II = obs.damped(statistics.second_moment("quik", columns), statistics.tokens, config.damp)
     order = torch.cat([kept, index_K])
     stored = obs.compensate(weight_OI[:, order], hessian_II[order][:, order], _Rounder(fixed, len(kept)))
-    rounded = grid.nearest(stored[:, : len(kept)].float(), fixed)
+    rounded = int_grid.nearest(stored[:, : len(kept)].float(), fixed)
     return QuikPacked(rounded, stored[:, len(kept) :].to(torch.bfloat16), index_K.to(torch.int32))

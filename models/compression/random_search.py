@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from models.compression import structured
 from models.compression.base import Calibration, Kind
-from models.compression.structured import Problem, Structure, StructureConfig
+from models.compression.solvers import structured
+from models.compression.solvers.structured import Problem, Structure, StructureConfig
 
 kind: Kind = "structure"
 bits = "as the parent; fewer heads and neurons"

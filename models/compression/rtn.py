@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from models.compression import grid
-from models.compression.activations import RoundingConfig, wrap
 from models.compression.base import Calibration, Kind, Packed, Statistics
+from models.compression.formats import int_grid
+from models.compression.formats.quantized_input import RoundingConfig, wrap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,12 +25,12 @@ class Config(RoundingConfig):
 
 def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:  # noqa: ARG001 - the contract
     """Return the weight rounded to the nearest grid points."""
-    return wrap(grid.nearest(weight_OI, grid.fit(weight_OI, config)), config.activations)
+    return wrap(int_grid.nearest(weight_OI, int_grid.fit(weight_OI, config)), config.activations)
 
 
 def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
     """Rebuild a packed weight from its stored tensors."""
-    return wrap(grid.restore(tensors, config.bits), config.activations)
+    return wrap(int_grid.restore(tensors, config.bits), config.activations)
 
 
 def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG001

@@ -1,6 +1,7 @@
 """Search: the smallest child within a stated quality budget, found by trying other methods at several widths.
 
-Not a method of its own: `pipelines.compression.search` compresses with the methods named here and keeps the winner.
+Not a method of its own: `pipelines.compression.budget_search` compresses with the methods named here and keeps
+the winner.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from models.compression import trained
+from models.compression import training_method
 from models.compression.base import Calibration, Kind, Packed
-from models.compression.trained import Step, TrainedConfig
+from models.compression.training_method import Step, TrainedConfig
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ def exits(config: Config, layers: int, *, seed: int, step: int) -> tuple[int, ..
     chosen = sorted(set(config.exits) or range(1, layers + 1))
     if not config.drawn or config.drawn >= len(chosen) - 1:
         return tuple(chosen)
-    keys = {depth: trained.uniform(seed, "sortednet", step, depth) for depth in chosen[:-1]}
+    keys = {depth: training_method.uniform(seed, "sortednet", step, depth) for depth in chosen[:-1]}
     return (*sorted(sorted(keys, key=keys.__getitem__)[: config.drawn]), chosen[-1])
 
 
-shape = trained.same_shape
-source = trained.same_layer
+shape = training_method.same_shape
+source = training_method.same_layer
 
 
 def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:  # noqa: ARG001 - the contract

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from models.compression import grid, obs, sparse
 from models.compression.base import Calibration, Kind, Packed, Statistics
+from models.compression.formats import int_grid, sparse
+from models.compression.solvers import obs
 from models.compression.wanda import scores
 from models.lazy import lazy_module
 
@@ -58,7 +59,7 @@ class _Masker:
 class _MaskedRounder:
     """Rounds survivors to a fixed row grid under a fixed mask."""
 
-    def __init__(self, mask_OI: Tensor, fixed: grid.Grid) -> None:
+    def __init__(self, mask_OI: Tensor, fixed: int_grid.Grid) -> None:
         self._mask_OI, self._grid = mask_OI, fixed
 
     def begin(self, first: int, weight_OB: Tensor, inverse_B: Tensor) -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from models.compression import obs
 from models.compression.base import Calibration, Kind, MethodConfig, Packed, Statistics
+from models.compression.solvers import obs
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from models.compression import sparse
 from models.compression.base import Calibration, Kind, Packed, Statistics
+from models.compression.formats import sparse
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from models.optim import kernels
-from models.optim.fragments import FragmentOptimizer, Span
+from models.optim.fragment_state import Exclude, one_dimensional
 from models.optim.moments import check_adam
-from models.optim.state import Exclude, one_dimensional
+from models.optim.sharded_optimizer import FragmentOptimizer, Span
 
 
 class AdamW(FragmentOptimizer):

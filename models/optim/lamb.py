@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from models.optim import kernels
-from models.optim.fragments import FragmentOptimizer, Span
+from models.optim.fragment_state import Exclude, one_dimensional
 from models.optim.moments import check_adam, corrections
-from models.optim.state import Exclude, one_dimensional
+from models.optim.sharded_optimizer import FragmentOptimizer, Span
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {},

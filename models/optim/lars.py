@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from models.optim import kernels
-from models.optim.fragments import FragmentOptimizer, Span
+from models.optim.fragment_state import Exclude, one_dimensional
 from models.optim.lamb import trust_ratio
-from models.optim.state import Exclude, one_dimensional
+from models.optim.sharded_optimizer import FragmentOptimizer, Span
 
 
 def update(weights: Tensor, gradient: Tensor, moments: kernels.Tensors, scalars: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.errors import ConfigError
+from pipelines.core.errors import ConfigError
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

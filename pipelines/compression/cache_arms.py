@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from models.architectures import quantized_cache
-from models.architectures.quantized_cache import QuantizedCache, Tables
 from models.compression.kvquant import rounding, rounding_bytes
-from pipelines.compression import yardstick
+from models.compression.modules import quantized_cache
+from models.compression.modules.quantized_cache import QuantizedCache, Tables
+from pipelines.compression import quick_eval
 from pipelines.compression.config import CompressConfig
-from pipelines.compression.load import load_weights
-from pipelines.compression.yardstick import Floats, Yardstick
-from pipelines.evaluation import comparison
-from pipelines.stage import Progress, StageContext
+from pipelines.compression.quick_eval import Floats, Yardstick
+from pipelines.core.stage import Progress, StageContext
+from pipelines.measure import intervals
+from pipelines.modelio.load import load_weights
 
 NOT_AN_ARM = {
     "gptq": "rounds a weight matrix against the inputs that it will meet and moves the error to columns not yet "
@@ -77,7 +77,7 @@ def measure(
 
 def row(nats: Floats, base: Floats, child: Floats, size: float) -> dict[str, Any]:
     """Return what is kept of one arm."""
-    ratio, versus = (comparison.paired_ratio(nats, other, np.ones_like(base)).to_json() for other in (base, child))
+    ratio, versus = (intervals.paired_ratio(nats, other, np.ones_like(base)).to_json() for other in (base, child))
     return {"ratio": ratio, "versus_child": versus, "cache_bytes_per_token": size}
 
 
@@ -103,7 +103,7 @@ def nearest_rounding(child: Sequence[Tables], width: int, coded: float) -> list[
 def _text(config: CompressConfig, prepare: Path, parent: PreTrainedModel) -> Yardstick | None:
     if not config.arms_documents:
         return None
-    return yardstick.build(prepare, config.arms_documents, parent, "cpu", end="first")
+    return quick_eval.build(prepare, config.arms_documents, parent, "cpu", end="first")
 
 
 def _measured(name: str, source: Path, tables: Sequence[Tables], text: Yardstick) -> tuple[Floats, float, float]:
@@ -118,7 +118,7 @@ def _measured(name: str, source: Path, tables: Sequence[Tables], text: Yardstick
 
 
 def _say(context: StageContext, name: str, made: Mapping[str, Mapping[str, Any]], total: int) -> None:
-    interval = comparison.Interval(**made[name]["ratio"])
+    interval = intervals.Interval(**made[name]["ratio"])
     size = made[name]["cache_bytes_per_token"]
     message = f"{name}: {interval} of the parent's bits per byte with {size:,.1f} bytes of cache a token"
     context.report(Progress(context.node, len(made), total, "arms", message))

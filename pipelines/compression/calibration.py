@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.compression.base import Statistics
+from pipelines.core.errors import IntegrityError, NumericError
 from pipelines.data.shards import ShardReader
-from pipelines.errors import IntegrityError, NumericError
 
 ROWS = 2048
 """Input rows of a layer that methods with `calibration = "inputs"` are shown; fewer where there are fewer tokens."""

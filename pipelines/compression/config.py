@@ -16,8 +16,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from models.compression import registry
 from models.compression.base import MethodConfig
-from models.compression.grid import GridConfig
-from pipelines.settings import NOT_IDENTITY, Settings
+from models.compression.formats.int_grid import GridConfig
+from pipelines.core.settings import NOT_IDENTITY, Settings
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from pipelines.compression import calibration
-from pipelines.compression.load import load_model
-from pipelines.errors import NumericError
+from pipelines.core.errors import NumericError
+from pipelines.modelio.load import load_model
 
 _PURPOSE = 0x4C
 

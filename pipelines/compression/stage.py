@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from models.compression import registry
-from pipelines.artifact import Artifact
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.names import CACHE_TABLES
-from pipelines.errors import ConfigError
-from pipelines.stage import StageContext, StageFunction, Summary
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError
+from pipelines.core.stage import StageContext, StageFunction, Summary
 
 DRIVERS = {
-    "search": "pipelines.compression.search",
-    "structure": "pipelines.compression.structure",
-    "kv_cache": "pipelines.compression.cache",
-    "training": "pipelines.compression.training",
-    "weight": "pipelines.compression.weights",
+    "search": "pipelines.compression.budget_search",
+    "structure": "pipelines.compression.structured_pruning",
+    "kv_cache": "pipelines.compression.kv_cache",
+    "training": "pipelines.compression.qat",
+    "weight": "pipelines.compression.post_training",
 }
 """Kind of a method, or the name of what has none -> module whose `run` makes a child."""
 

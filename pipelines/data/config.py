@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pipelines.settings import NOT_IDENTITY, Settings
+from pipelines.core.settings import NOT_IDENTITY, Settings
 
 
 class DataConfig(Settings):

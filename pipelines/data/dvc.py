@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from pipelines import lease
-from pipelines.errors import IngotError, IntegrityError, LockedError, TransientError
+from pipelines.core import lock
+from pipelines.core.errors import IngotError, IntegrityError, LockedError, TransientError
 
 DEADLINE_S = 3600.0
 """Longest time that one command may take, waiting for the lock included: pulls of large corpora are slow."""
@@ -38,7 +38,7 @@ def run(checkout: Path, *arguments: str, lock_wait_s: float = LOCK_WAIT_S) -> st
         TransientError: any other failure: network, credentials, disk.
     """
     give_up = time.monotonic() + lock_wait_s
-    with lease.hold(checkout / ".dvc" / "tmp" / "ingot.lock", what="DVC in this checkout", wait_s=lock_wait_s):
+    with lock.hold(checkout / ".dvc" / "tmp" / "ingot.lock", what="DVC in this checkout", wait_s=lock_wait_s):
         while True:
             done = _start(checkout, arguments)
             if done.returncode == 0:

@@ -15,8 +15,8 @@ from typing import Protocol
 
 import zstandard
 
+from pipelines.core.errors import IntegrityError
 from pipelines.data.records import Document, MalformedRecordError, Quarantined, parse
-from pipelines.errors import IntegrityError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 READ_BYTES = 16 << 10

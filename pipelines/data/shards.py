@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.errors import IntegrityError
+from pipelines.core.errors import IntegrityError
 
 INDEX = "index.json"
 FORMAT = 1

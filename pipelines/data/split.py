@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
+from pipelines.core.errors import IntegrityError
 from pipelines.data.config import PrepareConfig
 from pipelines.data.dedup import Clusters
-from pipelines.errors import IntegrityError
 
 SPLITS = ("train", "validation", "test")
 

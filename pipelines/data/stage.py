@@ -16,14 +16,14 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from pipelines.artifact import Artifact
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import IntegrityError
+from pipelines.core.stage import Progress, StageContext, Summary
 from pipelines.data import contamination, dedup, packing, reader, shards, spool, tokenizer, versioning
 from pipelines.data.config import PrepareConfig, PrepareJob
 from pipelines.data.report import Tally
 from pipelines.data.split import SPLITS, assign, group_names
 from pipelines.data.survey import QUARANTINE, Survey, survey
-from pipelines.errors import IntegrityError
-from pipelines.stage import Progress, StageContext, Summary
 
 TOKENIZER = "tokenizer"
 REPORT = "report.json"

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.core.errors import IntegrityError
 from pipelines.data import dedup, filters
 from pipelines.data.clean import clean, words
 from pipelines.data.config import PrepareConfig
@@ -29,7 +30,6 @@ from pipelines.data.records import Document, Quarantined
 from pipelines.data.report import Tally
 from pipelines.data.shingles import hash_words
 from pipelines.data.spool import DocumentWriter
-from pipelines.errors import IntegrityError
 
 SPOOL = "spool.jsonl.zst"
 QUARANTINE = "quarantine.jsonl"

@@ -20,10 +20,10 @@ from typing import Any
 
 import yaml
 
+from pipelines.core.errors import ConfigError, IntegrityError, TransientError
+from pipelines.core.provenance import CHECKOUT
 from pipelines.data import dvc
 from pipelines.data.config import DataConfig
-from pipelines.errors import ConfigError, IntegrityError, TransientError
-from pipelines.provenance import CHECKOUT
 
 log = logging.getLogger(__name__)
 

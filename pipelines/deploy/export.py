@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.artifact import Artifact
-from pipelines.compression import loading
-from pipelines.errors import ConfigError
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError
+from pipelines.modelio import load_instructions
 
 PRECISIONS = {
     "hf": ("as stored",),
@@ -74,10 +74,10 @@ def check(destination: Path, file_format: str, precision: str | None) -> str:
 
 def _hf(source: Artifact, building: Path, _: str) -> str:
     shutil.copytree(source.path / "model", building)
-    how = loading.of(source)
+    how = load_instructions.of(source)
     if how.plain:
         return "load it with transformers: from_pretrained({!r})"
-    return f"{how.sentence} pipelines.compression.load.load_model(Path({{!r}})) in this checkout"
+    return f"{how.sentence} pipelines.modelio.load.load_model(Path({{!r}})) in this checkout"
 
 
 def _gguf(source: Artifact, building: Path, precision: str) -> str:
@@ -122,10 +122,10 @@ def _left_out(source: Artifact, file_format: str, precision: str, *, allowed: bo
     """
     if file_format == "hf" or "compression.json" not in source.manifest.files:
         return ""
-    from pipelines.deploy import left_out, torchao
+    from pipelines.deploy import torchao, unsupported
 
     says = functools.partial(torchao.says, precision=precision if file_format == "torchao" else "")
-    return left_out.refuse(left_out.of(source.path / "model", says), file_format, allowed=allowed)
+    return unsupported.refuse(unsupported.of(source.path / "model", says), file_format, allowed=allowed)
 
 
 def _remove(path: Path) -> None:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from numpy.typing import NDArray
 
-from pipelines.compression.folder import WeightReader
-from pipelines.errors import ConfigError
+from pipelines.core.errors import ConfigError
+from pipelines.modelio.folder import WeightReader
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter

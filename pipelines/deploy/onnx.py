@@ -21,9 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipelines.compression.folder import copy_companions
-from pipelines.compression.load import load_model
-from pipelines.errors import ConfigError
+from pipelines.core.errors import ConfigError
+from pipelines.modelio.folder import copy_companions
+from pipelines.modelio.load import load_model
 
 Precision = Literal["fp32", "int8"]
 MODEL = "model.onnx"

@@ -24,11 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.compression import rtn
-from models.compression.activations import InputPacked
 from models.compression.base import Packed, Statistics
-from models.compression.grid import IntPacked
-from pipelines.compression import skeleton, walk
-from pipelines.compression.folder import WeightReader, copy_companions, write_json
+from models.compression.formats.int_grid import IntPacked
+from models.compression.formats.quantized_input import InputPacked
+from pipelines.compression import sequential
+from pipelines.modelio import meta_init
+from pipelines.modelio.folder import WeightReader, copy_companions, write_json
 
 Precision = Literal["int8", "int8-dynamic", "int4"]
 GROUP = 32
@@ -48,8 +49,8 @@ def write(model: Path, target: Path, precision: Precision = "int8") -> dict[str,
     """
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
-    plain, reader = skeleton.build(model), WeightReader(model)
-    names, packed = walk.targets(plain, ()), set(reader.modules())
+    plain, reader = meta_init.build(model), WeightReader(model)
+    names, packed = sequential.targets(plain, ()), set(reader.modules())
     state: dict[str, Tensor] = {}
     used = {"taken over": 0, "rounded": 0}
     for name in reader.names():

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.evaluation import heldout, ngram
+from pipelines.evaluation import ngram
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.heldout import Heldout
 from pipelines.evaluation.ngram import WittenBell
+from pipelines.measure import heldout
+from pipelines.measure.heldout import Heldout
 
 _ORDERS = {"order1": 1, "order2": 2, "order3": 3}
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipelines.settings import NOT_IDENTITY, Settings
+from pipelines.core.settings import NOT_IDENTITY, Settings
 
 TaskName = Literal["next_line", "cloze", "addition"]
 BaselineName = Literal["gzip", "xz", "order1", "order2", "order3", "unigram"]

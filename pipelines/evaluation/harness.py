@@ -21,11 +21,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import hash_string
 
-from pipelines import quiet
-from pipelines.errors import NumericError
-from pipelines.evaluation.scoring import Scorer, negative_log_likelihood
+from pipelines.core import progress_bars
+from pipelines.core.errors import NumericError
 from pipelines.evaluation.tasks import Task
-from pipelines.evaluation.windows import Batch
+from pipelines.measure.scoring import Scorer, negative_log_likelihood
+from pipelines.measure.windows import Batch
 
 VERSION: str = lm_eval.__version__
 _RUNNING = threading.Lock()
@@ -114,7 +114,7 @@ def _quietly() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        with quiet.bars():
+        with progress_bars.bars():
             yield
     finally:
         logger.setLevel(level)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.evaluation.heldout import Document
+from pipelines.measure.heldout import Document
 
 Item = dict[str, Any]
 CHOICES = 4

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import TransientError
+from pipelines.core.errors import TransientError
+from pipelines.core.provenance import CHECKOUT
 from pipelines.evaluation.config import LatencyConfig
-from pipelines.provenance import CHECKOUT
 
 _GUARD = CHECKOUT / "pipelines" / "guard.py"
 
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from pipelines.evaluation import scoring
+    from pipelines.measure import scoring
 
     libraries = peak_memory()
     started = time.perf_counter()

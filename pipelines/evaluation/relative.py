@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.evaluation import comparison
-from pipelines.evaluation.heldout import Heldout
+from pipelines.measure import intervals
+from pipelines.measure.heldout import Heldout
 
 if TYPE_CHECKING:
-    from pipelines.evaluation.scoring import Scorer
+    from pipelines.measure.scoring import Scorer
 
 Floats = NDArray[np.float64]
 MAX_ANCHORS, MAX_DOCUMENTS = 64, 512
@@ -87,8 +87,8 @@ def _common(one_QK: NDArray[np.int64], other_QK: NDArray[np.int64]) -> Floats:
     return np.array([len(np.intersect1d(a, b)) / len(a) for a, b in zip(one_QK, other_QK, strict=True)])
 
 
-def _mean(values_Q: Floats, options: dict[str, Any]) -> comparison.Interval:
-    return comparison.bootstrap(lambda total, count: total / count, (values_Q, np.ones_like(values_Q)), **options)
+def _mean(values_Q: Floats, options: dict[str, Any]) -> intervals.Interval:
+    return intervals.bootstrap(lambda total, count: total / count, (values_Q, np.ones_like(values_Q)), **options)
 
 
 def _unit(x: Floats) -> Floats:

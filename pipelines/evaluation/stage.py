@@ -25,14 +25,15 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from pipelines.artifact import Artifact
-from pipelines.errors import ConfigError
-from pipelines.evaluation import baselines, comparison, heldout, probe, relative, scoring, tasks, windows
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError
+from pipelines.core.stage import Progress, StageContext, Summary
+from pipelines.evaluation import baselines, probe, relative, tasks
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.heldout import Heldout
-from pipelines.evaluation.scoring import Family, Scorer
-from pipelines.evaluation.windows import Batch
-from pipelines.stage import Progress, StageContext, Summary
+from pipelines.measure import heldout, intervals, scoring, windows
+from pipelines.measure.heldout import Heldout
+from pipelines.measure.scoring import Family, Scorer
+from pipelines.measure.windows import Batch
 
 RELATIVE = "relative.npy"
 _PROBING = threading.Lock()
@@ -123,7 +124,7 @@ def _headline(
     return {
         "format": 1,
         "family": scorer.family,
-        "bits_per_byte": comparison.bits_per_byte(nats, plan.sizes, **_bootstrap(config)).to_json(),
+        "bits_per_byte": intervals.bits_per_byte(nats, plan.sizes, **_bootstrap(config)).to_json(),
         "bits_per_token": float(nats.sum()) / (scored * math.log(2.0)),
         "scored_tokens": scored,
         "scored_bytes": int(plan.sizes.sum()),
@@ -190,10 +191,10 @@ def _versus_parent(
     parent_size = evaluated.read_json("evaluation.json")["size_bytes"]
     model = inputs["model"].path / "model"
     result: dict[str, Any] = {
-        "bits_per_byte_ratio": comparison.paired_ratio(nats, parent_nats, plan.sizes, **_bootstrap(config)).to_json(),
+        "bits_per_byte_ratio": intervals.paired_ratio(nats, parent_nats, plan.sizes, **_bootstrap(config)).to_json(),
         "size_ratio": _bytes_of(model, "*") / parent_size,
         "task_accuracy_difference": {
-            name: comparison.paired_difference(correct, parent_outcomes[name], **_bootstrap(config)).to_json()
+            name: intervals.paired_difference(correct, parent_outcomes[name], **_bootstrap(config)).to_json()
             for name, correct in outcomes.items()
             if name in parent_outcomes
         },

@@ -19,8 +19,8 @@ import yaml
 
 from pipelines.evaluation import items
 from pipelines.evaluation.config import TaskConfig
-from pipelines.evaluation.heldout import Document
 from pipelines.evaluation.items import CHOICES, Item
+from pipelines.measure.heldout import Document
 
 _VERSION = 1.0
 _HEADER = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pipelines.settings import NOT_IDENTITY, Settings
+from pipelines.core.settings import NOT_IDENTITY, Settings
 
 
 class FetchConfig(Settings):

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.artifact import Artifact
-from pipelines.errors import GateRefused
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import GateRefused
 
 EVIDENCE_FILE = "evidence.json"
 NATS_FILE = "document_nats.npy"

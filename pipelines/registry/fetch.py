@@ -11,25 +11,25 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipelines.artifact import Artifact
-from pipelines.errors import IntegrityError
-from pipelines.registry import source
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import IntegrityError
+from pipelines.core.stage import StageContext, Summary
+from pipelines.registry import initial_weights
 from pipelines.registry.config import FetchConfig
 from pipelines.registry.package import MODEL_FOLDER
-from pipelines.stage import StageContext, Summary
 from pipelines.tracking.config import TrackingConfig
 
 
 def run(config: FetchConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:  # noqa: ARG001 - it has none
-    """Copy the model folder into the artifact; see `pipelines.stage`.
+    """Copy the model folder into the artifact; see `pipelines.core.stage`.
 
     Raises:
         IntegrityError: the weights are no longer those that the plan was made for.
         ConfigError: the model is gone.
     """
     known = {name: value for name, value in context.tracking.items() if name in TrackingConfig.model_fields}
-    with source.opened(config.place, TrackingConfig.model_validate(known), context.store) as folder:
-        if (found := source.folder_digest(folder)) != config.weights:
+    with initial_weights.opened(config.place, TrackingConfig.model_validate(known), context.store) as folder:
+        if (found := initial_weights.folder_digest(folder)) != config.weights:
             raise IntegrityError(
                 f"{config.place} holds weights {found[:16]}, the plan was made for {config.weights[:16]}",
                 hint="its files were changed; run again to plan with what is there now",
@@ -45,7 +45,7 @@ def run(config: FetchConfig, inputs: Mapping[str, Artifact], out_dir: Path, cont
 
 def copy_dense(folder: Path, target: Path) -> bool:
     """Copy a model folder, with dense weights whatever the layout that stores them; tell whether they were packed."""
-    from pipelines.compression.folder import WeightReader, WeightWriter, copy_companions, read_record
+    from pipelines.modelio.folder import WeightReader, WeightWriter, copy_companions, read_record
 
     copy_companions(folder, target)
     if read_record(folder) is None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.evaluation import relative
-from pipelines.evaluation.comparison import Interval, paired_difference, paired_ratio
+from pipelines.measure.intervals import Interval, paired_difference, paired_ratio
 from pipelines.registry.config import PromoteConfig
 from pipelines.registry.evidence import PARENT, Evidence, footprint
 

@@ -19,8 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipelines.artifact import MANIFEST, Artifact
-from pipelines.errors import IntegrityError
+from pipelines.core.artifact import MANIFEST, Artifact
+from pipelines.core.errors import IntegrityError
 from pipelines.registry import evidence as evidence_of
 from pipelines.registry.evidence import Evidence
 

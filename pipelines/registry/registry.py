@@ -16,12 +16,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import fingerprint
-from pipelines.errors import ConfigError, IntegrityError
-from pipelines.faults import fault_point
-from pipelines.redaction import redact
-from pipelines.registry import alone, champions, listing
+from pipelines.core import fingerprint
+from pipelines.core.errors import ConfigError, IntegrityError
+from pipelines.core.fault_injection import fault_point
+from pipelines.core.redaction import redact
 from pipelines.registry import evidence as evidence_of
+from pipelines.registry import history, listing, registry_lock
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.package import MODEL_FOLDER, OURS
 from pipelines.tracking.client import connect, experiment_id, reachable
@@ -57,11 +57,11 @@ class Registry:
     def champion(self) -> ModelVersion | None:
         """Return the version that the alias `champion` names, and note in the history when others moved it."""
         found = self._by_alias(CHAMPION)
-        known = champions.champion(self.store_root, self.model)
+        known = history.champion(self.store_root, self.model)
         version = str(found.version) if found is not None else None
         if version != (known["version"] if known else None):
             tags = found.tags if found is not None else {}
-            self._note(champions.OBSERVED, version, _moved_by(tags), tags)
+            self._note(history.OBSERVED, version, _moved_by(tags), tags)
         return found
 
     def evidence(self, version: ModelVersion) -> Evidence:
@@ -154,16 +154,16 @@ class Registry:
             self._client.set_registered_model_alias(self.model, CHAMPION, number)
         fault_point("promote.after_alias")
         self.release(CHALLENGER, number)
-        known = champions.champion(self.store_root, self.model)
-        if known is None or known["version"] != number or known["action"] == champions.OBSERVED:
-            self._note(champions.PROMOTE, number, why, version.tags, previous=holder, **signed, **facts)
+        known = history.champion(self.store_root, self.model)
+        if known is None or known["version"] != number or known["action"] == history.OBSERVED:
+            self._note(history.PROMOTE, number, why, version.tags, previous=holder, **signed, **facts)
         return True
 
     def note_registered(self, version: ModelVersion) -> None:
         """Write a version that did not become champion into the history, once."""
         number = str(version.version)
-        if all(record["version"] != number for record in champions.read(self.store_root, self.model)):
-            self._note(champions.REGISTERED, number, "child within budget", version.tags)
+        if all(record["version"] != number for record in history.read(self.store_root, self.model)):
+            self._note(history.REGISTERED, number, "child within budget", version.tags)
 
     def challenge(self, version: ModelVersion) -> None:
         """Name a version the challenger: registered, under examination, not champion."""
@@ -176,14 +176,14 @@ class Registry:
         if named is not None and str(named.version) == number:
             self._client.delete_registered_model_alias(self.model, alias)
 
-    def rollback(self, why: str) -> champions.Record:
+    def rollback(self, why: str) -> history.Record:
         """Give the title back to the champion before the present one.
 
         Raises:
             ConfigError: there was none before.
         """
         current = self.champion()
-        standing = champions.line(self.store_root, self.model)
+        standing = history.line(self.store_root, self.model)
         if current is None or len(standing) < 2:
             raise ConfigError(
                 f"{self.model} has no earlier champion to go back to", hint="`ingot list models` shows its versions"
@@ -194,7 +194,7 @@ class Registry:
         why = why or f"rollback from version {before}"
         signed = self._sign(number, why)
         self._client.set_registered_model_alias(self.model, CHAMPION, number)
-        return self._note(champions.ROLLBACK, number, why, tags, previous=before, **signed)
+        return self._note(history.ROLLBACK, number, why, tags, previous=before, **signed)
 
     def run_for(self, facts: Evidence, experiment: str) -> str:
         """Return the MLflow run that carries a model's files when tracking names none."""
@@ -221,7 +221,7 @@ class Registry:
 
     def _sign(self, number: str, why: str) -> dict[str, str]:
         """Tag a version with who gives it the title, when and why: other stores see the registry, not our history."""
-        signature = champions.signature()
+        signature = history.signature()
         text = json.dumps(signature | {"why": redact(why)}, sort_keys=True)
         self._client.set_model_version_tag(self.model, number, _CROWNED, text)
         return signature
@@ -256,7 +256,7 @@ class Registry:
 
     def _note(
         self, action: str, version: str | None, why: str, tags: Mapping[str, str], **facts: Any
-    ) -> champions.Record:
+    ) -> history.Record:
         about: dict[str, Any] = {
             name: tags[name] for name in ("fingerprint", "digest", "base", "method", "bits") if name in tags
         }
@@ -264,7 +264,7 @@ class Registry:
             about["bits_per_byte"] = float(tags["bits_per_byte"])
         if redact(self._uri) == self._uri:
             about["tracking_uri"] = self._uri
-        return champions.append(self.store_root, self.model, action, version=version, why=redact(why), **about, **facts)
+        return history.append(self.store_root, self.model, action, version=version, why=redact(why), **about, **facts)
 
 
 def _moved_by(tags: Mapping[str, str]) -> str:
@@ -292,13 +292,13 @@ def opened(config: TrackingConfig, store_root: Path, model: str) -> Iterator[tup
     uri = resolve_uri(config, store_root)
     with (
         reachable(uri, what=f"registered model {model}"),
-        alone.hold(uri, store_root, model, wait_s=_LEASE_WAIT_S),
+        registry_lock.hold(uri, store_root, model, wait_s=_LEASE_WAIT_S),
     ):
         client = connect(config, store_root)
         yield Registry(client, uri, model, store_root), experiment_id(client, config, store_root)
 
 
-def rollback(store_root: Path, model: str, *, config: TrackingConfig | None = None, why: str = "") -> champions.Record:
+def rollback(store_root: Path, model: str, *, config: TrackingConfig | None = None, why: str = "") -> history.Record:
     """Restore the previous champion of a registered model, and return the line written to the history.
 
     Args:
@@ -317,7 +317,7 @@ def rollback(store_root: Path, model: str, *, config: TrackingConfig | None = No
 
 def where(store_root: Path, model: str) -> TrackingConfig:
     """Return the MLflow that a model was last registered with; the environment's and the store's own come after."""
-    records = [record for record in champions.read(store_root, model) if "tracking_uri" in record]
+    records = [record for record in history.read(store_root, model) if "tracking_uri" in record]
     if records and "MLFLOW_TRACKING_URI" not in os.environ:
         return TrackingConfig(uri=records[-1]["tracking_uri"])
     return TrackingConfig()
@@ -325,5 +325,5 @@ def where(store_root: Path, model: str) -> TrackingConfig:
 
 def list_models(store_root: Path, config: TrackingConfig | None = None) -> list[dict[str, Any]]:
     """Return one row per version of every registered model; see `listing.rows`."""
-    known = champions.models(store_root)
+    known = history.models(store_root)
     return listing.rows(config or (where(store_root, known[-1]) if known else TrackingConfig()), store_root)

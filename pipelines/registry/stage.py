@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines import provenance
-from pipelines.artifact import Artifact
-from pipelines.errors import GateRefused
-from pipelines.redaction import redact
-from pipelines.registry import card, champions, evidence, gate, package
+from pipelines.core import provenance
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import GateRefused
+from pipelines.core.redaction import redact
+from pipelines.core.stage import Progress, StageContext, Summary
+from pipelines.registry import evidence, gate, history, model_card, package
 from pipelines.registry.config import PromoteConfig
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.gate import Decision
 from pipelines.registry.registry import CHALLENGER, Registry, opened
-from pipelines.stage import Progress, StageContext, Summary
 from pipelines.tracking.config import TrackingConfig
 
 DECISION = "decision.json"
@@ -49,7 +49,7 @@ def run(config: PromoteConfig, inputs: Mapping[str, Artifact], out_dir: Path, co
             holder = registry.champion()
             champion = registry.evidence(holder) if holder is not None and "fingerprint" in holder.tags else None
             decision = gate.decide(candidate, models, champion, config)
-            text = card.render(candidate, models, inputs, decision, config)
+            text = model_card.render(candidate, models, inputs, decision, config)
             _write(decision, passed_over, text, out_dir)
             if not decision.accepted:
                 _refuse(decision, registry, candidate)
@@ -60,7 +60,7 @@ def run(config: PromoteConfig, inputs: Mapping[str, Artifact], out_dir: Path, co
             crowned = registry.crown(version, decision.rule, facts, over=holder)
         if config.register_children:
             for child in gate.within_budget(models, config):
-                extra = job.register(child, card.render(child, models, inputs, decision, config))
+                extra = job.register(child, model_card.render(child, models, inputs, decision, config))
                 registry.release(CHALLENGER, str(extra.version))
                 registry.note_registered(extra)
     return {
@@ -136,10 +136,10 @@ def _refuse(decision: Decision, registry: Registry, candidate: Evidence) -> None
     broken = ", ".join(decision.broken)
     if (known := registry.find(candidate)) is not None:
         registry.release(CHALLENGER, str(known.version))
-    champions.append(
+    history.append(
         registry.store_root,
         registry.model,
-        champions.REFUSED,
+        history.REFUSED,
         version=None,
         why=redact(f"{decision.rule}: {broken}"),
         fingerprint=candidate.fingerprint,

@@ -13,8 +13,8 @@ from typing import Any
 
 import jinja2
 
-from pipelines.artifact import Artifact, write_text
-from pipelines.evaluation import comparison
+from pipelines.core.artifact import Artifact, write_text
+from pipelines.measure import intervals
 from pipelines.report import axes, compression, sections
 
 _TEMPLATE = "report.html.j2"
@@ -34,12 +34,12 @@ def write(run_record: dict[str, Any], artifacts: Mapping[str, Artifact], path: P
 def write_pareto(run_record: Mapping[str, Any], artifacts: Mapping[str, Artifact], path: Path) -> bool:
     """Write the children of a run by method and bits as JSON rows; return whether there are any."""
     evaluations = {
-        name.removeprefix("evaluate."): comparison.read(found.path)
+        name.removeprefix("evaluate."): intervals.read(found.path)
         for name, found in artifacts.items()
         if name.startswith("evaluate.")
     }
     tokens = compression.counted_tokens(run_record, artifacts)
-    children = compression.rows(comparison.table(evaluations), artifacts, tokens)
+    children = compression.rows(intervals.table(evaluations), artifacts, tokens)
     if children:
         write_text(path, json.dumps(children, indent=1) + "\n")
     return bool(children)

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from pipelines.artifact import Artifact
-from pipelines.compression import loading
+from pipelines.core.artifact import Artifact
+from pipelines.modelio import load_instructions
 from pipelines.report import axes, pareto
 from pipelines.report.charts import Axis
 
@@ -30,7 +30,7 @@ def counted_tokens(record: Mapping[str, Any], artifacts: Mapping[str, Artifact])
     `promote.cache_tokens`, as at the gate; where that is 0 and a child codes its cache, `CACHE_TOKENS`, else none.
     """
     promote = (record.get("config") or {}).get("promote") or {}
-    coded = any(node.startswith(_COMPRESS) and loading.of(found).cache for node, found in artifacts.items())
+    coded = any(node.startswith(_COMPRESS) and load_instructions.of(found).cache for node, found in artifacts.items())
     return int(promote.get("cache_tokens") or (CACHE_TOKENS if coded else 0))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from pipelines.artifact import Artifact
+from pipelines.core.artifact import Artifact
 
 CORPUS = "corpus"
 SHORT = 12

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipelines.artifact import Artifact
-from pipelines.evaluation import comparison
-from pipelines.redaction import redact, redact_value
+from pipelines.core.artifact import Artifact
+from pipelines.core.redaction import redact, redact_value
+from pipelines.measure import intervals
 from pipelines.report import axes, charts, compression, lineage, pareto
 from pipelines.report.charts import Axis, Series
 
@@ -21,7 +21,7 @@ def page(record: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> Facts:
     """Return everything that the template shows; a section that the run did not reach is None."""
     evaluations = _evaluations(artifacts)
     gate = _gate(record, artifacts.get("promote"))
-    rows, tokens = comparison.table(evaluations), compression.counted_tokens(record, artifacts)
+    rows, tokens = intervals.table(evaluations), compression.counted_tokens(record, artifacts)
     return {
         "run": {**record, "error": redact(record.get("error") or ""), "overrides": [*map(redact, record["overrides"])]},
         "headline": _headline(record, rows, gate),
@@ -214,7 +214,7 @@ def _splits(report: Facts, index: Facts) -> list[Facts]:
 def _evaluations(artifacts: Mapping[str, Artifact]) -> dict[str, Facts]:
     """Return name -> evaluation, the parent first."""
     found = {
-        name.removeprefix(_EVALUATE): comparison.read(artifact.path)
+        name.removeprefix(_EVALUATE): intervals.read(artifact.path)
         for name, artifact in artifacts.items()
         if name.startswith(_EVALUATE)
     }

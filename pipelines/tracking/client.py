@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines import lease
-from pipelines.errors import ConfigError, IngotError, TransientError
-from pipelines.redaction import redact
+from pipelines.core import lock
+from pipelines.core.errors import ConfigError, IngotError, TransientError
+from pipelines.core.redaction import redact
 from pipelines.tracking.config import TrackingConfig, artifact_root, resolve_uri
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def connect(config: TrackingConfig, store_root: Path) -> MlflowClient:
     if not uri.startswith("sqlite:"):
         return MlflowClient(uri, uri)
     Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    with lease.hold(lease_folder(uri, store_root) / "mlflow.lock", what="MLflow's database", wait_s=MIGRATION_WAIT_S):
+    with lock.hold(lease_folder(uri, store_root) / "mlflow.lock", what="MLflow's database", wait_s=MIGRATION_WAIT_S):
         client = MlflowClient(uri, uri)
         client.get_experiment("0")
     return client

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from pipelines.settings import NOT_IDENTITY, Settings
+from pipelines.core.settings import NOT_IDENTITY, Settings
 
 _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 

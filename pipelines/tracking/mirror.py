@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import artifact
-from pipelines.artifact import Artifact
-from pipelines.errors import IntegrityError
-from pipelines.redaction import redact
+from pipelines.core import artifact
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import IntegrityError
+from pipelines.core.redaction import redact
 from pipelines.tracking.params import flatten
 from pipelines.tracking.points import Point, numbers, points_of, read_metrics
 from pipelines.tracking.record import StageRecord, TrackingRecord

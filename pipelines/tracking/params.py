@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipelines.redaction import redact_value
+from pipelines.core.redaction import redact_value
 
 KEY_LIMIT = 250
 VALUE_LIMIT = 6000

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipelines.artifact import write_text
+from pipelines.core.artifact import write_text
 
 RECORD = "tracking.json"
 

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines import lease
-from pipelines.artifact import Artifact
-from pipelines.errors import LockedError, Preempted
-from pipelines.provenance import git_commit
-from pipelines.redaction import redact
-from pipelines.stage import Progress
+from pipelines.core import lock
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import LockedError, Preempted
+from pipelines.core.provenance import git_commit
+from pipelines.core.redaction import redact
+from pipelines.core.stage import Progress
 from pipelines.tracking import record as records
 from pipelines.tracking.config import TrackingConfig, resolve_uri
 from pipelines.tracking.feeder import Feeder
@@ -277,7 +277,7 @@ def open_session(
 def lease_of(store_root: Path, run_id: str) -> contextlib.AbstractContextManager[None]:
     """Return the right to mirror a run: one process at a time has it."""
     path = records.path_of(store_root, run_id).with_suffix(".lock")
-    return lease.hold(path, what=f"the tracking of run {run_id}", wait_s=0)
+    return lock.hold(path, what=f"the tracking of run {run_id}", wait_s=0)
 
 
 def _inherit(record: TrackingRecord, store_root: Path) -> None:

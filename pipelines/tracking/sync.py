@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.errors import LockedError, TransientError
+from pipelines.core.errors import LockedError, TransientError
 from pipelines.tracking import record as records
 from pipelines.tracking.client import connect, experiment_id, reachable
 from pipelines.tracking.config import TrackingConfig, resolve_uri

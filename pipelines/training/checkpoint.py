@@ -26,15 +26,15 @@ from typing import Any
 import torch
 from torch import distributed
 
-from models.optim.fragments import FragmentOptimizer
-from pipelines import artifact, fingerprint, space
-from pipelines.artifact import Artifact, FileRecord, Manifest
-from pipelines.errors import ConfigError, IngotError, IntegrityError, TransientError
-from pipelines.faults import fault_point
-from pipelines.launch import beat
-from pipelines.training import shards, snapshot
-from pipelines.training.ranks import Ranks
-from pipelines.training.shards import MASTER
+from models.optim.sharded_optimizer import FragmentOptimizer
+from pipelines.core import artifact, disk, fingerprint
+from pipelines.core.artifact import Artifact, FileRecord, Manifest
+from pipelines.core.errors import ConfigError, IngotError, IntegrityError, TransientError
+from pipelines.core.fault_injection import fault_point
+from pipelines.core.launcher import beat
+from pipelines.training import checkpoint_io, snapshot
+from pipelines.training.checkpoint_io import MASTER
+from pipelines.training.distributed import Ranks
 from pipelines.training.snapshot import STATE, Snapshot
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class Checkpoints:
     def _write_share(self, job: _Save) -> None:
         build, rank = self._build(job.held.step), job.ranks.rank
         path = build / f"rank-{rank:05d}.safetensors"
-        record = shards.write(path, job.held.tensors)
+        record = checkpoint_io.write(path, job.held.tensors)
         spans = [(piece.name, piece.start, piece.numel) for piece in job.held.tensors if piece.kind == MASTER]
         note = {"file": path.name, "record": record.model_dump(), "spans": spans}
         artifact.write_text(_note(build, rank), json.dumps(note))
@@ -190,7 +190,7 @@ class Checkpoints:
         fault_point("checkpoint.after_shards", step=job.held.step, path=build)
         notes = [json.loads(_note(build, rank).read_text(encoding="utf-8")) for rank in range(job.held.writers)]
         spans = [tuple(span) for note in notes for span in note["spans"]]
-        if gaps := list(shards.uncovered(job.held.shapes, spans)):
+        if gaps := list(checkpoint_io.uncovered(job.held.shapes, spans)):
             raise IngotError("the ranks do not hold every weight exactly once: " + "; ".join(gaps[:3]))
         for rank in range(job.held.writers):
             _note(build, rank).unlink()
@@ -224,7 +224,7 @@ class Checkpoints:
         while job.thread.is_alive():
             beat()
             job.thread.join(_BEAT_S)
-        full = space.is_full(job.error)
+        full = disk.is_full(job.error)
         failed = job.ranks.gathered(float(job.error is not None))
         without_space, needed = job.ranks.summed(
             [float(full), float(job.held.bytes if job.ranks.rank < job.held.writers else 0)]

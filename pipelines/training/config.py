@@ -12,7 +12,7 @@ from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_v
 
 from models import processes
 from models.architectures.config import PRESETS, ArchitectureConfig, Family, Shape, preset
-from pipelines.settings import ELASTIC, NOT_IDENTITY, Settings
+from pipelines.core.settings import ELASTIC, NOT_IDENTITY, Settings
 
 _REGISTERED = re.compile(r"models:/[^/@:]+(?:@[^/@:]+|/\d+)")
 _DEFAULT_LR = {"lamb": 2e-2, "adamw": 3e-3, "lars": 2e-2}

@@ -21,11 +21,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from models.optim.fragments import FragmentOptimizer, StepRecord
-from pipelines.errors import ConfigError
+from models.optim.sharded_optimizer import FragmentOptimizer, StepRecord
+from pipelines.core.errors import ConfigError
 from pipelines.training.config import PretrainConfig
+from pipelines.training.distributed import Ranks
 from pipelines.training.objectives import Batch, Objective
-from pipelines.training.ranks import Ranks
 
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], FragmentOptimizer]
 
@@ -94,15 +94,15 @@ class DeepSpeedEngine:
 
     def __init__(self, objective: Objective, make: MakeOptimizer, config: PretrainConfig, device: torch.device) -> None:
         os.environ.setdefault("DS_ACCELERATOR", device.type)
-        from pipelines.training import fragments
+        from pipelines.training import zero_binding
 
-        self._fragments = fragments
+        self._fragments = zero_binding
         self.optimizer = make(_named(objective))
         self._engine = prepare(objective, self.optimizer, config)
         self.objective = self._engine.module
         self.ranks = Ranks.current(device)
         check(self._engine, self.ranks, config)
-        fragments.attach(self._engine)
+        zero_binding.attach(self._engine)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the summed nats of a micro batch."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipelines import artifact
+from pipelines.core import artifact
 
 Record = dict[str, Any]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from models.architectures import predict
 from models.architectures.predict import IGNORED
 from pipelines.training.config import MaskingConfig
-from pipelines.training.sampler import Ids, philox
+from pipelines.training.data_order import Ids, philox
 
 VALIDATION_EPOCH = 2**32 - 1
 """The epoch whose masks validation uses, every time the same."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from models.optim import schedule
-from pipelines.errors import ConfigError
+from pipelines.core.errors import ConfigError
 from pipelines.training.config import LrScaling, PhaseConfig, PretrainConfig, ScheduleConfig
 
 

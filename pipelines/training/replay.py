@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from models.architectures.naming import group_of
-from pipelines.errors import ConfigError, IngotError
-from pipelines.training import phases, spikes, worker
+from pipelines.core.errors import ConfigError, IngotError
+from pipelines.training import loss_spikes, phases, worker
 from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.config import SpikeConfig
 from pipelines.training.engine import Engine
-from pipelines.training.job import Job
-from pipelines.training.loop import Journal, State, Trainer
+from pipelines.training.trainer import Journal, State, Trainer
+from pipelines.training.worker_spec import Job
 
 
 @dataclass
@@ -161,7 +161,7 @@ def _restored(job: Job, step: int) -> Trainer:
     if step or step in checkpoints.steps():
         state = State(**checkpoints.load(step, engine.optimizer))
         engine.publish_weights()
-    state.rollbacks = max(state.rollbacks, spikes.read(job.rollbacks), key=len)
+    state.rollbacks = max(state.rollbacks, loss_spikes.read(job.rollbacks), key=len)
     trainer = worker.make_trainer(job, architecture, engine, None, state, Journal(), lambda: False, 1.0)
     if state.active is not None:
         trainer.activate(state.active)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from models.architectures.config import ArchitectureConfig, count_parameters
-from pipelines import space
+from pipelines.core import disk
 from pipelines.training.config import PretrainConfig
-from pipelines.training.job import Job
+from pipelines.training.worker_spec import Job
 
 _FLOAT = 4
 _MOMENTS = {"lamb": 2, "adamw": 2, "lars": 1}
@@ -37,6 +37,6 @@ def check(job: Job) -> None:
     """
     architecture = job.config.architecture(job.index)
     needed, one = needed_bytes(job.config, architecture), checkpoint_bytes(job.config, architecture)
-    if needed > space.free(job.work) + space.size_of(job.work):
+    if needed > disk.free(job.work) + disk.size_of(job.work):
         kept = f"{job.config.checkpoint.keep} are kept and one more is written, {one} bytes each"
-        raise space.full("the checkpoints and the model", job.work, f"{kept}; {needed} bytes are needed in all")
+        raise disk.full("the checkpoints and the model", job.work, f"{kept}; {needed} bytes are needed in all")

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from models.optim.fragments import FragmentOptimizer
-from pipelines import fingerprint
-from pipelines.artifact import Artifact
-from pipelines.errors import IntegrityError
-from pipelines.training import shards
-from pipelines.training.ranks import Ranks
-from pipelines.training.shards import MASTER, Piece
+from models.optim.sharded_optimizer import FragmentOptimizer
+from pipelines.core import fingerprint
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import IntegrityError
+from pipelines.training import checkpoint_io
+from pipelines.training.checkpoint_io import MASTER, Piece
+from pipelines.training.distributed import Ranks
 
 STATE = "state.json"
 FORMAT = 1
@@ -64,7 +64,7 @@ def restore(found: Artifact, optimizer: FragmentOptimizer) -> dict[str, Any]:
         raise IntegrityError(f"{found.path} has format {content['format']}; this checkout reads {FORMAT}")
     _refuse_other_model(found, content["shapes"], optimizer.layout.shapes)
     files = [found.path / name for name in sorted(found.manifest.files) if name.endswith(".safetensors")]
-    with shards.Reader(files) as reader:
+    with checkpoint_io.Reader(files) as reader:
         empty = []
         for fragment in optimizer.fragments:
             where = (fragment.start, fragment.numel)

@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from models.architectures.config import ArchitectureConfig
-from pipelines import artifact
-from pipelines.artifact import Artifact
-from pipelines.errors import ConfigError
-from pipelines.launch import launch
-from pipelines.stage import Progress, StageContext, Summary
+from pipelines.core import artifact
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError
+from pipelines.core.launcher import launch
+from pipelines.core.stage import Progress, StageContext, Summary
 from pipelines.training import phases, room
 from pipelines.training.config import PretrainConfig
-from pipelines.training.job import Job
 from pipelines.training.metrics import Record, Tail
+from pipelines.training.worker_spec import Job
 
 _FOLLOW_S = 0.25
 """Seconds between looks at the metrics file."""
 
 
 def run(config: PretrainConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
-    """Train the model and lay out the artifact; see `pipelines.stage`.
+    """Train the model and lay out the artifact; see `pipelines.core.stage`.
 
     Raises:
         ConfigError: the model cannot be built for this tokenizer, or the device is not there.
@@ -123,9 +123,9 @@ def progress(record: Record, total: int, node: str, seconds_per_step: float | No
 def _checked_start(architecture: ArchitectureConfig, fetched: Artifact | None, prepared: Artifact) -> Path | None:
     if fetched is None:
         return None
-    from pipelines.training import start
+    from pipelines.training import init_weights
 
-    start.check(architecture, fetched.path / "model", prepared.path / "tokenizer")
+    init_weights.check(architecture, fetched.path / "model", prepared.path / "tokenizer")
     return fetched.path / "model"
 
 

@@ -1,4 +1,4 @@
-"""One rank of a pretraining: `python -m pipelines.training.worker JOB.json`, started by `pipelines.launch`.
+"""One rank of a pretraining: `python -m pipelines.training.worker JOB.json`, started by `pipelines.core.launcher`.
 
 Ends with the exit code of the error that stopped it, 0 when the model is written, 75 when it was asked to stop.
 """
@@ -22,23 +22,23 @@ from torch import distributed
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig, count_parameters, flops_per_token
 from models.optim import lisa
-from pipelines import artifact, space
+from pipelines.compression.qat_objective import ProgramObjective, student
+from pipelines.core import artifact, disk
+from pipelines.core.errors import IngotError, NumericError, Preempted
+from pipelines.core.launcher import beat
 from pipelines.data.shards import ShardReader
-from pipelines.errors import IngotError, NumericError, Preempted
-from pipelines.launch import beat
 from pipelines.training import engine as engines
-from pipelines.training import export, phases, spikes, start
+from pipelines.training import init_weights, loss_spikes, model_export, phases
 from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.config import PretrainConfig
-from pipelines.training.feed import Feed
-from pipelines.training.job import Job
-from pipelines.training.loop import Journal, Saves, State, Trainer, Work
+from pipelines.training.data_loader import Feed
+from pipelines.training.distributed import Ranks
 from pipelines.training.metrics import MetricsLog, read_records
 from pipelines.training.objectives import CausalTask, MaskedTask, Objective, Task
-from pipelines.training.program import ProgramObjective, student
-from pipelines.training.ranks import Ranks
+from pipelines.training.optimizers import make_optimizer
 from pipelines.training.throughput import Peak, peak
-from pipelines.training.updates import make_optimizer
+from pipelines.training.trainer import Journal, Saves, State, Trainer, Work
+from pipelines.training.worker_spec import Job
 
 
 class StopRequest:
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
     stop = StopRequest()
     stop.install()
     try:
-        with space.explained("what the training writes", job.work):
+        with disk.explained("what the training writes", job.work):
             pretrain(job, stop)
     except IngotError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -99,7 +99,7 @@ def pretrain(job: Job, stop: StopRequest) -> None:
     if saved is not None:
         engine.publish_weights()
     state = State() if saved is None else State(**saved)
-    state.rollbacks = max(state.rollbacks, spikes.read(job.rollbacks), key=len)
+    state.rollbacks = max(state.rollbacks, loss_spikes.read(job.rollbacks), key=len)
     own = peak(device, config.precision)
     try:
         with contextlib.closing(_open_journal(job, state, ranks)) as journal:
@@ -111,7 +111,7 @@ def pretrain(job: Job, stop: StopRequest) -> None:
         raise
     checkpoints.finish()
     norms.append(lisa.layer_norms(engine.optimizer.weight_norms()))
-    weights = export.gather_weights(engine.optimizer, ranks)
+    weights = model_export.gather_weights(engine.optimizer, ranks)
     if ranks.rank == 0:
         found = facts(job, architecture, trainer.state) | growth(*norms)
         _finish(job, architecture, found, weights, own, checkpoints.fallbacks)
@@ -131,7 +131,7 @@ def make_objective(job: Job, architecture: ArchitectureConfig, device: torch.dev
         return ProgramObjective(job.program, student(job.program, architecture, seed), device, seed)
     model = build(architecture, seed=seed)
     if job.start is not None:
-        start.load(model, job.start)
+        init_weights.load(model, job.start)
     objective = Objective(model, job.config.loss_chunk)
     if job.config.compile:
         objective.compile_model()
@@ -283,10 +283,10 @@ def _finish(
 ) -> None:
     """Write the model, then the observations, and last the facts, whose existence says that all is there."""
     # A method packs what it has trained itself, and rounds it once only.
-    export.write_model(job.model, architecture, weights, job.config.precision if job.program is None else "fp32")
-    export.copy_tokenizer(job.data, job.model)
-    export.write_json(job.observations, _observations(job, own) | {"checkpoint_fallbacks": fallbacks})
-    export.write_json(job.facts, found)
+    model_export.write_model(job.model, architecture, weights, job.config.precision if job.program is None else "fp32")
+    model_export.copy_tokenizer(job.data, job.model)
+    model_export.write_json(job.observations, _observations(job, own) | {"checkpoint_fallbacks": fallbacks})
+    model_export.write_json(job.facts, found)
 
 
 def _observations(job: Job, own: Peak) -> dict[str, Any]:

@@ -33,10 +33,11 @@ import torch
 from transformers import PreTrainedModel
 
 from models.compression import registry
-from pipelines.compression import calibration, skeleton, walk
+from pipelines.compression import calibration, sequential
 from pipelines.compression.config import CompressConfig
-from pipelines.compression.folder import WeightReader
-from pipelines.compression.load import load_model
+from pipelines.modelio import meta_init
+from pipelines.modelio.folder import WeightReader
+from pipelines.modelio.load import load_model
 
 SAMPLES = 64
 WORST_PERPLEXITY = 1.01
@@ -70,13 +71,13 @@ def ours(method: str, bits: int, group: int, bench: Any) -> PreTrainedModel:
     tokens_NT = None
     if registry.get(method).calibration != "none":
         tokens_NT = calibration.sample_tokens(bench.prepare.path, samples=SAMPLES, seed=0, masked=False)
-    walker = walk.Walker(skeleton.build(source), WeightReader(source), torch.device("cpu"), tokens_NT)
-    model, names = skeleton.build(source), walk.targets(walker.model, ())
+    walker = sequential.Walker(meta_init.build(source), WeightReader(source), torch.device("cpu"), tokens_NT)
+    model, names = meta_init.build(source), sequential.targets(walker.model, ())
     for name in set(walker.reader.names()) - {f"{name}.weight" for name in names}:
-        skeleton.set_parameter(model, name, walker.reader.dense(name))
+        meta_init.set_parameter(model, name, walker.reader.dense(name))
     for block in walker.walk(registry.get(method), config.parameters, names):
         for name in block:
-            skeleton.set_parameter(model, f"{name}.weight", walker.model.get_parameter(f"{name}.weight"))
+            meta_init.set_parameter(model, f"{name}.weight", walker.model.get_parameter(f"{name}.weight"))
     model.tie_weights()
     return model
 

@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python tests/bench/bench_int8.py --width 1024 --layers 4 --json
 
-Arms: a decoder in torch, float32 against the int8 loader (`pipelines.deploy.int8`); the same in llama.cpp, f32 against
-q8_0; an encoder in onnxruntime, fp32 against int8 (`--encoder`, whose export takes a while). Weights are random, since
+Arms: a decoder in torch, float32 against the int8 loader (`pipelines.deploy.int8_inference`); the same in
+llama.cpp, f32 against q8_0; an encoder in onnxruntime, fp32 against int8 (`--encoder`, whose export takes a while).
+Weights are random, since
 time does not depend on them. Arms take turns, so that a busy machine slows all alike, and a ratio is the median over
 rounds of the ratio in the same round. On one thread the time is CPU time, so that waiting for a core does not count.
 Ends with 1 when the int8 loader is not faster than float32 at both.
@@ -25,14 +26,14 @@ import torch
 
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
-from pipelines import artifact
-from pipelines.artifact import Artifact
 from pipelines.compression.config import CompressConfig
-from pipelines.compression.load import load_model
 from pipelines.compression.stage import run
+from pipelines.core import artifact
+from pipelines.core.artifact import Artifact
+from pipelines.core.stage import StageContext
 from pipelines.data import tokenizer
-from pipelines.deploy import gguf, int8, onnx
-from pipelines.stage import StageContext
+from pipelines.deploy import gguf, int8_inference, onnx
+from pipelines.modelio.load import load_model
 
 CONTEXT = 512
 Arm = tuple[Callable[[], object], Callable[[], object] | None]
@@ -159,7 +160,7 @@ def arms_of(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Arm], 
     run(table, {"prepare": parent, "model": parent}, folder / "child", context)
     arms = {
         "torch float32": torch_arm(load_model(parent.path / "model"), options),
-        "torch int8": torch_arm(int8.load_model(folder / "child" / "model"), options),
+        "torch int8": torch_arm(int8_inference.load_model(folder / "child" / "model"), options),
     }
     bases = {"torch int8": "torch float32"}
     for precision in ("f32", "q8_0"):

@@ -26,9 +26,9 @@ import torch
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig, preset
 from models.optim.lamb import Lamb
-from pipelines.launch import launch
-from pipelines.training.fragments import attach
+from pipelines.core.launcher import launch
 from pipelines.training.objectives import CausalTask, Objective
+from pipelines.training.zero_binding import attach
 
 VOCABULARY, LENGTH, BATCH = 4096, 256, 4
 IDS = {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}

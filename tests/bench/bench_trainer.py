@@ -30,18 +30,18 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from models.architectures.build import build
+from pipelines.core.launcher import launch
 from pipelines.data import shards
-from pipelines.launch import launch
 from pipelines.training import worker
 from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.config import PretrainConfig
 from pipelines.training.engine import create
-from pipelines.training.job import Job
-from pipelines.training.loop import State
 from pipelines.training.metrics import read_records
 from pipelines.training.objectives import Objective
+from pipelines.training.optimizers import make_optimizer
 from pipelines.training.throughput import peak
-from pipelines.training.updates import make_optimizer
+from pipelines.training.trainer import State
+from pipelines.training.worker_spec import Job
 
 VOCABULARY, LENGTH, BATCH = 4096, 256, 8
 TOKENS = LENGTH * BATCH

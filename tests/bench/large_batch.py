@@ -31,23 +31,23 @@ import torch
 
 from models.architectures.build import build
 from models.optim import schedule
-from pipelines.artifact import Artifact
+from pipelines.core.artifact import Artifact
+from pipelines.core.provenance import CHECKOUT
+from pipelines.core.run_stage import materialize
+from pipelines.core.stage import STAGES, StageContext
+from pipelines.core.store import Store
 from pipelines.data.config import PrepareConfig, PrepareJob
 from pipelines.data.shards import ShardReader
-from pipelines.execute import materialize
-from pipelines.provenance import CHECKOUT
-from pipelines.stage import STAGES, StageContext
-from pipelines.store import Store
 from pipelines.training import phases
 from pipelines.training.config import PretrainConfig
+from pipelines.training.data_loader import Feed
+from pipelines.training.distributed import Ranks
 from pipelines.training.engine import PlainEngine
-from pipelines.training.feed import Feed
-from pipelines.training.job import Job
-from pipelines.training.loop import validate
 from pipelines.training.objectives import Objective
-from pipelines.training.ranks import Ranks
-from pipelines.training.updates import learning_rate, make_optimizer
+from pipelines.training.optimizers import learning_rate, make_optimizer
+from pipelines.training.trainer import validate
 from pipelines.training.worker import task_for
+from pipelines.training.worker_spec import Job
 
 RESULTS = Path(__file__).with_name("large_batch_results.jsonl")
 OPTIMIZERS: dict[str, dict[str, Any]] = {

@@ -37,10 +37,10 @@ from torch import Tensor, nn
 from models.architectures.build import build
 from models.optim import lisa, schedule
 from models.optim.adamw import AdamW
-from pipelines.artifact import Artifact
+from pipelines.core.artifact import Artifact
+from pipelines.core.provenance import CHECKOUT
 from pipelines.data import packing, tokenizer
-from pipelines.provenance import CHECKOUT
-from pipelines.training import sampler
+from pipelines.training import data_order
 from pipelines.training.config import PretrainConfig
 from pipelines.training.objectives import CausalTask, Objective
 
@@ -166,7 +166,7 @@ def train(arm: Arm, text: Text, steps: int, rate: float) -> dict[str, Any]:
     peaks: list[dict[str, int]] = []
     seconds = []
     for step in range(steps):
-        rows = sampler.ids(0, step * BATCH, BATCH, len(text.train))[0]
+        rows = data_order.ids(0, step * BATCH, BATCH, len(text.train))[0]
         share = schedule.multiplier(step, total=steps, warmup=steps // 20, decay="cosine")
         arm.draw(step)
         started = time.process_time()

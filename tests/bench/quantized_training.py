@@ -30,11 +30,11 @@ import torch
 from bench_compression import bench_model
 from safetensors.torch import load_file
 
-from pipelines.compression import training
+from pipelines.compression import qat
 from pipelines.compression.config import CompressConfig
-from pipelines.compression.load import load_model
 from pipelines.compression.stage import run
-from pipelines.stage import StageContext
+from pipelines.core.stage import StageContext
+from pipelines.modelio.load import load_model
 from pipelines.training import worker
 
 RESULTS = Path(__file__).with_name("quantized_training_results.jsonl")
@@ -109,8 +109,8 @@ def make(bench: Any, base: float, table: dict[str, Any], place: Path) -> dict[st
     inputs = {"prepare": bench.prepare, "model": bench.parent}
     found: dict[str, Any] = {}
     if table.get("steps"):
-        job = training.make_job(config, inputs, context)
-        training.training._order(job)
+        job = qat.make_job(config, inputs, context)
+        qat.training._order(job)
         if worker.main([str(job.work / "job.json")]):
             raise SystemExit(f"training failed: {table}")
         found["drift"] = drift(weights_in(bench.parent.path / "model"), weights_in(job.model))

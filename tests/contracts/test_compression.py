@@ -19,15 +19,15 @@ from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
 from models.compression import registry
 from models.compression.base import MethodConfig, Packed, Statistics, relative_error
-from pipelines import artifact
-from pipelines.artifact import Artifact
 from pipelines.compression.config import CompressConfig
-from pipelines.compression.folder import WeightReader
-from pipelines.compression.load import load_model
 from pipelines.compression.stage import run
+from pipelines.core import artifact
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError
+from pipelines.core.stage import StageContext
 from pipelines.data import shards
-from pipelines.errors import ConfigError
-from pipelines.stage import StageContext
+from pipelines.modelio.folder import WeightReader
+from pipelines.modelio.load import load_model
 
 IDS = {"bos_id": 60, "eos_id": 61, "pad_id": 62, "mask_id": 63}
 WEIGHT_METHODS = registry.names("weight")

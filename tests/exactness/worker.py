@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models.optim import lisa
-from models.optim.fragments import FragmentOptimizer
-from pipelines.training.fragments import attach
+from models.optim.sharded_optimizer import FragmentOptimizer
+from pipelines.training.zero_binding import attach
 
 Case = dict[str, Any]
 

@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from pipelines import artifact
-from pipelines.artifact import Artifact
-from pipelines.store import Store
+from pipelines.core import artifact
+from pipelines.core.artifact import Artifact
+from pipelines.core.store import Store
 from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.metrics import read_records
 

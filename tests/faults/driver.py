@@ -9,11 +9,11 @@ import json
 import sys
 from pathlib import Path
 
-from pipelines import artifact
-from pipelines.errors import IngotError
-from pipelines.execute import materialize
-from pipelines.stage import STAGES, StageContext
-from pipelines.store import Store
+from pipelines.core import artifact
+from pipelines.core.errors import IngotError
+from pipelines.core.run_stage import materialize
+from pipelines.core.stage import STAGES, StageContext
+from pipelines.core.store import Store
 from pipelines.training.config import PretrainConfig
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import artifact
+from pipelines.core import artifact
 
 pytestmark = pytest.mark.slow
 full = pytest.mark.faults_full

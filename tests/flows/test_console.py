@@ -7,7 +7,7 @@ import json
 import pytest
 
 from flows import console
-from pipelines.stage import Progress
+from pipelines.core.stage import Progress
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.store import Store
+from pipelines.core.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

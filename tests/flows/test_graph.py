@@ -8,8 +8,8 @@ import pytest
 
 from flows import recipe
 from flows.graph import identify, nodes
-from pipelines.errors import ConfigError
-from pipelines.registry.source import Source
+from pipelines.core.errors import ConfigError
+from pipelines.registry.initial_weights import Source
 
 DATA = "ab" * 16
 

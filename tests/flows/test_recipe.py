@@ -9,7 +9,7 @@ import pytest
 
 from flows import recipe
 from flows.config import RunConfig
-from pipelines.errors import ConfigError
+from pipelines.core.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", recipe.names())

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.runs import Runs
-from pipelines import artifact
+from flows.run_record import Runs
+from pipelines.core import artifact
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 Ingot = Callable[..., subprocess.CompletedProcess[str]]

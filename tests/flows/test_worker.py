@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from pipelines import guard
-from pipelines.store import Store
+from pipelines.core import parent_guard
+from pipelines.core.store import Store
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 400.0
@@ -59,7 +59,16 @@ class Server:
     @contextlib.contextmanager
     def process(self, name: str, *arguments: str) -> Iterator[psutil.Process]:
         """Run python until the block ends; the kernel ends it with this process, whatever happens."""
-        guarded = [sys.executable, "-I", "-S", guard.__file__, "exec", str(os.getpid()), sys.executable, *arguments]
+        guarded = [
+            sys.executable,
+            "-I",
+            "-S",
+            parent_guard.__file__,
+            "exec",
+            str(os.getpid()),
+            sys.executable,
+            *arguments,
+        ]
         with (self.home / f"{name}.log").open("wb") as log:
             started = subprocess.Popen(guarded, cwd=CHECKOUT, env=self.environment, stdout=log, stderr=log)
         try:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from models.optim.lamb import Lamb
-from pipelines.launch import launch
+from pipelines.core.launcher import launch
 
 SCRIPT = Path(__file__).parents[3] / "infra" / "examples" / "plain_deepspeed.py"
 STEPS = 20

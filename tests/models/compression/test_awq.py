@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from models.compression import awq, grid, rtn
+from models.compression import awq, rtn
 from models.compression.base import Statistics, relative_error
+from models.compression.formats import int_grid
 
 
 def test_the_loss_is_the_error_of_the_outputs(layer: Callable[..., Any]) -> None:
@@ -52,7 +53,7 @@ def test_the_chosen_exponent_is_the_best_of_all_tried(layer: Callable[..., Any])
 
     def error(scale: torch.Tensor) -> float:
         scaled = weight * scale
-        dense = grid.nearest(scaled, grid.fit(scaled, config)).dequantize() / scale
+        dense = int_grid.nearest(scaled, int_grid.fit(scaled, config)).dequantize() / scale
         return float((inputs.double() @ (dense - weight).double().T).square().sum())
 
     rms = inputs.double().square().mean(0).sqrt()
@@ -121,7 +122,7 @@ def test_more_exponents_are_never_worse(layer: Callable[..., Any]) -> None:
     for alphas in (1, 5, 20):
         config = awq.Config(bits=3, group_size=0, alphas=alphas, clip="max")
         scale = awq.search_scale(weight, seen.hessian_II, config)
-        dense = grid.nearest(weight * scale, grid.fit(weight * scale, config)).dequantize() / scale
+        dense = int_grid.nearest(weight * scale, int_grid.fit(weight * scale, config)).dequantize() / scale
         losses.append(awq.output_loss(dense - weight, seen.hessian_II))
     assert losses == sorted(losses, reverse=True)
 

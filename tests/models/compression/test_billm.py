@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.compression import billm, obs
+from models.compression import billm
 from models.compression.base import Statistics, relative_error
+from models.compression.solvers import obs
 
 
 def binarized(values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig, Shape
 from models.compression import distill
 from models.compression.distill import Config
-from models.compression.trained import Step
+from models.compression.training_method import Step
 
 SIZES: dict[str, Any] = {"width": 16, "heads": 2, "ffn_width": 24, "vocab_size": 31, "max_positions": 12}
 IDS = {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}

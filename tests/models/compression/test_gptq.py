@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.compression import gptq, grid, rtn
+from models.compression import gptq, rtn
 from models.compression.base import Statistics, relative_error
+from models.compression.formats import int_grid
 
 
 def reference(weight_OI: Tensor, seen: Statistics, config: gptq.Config) -> Tensor:
@@ -22,8 +23,8 @@ def reference(weight_OI: Tensor, seen: Statistics, config: gptq.Config) -> Tenso
     order = list(range(columns))
     if config.order == "activation":
         order.sort(key=lambda column: -float(hessian[column, column]))
-    scales = grid.fit(weight_OI, config).scale_OG.double()
-    size = grid.group_for(columns, config.group_size)
+    scales = int_grid.fit(weight_OI, config).scale_OG.double()
+    size = int_grid.group_for(columns, config.group_size)
     top = 2 ** (config.bits - 1)
     stored = torch.zeros_like(weight_OI, dtype=torch.float64)
     for row in range(len(weight_OI)):

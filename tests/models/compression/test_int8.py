@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.compression import int8, ranges
+from models.compression import int8
 from models.compression.base import Statistics
+from models.compression.solvers import range_calibrators
 
 FIXED = ["max", "p99.9", "p99.99", "p99.999", "p99.9999", "entropy", "mse"]
 
@@ -40,8 +41,12 @@ def test_the_scale_of_the_inputs_is_the_calibrators(calibrator: str, layer: tupl
     weight, seen = layer
     rows = seen.rows("int8", 64)
     stored = int8.compress(weight, seen, int8.Config.model_validate({"calibrator": calibrator})).tensors()
-    wanted = {"max": ranges.highest(rows), "entropy": ranges.entropy(rows), "mse": ranges.least_squares(rows)}
-    top = wanted.get(calibrator) or ranges.percentile(rows, float(calibrator[1:]))
+    wanted = {
+        "max": range_calibrators.highest(rows),
+        "entropy": range_calibrators.entropy(rows),
+        "mse": range_calibrators.least_squares(rows),
+    }
+    top = wanted.get(calibrator) or range_calibrators.percentile(rows, float(calibrator[1:]))
     assert top <= float(stored["input_scale"]) * 127 < 1.016 * top, "rounded up to bfloat16"
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.compression import lq_lora, normal_float
+from models.compression import lq_lora
 from models.compression.base import Statistics, relative_error
+from models.compression.formats import normal_float
 from models.compression.svd import truncated
 
 PLAIN = {"weighting": "none", "rank": 4}

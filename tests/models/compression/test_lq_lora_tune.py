@@ -12,7 +12,7 @@ from models.architectures import predict
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
 from models.compression import lq_lora, lq_lora_tune
-from models.compression.trainable.adapted import AdaptedLinear
+from models.compression.modules.adapted import AdaptedLinear
 
 IDS = {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
 NAMES = [

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.compression import maestro
 from models.compression.maestro import Config
-from models.compression.trainable.factored import FactoredLinear, tail_norms
+from models.compression.modules.factored import FactoredLinear, tail_norms
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from models.compression import paretoq
-from models.compression.grid import IntPacked
-from models.compression.levels import LevelPacked
+from models.compression.formats.int_grid import IntPacked
+from models.compression.formats.level_codes import LevelPacked
+from models.compression.modules.quantized import QuantizedLinear
 from models.compression.paretoq import Config, Scheme, scheme
-from models.compression.trainable.quantized import QuantizedLinear
 
 CASES = [(1.0, "paretoq"), (1.58, "paretoq"), (2.0, "paretoq"), (2.0, "lsq"), (3.0, "paretoq"), (4.0, "paretoq")]
 UNIT_LEVELS = {

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.compression import obs, pb_llm
+from models.compression import pb_llm
 from models.compression.base import Statistics, relative_error
+from models.compression.solvers import obs
 
 
 def reference(weight_OI: Tensor, seen: Statistics, config: pb_llm.Config) -> Tensor:

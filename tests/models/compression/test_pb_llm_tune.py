@@ -13,8 +13,8 @@ from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
 from models.compression import pb_llm, pb_llm_tune
 from models.compression.base import Statistics
+from models.compression.modules.partly_binary import PartlyBinaryLinear
 from models.compression.pb_llm_tune import Config
-from models.compression.trainable.partly_binary import PartlyBinaryLinear
 
 IDS = {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
 NAMES = [f"model.layers.{n}.{part}" for n in range(2) for part in ("self_attn.q_proj", "mlp.down_proj")]

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.compression import obs, sparse, sparsegpt
+from models.compression import sparsegpt
 from models.compression.base import Statistics, relative_error
+from models.compression.formats import sparse
+from models.compression.solvers import obs
 
 EXACT = {"value_bits": 32, "storage": "bitmask"}
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from models.compression import obs, svd
+from models.compression import svd
 from models.compression.base import Statistics, relative_error
+from models.compression.solvers import obs
 
 
 def test_the_plain_error_is_the_sum_of_the_singular_values_left_out(layer: Callable[..., Any]) -> None:

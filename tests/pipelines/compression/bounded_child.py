@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from pipelines import artifact
-from pipelines.compression import weights
+from pipelines.compression import post_training
 from pipelines.compression.config import CompressConfig
-from pipelines.compression.folder import WeightWriter
-from pipelines.compression.load import load_model
-from pipelines.stage import StageContext
+from pipelines.core import artifact
+from pipelines.core.stage import StageContext
+from pipelines.modelio.folder import WeightWriter
+from pipelines.modelio.load import load_model
 
 
 def data_bytes() -> int:
@@ -34,7 +34,7 @@ def act(action: str, parent: Path, prepare: Path, out: Path) -> None:
     config = CompressConfig.model_validate({"method": "gptq", "clip": "max", "samples": 8})
     inputs = {"model": artifact.load(parent), "prepare": artifact.load(prepare)}
     out.mkdir()
-    weights.run(config, inputs, out, StageContext(node="compress.x", scratch=out, compute={"device": "cpu"}))
+    post_training.run(config, inputs, out, StageContext(node="compress.x", scratch=out, compute={"device": "cpu"}))
 
 
 def main() -> None:

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
-from pipelines import artifact
-from pipelines.artifact import Artifact
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
+from pipelines.core import artifact
+from pipelines.core.artifact import Artifact
+from pipelines.core.stage import StageContext
 from pipelines.data import shards
-from pipelines.stage import StageContext
 
 LENGTH = 96
 IDS = {"bos_id": 256, "eos_id": 257, "pad_id": 258, "mask_id": 259}

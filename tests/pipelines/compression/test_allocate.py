@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.compression import allocate
-from pipelines.errors import ConfigError
+from pipelines.core.errors import ConfigError
 
 
 def problem(seed: int, layers: int = 6, choices: int = 4) -> tuple[Any, Any]:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from models.architectures import quantized_cache
-from models.architectures.quantized_cache import QuantizedLayer, Tables
 from models.compression import kvquant
 from models.compression.kvquant import Config, Rows, rounding, rounding_bytes
-from pipelines.compression import cache, cache_arms, calibration
-from pipelines.compression.load import load_weights
+from models.compression.modules import quantized_cache
+from models.compression.modules.quantized_cache import QuantizedLayer, Tables
+from pipelines.compression import cache_arms, calibration, kv_cache
+from pipelines.modelio.load import load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")
 WIDTH = 128
@@ -90,10 +90,10 @@ def test_a_child_larger_than_every_grid_meets_the_largest() -> None:
 def test_rotated_keys_are_those_that_attention_sees(samples: int, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a passing batch and of one that is thinned; transformers rotates the reference."""
     bench = small()
-    monkeypatch.setattr(cache, "_ROWS", 300)
+    monkeypatch.setattr(kv_cache, "_ROWS", 300)
     model = load_weights(bench.parent.path / "model")
     tokens = calibration.sample_tokens(bench.prepare.path, samples=samples, seed=0, masked=False)
-    keys, values = cache.record(model, tokens, skip=2)[1]
+    keys, values = kv_cache.record(model, tokens, skip=2)[1]
     thin = -(-tokens.size // 300)
     assert len(keys.x_NC) == len(keys.positions_N) == len(values.x_NC)
     turned = keys.rotated(model)
@@ -145,7 +145,7 @@ def test_a_layer_on_its_device_still_knows_whether_keys_come_rotated() -> None:
 )
 def test_an_arm_that_would_be_the_child_itself_is_left_out(table: dict[str, Any], names: set[str]) -> None:
     parameters = Config.model_validate({"q_norm": False} | table)
-    assert cache.null_arms(parameters).keys() == names
+    assert kv_cache.null_arms(parameters).keys() == names
 
 
 def test_without_validation_documents_there_are_no_arms(small: Any, compress: Callable[..., Any]) -> None:
@@ -180,12 +180,12 @@ def test_a_run_measures_the_child_beside_its_arms_through_the_cache(bench: Any, 
 @pytest.mark.slow
 def test_the_measured_child_is_the_one_that_is_stored(bench: Any, compress: Callable[..., Any]) -> None:
     """Loaded again, it gives the same nats on the same documents; the arm's tables do not."""
-    from pipelines.compression import yardstick
-    from pipelines.compression.load import load_model
+    from pipelines.compression import quick_eval
+    from pipelines.modelio.load import load_model
 
     child, report = compress(bench, {"method": "kvquant", "bits": 2, "samples": 16, "arms_documents": 4})
     parent = load_weights(bench.parent.path / "model")
-    text = yardstick.build(bench.prepare.path, 4, parent, "cpu", end="first")
+    text = quick_eval.build(bench.prepare.path, 4, parent, "cpu", end="first")
     assert text is not None
     base, mine = text.nats(parent, "p"), text.nats(load_model(child / "model"), "c")
     row = cache_arms.row(mine, base, mine, 0.0)
@@ -198,10 +198,10 @@ def test_tables_of_an_arm_keep_everything_else(small: Any) -> None:
     bench = small()
     model = load_weights(bench.parent.path / "model")
     tokens = calibration.sample_tokens(bench.prepare.path, samples=4, seed=0, masked=False)
-    keys, values = cache.record(model, tokens, skip=1)[0]
+    keys, values = kv_cache.record(model, tokens, skip=1)[0]
     config = Config()
-    child = cache._fit(kvquant, keys, values, config)
-    after = cache._fit(kvquant, keys.rotated(model), values, config)
+    child = kv_cache._fit(kvquant, keys, values, config)
+    after = kv_cache._fit(kvquant, keys.rotated(model), values, config)
     assert torch.equal(child.values.codebook.levels_L, after.values.codebook.levels_L)
     assert child.keys.range_2C is not None
     assert after.keys.range_2C is not None

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from models.compression import rtn
 from models.compression.base import Packed, Statistics
-from pipelines.compression import calibration, skeleton, walk
-from pipelines.compression.folder import WeightReader
-from pipelines.compression.load import load_model
-from pipelines.errors import IntegrityError
+from pipelines.compression import calibration, sequential
+from pipelines.core.errors import IntegrityError
+from pipelines.modelio import meta_init
+from pipelines.modelio.folder import WeightReader
+from pipelines.modelio.load import load_model
 
 
 def _recorded(model: nn.Module, names: list[str], tokens: Tensor) -> dict[str, Tensor]:
@@ -44,9 +45,9 @@ def test_each_layer_sees_the_outputs_of_the_compressed_prefix(family: str, small
     """Replay: before block n is compressed, its inputs are those of a model whose blocks below n are compressed."""
     bench = small(family=family, layers=4)
     source = bench.parent.path / "model"
-    model, reader = skeleton.build(source), WeightReader(source)
+    model, reader = meta_init.build(source), WeightReader(source)
     tokens = calibration.sample_tokens(bench.prepare.path, samples=12, seed=0, masked=False)
-    names = walk.targets(model, ())
+    names = sequential.targets(model, ())
     seen: dict[str, Any] = {}
 
     class Spy:
@@ -59,7 +60,7 @@ def test_each_layer_sees_the_outputs_of_the_compressed_prefix(family: str, small
 
     replay = load_model(source)
     config = rtn.Config(bits=2)
-    steps = walk.walk(
+    steps = sequential.walk(
         model,
         reader,
         Spy,  # type: ignore[arg-type]
@@ -83,15 +84,15 @@ def test_sampled_rows_come_from_the_compressed_prefix_and_from_the_original(fami
     """Replay both models whole; a layer's rows are those of its input, the same tokens in both, in order."""
     bench = small(family=family, layers=3)
     source = bench.parent.path / "model"
-    model = skeleton.build(source)
+    model = meta_init.build(source)
     tokens = calibration.sample_tokens(bench.prepare.path, samples=10, seed=0, masked=False)
-    names, seen = walk.targets(model, ()), dict[str, Statistics]()
+    names, seen = sequential.targets(model, ()), dict[str, Statistics]()
 
     def spy(weight: Tensor, statistics: Statistics, config: rtn.Config) -> Packed:
         seen[names[len(seen)]] = statistics
         return rtn.compress(weight, statistics, config)
 
-    steps = walk.walk(
+    steps = sequential.walk(
         model,
         WeightReader(source),
         SimpleNamespace(compress=spy, nulls=rtn.nulls),  # type: ignore[arg-type]
@@ -145,10 +146,10 @@ def test_rows_are_bounded_distinct_increasing_and_always_the_same() -> None:
 def test_rows_are_sampled_only_on_request(small: Any) -> None:
     bench = small()
     source = bench.parent.path / "model"
-    model, reader = skeleton.build(source), WeightReader(source)
-    stack, layers = skeleton.blocks(model)
-    skeleton.load_rest(model, stack, reader, torch.device("cpu"))
-    skeleton.load(layers[0], f"{stack}.0", reader, torch.device("cpu"), torch.float32)
+    model, reader = meta_init.build(source), WeightReader(source)
+    stack, layers = meta_init.blocks(model)
+    meta_init.load_rest(model, stack, reader, torch.device("cpu"))
+    meta_init.load(layers[0], f"{stack}.0", reader, torch.device("cpu"), torch.float32)
     tokens = calibration.sample_tokens(bench.prepare.path, samples=4, seed=0, masked=False)
     prefix = calibration.enter(model, layers, tokens, torch.device("cpu"))
     before = [hidden.clone() for hidden in prefix.hidden]
@@ -192,9 +193,9 @@ def test_an_empty_train_split_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("count", "size"), [(24, 8), (7, 7), (13, 1), (10, 5)])
 def test_batches_have_one_size(count: int, size: int, small: Any) -> None:
     bench = small()
-    model = skeleton.build(bench.parent.path / "model")
-    stack, layers = skeleton.blocks(model)
-    skeleton.load_rest(model, stack, WeightReader(bench.parent.path / "model"), torch.device("cpu"))
+    model = meta_init.build(bench.parent.path / "model")
+    stack, layers = meta_init.blocks(model)
+    meta_init.load_rest(model, stack, WeightReader(bench.parent.path / "model"), torch.device("cpu"))
     tokens = calibration.sample_tokens(bench.prepare.path, samples=count, seed=0, masked=False)
     prefix = calibration.enter(model, layers, tokens, torch.device("cpu"))
     assert [len(batch) for batch in prefix.hidden] == [size] * (count // size)

@@ -10,8 +10,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from models.compression import registry
-from pipelines import fingerprint
 from pipelines.compression.config import CompressConfig
+from pipelines.core import fingerprint
 
 
 class Recipe(BaseModel):

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipelines.compression import calibration, curvature
-from pipelines.compression.load import load_model
-from pipelines.errors import NumericError
+from pipelines.core.errors import NumericError
+from pipelines.modelio.load import load_model
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
 

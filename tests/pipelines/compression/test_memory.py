@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
-from pipelines import artifact
+from pipelines.core import artifact
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA covers mapped memory only on Linux")
 

@@ -17,9 +17,10 @@ import torch
 
 from models.compression import wanda
 from models.compression.base import Packed, Statistics
-from pipelines.compression import calibration, skeleton, walk
-from pipelines.compression.folder import WeightReader
-from pipelines.compression.load import load_model
+from pipelines.compression import calibration, sequential
+from pipelines.modelio import meta_init
+from pipelines.modelio.folder import WeightReader
+from pipelines.modelio.load import load_model
 
 pytestmark = pytest.mark.slow
 
@@ -79,14 +80,14 @@ def _arm(name: str) -> SimpleNamespace:
 
 def _pruned_loss(bench: Any, source: Path, method: Any, config: wanda.Config) -> float:
     """Walk the model in `source` with a method and return the held-out loss of the result."""
-    model = skeleton.build(source)
+    model = meta_init.build(source)
     tokens = calibration.sample_tokens(bench.prepare.path, samples=48, seed=0, masked=False)
-    steps: Iterator[dict[str, walk.Layer]] = walk.walk(
+    steps: Iterator[dict[str, sequential.Layer]] = sequential.walk(
         model,
         WeightReader(source),
         method,
         config,
-        names=walk.targets(model, ()),
+        names=sequential.targets(model, ()),
         tokens_NT=tokens,
         device=torch.device("cpu"),
     )
@@ -142,7 +143,7 @@ def test_outlier_channels_mislead_magnitude_but_not_wanda(bench: Any, outliers: 
 def test_pruning_then_quantizing_keeps_the_zeros_and_most_of_the_quality(
     bench: Any, compress: Callable[..., Any], base: float
 ) -> None:
-    from pipelines import artifact
+    from pipelines.core import artifact
 
     pruned, _ = compress(bench, {"method": "wanda"} | EXACT)
     parent = artifact.publish(

@@ -30,11 +30,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.compression import awq, billm, gpfq, grid, hawq, lq_lora, pb_llm, sparsegpt, svd
+from models.compression import awq, billm, gpfq, hawq, lq_lora, pb_llm, sparsegpt, svd
 from models.compression.base import MethodConfig, Packed, Statistics
-from pipelines.compression import allocate, calibration, gradients, plan, skeleton, walk
-from pipelines.compression.folder import WeightReader
-from pipelines.compression.load import load_model
+from models.compression.formats import int_grid
+from pipelines.compression import allocate, bit_allocation, calibration, sensitivity, sequential
+from pipelines.modelio import meta_init
+from pipelines.modelio.folder import WeightReader
+from pipelines.modelio.load import load_model
 
 pytestmark = pytest.mark.slow
 
@@ -43,14 +45,16 @@ SAMPLES = 32
 
 
 @pytest.fixture(scope="module")
-def shown(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> plan.Shown:
+def shown(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> bit_allocation.Shown:
     """The calibration sequences, with squared gradients recorded."""
     tokens = calibration.sample_tokens(bench.prepare.path, samples=SAMPLES, seed=0, masked=False)
     labels = calibration.labels(bench.prepare.path, tokens, seed=0, masked=False)
     folder, source = tmp_path_factory.mktemp("fisher"), bench.parent.path / "model"
-    model = skeleton.build(source)
-    gradients.record(model, WeightReader(source), walk.targets(model, ()), tokens, labels, folder=folder, device=CPU)
-    return plan.Shown(tokens, labels, CPU, fisher=folder)
+    model = meta_init.build(source)
+    sensitivity.record(
+        model, WeightReader(source), sequential.targets(model, ()), tokens, labels, folder=folder, device=CPU
+    )
+    return bit_allocation.Shown(tokens, labels, CPU, fisher=folder)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,7 @@ Losses = dict[str, float]
 
 
 @pytest.fixture(scope="module")
-def compare(bench: Any, shown: plan.Shown, lost: Callable[..., float]) -> Callable[..., Losses]:
+def compare(bench: Any, shown: bit_allocation.Shown, lost: Callable[..., float]) -> Callable[..., Losses]:
     """Return a function: method and parameters, to what the child loses (under "") and each arm, at equal bytes."""
 
     def run(
@@ -81,7 +85,7 @@ def compare(bench: Any, shown: plan.Shown, lost: Callable[..., float]) -> Callab
         layers: str = "*",
     ) -> Losses:
         source = bench.parent.path / "model"
-        model, sizes = skeleton.build(source), dict[str, int]()
+        model, sizes = meta_init.build(source), dict[str, int]()
         found: dict[str, list[Tensor]] = {}
 
         def compress(weight: Tensor, seen: Statistics, parameters: Any) -> Packed:
@@ -91,9 +95,9 @@ def compare(bench: Any, shown: plan.Shown, lost: Callable[..., float]) -> Callab
                 sizes[name] = sizes.get(name, 0) + arm.stored_bits()
             return packed
 
-        names = fnmatch.filter(walk.targets(model, ()), layers)
+        names = fnmatch.filter(sequential.targets(model, ()), layers)
         quiet = SimpleNamespace(compress=compress, nulls=lambda *_: {})
-        blocks = walk.walk(
+        blocks = sequential.walk(
             model,
             WeightReader(source),
             quiet,  # type: ignore[arg-type]
@@ -170,27 +174,29 @@ def test_lq_lora_starts_nearer_than_qlora(bits: Any, compare: Callable[..., Loss
 
 
 @pytest.fixture(scope="module")
-def prices(bench: Any, shown: plan.Shown) -> plan.Prices:
+def prices(bench: Any, shown: bit_allocation.Shown) -> bit_allocation.Prices:
     """Bits and predicted losses of widths 2, 3, 4 and 8, rows rounded to nearest."""
     source, config = bench.parent.path / "model", hawq.Config(budget=3.5, group_size=0, rounding="nearest")
-    model = skeleton.build(source)
-    return plan.price_all(model, WeightReader(source), hawq, config, names=walk.targets(model, ()), shown=shown)
+    model = meta_init.build(source)
+    return bit_allocation.price_all(
+        model, WeightReader(source), hawq, config, names=sequential.targets(model, ()), shown=shown
+    )
 
 
 @pytest.fixture(scope="module")
-def rounded(bench: Any, prices: plan.Prices) -> dict[str, list[Tensor]]:
+def rounded(bench: Any, prices: bit_allocation.Prices) -> dict[str, list[Tensor]]:
     """Every layer at every width."""
     reader = WeightReader(bench.parent.path / "model")
     widths = hawq.choices(hawq.Config(group_size=0, rounding="nearest"))
     return {
-        name: [grid.nearest(w, grid.fit(w, width)).dequantize() for width in widths]
+        name: [int_grid.nearest(w, int_grid.fit(w, width)).dequantize() for width in widths]
         for name in prices.names
         for w in [reader.dense(f"{name}.weight")]
     }
 
 
 def test_widths_by_integer_program_beat_random_ones_and_the_uniform_width_below(
-    prices: plan.Prices, rounded: dict[str, list[Tensor]], lost: Callable[..., float]
+    prices: bit_allocation.Prices, rounded: dict[str, list[Tensor]], lost: Callable[..., float]
 ) -> None:
     budget = int(3.5 * prices.weights)
 
@@ -199,7 +205,7 @@ def test_widths_by_integer_program_beat_random_ones_and_the_uniform_width_below(
         return lost({name: rounded[name][choice] for name, choice in zip(prices.names, chosen, strict=True)})
 
     planned = child(allocate.solve(prices.cost_LC, prices.bits_LC, budget))
-    random = [child(allocate.random_choice(prices.bits_LC, budget, seed)) for seed in range(plan.RANDOM_ARMS)]
+    random = [child(allocate.random_choice(prices.bits_LC, budget, seed)) for seed in range(bit_allocation.RANDOM_ARMS)]
     uniform = allocate.uniform_choice(prices.cost_LC, prices.bits_LC, budget)
     assert uniform == 1, "three bits are the widest that all layers can have"
     assert planned < statistics.median(random)
@@ -207,7 +213,7 @@ def test_widths_by_integer_program_beat_random_ones_and_the_uniform_width_below(
 
 
 def test_predicted_losses_rank_layers_as_measured_ones_do(
-    prices: plan.Prices, rounded: dict[str, list[Tensor]], lost: Callable[..., float]
+    prices: bit_allocation.Prices, rounded: dict[str, list[Tensor]], lost: Callable[..., float]
 ) -> None:
     from scipy.stats import kendalltau
 

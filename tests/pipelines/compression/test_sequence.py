@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines import artifact
-from pipelines.artifact import Artifact
-from pipelines.compression.folder import WeightReader
-from pipelines.compression.load import load_model
-from pipelines.errors import ConfigError
+from pipelines.core import artifact
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError
+from pipelines.modelio.folder import WeightReader
+from pipelines.modelio.load import load_model
 
 FIRST: list[dict[str, Any]] = [
     {"method": "magnitude", "value_bits": 32, "storage": "bitmask"},

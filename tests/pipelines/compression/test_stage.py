@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipelines import artifact
-from pipelines.compression import skeleton
 from pipelines.compression.config import CompressConfig
-from pipelines.compression.folder import WeightReader
 from pipelines.compression.stage import run
-from pipelines.errors import ConfigError, IntegrityError, NumericError
-from pipelines.stage import STAGES, Progress, StageContext
+from pipelines.core import artifact
+from pipelines.core.errors import ConfigError, IntegrityError, NumericError
+from pipelines.core.stage import STAGES, Progress, StageContext
+from pipelines.modelio import meta_init
+from pipelines.modelio.folder import WeightReader
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -192,8 +192,8 @@ def test_no_more_than_one_block_is_in_memory(
     """Count real (not meta) weights inside the stack at every load: one block at a time, whatever the depth."""
     bench = small(family=family, layers=5)
     peaks: list[int] = []
-    load, built = skeleton.load, list[nn.Module]()
-    build = skeleton.build
+    load, built = meta_init.load, list[nn.Module]()
+    build = meta_init.build
 
     def spy_build(folder: Path) -> Any:
         built.append(build(folder))
@@ -201,10 +201,10 @@ def test_no_more_than_one_block_is_in_memory(
 
     def spy_load(module: nn.Module, *args: Any) -> None:
         load(module, *args)
-        _, stack = skeleton.blocks(built[-1])
+        _, stack = meta_init.blocks(built[-1])
         peaks.append(sum(any(not p.is_meta for p in block.parameters()) for block in stack))
 
-    monkeypatch.setattr(skeleton, "build", spy_build)
-    monkeypatch.setattr(skeleton, "load", spy_load)
+    monkeypatch.setattr(meta_init, "build", spy_build)
+    monkeypatch.setattr(meta_init, "load", spy_load)
     compress(bench, {"method": "gptq"})
     assert peaks == [1] * 5

@@ -27,11 +27,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.compression import training
+from pipelines.compression import qat
 from pipelines.compression.config import CompressConfig
-from pipelines.compression.load import load_model
 from pipelines.compression.stage import run
-from pipelines.stage import StageContext
+from pipelines.core.stage import StageContext
+from pipelines.modelio.load import load_model
 from pipelines.training import worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -54,8 +54,8 @@ def ratio(bench: Any, tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], flo
         context = StageContext("compress.x", place / "scratch", compute={"device": "cpu", "threads": 1})
         config = CompressConfig.model_validate(table)
         if table.get("steps"):
-            job = training.make_job(config, inputs, context)
-            training.training._order(job)
+            job = qat.make_job(config, inputs, context)
+            qat.training._order(job)
             assert worker.main([str(job.work / "job.json")]) == 0
         run(config, inputs, place / "out", context)
         return math.exp(bench.loss(load_model(place / "out" / "model")) - base)

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from pipelines.core.provenance import CHECKOUT
+from pipelines.core.stage import StageContext
 from pipelines.data import stage, versioning
 from pipelines.data.config import PrepareConfig, PrepareJob
-from pipelines.provenance import CHECKOUT
-from pipelines.stage import StageContext
 
 Records = Sequence[dict[str, Any]]
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
+from pipelines.core.provenance import CHECKOUT
 from pipelines.data.config import DataConfig, PrepareConfig, PrepareJob
-from pipelines.provenance import CHECKOUT
 
 
 def test_the_location_of_the_corpus_and_the_worker_count_are_not_identity() -> None:

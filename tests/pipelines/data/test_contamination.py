@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.core.errors import IntegrityError
 from pipelines.data import contamination, spool
 from pipelines.data.contamination import WORDS, measure, runs_of
 from pipelines.data.records import Document
-from pipelines.errors import IntegrityError
 from pipelines.evaluation import items
 
 Records = list[dict[str, Any]]

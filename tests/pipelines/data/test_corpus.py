@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.core.provenance import CHECKOUT
 from pipelines.data import reader
 from pipelines.data.clean import clean
 from pipelines.data.records import Document
-from pipelines.provenance import CHECKOUT
 
 
 @pytest.fixture(scope="module")

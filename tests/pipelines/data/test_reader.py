@@ -13,9 +13,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.core.errors import IntegrityError
 from pipelines.data import reader
 from pipelines.data.records import Document, Quarantined
-from pipelines.errors import IntegrityError
 
 GOOD = b'{"id": "a", "text": "first", "source": "s", "license": "l"}'
 LAST = b'{"id": "z", "text": "last", "source": "s", "license": "l"}'

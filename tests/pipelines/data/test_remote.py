@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.core.errors import IntegrityError
 from pipelines.data import versioning
 from pipelines.data.config import DataConfig
-from pipelines.errors import IntegrityError
 
 WEED = Path(sysconfig.get_path("scripts")) / "weed"
 HERE = DataConfig()

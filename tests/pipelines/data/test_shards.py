@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.core.errors import IntegrityError
 from pipelines.data import shards
-from pipelines.errors import IntegrityError
 
 LENGTH = 8
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.core.errors import IntegrityError
 from pipelines.data import spool
 from pipelines.data.config import PrepareConfig
 from pipelines.data.split import SPLITS, assign, group_names
-from pipelines.errors import IntegrityError
 
 CONFIG = PrepareConfig()
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from pipelines.core.errors import IntegrityError
+from pipelines.core.stage import STAGES, Progress, StageContext
 from pipelines.data import spool, stage
 from pipelines.data.config import PrepareConfig
 from pipelines.data.shards import ShardReader
 from pipelines.data.split import SPLITS
 from pipelines.data.versioning import Corpus, hash_files
-from pipelines.errors import IntegrityError
-from pipelines.stage import STAGES, Progress, StageContext
 
 Records = list[dict[str, Any]]
 OBSERVATIONS = set(STAGES["prepare"].observations)

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.core.errors import IntegrityError
 from pipelines.data import spool
 from pipelines.data.config import PrepareConfig
 from pipelines.data.records import Document, Quarantined
 from pipelines.data.report import Tally
 from pipelines.data.survey import clean_one, survey
-from pipelines.errors import IntegrityError
 
 CONFIG = PrepareConfig(workers=1, min_characters=20)
 

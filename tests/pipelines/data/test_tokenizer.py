@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from pipelines.core.errors import ConfigError
+from pipelines.core.provenance import CHECKOUT
 from pipelines.data import spool, tokenizer
-from pipelines.errors import ConfigError
-from pipelines.provenance import CHECKOUT
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog " * 5,

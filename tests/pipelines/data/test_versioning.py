@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.core.errors import ConfigError, IntegrityError, LockedError, TransientError
+from pipelines.core.provenance import CHECKOUT
 from pipelines.data import dvc, reader, versioning
 from pipelines.data.config import DataConfig
 from pipelines.data.records import Document
-from pipelines.errors import ConfigError, IntegrityError, LockedError, TransientError
-from pipelines.provenance import CHECKOUT
 
 HERE = DataConfig()
 

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
-from pipelines import artifact
-from pipelines.artifact import Artifact
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
+from pipelines.core import artifact
+from pipelines.core.artifact import Artifact
+from pipelines.core.stage import StageContext
 from pipelines.data import shards, tokenizer
-from pipelines.stage import StageContext
 
 LENGTH = 64
 WORDS = "the ark of gopher wood shall thou make; 1611 AD, rooms shalt thou make in it -- caf\u00e9 \u00bd\n\n"
@@ -120,7 +120,7 @@ def child(noise: Artifact) -> Callable[[Artifact, Path, dict[str, Any]], Artifac
 @pytest.fixture(scope="session")
 def transformers_logits() -> Callable[[Path, list[int]], NDArray[np.float32]]:
     """Return a function of model folder and ids: the logits [T, vocabulary] of our own loader."""
-    from pipelines.compression.load import load_model
+    from pipelines.modelio.load import load_model
 
     def logits(folder: Path, tokens: list[int]) -> NDArray[np.float32]:
         with torch.no_grad():

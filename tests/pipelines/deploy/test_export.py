@@ -14,13 +14,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipelines.artifact import Artifact
-from pipelines.compression import loading
-from pipelines.compression.folder import WeightReader
-from pipelines.compression.load import load_model
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError, IntegrityError
+from pipelines.core.provenance import CHECKOUT
 from pipelines.deploy import export
-from pipelines.errors import ConfigError, IntegrityError
-from pipelines.provenance import CHECKOUT
+from pipelines.modelio import load_instructions
+from pipelines.modelio.folder import WeightReader
+from pipelines.modelio.load import load_model
 
 MakeModel = Child = Callable[..., Artifact]
 
@@ -42,7 +42,7 @@ def test_a_private_layout_says_that_it_needs_our_loader(
     made = child(model_artifact(), tmp_path / "child", {"method": "magnitude", "storage": "bitmask"})
     said = export.write(made, tmp_path / "out")
     assert "no public loader" in said
-    assert "pipelines.compression.load" in said
+    assert "pipelines.modelio.load" in said
     assert load_model(tmp_path / "out").num_parameters() == load_model(made.path / "model").num_parameters()
 
 
@@ -55,7 +55,7 @@ def test_a_coded_cache_is_used_by_the_snippet_and_ignored_by_plain_transformers(
     said = export.write(made, tmp_path / "out")
     assert "ignores that file: it keeps an ordinary cache of full size" in said
     assert f"load_model(Path('{tmp_path / 'out'}'))" in said
-    code = f"path = {str(tmp_path / 'out')!r}\n" + loading.of(made).snippet("AutoModelForCausalLM")
+    code = f"path = {str(tmp_path / 'out')!r}\n" + load_instructions.of(made).snippet("AutoModelForCausalLM")
     code += "model(output, past_key_values=cache, use_cache=True); print(output.shape[1], cache.stored_bytes)"
     ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=CHECKOUT)
     tokens, stored = map(int, ran.stdout.splitlines()[-1].split())

@@ -11,13 +11,13 @@ import gguf
 import numpy as np
 import pytest
 
-from pipelines.artifact import Artifact
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError
+from pipelines.core.stage import StageContext
 from pipelines.data import tokenizer
 from pipelines.deploy import gguf as deploy
-from pipelines.errors import ConfigError
-from pipelines.stage import StageContext
 
 MakeModel = Callable[..., Artifact]
 TOKENS = [0, *range(40, 100)]
@@ -90,7 +90,7 @@ def test_a_matrix_is_stored_in_the_bits_and_the_error_of_its_type(
     precision: Any, bits: float, step: float, model_artifact: MakeModel, tmp_path: Path
 ) -> None:
     """Scales are float16: q8_0 is off by half a step and 127 x 2^-11 of one; q4_0, with levels -8..7, by a step."""
-    from pipelines.compression.folder import WeightReader
+    from pipelines.modelio.folder import WeightReader
 
     folder = model_artifact().path / "model"
     used = deploy.write(folder, tmp_path / "m.gguf", precision)
@@ -132,7 +132,7 @@ def test_a_trained_model_keeps_its_loss_in_llama_cpp(
     reader = llama_cpp(tmp_path / "m.gguf")
     losses = [_loss(reader.logits(row), row) for row in rows.tolist()]
     few = type(bench)(bench.prepare, bench.parent, rows)
-    from pipelines.compression.load import load_model
+    from pipelines.modelio.load import load_model
 
     assert float(np.mean(losses)) == pytest.approx(few.loss(load_model(folder)), abs=worst)
 

@@ -12,10 +12,10 @@ import onnxruntime
 import pytest
 import torch
 
-from pipelines.artifact import Artifact
-from pipelines.compression.load import load_model
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError
 from pipelines.deploy import onnx as deploy
-from pipelines.errors import ConfigError
+from pipelines.modelio.load import load_model
 
 MakeModel = Callable[..., Artifact]
 SHAPES = ((1, 64), (3, 17), (2, 2))

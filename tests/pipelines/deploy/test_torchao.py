@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from models.compression import rtn
 from models.compression.base import Statistics
-from pipelines.artifact import Artifact
+from pipelines.core.artifact import Artifact
 from pipelines.deploy import torchao
 from pipelines.deploy.torchao import Precision
 

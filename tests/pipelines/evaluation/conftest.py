@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
-from pipelines import artifact
-from pipelines.artifact import Artifact
+from pipelines.core import artifact
+from pipelines.core.artifact import Artifact
+from pipelines.core.stage import StageContext
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.stage import StageContext
 
 LENGTH = 64
 VOCABULARY = 512

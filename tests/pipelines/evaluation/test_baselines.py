@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.artifact import Artifact
-from pipelines.evaluation import baselines, heldout, ngram
+from pipelines.core.artifact import Artifact
+from pipelines.evaluation import baselines, ngram
 from pipelines.evaluation.config import EvaluateConfig
+from pipelines.measure import heldout
 
 
 def test_compressors_need_the_bytes_that_the_command_line_tools_need(prepared: Artifact, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_every_field_has_a_description() -> None:
 
 def test_planning_and_tables_import_no_torch() -> None:
     code = (
-        "import sys; import pipelines.evaluation.config, pipelines.evaluation.comparison;"
+        "import sys; import pipelines.evaluation.config, pipelines.measure.intervals;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'lm_eval')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

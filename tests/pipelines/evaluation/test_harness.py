@@ -18,11 +18,12 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from pipelines.artifact import Artifact
-from pipelines.evaluation import harness, heldout, scoring, tasks
+from pipelines.core.artifact import Artifact
+from pipelines.evaluation import harness, tasks
 from pipelines.evaluation.config import TaskConfig
 from pipelines.evaluation.harness import Outcome
 from pipelines.evaluation.tasks import Task
+from pipelines.measure import heldout, scoring
 
 
 @pytest.fixture(scope="module")

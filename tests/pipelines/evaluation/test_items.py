@@ -6,9 +6,10 @@ from collections import Counter
 
 import pytest
 
-from pipelines.artifact import Artifact
-from pipelines.evaluation import heldout, items
-from pipelines.evaluation.heldout import Document
+from pipelines.core.artifact import Artifact
+from pipelines.evaluation import items
+from pipelines.measure import heldout
+from pipelines.measure.heldout import Document
 
 
 @pytest.fixture(scope="module")

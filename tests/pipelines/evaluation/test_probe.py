@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.artifact import Artifact
-from pipelines.errors import TransientError
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import TransientError
+from pipelines.core.provenance import CHECKOUT
 from pipelines.evaluation import probe
 from pipelines.evaluation.config import LatencyConfig
-from pipelines.provenance import CHECKOUT
 
 QUICK = LatencyConfig(prompt_tokens=32, new_tokens=4, repeats=2)
 

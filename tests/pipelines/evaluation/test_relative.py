@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.artifact import Artifact
-from pipelines.evaluation import heldout, relative, stage
+from pipelines.core.artifact import Artifact
+from pipelines.core.stage import StageContext
+from pipelines.evaluation import relative, stage
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.scoring import Scorer
-from pipelines.stage import StageContext
+from pipelines.measure import heldout
+from pipelines.measure.scoring import Scorer
 
 
 def space(seed: int = 0, documents: int = 60, width: int = 12) -> np.ndarray:

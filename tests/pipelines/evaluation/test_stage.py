@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import artifact
-from pipelines.artifact import Artifact
-from pipelines.errors import ConfigError, IntegrityError, NumericError
-from pipelines.evaluation import comparison, heldout, stage
+from pipelines.core import artifact
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError, IntegrityError, NumericError
+from pipelines.core.stage import STAGES, Progress, StageContext
+from pipelines.evaluation import stage
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.stage import STAGES, Progress, StageContext
+from pipelines.measure import heldout, intervals
 
 
 def _evaluate(config: EvaluateConfig, inputs: dict[str, Artifact], out: Path, context: StageContext) -> Artifact:
@@ -126,7 +127,7 @@ def test_a_child_is_compared_with_its_parent_document_by_document(
         difference = row["accuracy"] - parent.read_json("evaluation.json")["tasks"][name]["accuracy"]
         assert versus["task_accuracy_difference"][name]["value"] == pytest.approx(difference)
         assert row["hash"] == parent.read_json("evaluation.json")["tasks"][name]["hash"]
-    rows = comparison.table({"pretrain": comparison.read(parent.path), "int4": comparison.read(child.path)})
+    rows = intervals.table({"pretrain": intervals.read(parent.path), "int4": intervals.read(child.path)})
     assert [row["kind"] for row in rows[:3]] == ["parent", "child", "baseline"]
     assert rows[1]["ratio"] == ratio["value"]
 
@@ -173,7 +174,7 @@ def test_a_truncated_evaluation_says_so_in_result_summary_and_table(
     assert evaluation["documents"] == 3 < evaluation["documents_total"]
     assert evaluation["baselines_truncated"] is True
     assert found.manifest.summary["truncated"] is True
-    assert comparison.table({"pretrain": comparison.read(found.path)})[0]["truncated"] is True
+    assert intervals.table({"pretrain": intervals.read(found.path)})[0]["truncated"] is True
 
 
 def test_latency_and_memory_are_observations_only(

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import zstandard
 
-from pipelines import artifact, provenance
-from pipelines.artifact import Artifact
+from pipelines.core import artifact, provenance
+from pipelines.core.artifact import Artifact
+from pipelines.core.stage import StageContext, Summary
 from pipelines.registry import stage
 from pipelines.registry.config import PromoteConfig
-from pipelines.stage import StageContext, Summary
 
 DATA_HASH = "0123456789abcdef0123456789abcdef.dir"
 DOCUMENTS = 40

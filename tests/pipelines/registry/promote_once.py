@@ -6,11 +6,11 @@ import json
 import sys
 from pathlib import Path
 
-from pipelines import artifact
-from pipelines.errors import IngotError
+from pipelines.core import artifact
+from pipelines.core.errors import IngotError
+from pipelines.core.stage import StageContext
 from pipelines.registry import stage
 from pipelines.registry.config import PromoteConfig
-from pipelines.stage import StageContext
 
 job = json.loads(Path(sys.argv[1]).read_text())
 root, out = Path(job["store"]), Path(job["out"])

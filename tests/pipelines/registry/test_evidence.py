@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.errors import GateRefused
+from pipelines.core.errors import GateRefused
 from pipelines.registry import evidence
 
 

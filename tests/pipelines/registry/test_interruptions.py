@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from pipelines.artifact import Artifact
-from pipelines.errors import GateRefused
-from pipelines.faults import InjectedFaultError
-from pipelines.registry import champions
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import GateRefused
+from pipelines.core.fault_injection import InjectedFaultError
+from pipelines.registry import history
 from pipelines.registry.registry import Registry
 
 LIMIT_S = 240.0
@@ -36,7 +36,7 @@ def check_completed(world: Any, better: Mapping[str, Artifact]) -> None:
     champion = world.client().get_model_version_by_alias("ingot", "champion")
     assert champion.tags["fingerprint"] == better["model:pretrain"].manifest.fingerprint
     assert aliases(world) == {"champion": str(champion.version)}
-    assert [record["version"] for record in champions.line(world.root, "ingot")] == ["1", str(champion.version)]
+    assert [record["version"] for record in history.line(world.root, "ingot")] == ["1", str(champion.version)]
 
 
 @pytest.mark.parametrize("point", ["after_upload", "after_version", "after_fetch", "before_alias", "after_alias"])
@@ -109,7 +109,7 @@ def test_a_promotion_cut_at_every_call_to_the_registry_is_completed_by_the_next(
         if len(cuts) <= number:
             break
     assert sorted(v.tags["fingerprint"] for v in versions(world)) == sorted(prints), "one version a model"
-    line = [record["fingerprint"] for record in champions.line(world.root, "ingot")]
+    line = [record["fingerprint"] for record in history.line(world.root, "ingot")]
     assert line == prints, "one line of history a champion"
     changes = {"create_model_version", "set_model_version_tag", "set_registered_model_alias", "log_artifacts"}
     assert changes | {"delete_registered_model_alias", "create_run"} <= set(cuts)
@@ -145,10 +145,10 @@ def test_stores_that_share_a_registry_see_each_others_champions(world: Any, seco
     assert second_world.promote(second_world.candidate(1.9, seed=2))["version"] == "2"
     with pytest.raises(GateRefused, match="champion v2"):
         world.promote(world.candidate(1.95, seed=3))
-    seen = champions.champion(world.root, "ingot")
+    seen = history.champion(world.root, "ingot")
     assert seen is not None
-    assert (seen["version"], seen["action"]) == ("2", champions.OBSERVED)
-    made = champions.champion(second_world.root, "ingot")
+    assert (seen["version"], seen["action"]) == ("2", history.OBSERVED)
+    made = history.champion(second_world.root, "ingot")
     assert made is not None
     assert seen["why"] == f"alias found moved; {made['who']} at {made['time']}: {made['why']}"
 
@@ -194,6 +194,6 @@ def test_two_promotions_at_once_leave_one_champion(world: Any) -> None:
     assert champion.tags["fingerprint"] == best["model:pretrain"].manifest.fingerprint
     assert aliases(world) == {"champion": str(champion.version)}
     assert len(versions(world)) == (3 if codes[0] == 0 else 2)
-    standing = champions.champion(world.root, "ingot")
+    standing = history.champion(world.root, "ingot")
     assert standing is not None
     assert standing["version"] == str(champion.version)

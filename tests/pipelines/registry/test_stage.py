@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
-from pipelines.errors import GateRefused, IntegrityError, TransientError
-from pipelines.fingerprint import hash_file
-from pipelines.registry import champions
+from pipelines.core.errors import GateRefused, IntegrityError, TransientError
+from pipelines.core.fingerprint import hash_file
+from pipelines.registry import history
 from pipelines.registry.registry import list_models, rollback
 from pipelines.tracking.config import TrackingConfig
 
@@ -37,7 +37,7 @@ def test_the_first_sane_model_becomes_champion(world: Any) -> None:
     assert version.tags["method"] == "none"
     assert version.tags["validation_status"] == "approved"
     assert {"fingerprint", "digest", "git_commit", "bits", "base"} <= set(version.tags)
-    record = champions.champion(world.root, "ingot")
+    record = history.champion(world.root, "ingot")
     assert record is not None
     assert (record["version"], record["action"], record["why"]) == ("1", "promote", "first champion: nobody to beat")
     assert record["bits_per_byte"] == pytest.approx(summary["bits_per_byte"])
@@ -56,7 +56,7 @@ def test_a_better_model_replaces_the_champion_and_a_worse_one_is_refused(world: 
     assert champion_of(world) == "2"
     assert registered(world) == ["1", "2"]
     assert json.loads((out / "decision.json").read_text())["accepted"] is False
-    assert champions.read(world.root, "ingot")[-1]["action"] == "refused"
+    assert history.read(world.root, "ingot")[-1]["action"] == "refused"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_an_insane_first_model_is_refused_and_leaves_nothing(world: Any, numbers
     with pytest.raises(GateRefused, match=f"broken: {named}"):
         world.promote(world.candidate(numbers.pop("bits"), **numbers), must_beat=("order1",))
     assert world.client().search_registered_models() == []
-    assert champions.champion(world.root, "ingot") is None
+    assert history.champion(world.root, "ingot") is None
     assert not list((world.root / "mlartifacts").rglob("*.safetensors"))
 
 
@@ -138,7 +138,7 @@ def test_other_children_are_registered_when_asked(world: Any) -> None:
     world.promote(world.inputs(*pairs), register_children=True)
     rows = list_models(world.root)
     assert {(row["tags"]["size_bytes"], tuple(row["aliases"])) for row in rows} == {("160", ("champion",)), ("300", ())}
-    assert champions.fingerprints(world.root) == {row["tags"]["fingerprint"] for row in rows}
+    assert history.fingerprints(world.root) == {row["tags"]["fingerprint"] for row in rows}
 
 
 def test_other_held_out_text_is_refused_until_it_is_allowed(world: Any) -> None:
@@ -155,10 +155,10 @@ def test_other_held_out_text_is_refused_until_it_is_allowed(world: Any) -> None:
 def test_promoting_the_champion_again_changes_nothing(world: Any) -> None:
     inputs = world.candidate(2.0)
     world.promote(inputs)
-    before = champions.read(world.root, "ingot")
+    before = history.read(world.root, "ingot")
     assert world.promote(inputs)["rule"] == "is the champion already"
     assert registered(world) == ["1"]
-    assert champions.read(world.root, "ingot") == before
+    assert history.read(world.root, "ingot") == before
 
 
 def test_rollback_restores_the_previous_champion_again_and_again(world: Any) -> None:
@@ -168,12 +168,12 @@ def test_rollback_restores_the_previous_champion_again_and_again(world: Any) -> 
     assert champion_of(world) == "2"
     rollback(world.root, "ingot")
     assert champion_of(world) == "1"
-    standing = champions.champion(world.root, "ingot")
+    standing = history.champion(world.root, "ingot")
     assert standing is not None
     assert standing["version"] == "1"
     with pytest.raises(Exception, match="no earlier champion"):
         rollback(world.root, "ingot")
-    assert next(r["why"] for r in champions.read(world.root, "ingot") if r["action"] == "rollback") == "it swears"
+    assert next(r["why"] for r in history.read(world.root, "ingot") if r["action"] == "rollback") == "it swears"
 
 
 def test_an_alias_moved_by_hand_is_noted_and_respected(world: Any) -> None:
@@ -181,7 +181,7 @@ def test_an_alias_moved_by_hand_is_noted_and_respected(world: Any) -> None:
     world.promote(world.candidate(1.9, seed=1))
     world.client().set_registered_model_alias("ingot", "champion", "1")
     assert world.promote(world.candidate(1.95, seed=2))["version"] == "3"
-    actions = [(r["action"], r["version"]) for r in champions.read(world.root, "ingot")]
+    actions = [(r["action"], r["version"]) for r in history.read(world.root, "ingot")]
     assert actions == [("promote", "1"), ("promote", "2"), ("observed", "1"), ("promote", "3")]
 
 
@@ -261,7 +261,7 @@ def test_no_secret_reaches_registry_history_or_card(
     out = tmp_path / "out"
     out.mkdir()
     world.promote(world.candidate(2.0), out)
-    rollback_free = champions.append(world.root, "ingot", "refused", version=None, why="x")
+    rollback_free = history.append(world.root, "ingot", "refused", version=None, why="x")
     assert rollback_free["who"]
-    for path in [*out.iterdir(), world.root / "mlflow.db", world.root / champions.HISTORY]:
+    for path in [*out.iterdir(), world.root / "mlflow.db", world.root / history.HISTORY]:
         assert b"c4n4ry" not in path.read_bytes()

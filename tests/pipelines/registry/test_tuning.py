@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 
 from models.architectures.build import build
 from models.optim import lisa
-from pipelines.artifact import Artifact
-from pipelines.execute import materialize
-from pipelines.registry import source
+from pipelines.core.artifact import Artifact
+from pipelines.core.run_stage import materialize
+from pipelines.core.stage import STAGES, Progress, StageContext
+from pipelines.core.store import Store
+from pipelines.registry import initial_weights
 from pipelines.registry.config import FetchConfig
-from pipelines.stage import STAGES, Progress, StageContext
-from pipelines.store import Store
 from pipelines.tracking.config import TrackingConfig
-from pipelines.training import export
+from pipelines.training import model_export
+from pipelines.training.checkpoint_io import MASTER, Reader
 from pipelines.training.config import PretrainConfig
-from pipelines.training.shards import MASTER, Reader
 
 LAYERS, STEPS = 3, 4
 RULES: dict[str, dict[str, Any]] = {
@@ -48,8 +48,8 @@ def world(
     architecture = settings("lamb").architecture(prepared.read_json("index.json"))
     for seed in (1, 2):
         weights = {name: tensor.data for name, tensor in build(architecture, seed=seed).named_parameters()}
-        export.write_model(tmp_path / f"model{seed}", architecture, weights, "fp32")
-        export.copy_tokenizer(prepared.path, tmp_path / f"model{seed}")
+        model_export.write_model(tmp_path / f"model{seed}", architecture, weights, "fp32")
+        model_export.copy_tokenizer(prepared.path, tmp_path / f"model{seed}")
     world = world_of(tmp_path / "model1")
     world.promote(world.candidate(2.0, seed=1))
     world.model_folder = tmp_path / "model2"
@@ -87,7 +87,7 @@ def test_tuning_starts_from_the_bytes_of_the_champion_and_records_where_they_cam
     prepared: Artifact,
     tmp_path: Path,
 ) -> None:
-    store, champion = Store(world.root), source.resolve("models:/ingot@champion", TrackingConfig(), world.root)
+    store, champion = Store(world.root), initial_weights.resolve("models:/ingot@champion", TrackingConfig(), world.root)
     order = FetchConfig(place=champion.place, weights=champion.weights, origin=champion.origin)
     fetched = made(store, "fetch", order, {})
     registered = load_file(tmp_path / "model2" / "model.safetensors")
@@ -105,6 +105,6 @@ def test_tuning_starts_from_the_bytes_of_the_champion_and_records_where_they_cam
     assert tuned.manifest.parents == {"prepare": prepared.digest, "start": fetched.digest}
     assert tuned.manifest.identity["inputs"]["start"] == fetched.manifest.fingerprint
     assert tuned.manifest.summary["started_from"] == "models:/ingot/2"
-    assert tuned.manifest.summary["start_weights"] == source.folder_digest(tmp_path / "model2")
+    assert tuned.manifest.summary["start_weights"] == initial_weights.folder_digest(tmp_path / "model2")
     origin = fetched.manifest.summary["origin"]
     assert [a.manifest.identity["seed"] for a in store.artifacts() if a.manifest.fingerprint == origin] == [2]

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipelines import artifact, report
-from pipelines.artifact import Artifact
-from pipelines.provenance import Provenance
+from pipelines import report
+from pipelines.core import artifact
+from pipelines.core.artifact import Artifact
+from pipelines.core.provenance import Provenance
 
 NODES = ("prepare", "pretrain", "evaluate.pretrain", "compress.<b>int4", "evaluate.<b>int4", "promote")
 MADE = Provenance(

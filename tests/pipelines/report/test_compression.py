@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipelines import artifact, report
-from pipelines.artifact import Artifact
+from pipelines import report
+from pipelines.core import artifact
+from pipelines.core.artifact import Artifact
 from pipelines.report import compression
 
 INTERVAL = {"value": 1.2, "low": 1.15, "high": 1.25}

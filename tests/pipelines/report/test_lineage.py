@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from pipelines.artifact import Artifact
+from pipelines.core.artifact import Artifact
 from pipelines.report import lineage
 
 

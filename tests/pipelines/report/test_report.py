@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.artifact import Artifact
+from pipelines.core.artifact import Artifact
 
 Render = Callable[[dict[str, Any], dict[str, Artifact]], str]
 SECTIONS = {

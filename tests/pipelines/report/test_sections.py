@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.artifact import Artifact
+from pipelines.core.artifact import Artifact
 from pipelines.report import charts, sections
 
 
@@ -80,7 +80,7 @@ def test_a_loss_that_is_not_a_number_is_a_gap(artifacts: dict[str, Artifact]) ->
     ],
 )
 def test_every_setting_is_listed_under_its_dotted_name(value: dict[str, Any], expected: list[tuple[str, str]]) -> None:
-    from pipelines.redaction import HIDDEN
+    from pipelines.core.redaction import HIDDEN
 
     wanted = [(name, HIDDEN if text == "<hidden>" else text) for name, text in expected]
     assert list(sections.flatten(value)) == wanted

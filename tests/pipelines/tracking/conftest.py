@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipelines import artifact, provenance
-from pipelines.artifact import Artifact
+from pipelines.core import artifact, provenance
+from pipelines.core.artifact import Artifact
 
 History = dict[str, list[tuple[int, float]]]
 

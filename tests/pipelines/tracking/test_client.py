@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from pipelines.errors import ConfigError, GateRefused, TransientError
+from pipelines.core.errors import ConfigError, GateRefused, TransientError
 from pipelines.tracking.client import reachable, set_environment
 
 NAMES = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION")

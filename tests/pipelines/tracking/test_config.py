@@ -45,7 +45,7 @@ def test_artifacts_of_a_database_lie_in_the_store_and_elsewhere_where_the_server
 def test_configuration_and_session_import_no_mlflow() -> None:
     code = (
         "import sys, pipelines.tracking, pipelines.tracking.config, pipelines.registry.config, "
-        "pipelines.registry.champions, pipelines.registry.registry; "
+        "pipelines.registry.history, pipelines.registry.registry; "
         "print([m for m in ('mlflow', 'torch', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.artifact import Artifact
+from pipelines.core.artifact import Artifact
 from pipelines.tracking.client import connect, experiment_id
 from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.mirror import Mirror

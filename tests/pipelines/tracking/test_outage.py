@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from pipelines.artifact import Artifact
-from pipelines.errors import TransientError
-from pipelines.stage import Progress
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import TransientError
+from pipelines.core.stage import Progress
 from pipelines.tracking import open_session, sync
 from pipelines.tracking.client import connect, reachable
 from pipelines.tracking.config import TrackingConfig

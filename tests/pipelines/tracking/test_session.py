@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipelines.artifact import Artifact
-from pipelines.errors import Preempted
-from pipelines.stage import Progress
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import Preempted
+from pipelines.core.stage import Progress
 from pipelines.tracking import Session, open_session, sync
 from pipelines.tracking import record as records
 from pipelines.tracking.config import TrackingConfig

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from models.optim.lamb import Lamb
-from pipelines.errors import IngotError
+from pipelines.core.errors import IngotError
 from pipelines.training import engine
 from pipelines.training.config import PretrainConfig
-from pipelines.training.ranks import Ranks
+from pipelines.training.distributed import Ranks
 
 SETTINGS: dict[str, Any] = {"world_size": 1, "batch_size": 6, "micro_batch_size": 2, "zero_stage": 2}
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from models.optim.fragment_layout import Fragment, Layout
 from models.optim.lamb import Lamb
-from models.optim.layout import Fragment, Layout
-from pipelines.training.export import gather_weights
-from pipelines.training.ranks import Ranks
+from pipelines.training.distributed import Ranks
+from pipelines.training.model_export import gather_weights
 
 WHOLE = {
     "model.a": torch.tensor([[0.0, -0.0, 1e-45, -1.5, float("inf")], [3e38, float("nan"), 2.0, -7.25, 0.1]]),

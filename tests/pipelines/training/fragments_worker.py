@@ -24,7 +24,7 @@ from torch import nn
 
 from models.optim.adamw import AdamW
 from models.optim.lamb import Lamb
-from pipelines.training.fragments import attach, refresh_weights
+from pipelines.training.zero_binding import attach, refresh_weights
 
 
 def model() -> nn.Module:

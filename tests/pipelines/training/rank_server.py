@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, distributed
 
 from models.optim.adamw import AdamW
-from models.optim.fragments import FragmentOptimizer
-from models.optim.layout import Fragment, Layout
-from pipelines.errors import IngotError
-from pipelines.faults import fault_point
+from models.optim.fragment_layout import Fragment, Layout
+from models.optim.sharded_optimizer import FragmentOptimizer
+from pipelines.core.errors import IngotError
+from pipelines.core.fault_injection import fault_point
 from pipelines.training.checkpoint import Checkpoints
 
 SHAPES = {

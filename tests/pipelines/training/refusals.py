@@ -18,7 +18,7 @@ from deepspeed.utils import groups
 from torch import nn
 
 from models.optim.lamb import Lamb
-from pipelines.training.fragments import attach
+from pipelines.training.zero_binding import attach
 
 MakeEngine = Callable[..., Any]
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from pipelines import artifact
-from pipelines.errors import ConfigError
+from pipelines.core import artifact
+from pipelines.core.errors import ConfigError
 from pipelines.training.checkpoint import Checkpoints
 
 Run = Callable[..., Any]

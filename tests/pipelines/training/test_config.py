@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipelines import fingerprint
+from pipelines.core import fingerprint
 from pipelines.training.config import OptimizerConfig, PretrainConfig
 
 INDEX = {"vocab_size": 512, "sequence_length": 64, "bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}

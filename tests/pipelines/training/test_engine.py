@@ -13,11 +13,11 @@ import torch
 
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
-from pipelines.launch import launch
+from pipelines.core.launcher import launch
 from pipelines.training.config import PretrainConfig
 from pipelines.training.engine import PlainEngine, create, deepspeed_settings, set_lr
 from pipelines.training.objectives import Batch, CausalTask, Objective
-from pipelines.training.updates import learning_rate, make_optimizer
+from pipelines.training.optimizers import learning_rate, make_optimizer
 
 CPU = torch.device("cpu")
 ARCHITECTURE = ArchitectureConfig.model_validate(

@@ -14,14 +14,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipelines.errors import ConfigError
+from pipelines.core.errors import ConfigError
 from pipelines.training import phases
 from pipelines.training.config import PretrainConfig
-from pipelines.training.feed import Feed
-from pipelines.training.job import Job
+from pipelines.training.data_loader import Feed
+from pipelines.training.distributed import Ranks
 from pipelines.training.objectives import CausalTask, MaskedTask
-from pipelines.training.ranks import Ranks
-from pipelines.training.updates import learning_rate
+from pipelines.training.optimizers import learning_rate
+from pipelines.training.worker_spec import Job
 
 Run = Callable[..., int]
 PLAIN: dict[str, Any] = {"engine": "plain", "world_size": 1, "zero_stage": 0, "micro_batch_size": 2}
@@ -229,7 +229,7 @@ def test_a_phase_that_cannot_be_is_refused(phase: dict[str, Any], message: str) 
 def test_a_run_of_two_phases_resumes_in_each_with_the_same_bytes(
     run_plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines.errors import Preempted
+    from pipelines.core.errors import Preempted
 
     changes: dict[str, Any] = {
         "phases": [{**TWO[0], "steps": 6, "batch_warmup": {"start": 4, "steps": 4}}, {**TWO[1], "steps": 3}],
@@ -301,7 +301,7 @@ def test_a_large_batch_recipe_is_the_schedule_of_the_paper(name: str) -> None:
 def test_a_job_with_a_length_that_does_not_fit_is_refused_before_it_starts(
     plain_job: Callable[..., Job], prepared: Any, tmp_path: Path
 ) -> None:
-    from pipelines.stage import StageContext
+    from pipelines.core.stage import StageContext
     from pipelines.training.stage import make_job
 
     config = plain_job(tmp_path, phases=[{**TWO[0], "sequence_length": 5}], steps=10, batch_size=16).config

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines import faults as injection
-from pipelines.errors import ConfigError, IntegrityError, NumericError
+from pipelines.core import fault_injection as injection
+from pipelines.core.errors import ConfigError, IntegrityError, NumericError
 from pipelines.training.checkpoint import Checkpoints
-from pipelines.training.job import Job
 from pipelines.training.metrics import read_records
 from pipelines.training.replay import Watch, main, replay
 from pipelines.training.worker import device_of, make_engine
+from pipelines.training.worker_spec import Job
 
 Run = Callable[..., int]
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from pipelines import space
-from pipelines.artifact import Artifact
-from pipelines.errors import DiskFullError
-from pipelines.stage import StageContext
+from pipelines.core import disk as disk_space
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import DiskFullError
+from pipelines.core.stage import StageContext
 from pipelines.training import room, stage
 from pipelines.training.config import PretrainConfig
 
@@ -74,7 +74,7 @@ def test_checkpoints_of_an_earlier_attempt_count_as_room(disk_of: Callable[[int]
     needed = room.needed_bytes(job.config, job.config.architecture(job.index))
     held = disk.path / "scratch" / "checkpoints" / "step-00000002"
     held.mkdir(parents=True)
-    (held / "rank-00000.safetensors").write_bytes(b"\0" * (space.free(disk.path) - needed + 64 * KIB))
+    (held / "rank-00000.safetensors").write_bytes(b"\0" * (disk_space.free(disk.path) - needed + 64 * KIB))
     room.check(job)
     (held / "rank-00000.safetensors").rename(disk.path / "of-others")
     with pytest.raises(DiskFullError):
@@ -86,7 +86,7 @@ def test_a_disk_that_fills_while_training_stops_it_and_it_goes_on_to_the_same_by
 ) -> None:
     """Checkpoints that do not fit, then a model that does not: exit 4 each time, and no step is lost or done twice."""
     assert run_plain(tmp_path / "undisturbed") == 0
-    checkpoint = space.size_of(next((tmp_path / "undisturbed" / "checkpoints").glob("step-*")))
+    checkpoint = disk_space.size_of(next((tmp_path / "undisturbed" / "checkpoints").glob("step-*")))
     disk = disk_of(checkpoint * 3 // 2 // KIB)
     work = disk.path / "work"
     assert run_plain(work) == DiskFullError.exit_code

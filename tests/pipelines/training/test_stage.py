@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.artifact import Artifact
-from pipelines.errors import ConfigError, NumericError, Preempted
-from pipelines.stage import Progress, StageContext
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError, NumericError, Preempted
+from pipelines.core.stage import Progress, StageContext
 from pipelines.training.config import PretrainConfig
 from pipelines.training.metrics import read_records
 from pipelines.training.stage import environment, make_job, progress, run

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from models.architectures.build import build
-from pipelines.artifact import Artifact
-from pipelines.errors import NumericError, Preempted
-from pipelines.training.job import Job
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import NumericError, Preempted
+from pipelines.training.distributed import Ranks
 from pipelines.training.metrics import read_records
-from pipelines.training.ranks import Ranks
 from pipelines.training.worker import StopRequest, task_for
+from pipelines.training.worker_spec import Job
 
 Run = Callable[..., int]
 MakeJob = Callable[..., Job]
@@ -186,7 +186,7 @@ def test_too_many_non_finite_steps_end_the_run_with_a_diagnosis(
 
 
 def expected_ids(job: Job, step: int) -> list[int]:
-    from pipelines.training.sampler import ids
+    from pipelines.training.data_order import ids
 
     found: list[int] = ids(job.config.seed, step * job.config.batch_size, job.config.batch_size, 90)[0].tolist()
     return found

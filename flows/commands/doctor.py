@@ -1,0 +1,104 @@
+"""doctor: what this machine has, what it lacks, and the command that gets it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from flows import console
+from pipelines.core.errors import ConfigError, IngotError
+from pipelines.core.provenance import CHECKOUT, git_commit
+from pipelines.data import versioning
+from pipelines.data.config import DataConfig
+
+_PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "prefect", "mlflow", "dvc", "lm-eval", "fastapi")
+_DISK_WANTED = 5_000_000_000
+
+
+def doctor(*, as_json: bool) -> None:
+    """Print every check; a failed one carries the command that mends it.
+
+    Raises:
+        ConfigError: something is missing.
+    """
+    rows = [
+        _python(),
+        *(_package(name) for name in _PACKAGES),
+        *_pins(),
+        _git(),
+        _disk(),
+        _memory(),
+        _loopback(),
+        _corpus(),
+    ]
+    console.table(rows, ["check", "state", "found", "do"], as_json=as_json)
+    missing = [row["check"] for row in rows if row["state"] == "missing"]
+    if missing:
+        raise ConfigError(f"not ready: {', '.join(missing)}", hint="the last column says what to do")
+
+
+def _row(check: str, found: str, *, ok: bool = True, do: str = "") -> dict[str, Any]:
+    return {"check": check, "state": "ok" if ok else "missing", "found": found, "do": "" if ok else do}
+
+
+def _python() -> dict[str, Any]:
+    ok = (3, 11) <= sys.version_info[:2] < (3, 13)
+    return _row("python", platform.python_version(), ok=ok, do="use Python 3.11 or 3.12")
+
+
+def _package(name: str) -> dict[str, Any]:
+    try:
+        return _row(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return _row(name, "-", ok=False, do="make setup")
+
+
+def _pins() -> list[dict[str, Any]]:
+    """Name the installed versions that differ from the tested set."""
+    constraints = (CHECKOUT / "infra" / "constraints.txt").read_text(encoding="utf-8")
+    tested = dict(line.split("==") for line in constraints.splitlines() if "==" in line and not line.startswith("#"))
+    other = [
+        f"{name} {importlib.metadata.version(name)} (tested {tested[name]})"
+        for name in _PACKAGES
+        if name in tested and importlib.metadata.version(name).split("+")[0] != tested[name]
+    ]
+    return [_row("tested set", ", ".join(other) or "all of it", ok=not other, do="make setup")]
+
+
+def _git() -> dict[str, Any]:
+    commit = git_commit()
+    return _row("git", commit[:12], ok=commit != "unknown", do="install git, and run inside a clone")
+
+
+def _disk() -> dict[str, Any]:
+    free = shutil.disk_usage(CHECKOUT).free
+    return _row("disk", f"{console.size(free)} free", ok=free > _DISK_WANTED, do="free 5 GB, or `ingot gc`")
+
+
+def _memory() -> dict[str, Any]:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _row("memory", f"{console.size(total)}, {os.cpu_count()} cores", ok=total > 4e9, do="4 GB is the least")
+
+
+def _loopback() -> dict[str, Any]:
+    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+        return _row("loopback port", "free ports can be had")
+    except OSError as error:
+        return _row("loopback port", str(error), ok=False, do="allow this user to listen on 127.0.0.1")
+
+
+def _corpus() -> dict[str, Any]:
+    try:
+        found = versioning.status(DataConfig(), CHECKOUT)
+    except IngotError as error:
+        return _row("corpus", error.message, ok=False, do=error.hint or "ingot data pull")
+    here = Path(CHECKOUT / DataConfig().path).is_dir()
+    return _row("corpus", str(found.get("state", found)), ok=here, do="ingot data pull")

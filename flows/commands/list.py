@@ -1,0 +1,113 @@
+"""list: models, champions, runs, artifacts, recipes, compressors, optimizers."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+from flows import console, recipe
+from flows.commands.lookup import store
+from flows.run_record import Runs
+from pipelines.core.errors import ConfigError
+from pipelines.core.provenance import CHECKOUT
+
+Rows = list[dict[str, Any]]
+
+
+def show(what: str, *, as_json: bool) -> None:
+    """Print one of the lists.
+
+    Raises:
+        ConfigError: there is no such list.
+    """
+    if what not in _LISTS:
+        near = difflib.get_close_matches(what, _LISTS, n=1)
+        raise ConfigError(
+            f"there is no list of {what!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            hint=", ".join(_LISTS),
+        )
+    rows, columns = _LISTS[what]
+    console.table(rows(), columns, as_json=as_json)
+
+
+def _models() -> Rows:
+    from pipelines.registry import registry
+
+    return registry.list_models(store().root)
+
+
+def _champions() -> Rows:
+    from pipelines.registry import history
+
+    return history.read(store().root)[::-1]
+
+
+def _runs() -> Rows:
+    return [
+        {
+            "id": run.id,
+            "recipe": run.recipe,
+            "status": "killed" if run.status == "running" and not run.alive() else run.status,
+            "started_at": run.started_at,
+            "finished_at": run.finished_at,
+            "overrides": run.overrides,
+            "data_hash": run.data_hash,
+        }
+        for run in Runs(store().root).all()
+    ]
+
+
+def _artifacts() -> Rows:
+    return [
+        {
+            "fingerprint": a.manifest.fingerprint[:12],
+            "stage": a.manifest.stage,
+            "node": a.manifest.node,
+            "size": console.size(a.size),
+            "bytes": a.size,
+            "created_at": a.manifest.provenance.created_at if a.manifest.provenance else None,
+            "digest": a.digest,
+            "path": str(a.path),
+            "summary": a.manifest.summary,
+        }
+        for a in store().artifacts()
+    ]
+
+
+def _recipes() -> Rows:
+    return [{"name": name, "description": recipe.description(name)} for name in recipe.names()]
+
+
+def _compressors() -> Rows:
+    from models.compression import registry
+
+    return [registry.describe(name) for name in registry.names()]
+
+
+def _optimizers() -> Rows:
+    """Name each optimizer with the first line of its module, read without importing it (and torch with it)."""
+    from pipelines.training.config import OptimizerConfig
+
+    return [
+        {"name": name, "description": _first_line(CHECKOUT / "models" / "optim" / f"{name}.py")}
+        for name in get_args(OptimizerConfig.model_fields["name"].annotation)
+    ]
+
+
+def _first_line(source: Path) -> str:
+    text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0]
+
+
+_LISTS: dict[str, tuple[Callable[[], Rows], list[str]]] = {
+    "models": (_models, ["name", "version", "aliases", "path", "metrics"]),
+    "champions": (_champions, ["time", "model", "action", "version", "who", "why"]),
+    "runs": (_runs, ["id", "status", "recipe", "started_at", "overrides"]),
+    "artifacts": (_artifacts, ["fingerprint", "node", "size", "created_at", "path"]),
+    "recipes": (_recipes, ["name", "description"]),
+    "compressors": (_compressors, ["name", "kind", "bits", "calibration", "paper"]),
+    "optimizers": (_optimizers, ["name", "description"]),
+}

@@ -1,0 +1,1 @@
+"""Numerical parts that several methods share: optimal brain surgeon, range calibration, structured selection."""

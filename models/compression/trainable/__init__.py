@@ -1,1 +1,0 @@
-"""Layers that methods put in the place of linear ones while they train; imported when torch is wanted anyway."""

@@ -1,0 +1,197 @@
+"""Parameters layer by layer, for methods that share a budget of bits out among layers.
+
+A method that can do this has
+
+    choices(config)                          the parameters that a layer may be given; none: `config` for every layer
+    sees(config)                             what it prices them by: "curvature", "gradients" or "hessian"
+    price(weight_OI, statistics, choice)     (stored bits, predicted loss) of one layer under one of them
+
+and `budget`, the stored bits a weight, in its `Config`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel
+
+from models.compression.base import MethodConfig, Statistics
+from pipelines.compression import allocate, calibration, curvature, sensitivity
+from pipelines.modelio import meta_init
+from pipelines.modelio.folder import WeightReader
+
+RANDOM_ARMS = 6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each layer was given, and what that was predicted to cost beside other allocations."""
+
+    parameters: Mapping[str, MethodConfig] = field(default_factory=dict)
+    """Layer name -> its parameters; layers that are missing take those of the child."""
+    nulls: Mapping[str, Mapping[str, MethodConfig]] = field(default_factory=dict)
+    """The same for other allocations within the budget, the null arms: a random one, and the best that is uniform."""
+    report: Mapping[str, Any] = field(default_factory=dict)
+    """Goes into `compression.json`; empty where nothing was shared out."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What planning may look at."""
+
+    tokens_NT: NDArray[np.int64]
+    labels_NT: NDArray[np.int64]
+    device: torch.device
+    seed: int = 0
+    fisher: Path | None = None
+    """Folder that `gradients.record` has filled; for methods that price by gradients."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Bits and predicted loss of every choice for every layer."""
+
+    names: Sequence[str]
+    weights: int
+    """Number of weights of all layers."""
+    bits_LC: NDArray[np.int64]
+    cost_LC: NDArray[np.float64]
+
+
+def make(
+    model: PreTrainedModel,
+    reader: WeightReader,
+    method: ModuleType,
+    config: MethodConfig,
+    *,
+    names: Sequence[str],
+    shown: Shown | None,
+) -> Plan:
+    """Return the allocation of least predicted loss within the budget.
+
+    Raises:
+        ConfigError: no allocation is within the budget.
+    """
+    if shown is None or not prices_by(method, config):
+        return Plan()
+    options: list[MethodConfig] = method.choices(config)
+    prices = price_all(model, reader, method, config, names=names, shown=shown)
+    budget = int(_budget(config) * prices.weights)
+    chosen = allocate.solve(prices.cost_LC, prices.bits_LC, budget, groups=_groups(prices.names, config))
+    parameters = {name: options[choice] for name, choice in zip(prices.names, chosen, strict=True)}
+    drawn = allocate.random_choice(prices.bits_LC, budget, 0)
+    nulls = {"random allocation": {n: options[choice] for n, choice in zip(prices.names, drawn, strict=True)}}
+    if (uniform := allocate.uniform_choice(prices.cost_LC, prices.bits_LC, budget)) is not None:
+        nulls["uniform allocation"] = dict.fromkeys(prices.names, options[uniform])
+    return Plan(parameters, nulls, _report(prices, chosen, budget, parameters))
+
+
+def prices_by(method: ModuleType, config: MethodConfig) -> str:
+    """Return what a method prices its choices by; empty for methods, or parameters, that share nothing out."""
+    if not hasattr(method, "choices") or not method.choices(config):
+        return ""
+    return str(method.sees(config))
+
+
+def price_all(
+    model: PreTrainedModel,
+    reader: WeightReader,
+    method: ModuleType,
+    config: MethodConfig,
+    *,
+    names: Sequence[str],
+    shown: Shown,
+) -> Prices:
+    """Return what every choice costs every layer, block by block."""
+    options = method.choices(config)
+    priced: dict[str, list[tuple[int, float]]] = {}
+    weights = 0
+    for name, seen in _statistics(model, reader, method.sees(config), config, names=names, shown=shown):
+        weight_OI = reader.dense(f"{name}.weight").float()
+        weights += weight_OI.numel()
+        priced[name] = [method.price(weight_OI, seen, option) for option in options]
+    ordered = [priced[name] for name in names]
+    bits_LC = np.array([[bits for bits, _ in row] for row in ordered], dtype=np.int64)
+    return Prices(list(names), weights, bits_LC, np.array([[cost for _, cost in row] for row in ordered]))
+
+
+def _statistics(
+    model: PreTrainedModel,
+    reader: WeightReader,
+    wanted: str,
+    config: MethodConfig,
+    *,
+    names: Sequence[str],
+    shown: Shown,
+) -> Iterator[tuple[str, Statistics]]:
+    """Yield each layer's statistics in the original model, one block after another."""
+    if wanted == "curvature":
+        found = curvature.traces(
+            reader.folder,
+            names,
+            shown.tokens_NT,
+            shown.labels_NT,
+            probes=getattr(config, "probes", 1),
+            seed=shown.seed,
+            device=shown.device,
+        )
+        yield from ((name, Statistics(curvature=value)) for name, value in found.items())
+    elif wanted == "gradients":
+        assert shown.fisher is not None
+        for index in range(len(meta_init.blocks(model)[1])):
+            squares = sensitivity.read(shown.fisher, index)
+            yield from ((name, Statistics(fisher_OI=squares[name])) for name in names if name in squares)
+    else:
+        yield from _second_moments(model, reader, names, shown)
+
+
+def _second_moments(
+    model: PreTrainedModel, reader: WeightReader, names: Sequence[str], shown: Shown
+) -> Iterator[tuple[str, Statistics]]:
+    stack, layers = meta_init.blocks(model)
+    meta_init.load_rest(model, stack, reader, shown.device)
+    prefix = calibration.enter(model, layers, shown.tokens_NT, shown.device)
+    for index, block in enumerate(layers):
+        place = f"{stack}.{index}"
+        meta_init.load(block, place, reader, shown.device, model.dtype)
+        chosen = {n: model.get_submodule(n) for n in names if n.startswith(f"{place}.")}
+        linear = {n: m for n, m in chosen.items() if isinstance(m, nn.Linear)}
+        yield from calibration.measure(block, linear, index, prefix).items()
+        prefix.advance(index, block)
+        meta_init.release(block)
+
+
+def _groups(names: Sequence[str], config: MethodConfig) -> list[list[int]]:
+    patterns: Sequence[str] = getattr(config, "together", ())
+    found = [[i for i, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern)] for pattern in patterns]
+    return [group for group in found if len(group) > 1]
+
+
+def _budget(config: MethodConfig) -> float:
+    return float(config.budget)  # type: ignore[attr-defined]
+
+
+def _report(
+    prices: Prices, chosen: Sequence[int], budget: int, parameters: Mapping[str, MethodConfig]
+) -> dict[str, Any]:
+    """Return the allocation and its predicted loss beside random ones of the same budget and the best uniform one."""
+    rows = np.arange(len(chosen))
+    random = [allocate.random_choice(prices.bits_LC, budget, seed) for seed in range(RANDOM_ARMS)]
+    uniform = allocate.uniform_choice(prices.cost_LC, prices.bits_LC, budget)
+    return {
+        "budget_bits": budget,
+        "stored_bits": allocate.total(prices.bits_LC, chosen),
+        "predicted": float(prices.cost_LC[rows, list(chosen)].sum()),
+        "random": [float(prices.cost_LC[rows, arm].sum()) for arm in random],
+        "uniform": None if uniform is None else float(prices.cost_LC[:, uniform].sum()),
+        "layers": {name: config.model_dump(mode="json") for name, config in parameters.items()},
+    }

@@ -1,0 +1,206 @@
+"""A model as a structured method sees it: losses and feature trajectories with some units switched off.
+
+A unit is switched off by zeroing its columns in front of the matrix that reads it, which is the same function as
+cutting it out. The whole model is held in memory; blocks in front of the one measured are not computed again.
+
+Shapes: B sequences, T tokens, K sampled tokens, D width, V vocabulary, U units.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from models.compression.solvers.structured import Structure
+from pipelines.core.errors import ConfigError
+from pipelines.modelio import meta_init
+
+_BATCH = 8
+_FEATURE_SEQUENCES = 8
+"""Sequences whose trajectories are compared."""
+_FEATURE_TOKENS = 256
+"""Tokens sampled from them, evenly."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Where the units of one kind are in a block."""
+
+    reads: str
+    """Matrix whose input columns belong to units."""
+    writes: Mapping[str, int]
+    """Matrices whose output rows belong to units -> how often the units follow one another in them."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What can be cut from the blocks of one model type."""
+
+    units: Mapping[str, Unit]
+
+
+FAMILIES = {
+    "llama": Family(
+        {
+            "groups": Unit("self_attn.o_proj", {"self_attn.q_proj": 1, "self_attn.k_proj": 1, "self_attn.v_proj": 1}),
+            "neurons": Unit("mlp.down_proj", {"mlp.gate_proj": 1, "mlp.up_proj": 1}),
+        }
+    ),
+    # ModernBERT takes the head size from width / heads, so heads cannot go; gate and input lie in one matrix.
+    "modernbert": Family({"neurons": Unit("mlp.Wo", {"mlp.Wi": 2})}),
+}
+
+
+class ModelProblem:
+    """`models.compression.solvers.structured.Problem` over a loaded model.
+
+    Args:
+        model: a model of one of `FAMILIES`.
+        tokens_NT: calibration sequences as the model sees them.
+        targets_NT: the right tokens; -100 where nothing is to be predicted.
+
+    Raises:
+        ConfigError: another family, which is named.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokens_NT: NDArray[np.int64], targets_NT: NDArray[np.int64]) -> None:
+        self.model, self.family = model, family_of(model)
+        self._tokens, self._targets = torch.from_numpy(tokens_NT), torch.from_numpy(targets_NT)
+        self._stack = meta_init.blocks(model)[1]
+        config = model.config
+        self.layers, self.neurons = config.num_hidden_layers, config.intermediate_size
+        self.groups = config.num_key_value_heads if "groups" in self.family.units else 0
+        self._entries: list[Tensor] = []
+        self._originals: dict[int, tuple[list[Tensor], Tensor]] = {}
+
+    @torch.no_grad()
+    def losses(self, structure: Structure | None) -> Tensor:
+        """Return the mean loss of every sequence [N], nats a token; None switches nothing off."""
+        found = []
+        with self._without(structure):
+            for ids, targets in zip(self._tokens.split(_BATCH), self._targets.split(_BATCH), strict=True):
+                logits = self.model(input_ids=ids.to(self.model.device)).logits.float()
+                loss = nn.functional.cross_entropy(logits.transpose(1, 2).cpu(), targets, reduction="none")
+                found.append(loss.sum(1) / (targets >= 0).sum(1).clamp(min=1))
+        return torch.cat(found)
+
+    def loss(self, structure: Structure) -> float:
+        """Return the mean calibration loss."""
+        return float(self.losses(structure).mean())
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Return the summed squared weights of every unit."""
+        counts = {"groups": self.groups, "neurons": self.neurons}
+        return {
+            kind: torch.stack([self._magnitude(block, kind, count) for block in self._stack])
+            for kind, count in counts.items()
+        }
+
+    @torch.no_grad()
+    def original(self, layer: int) -> tuple[Sequence[Tensor], Tensor]:
+        """Return features behind block `layer` and later ones [K, D], and logits [K, V], of the whole model."""
+        if not self._originals:
+            features, logits = self._trajectory(0, self._entries)
+            self._originals = {place: (features[place:], logits) for place in range(self.layers)}
+        return self._originals[layer]
+
+    @torch.no_grad()
+    def trajectory(self, layer: int, kind: str, removed: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """Return the same when the units `removed` [U] of one block are switched off."""
+        self.original(layer)
+        with self._switched(layer, kind, ~removed), _entering(self._stack, layer, self._entries):
+            return self._trajectory(layer, [])
+
+    def _trajectory(self, layer: int, entries: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        features: list[Tensor] = []
+        hooks = [
+            block.register_forward_pre_hook(lambda _m, inputs: entries.append(inputs[0].detach()))
+            for block in self._stack
+        ] + [block.register_forward_hook(lambda _m, _i, out: features.append(_first(out))) for block in self._stack]
+        try:
+            logits = self.model(input_ids=self._tokens[:_FEATURE_SEQUENCES].to(self.model.device)).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [_sampled(x) for x in features[layer:]], _sampled(logits)
+
+    def _magnitude(self, block: nn.Module, kind: str, count: int) -> Tensor:
+        if count == 0:
+            return torch.zeros(0)
+        unit = self.family.units[kind]
+        columns = _weight(block, unit.reads).square().sum(0).view(count, -1).sum(1)
+        rows = [
+            _weight(block, n).square().sum(1).view(often, count, -1).sum((0, 2)) for n, often in unit.writes.items()
+        ]
+        return columns + torch.stack(rows).sum(0)
+
+    @contextlib.contextmanager
+    def _without(self, structure: Structure | None) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if structure is not None:
+                for kind in self.family.units:
+                    for layer, mask in enumerate(structure.masks(kind)):
+                        stack.enter_context(self._switched(layer, kind, mask))
+            yield
+
+    @contextlib.contextmanager
+    def _switched(self, layer: int, kind: str, kept_U: Tensor) -> Iterator[None]:
+        """Zero the columns of the units that are not kept."""
+        reader = self._stack[layer].get_submodule(self.family.units[kind].reads)
+        assert isinstance(reader, nn.Linear)
+        columns = kept_U.repeat_interleave(reader.in_features // len(kept_U)).to(reader.weight)
+        hook = reader.register_forward_pre_hook(lambda _m, inputs: (inputs[0] * columns, *inputs[1:]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """Return what can be cut from a model.
+
+    Raises:
+        ConfigError: nothing is known about its type.
+    """
+    if model.config.model_type not in FAMILIES:
+        raise ConfigError(
+            f"structured pruning knows the layouts {', '.join(FAMILIES)}; {type(model).__name__} has another"
+        )
+    return FAMILIES[model.config.model_type]
+
+
+@contextlib.contextmanager
+def _entering(stack: nn.ModuleList, layer: int, entries: Sequence[Tensor]) -> Iterator[None]:
+    """Let the blocks before `layer` pass on what the whole model gave them, instead of computing."""
+    originals = [block.forward for block in stack[:layer]]
+    try:
+        for place, block in enumerate(stack[:layer]):
+            block.forward = _constant(entries[place + 1])
+        yield
+    finally:
+        for block, original in zip(stack[:layer], originals, strict=True):
+            block.forward = original
+
+
+def _constant(value: Tensor) -> Callable[..., Tensor]:
+    return lambda *_args, **_kwargs: value
+
+
+def _weight(block: nn.Module, name: str) -> Tensor:
+    return block.get_parameter(f"{name}.weight").detach().float()
+
+
+def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _sampled(x_BTD: Tensor) -> Tensor:
+    rows = x_BTD.detach().flatten(0, 1).float()
+    return rows[:: max(1, len(rows) // _FEATURE_TOKENS)]

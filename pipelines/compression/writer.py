@@ -1,0 +1,116 @@
+"""The folder of one child while it is written: packed layers, everything else, then config and record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from models.compression import rtn
+from models.compression.base import MethodConfig, Packed, Statistics
+from models.compression.formats.int_grid import GridConfig
+from pipelines.compression import names
+from pipelines.compression.config import CompressConfig
+from pipelines.modelio import folder, layout
+from pipelines.modelio.folder import WeightReader, WeightWriter
+
+
+class ChildFolder:
+    """Writes a child's model folder tensor by tensor.
+
+    Args:
+        model: skeleton of the parent.
+        reader: the parent's weights.
+        target: folder to write.
+        config: the child's configuration.
+        parameters: the method's parameters as they were used.
+        dense: plain transformers unpacks the child while loading it.
+        private: no public layout fits the child as a whole.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reader: WeightReader,
+        target: Path,
+        *,
+        config: CompressConfig,
+        parameters: MethodConfig,
+        dense: bool,
+        private: bool = False,
+    ) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        self._model, self._reader, self._target = model, reader, target
+        self._config, self._parameters, self._dense, self._private = config, parameters, dense, private
+        self._writer: WeightWriter | None = None
+        self._schemes: dict[str, dict[str, Any] | None] = {}
+        self._record: dict[str, dict[str, Any]] = {}
+        self.embedding_bytes = 0
+        """Stored bytes of the token matrices."""
+
+    @property
+    def layout(self) -> str:
+        """Name of the layout."""
+        return layout.LAYOUT_PRIVATE if None in self._schemes.values() else layout.LAYOUT_PUBLIC
+
+    def add(self, name: str, packed: Packed, parameters: MethodConfig | None = None) -> Packed:
+        """Store one packed layer, with its own parameters if it has any; returns it as stored."""
+        return self._pack(name, packed, self._config.method, (parameters or self._parameters).for_layer(name))
+
+    def close(self) -> None:
+        """Store every parameter that is not packed, then config, record and companions."""
+        if self._config.embeddings == "quantize":
+            for name in token_matrices(self._model, self._reader):
+                self._quantize_embedding(name)
+        matrices = {f"{name}.weight" for name in token_matrices(self._model, self._reader)}
+        for name in self._reader.names():
+            if name.endswith(".weight") and name.removesuffix(".weight") in self._schemes:
+                continue
+            tensor = self._reader.dense(name)
+            if name in matrices:
+                tensor = tensor.to(torch.bfloat16) if self._config.embeddings == "bfloat16" else tensor
+                self.embedding_bytes += _bytes(tensor)
+            self._weights().add(name, tensor)
+        self._weights().close()
+        layout.finish(self._reader.folder, self._target, self._record, self._quantization())
+
+    def _quantization(self) -> dict[str, Any] | None:
+        public = {name: scheme for name, scheme in self._schemes.items() if scheme is not None}
+        if not public or len(public) < len(self._schemes):
+            return None
+        return layout.quantization_config(self._model, public, dense=self._dense)
+
+    def _quantize_embedding(self, name: str) -> None:
+        grid = {key: getattr(self._parameters, key) for key in GridConfig.model_fields}
+        parameters = rtn.Config.model_validate(grid)
+        packed = rtn.compress(self._reader.dense(f"{name}.weight").float(), Statistics(), parameters)
+        self.embedding_bytes += self._pack(name, packed, "rtn", parameters).stored_bits() // 8
+
+    def _pack(self, name: str, packed: Packed, method: str, parameters: MethodConfig) -> Packed:
+        stored = packed.widened() if self._dense else packed
+        self._schemes[name] = None if self._private else layout.group(stored, dense=self._dense)
+        self._record[name] = {"method": method, "config": parameters.model_dump(mode="json")}
+        for leaf, tensor in stored.tensors().items():
+            self._weights().add(f"{name}.{leaf}", tensor)
+        return stored
+
+    def _weights(self) -> WeightWriter:
+        if self._writer is None:
+            private = self.layout == layout.LAYOUT_PRIVATE
+            self._writer = WeightWriter(self._target, names.PRIVATE_STEM if private else folder.PUBLIC_STEM)
+        return self._writer
+
+
+def token_matrices(model: PreTrainedModel, reader: WeightReader) -> list[str]:
+    """Return the module names of the token embedding and, where the folder holds its own, of the output matrix."""
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    held = set(reader.names())
+    found = [n for n, m in model.named_modules() if id(m) in ends and isinstance(m, nn.Embedding | nn.Linear)]
+    return [name for name in found if f"{name}.weight" in held]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

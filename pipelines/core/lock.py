@@ -1,0 +1,64 @@
+"""Leases: at most one process works on an artifact, and a dead holder blocks nobody.
+
+A lease is an operating-system file lock, so the kernel releases it when its holder dies, however it dies: no clock,
+no heartbeat, no stale file. It therefore needs a file system with working `flock` (local disks, NFSv4).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from pipelines.core.errors import LockedError
+
+_POLL_S = 0.2
+
+
+@contextlib.contextmanager
+def hold(path: Path, *, what: str, wait_s: float | None = None) -> Iterator[None]:
+    """Hold the lease at `path` for the length of the block.
+
+    Args:
+        path: the lock file.
+        what: what is locked, for the error message.
+        wait_s: how long to wait for another holder; None waits for ever, 0 not at all.
+
+    Raises:
+        LockedError: another process still held it; the message names that process.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if wait_s is None else wait_s, poll_interval=_POLL_S)
+    except Timeout:
+        raise LockedError(
+            f"{what} is locked by {_holder(path)}", hint="wait for that run, or stop it, then run again"
+        ) from None
+    try:
+        _holder_file(path).write_text(
+            json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time())}), encoding="utf-8"
+        )
+        yield
+    finally:
+        _holder_file(path).unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder_file(path: Path) -> Path:
+    return path.with_suffix(".holder")
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(_holder_file(path).read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError):
+        # The holder writes its name just after it takes the lock; a reader in between knows only that there is one.
+        return "another process"

@@ -1,0 +1,154 @@
+"""What a stage is: a pure function `(config, inputs, out_dir, context) -> summary`, named and versioned.
+
+Everything else about running it (cache, lease, publication, retries, tracing) is a wrapper; see `execute.py` and
+`flows/tasks.py`. Stages are described here without importing them, so that planning needs neither torch nor MLflow.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipelines.core.artifact import Artifact
+from pipelines.core.provenance import CHECKOUT
+from pipelines.core.settings import Settings
+
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One report of a stage that is at work."""
+
+    node: str
+    done: int
+    total: int
+    unit: str
+    """What is counted: steps, documents, layers."""
+    message: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Metrics at `done`, for MLflow; empty between measurements."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage may use besides its configuration and inputs; nothing here can change a result."""
+
+    node: str
+    scratch: Path
+    """A folder that survives a kill and is the same for the same fingerprint: checkpoints live here."""
+    report: Callable[[Progress], None] = lambda _progress: None
+    compute: Mapping[str, Any] = field(default_factory=dict)
+    """`compute` section of the recipe: device, threads per rank, timeouts."""
+    tracking: Mapping[str, Any] = field(default_factory=dict)
+    """`tracking` section of the recipe, resolved: uri, experiment, and the id of the MLflow run of this stage."""
+    store: Path = Path(".ingot")
+    """Root of the store."""
+
+
+class StageFunction(Protocol):
+    """The body of a stage."""
+
+    def __call__(  # noqa: D102 - the class documents it
+        self, config: Any, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext
+    ) -> Summary: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage by name; its body is imported only when it runs."""
+
+    name: str
+    version: int
+    """Raised by hand when the code changes results; enters the fingerprint."""
+    entry: str
+    """`module:function` of the body."""
+    sources: tuple[str, ...]
+    """Folders or files whose digest warns about a change without a new version."""
+    observations: tuple[str, ...] = ()
+    """Payload files with timings or logs, which are not part of the result."""
+
+    def body(self) -> StageFunction:
+        """Import and return the stage function."""
+        module, function = self.entry.split(":")
+        return getattr(importlib.import_module(module), function)
+
+    def identity(self, config: Settings, inputs: Mapping[str, str]) -> dict[str, Any]:
+        """Return what the fingerprint is taken over; `inputs` maps input names to fingerprints or data hashes."""
+        return {"stage": self.name, "version": self.version, "config": config.identity(), "inputs": dict(inputs)}
+
+    def lineage(self, config: Settings, inputs: Mapping[str, str]) -> dict[str, Any]:
+        """Return what an unfinished attempt must share with this one to be gone on from: names the scratch folder."""
+        return {**self.identity(config, inputs), "config": config.lineage()}
+
+    def source_digest(self) -> str:
+        """Return the sha256 over this stage's source files."""
+        return _source_digest(self.sources)
+
+
+@functools.cache
+def _source_digest(sources: tuple[str, ...]) -> str:
+    sha = hashlib.sha256()
+    for source in sources:
+        root = CHECKOUT / source
+        for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
+            sha.update(path.relative_to(CHECKOUT).as_posix().encode())
+            sha.update(path.read_bytes())
+    return sha.hexdigest()
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "prepare",
+            version=2,
+            entry="pipelines.data.stage:run",
+            sources=("pipelines/data",),
+            observations=("report.json", "quarantine.jsonl"),
+        ),
+        Stage(
+            "fetch",
+            version=1,
+            entry="pipelines.registry.fetch:run",
+            sources=("pipelines/registry/fetch.py", "pipelines/registry/initial_weights.py"),
+        ),
+        Stage(
+            "pretrain",
+            version=2,
+            entry="pipelines.training.stage:run",
+            sources=("pipelines/training", "models/architectures", "models/optim"),
+            observations=("metrics.jsonl", "observations.json"),
+        ),
+        Stage(
+            "compress",
+            version=4,
+            entry="pipelines.compression.stage:run",
+            sources=("pipelines/compression", "models/compression", "pipelines/training", "models/optim"),
+            observations=("observations.json", "metrics.jsonl"),
+        ),
+        Stage(
+            "evaluate",
+            version=2,
+            entry="pipelines.evaluation.stage:run",
+            sources=(
+                "pipelines/evaluation",
+                "pipelines/modelio/load.py",
+                "models/compression/modules/quantized_cache.py",
+            ),
+            observations=("observations.json",),
+        ),
+        Stage(
+            "promote",
+            version=1,
+            entry="pipelines.registry.stage:run",
+            sources=("pipelines/registry",),
+            observations=("observations.json", "decision.json", "model_card.md"),
+        ),
+    )
+}

@@ -1,0 +1,156 @@
+"""The held-out documents of a prepare artifact, and the tokens that a model was trained on. No torch.
+
+Every model of one prepare artifact is measured on the same documents in the same order: numbers pair up by position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from pipelines.core import fingerprint
+from pipelines.core.errors import IntegrityError
+
+Ids = NDArray[np.int64]
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One held-out document."""
+
+    id: str
+    text: str
+    source: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of the text in UTF-8."""
+        return len(self.text.encode())
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """What is measured on."""
+
+    documents: tuple[Document, ...]
+    total: int
+    """Documents of the test split; more than `documents` when the evaluation is truncated."""
+    tokens: tuple[Ids, ...]
+    """Start token, text and end token of each document."""
+    index: dict[str, Any]
+    """index.json of the prepare artifact."""
+
+    @property
+    def truncated(self) -> bool:
+        """True when not every test document is measured."""
+        return len(self.documents) < self.total
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Bytes of each document [documents]."""
+        return np.array([document.size for document in self.documents], dtype=np.int64)
+
+
+def load(prepared: Path, max_documents: int | None = None) -> Heldout:
+    """Read and tokenize the test documents of a prepare artifact.
+
+    Raises:
+        IntegrityError: the split is empty or too small for an interval, or a record is damaged.
+    """
+    path = prepared / "documents" / "test.jsonl.zst"
+    everything = list(read_documents(path))
+    if len(everything) < 2:
+        raise IntegrityError(
+            f"{path} has {len(everything)} documents: a confidence interval over documents needs at least 2",
+            hint="give prepare more documents, or a larger share for the test split",
+        )
+    chosen = choose(everything, max_documents)
+    index = json.loads((prepared / "index.json").read_text(encoding="utf-8"))
+    return Heldout(chosen, len(everything), tokenize(chosen, prepared / "tokenizer" / TOKENIZER, index), index)
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """Yield the documents of a zstd-compressed JSON Lines file, in its order."""
+    try:
+        with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
+            for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), start=1):
+                yield _document(path, number, line)
+    except (FileNotFoundError, zstandard.ZstdError) as error:
+        raise IntegrityError(
+            f"cannot read {path}: {error}", hint="`ingot verify` tells whether the artifact is damaged"
+        ) from error
+
+
+def choose(documents: list[Document], limit: int | None) -> tuple[Document, ...]:
+    """Return at most `limit` documents in their order, picked by the hash of their ids: no source is favoured."""
+    if limit is None or limit >= len(documents):
+        return tuple(documents)
+    ranked = sorted(range(len(documents)), key=lambda i: (hashlib.sha256(documents[i].id.encode()).digest(), i))
+    return tuple(documents[i] for i in sorted(ranked[:limit]))
+
+
+def tokenize(documents: tuple[Document, ...], tokenizer: Path, index: dict[str, Any]) -> tuple[Ids, ...]:
+    """Return the token ids of each document, with the start and the end token around them."""
+    encoder = Tokenizer.from_file(str(tokenizer))
+    encodings = encoder.encode_batch([document.text for document in documents], add_special_tokens=False)
+    return tuple(np.array([index["bos_id"], *e.ids, index["eos_id"]], dtype=np.int64) for e in encodings)
+
+
+def token_sizes(tokenizer: Path) -> NDArray[np.int64]:
+    """Return how many bytes of text each token stands for [vocabulary]; special tokens stand for none.
+
+    Holds for byte-level vocabularies, in which one character of a token's name is one byte.
+    """
+    encoder = Tokenizer.from_file(str(tokenizer))
+    special = encoder.get_added_tokens_decoder()
+    names = [encoder.id_to_token(i) or "" for i in range(encoder.get_vocab_size())]
+    return np.array([0 if i in special else len(name) for i, name in enumerate(names)], dtype=np.int64)
+
+
+def train_rows(prepared: Path, index: dict[str, Any], max_tokens: int) -> Ids:
+    """Return packed train sequences [sequences, length], from the start, with at most `max_tokens` tokens."""
+    wanted = max(1, max_tokens // index["sequence_length"])
+    rows: list[Ids] = []
+    for shard in index["splits"]["train"]["shards"]:
+        loaded = np.load(prepared / shard["file"], mmap_mode="r", allow_pickle=False)[:wanted]
+        rows.append(loaded.astype(np.int64))
+        wanted -= len(loaded)
+        if wanted <= 0:
+            break
+    return np.concatenate(rows)
+
+
+def check_tokenizer(prepared: Path, model: Path) -> None:
+    """Refuse a model whose tokenizer is not the one that its test documents were prepared with.
+
+    Raises:
+        IntegrityError: naming both files and both hashes.
+    """
+    ours, theirs = prepared / "tokenizer" / TOKENIZER, model / TOKENIZER
+    hashes = [fingerprint.hash_file(path) if path.is_file() else "(missing)" for path in (ours, theirs)]
+    if hashes[0] != hashes[1] or "(missing)" in hashes:
+        raise IntegrityError(
+            f"{theirs} is not the tokenizer of the prepared data: sha256 {hashes[1]}, expected {hashes[0]} ({ours})",
+            hint="evaluate a model with the prepare artifact that it was trained on",
+        )
+
+
+def _document(path: Path, number: int, line: str) -> Document:
+    try:
+        record = json.loads(line)
+        return Document(id=record["id"], text=record["text"], source=record.get("source", ""))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{path}, line {number}: not a document record ({error!r})", hint="run prepare again to rebuild it"
+        ) from error

@@ -1,0 +1,173 @@
+"""Forward passes over held-out text: negative log likelihoods per document, and divergence of a child from its parent.
+
+Shape letters as in `windows.py`; V is the vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.utils import logging as transformers_logging
+
+from models.compression.modules.quantized_cache import QuantizedCache
+from pipelines.core.errors import IntegrityError, NumericError
+from pipelines.measure.windows import Batch
+from pipelines.modelio import load as compressed
+
+Family = Literal["decoder", "encoder"]
+
+
+# ---- pure functions ---------------------------------------------------------------------------------------------
+
+
+def negative_log_likelihood(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    """Return -ln p(target) in nats [N], computed in float32."""
+    return functional.cross_entropy(logits_NV.float(), target_N, reduction="none")
+
+
+def kl_divergence(parent_NV: Tensor, child_NV: Tensor) -> Tensor:
+    """Return KL(parent || child) in nats [N]: zero only where the two distributions are equal."""
+    parent_log = functional.log_softmax(parent_NV.float(), dim=-1)
+    child_log = functional.log_softmax(child_NV.float(), dim=-1)
+    return (parent_log.exp() * (parent_log - child_log)).sum(dim=-1)
+
+
+# ---- models -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A loaded model that gives logits for batches."""
+
+    model: Any
+    family: Family
+    name: str
+    """How errors call the model."""
+    device: str
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the logits at the scored outputs [N, V].
+
+        Raises:
+            NumericError: a logit is not finite.
+        """
+        ids_BL = torch.from_numpy(batch.ids).to(self.device)
+        row_N = torch.from_numpy(batch.rows).to(self.device)
+        column_N = torch.from_numpy(batch.columns).to(self.device)
+        if self.family == "decoder":
+            # Rows are padded on the right, where no causal output looks; only outputs that are scored become logits.
+            keep = batch.ids.shape[1] - int(batch.columns.min())
+            logits_BLV = self.model(input_ids=ids_BL, use_cache=False, logits_to_keep=keep).logits
+            column_N = column_N - (batch.ids.shape[1] - keep)
+        else:
+            shown_BL = torch.from_numpy(batch.shown).to(self.device).long()
+            logits_BLV = self.model(input_ids=ids_BL, attention_mask=shown_BL).logits
+        everything = logits_BLV.flatten(0, 1)
+        # When every output is scored, in order, the selection would only copy.
+        logits_NV = everything if len(row_N) == len(everything) else logits_BLV[row_N, column_N]
+        # A sum is finite only if all its terms are: one cheap pass instead of a comparison of every logit.
+        if not bool(torch.isfinite(logits_NV.sum())):
+            raise NumericError(
+                f"{self.name} gives logits that are not finite", hint="the model is damaged or diverged; train it again"
+            )
+        return logits_NV
+
+
+def family_of(model: Path) -> Family:
+    """Return the family of a Hugging Face model folder, from the architecture named in its config.json."""
+    names = json.loads((model / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    for ending, family in (("ForCausalLM", "decoder"), ("ForMaskedLM", "encoder")):
+        if any(name.endswith(ending) for name in names):
+            return family  # type: ignore[return-value]
+    raise IntegrityError(
+        f"{model / 'config.json'} names the architectures {names}; expected one that ends in ForCausalLM or ForMaskedLM"
+    )
+
+
+def load(model: Path, device: str) -> Scorer:
+    """Load a model folder, in the type it is stored in: through plain transformers wherever that reads it.
+
+    Raises:
+        IntegrityError: the folder does not hold a readable model.
+    """
+    family = family_of(model)
+    transformers_logging.disable_progress_bar()
+    auto = AutoModelForCausalLM if family == "decoder" else AutoModelForMaskedLM
+    try:
+        if compressed.is_private(model):
+            loaded: Any = compressed.load_model(model)
+        else:
+            loaded = auto.from_pretrained(model, dtype="auto", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{model} cannot be loaded by transformers: {error}") from error
+    return Scorer(loaded.to(device).eval(), family, str(model), device)
+
+
+# ---- measures ---------------------------------------------------------------------------------------------------
+
+
+def document_nats(
+    scorer: Scorer, batches: Sequence[Batch], documents: int, report: Callable[[int, int], None]
+) -> NDArray[np.float64]:
+    """Return the summed negative log likelihood of each document's scored tokens, in nats [documents].
+
+    Args:
+        scorer: the model.
+        batches: every scored token once.
+        documents: number of documents.
+        report: called with (tokens scored, tokens in all) after every batch.
+    """
+    nats = np.zeros(documents, dtype=np.float64)
+    total, done = sum(len(batch.targets) for batch in batches), 0
+    for batch, logits_NV in _forward(scorer, batches):
+        target_N = torch.from_numpy(batch.targets).to(scorer.device)
+        scored = negative_log_likelihood(logits_NV, target_N).double().cpu().numpy()
+        np.add.at(nats, batch.documents, scored)
+        done += len(scored)
+        report(done, total)
+    return nats
+
+
+def divergence(parent: Scorer, child: Scorer, batches: Sequence[Batch]) -> dict[str, float]:
+    """Compare the predictions of two models token by token.
+
+    Returns:
+        `kl_nats_per_token`, the mean KL(parent || child); `top1_agreement`, the share of tokens at which both put
+        the same token first; `kl_tokens`, how many tokens were compared.
+    """
+    nats, agreed, tokens = 0.0, 0, 0
+    for (_, parent_NV), (_, child_NV) in zip(_forward(parent, batches), _forward(child, batches), strict=True):
+        nats += float(kl_divergence(parent_NV, child_NV).double().sum())
+        agreed += int((parent_NV.argmax(dim=-1) == child_NV.argmax(dim=-1)).sum())
+        tokens += len(parent_NV)
+    return {"kl_nats_per_token": nats / tokens, "top1_agreement": agreed / tokens, "kl_tokens": tokens}
+
+
+def cache_bytes_per_token(scorer: Scorer, batch: Batch) -> float | None:
+    """Return the bytes that a decoder's attention cache holds for each token of one batch; None for an encoder."""
+    if scorer.family == "encoder":
+        return None
+    ids_BL = torch.from_numpy(batch.ids).to(scorer.device)
+    with torch.inference_mode():
+        cache = scorer.model(input_ids=ids_BL, use_cache=True, logits_to_keep=1).past_key_values
+    if isinstance(cache, QuantizedCache):
+        return cache.stored_bytes / ids_BL.numel()
+    return float(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / ids_BL.numel())
+
+
+def _forward(scorer: Scorer, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+    for batch in batches:
+        # The guard is entered per batch: a generator that stays suspended must not leave it switched on outside.
+        with torch.inference_mode():
+            logits_NV = scorer.logits(batch)
+        yield batch, logits_NV

@@ -1,0 +1,162 @@
+"""Model folders, tensor by tensor: neither side ever holds more than one tensor or one shard in memory.
+
+A compressed folder has `ingot_compression.json` beside its weights: which method and parameters stored each layer, so
+that it can be read back here and compressed again. Plain transformers does not need that file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.compression import registry
+from models.compression.base import Packed
+from pipelines.compression.names import CACHE_TABLES
+from pipelines.core.errors import IntegrityError
+
+RECORD = "ingot_compression.json"
+RECORD_FORMAT = 1
+PUBLIC_STEM = "model"
+"""File stem of weights that plain transformers loads."""
+SHARD_BYTES = 1 << 30
+
+
+class WeightReader:
+    """The weights of a model folder as dense tensors, whatever layout stores them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = dict(_tensor_files(folder))
+        record = read_record(folder)
+        self._layers: dict[str, dict[str, Any]] = record["layers"] if record else {}
+
+    @property
+    def bytes(self) -> int:
+        """Size of all weight files."""
+        return sum(path.stat().st_size for path in set(self._files.values()))
+
+    def names(self) -> list[str]:
+        """Return the names of the dense parameters, packed layers as their `.weight`, sorted."""
+        plain = [name for name in self._files if name.rpartition(".")[0] not in self._layers or name.endswith(".bias")]
+        return sorted([*plain, *(f"{module}.weight" for module in self._layers)])
+
+    def dense(self, name: str) -> Tensor:
+        """Return one parameter, dequantized if it is packed.
+
+        Raises:
+            IntegrityError: the folder does not hold it.
+        """
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module in self._layers:
+            return self.packed(module).dequantize()
+        return self._read(name)
+
+    def modules(self) -> list[str]:
+        """Return the names of the packed layers, sorted."""
+        return sorted(self._layers)
+
+    def packed(self, module: str) -> Packed:
+        """Return one packed layer."""
+        method = registry.get(self._layers[module]["method"])
+        names = [n for n in self._files if n.rpartition(".")[0] == module and not n.endswith(".bias")]
+        tensors = {name.rpartition(".")[2]: self._read(name) for name in names}
+        return method.restore(tensors, method.Config.model_validate(self._layers[module]["config"]))
+
+    def _read(self, name: str) -> Tensor:
+        if name not in self._files:
+            raise IntegrityError(f"{self.folder} holds no tensor {name!r}", hint="delete the artifact and run again")
+        with _open(self._files[name]) as file:
+            # A copy, because the tensor itself keeps its whole file mapped for as long as it lives.
+            return file.get_tensor(name).clone()
+
+
+class WeightWriter:
+    """Writes tensors to one safetensors file, or to numbered shards with an index when they are large."""
+
+    def __init__(self, folder: Path, stem: str = PUBLIC_STEM, shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder, self._stem, self._limit = folder, stem, shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._size = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor; memory holds at most a shard and one tensor."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._size + size > self._limit:
+            self._flush()
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._size += size
+
+    def close(self) -> None:
+        """Write what is pending, name the files, and write the index if there are several."""
+        self._flush()
+        if len(self._shards) == 1:
+            self._part(0).rename(self._folder / f"{self._stem}.safetensors")
+            return
+        where: dict[str, str] = {}
+        for index, names in enumerate(self._shards):
+            final = f"{self._stem}-{index + 1:05d}-of-{len(self._shards):05d}.safetensors"
+            self._part(index).rename(self._folder / final)
+            where |= dict.fromkeys(names, final)
+        total = sum((self._folder / file).stat().st_size for file in set(where.values()))
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1, sort_keys=True)
+        (self._folder / f"{self._stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+
+    def _part(self, index: int) -> Path:
+        return self._folder / f"{self._stem}.part-{index}.safetensors"
+
+    def _flush(self) -> None:
+        save_file(dict(sorted(self._pending.items())), self._part(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(sorted(self._pending))
+        self._pending, self._size = {}, 0
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Return the record of a compressed folder; None for a dense one.
+
+    Raises:
+        IntegrityError: it was written by a newer checkout.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if record["format"] != RECORD_FORMAT:
+        raise IntegrityError(f"{path} has format {record['format']}; this checkout reads {RECORD_FORMAT}")
+    return record
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys: equal values give equal bytes."""
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy everything that is not weights: config, generation config, tokenizer."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name != RECORD and ".safetensors" not in path.name:
+            shutil.copyfile(path, target / path.name)
+
+
+def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    paths = sorted(path for path in folder.glob("*.safetensors") if path.name != CACHE_TABLES)
+    if not paths:
+        raise IntegrityError(f"{folder} holds no safetensors weights", hint="delete the artifact and run again")
+    for path in paths:
+        with _open(path) as file:
+            yield from ((name, path) for name in file.keys())  # noqa: SIM118 - the handle is no mapping
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise IntegrityError(f"{path} is damaged: {error}", hint="`ingot verify` names every damaged file") from error

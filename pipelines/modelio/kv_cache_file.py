@@ -1,0 +1,78 @@
+"""The file `kv_cache.safetensors` of a model folder: how the attention cache of every layer is coded.
+
+Tensors `layers.N.keys.*` and `layers.N.values.*` (levels [2^bits], edges [2^bits - 1], and `range` [2, channels] where
+channels have fixed ranges), float32; metadata `coding` (JSON: `method` and `config`). The weights beside it are the
+parent's, unchanged: plain transformers loads them and keeps an ordinary cache.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from models.compression import registry
+from models.compression.base import MethodConfig
+from models.compression.modules import quantized_cache
+from models.compression.modules.quantized_cache import Tables
+from pipelines.compression.names import CACHE_TABLES
+from pipelines.core.errors import IntegrityError
+
+_SIDES = ("keys", "values")
+
+
+def held(folder: Path) -> bool:
+    """Return whether a model folder says how its cache is coded."""
+    return (folder / CACHE_TABLES).is_file()
+
+
+def write(folder: Path, tables: Sequence[Tables], method: str, config: MethodConfig) -> None:
+    """Write the tables of all layers."""
+    stored = {
+        f"layers.{number}.{side}.{name}": tensor.contiguous()
+        for number, table in enumerate(tables)
+        for side in _SIDES
+        for name, tensor in getattr(table, side).tensors().items()
+    }
+    # One entry: safetensors writes several in an order that differs from process to process.
+    coding = json.dumps({"method": method, "config": config.model_dump(mode="json")}, sort_keys=True)
+    save_file(stored, folder / CACHE_TABLES, metadata={"coding": coding})
+
+
+def read(folder: Path, layers: int) -> list[Tables]:
+    """Return the tables of all layers.
+
+    Raises:
+        IntegrityError: the file is damaged, or not for a model of so many layers.
+    """
+    try:
+        with safe_open(folder / CACHE_TABLES, framework="pt") as file:
+            said = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
+    except SafetensorError as error:
+        raise IntegrityError(f"{folder / CACHE_TABLES} is damaged: {error}", hint="`ingot verify`") from error
+    found = len({name.split(".")[1] for name in tensors})
+    if found != layers:
+        raise IntegrityError(f"{folder / CACHE_TABLES} is for {found} layers; the model beside it has {layers}")
+    if "coding" not in said:
+        raise IntegrityError(f"{folder / CACHE_TABLES} does not say how it was coded", hint="`ingot verify`")
+    coding = json.loads(said["coding"])
+    method = registry.get(coding["method"])
+    config = method.Config.model_validate(coding["config"])
+    made = []
+    for number in range(layers):
+        keys, values = (
+            method.restore({n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(prefix)}, config)
+            for prefix in (f"layers.{number}.{side}." for side in _SIDES)
+        )
+        made.append(Tables(keys, values, config.exact_tokens))
+    return made
+
+
+def attach(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Make a model use the cache that its folder describes, in place."""
+    return quantized_cache.attach(model, read(folder, model.config.num_hidden_layers))

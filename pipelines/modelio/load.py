@@ -1,0 +1,57 @@
+"""Load any model folder of this project, also the compressed ones that no public loader reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from models.compression.modules import packed_linear
+from pipelines.compression import names
+from pipelines.modelio import folder, kv_cache_file, meta_init
+
+
+def load_model(path: Path) -> PreTrainedModel:
+    """Return the model in `path`, ready for inference on the CPU; with its quantized cache, if it has one.
+
+    Raises:
+        IntegrityError: weights are missing or damaged.
+    """
+    model = load_weights(path)
+    return kv_cache_file.attach(model, path) if kv_cache_file.held(path) else model
+
+
+def load_weights(path: Path) -> PreTrainedModel:
+    """Return the model in `path` without a quantized cache.
+
+    A public folder is loaded by transformers alone; a private one (weights in `packed*.safetensors`) is built from its
+    configuration and filled with the dequantized weights, and layers that round their inputs do so.
+
+    Raises:
+        IntegrityError: weights are missing or damaged.
+    """
+    if not _is_packed(path):
+        return meta_init.architecture(AutoConfig.from_pretrained(path), path).from_pretrained(path).eval()
+    model = meta_init.build(path)
+    reader = folder.WeightReader(path)
+    held = set(reader.names())
+    dtype = model.config.dtype or torch.float32
+    for name, _ in list(model.named_parameters()):
+        if name in held:
+            meta_init.set_parameter(model, name, reader.dense(name).to(dtype))
+    for name in reader.modules():
+        packed = reader.packed(name)
+        if packed.rounds_inputs:
+            packed_linear.put(model, name, packed)
+    model.tie_weights()
+    return model
+
+
+def is_private(path: Path) -> bool:
+    """Return whether a folder needs this loader."""
+    return kv_cache_file.held(path) or _is_packed(path)
+
+
+def _is_packed(path: Path) -> bool:
+    return (path / folder.RECORD).is_file() and any(path.glob(f"{names.PRIVATE_STEM}*.safetensors"))

@@ -1,0 +1,87 @@
+"""What reads a model folder, in words and as a snippet: for model cards and for `ingot export`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pipelines.compression.names import CACHE_TABLES, PRIVATE_STEM
+from pipelines.core.artifact import Artifact
+
+_PLAIN = """\
+from transformers import AutoTokenizer, {loader}
+
+model = {loader}.from_pretrained(path)  # path: `ingot list models --json`
+tokenizer = AutoTokenizer.from_pretrained(path)
+"""
+_OURS = """\
+from pathlib import Path
+
+from transformers import AutoTokenizer
+from pipelines.modelio.load import load_model  # run in a checkout of Ingot
+
+model = load_model(Path(path))  # path: `ingot list models --json`
+tokenizer = AutoTokenizer.from_pretrained(path)
+"""
+_CACHE = """\
+output = model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=50)  # makes a coded cache itself
+cache = model.new_cache()  # or keep one: model(ids, past_key_values=cache, use_cache=True)
+print(cache.stored_bytes)
+"""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How one model folder is loaded."""
+
+    packed: bool
+    """The weights are in a layout of ours."""
+    cache: bool
+    """The attention cache is coded."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether plain transformers computes what was measured."""
+        return not (self.packed or self.cache)
+
+    @property
+    def sentence(self) -> str:
+        """What to know before loading."""
+        if self.plain:
+            return "Load it with plain transformers; no code of Ingot is needed."
+        if not self.cache:
+            return (
+                "Its weights are in packed*.safetensors, a layout that no public loader reads; it is described by "
+                "ingot_compression.json beside them. Load it with Ingot."
+            )
+        alone = (
+            "Plain transformers does not find the packed weights either."
+            if self.packed
+            else "Plain transformers loads the weights but ignores that file: it keeps an ordinary cache of full size, "
+            "and computes what the parent computes."
+        )
+        return (
+            f"What was compressed is the attention cache, by the tables in {CACHE_TABLES}. {alone} Load it with Ingot "
+            "to have the coded cache that was measured; its own caches are made by `generate` or `new_cache()`, and "
+            "caches of other classes are refused."
+        )
+
+    def snippet(self, loader: str) -> str:
+        """Return Python that loads the model.
+
+        Args:
+            loader: the auto class of transformers that its family has.
+        """
+        return _PLAIN.format(loader=loader) if self.plain else _OURS + (_CACHE if self.cache else "")
+
+
+def of_files(names: Iterable[str]) -> Loading:
+    """Return how a model folder with these file names is loaded."""
+    leaves = [name.rpartition("/")[2] for name in names]
+    packed = any(leaf.startswith(PRIVATE_STEM) and leaf.endswith(".safetensors") for leaf in leaves)
+    return Loading(packed, CACHE_TABLES in leaves)
+
+
+def of(model: Artifact) -> Loading:
+    """Return how the model of a pretrain or compress artifact is loaded."""
+    return of_files(name for name in model.manifest.files if name.startswith("model/"))

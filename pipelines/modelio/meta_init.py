@@ -1,0 +1,98 @@
+"""A model without its weights: parameters are loaded where they are needed and released afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from pipelines.core.errors import ConfigError, IntegrityError
+from pipelines.modelio.folder import WeightReader
+
+
+def build(folder: Path) -> transformers.PreTrainedModel:
+    """Return the model of a folder with every parameter on the meta device and every buffer real.
+
+    Raises:
+        IntegrityError: the configuration names no architecture of the installed transformers.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with no_init_weights(), parameters_on_meta():
+        model = architecture(config, folder)(config)
+    model.tie_weights()
+    return model.eval()
+
+
+def architecture(config: transformers.PretrainedConfig, folder: Path) -> type[transformers.PreTrainedModel]:
+    """Return the transformers class that the configuration names."""
+    names = config.architectures or ["(none)"]
+    if not hasattr(transformers, names[0]):
+        raise IntegrityError(f"{folder / 'config.json'} names the architecture {names[0]!r}, which transformers lacks")
+    return getattr(transformers, names[0])
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Create parameters on the meta device inside the block, one at a time; buffers stay real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        light = parameter if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, light)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def blocks(model: transformers.PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Return the stack of transformer layers and its name.
+
+    Raises:
+        ConfigError: the model has no single stack of `num_hidden_layers` layers.
+    """
+    depth = getattr(model.config, "num_hidden_layers", 0)
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if len(found) != 1:
+        raise ConfigError(
+            f"{type(model).__name__} has {len(found)} stacks of {depth} layers; compression walks models with one"
+        )
+    return found[0]
+
+
+def load(module: nn.Module, prefix: str, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
+    """Load the parameters below `module`, whose name in the model is `prefix`, in place."""
+    for name, _ in list(module.named_parameters()):
+        set_parameter(module, name, reader.dense(f"{prefix}.{name}" if prefix else name).to(device, dtype))
+
+
+def load_rest(model: transformers.PreTrainedModel, stack: str, reader: WeightReader, device: torch.device) -> None:
+    """Load every parameter outside the stack of layers; tied ones that the folder does not hold stay on meta."""
+    held = set(reader.names())
+    for name, _ in list(model.named_parameters()):
+        if name in held and not name.startswith(f"{stack}."):
+            set_parameter(model, name, reader.dense(name).to(device, model.dtype))
+    for child in model.modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            setattr(child, name, buffer.to(device))
+
+
+def release(module: nn.Module) -> None:
+    """Drop the parameters below `module`."""
+    for name, parameter in list(module.named_parameters()):
+        set_parameter(module, name, parameter.to("meta"))
+
+
+def set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace one parameter by its dotted name."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

@@ -1,0 +1,204 @@
+"""Where training starts from: a registered model, an artifact or a Hugging Face folder, pinned to its bytes.
+
+`models:/NAME@champion` names other weights tomorrow. What enters an identity is therefore the digest of the weight
+files and the tokenizer, found out when the plan is made; the name that led to them is only remembered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.core import artifact, fingerprint
+from pipelines.core.errors import ConfigError, IntegrityError
+from pipelines.registry.package import MODEL_FOLDER, OURS
+from pipelines.tracking.client import connect, reachable
+from pipelines.tracking.config import TrackingConfig, resolve_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+REGISTERED = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[^/@:]+)|/(?P<version>\d+))")
+"""`models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
+_RECORD = "ingot_compression.json"
+"""Says how a compressed folder's weights are to be read; see `pipelines.modelio.folder`."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights to start from, pinned."""
+
+    place: str
+    """`models:/NAME/VERSION`, or the folder."""
+    weights: str
+    """sha256 over the weight files and the tokenizer."""
+    origin: str
+    """Fingerprint of the artifact that the weights come from; empty for a folder that is none."""
+    note: str
+    """What the user's words resolved to, for the plan."""
+
+
+def resolve(wanted: str, config: TrackingConfig, store_root: Path) -> Source:
+    """Return what `pretrain.from` names at this moment.
+
+    Args:
+        wanted: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or the path of an artifact or of a model folder.
+        config: where the registry is.
+        store_root: root of the store.
+
+    Raises:
+        ConfigError: there is no such model, or it holds no weights.
+        TransientError: MLflow does not answer.
+    """
+    if (parts := REGISTERED.fullmatch(wanted)) is None:
+        return _of_folder(Path(wanted))
+    with _connected(config, store_root) as (client, uri):
+        version = _version(client, wanted, parts)
+        manifest = _manifest(client, uri, version, store_root)
+    place = f"models:/{version.name}/{version.version}"
+    weights = weights_digest({_inside(n): r.sha256 for n, r in manifest.files.items() if _inside(n)})
+    named = place if wanted == place else f"{wanted} is version {version.version}"
+    return Source(
+        place,
+        weights,
+        manifest.fingerprint,
+        f"{named}, made by {manifest.node} {manifest.fingerprint[:8]}, weights {weights[:8]}",
+    )
+
+
+@contextlib.contextmanager
+def opened(place: str, config: TrackingConfig, store_root: Path) -> Iterator[Path]:
+    """Give the model folder of a source for the length of the block, downloaded if it is registered.
+
+    Raises:
+        ConfigError: there is no such model.
+        TransientError: MLflow does not answer.
+    """
+    if (parts := REGISTERED.fullmatch(place)) is None:
+        yield model_folder(Path(place))
+        return
+    with _connected(config, store_root) as (client, uri):
+        found = _version(client, place, parts)
+        with _fetched(client, uri, found, MODEL_FOLDER, store_root) as folder:
+            yield folder
+
+
+def folder_digest(folder: Path) -> str:
+    """Return the sha256 over the weight files of a model folder and its tokenizer."""
+    return weights_digest({path.name: fingerprint.hash_file(path) for path in folder.iterdir() if _counts(path)})
+
+
+def weights_digest(files: Mapping[str, str]) -> str:
+    """Return the sha256 over the weight files and the tokenizer among `files`, file name -> sha256.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    weights = {name: sha for name, sha in files.items() if _counts(Path(name))}
+    if not any(name.endswith(".safetensors") for name in weights):
+        raise ConfigError(
+            "the model to start from holds no safetensors weights",
+            hint="pickled weights (.bin, .pt) are never read: save them with safetensors first",
+        )
+    return fingerprint.digest(weights)
+
+
+def model_folder(path: Path) -> Path:
+    """Return the folder with the weights: that of an artifact, or the one that was named.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    folder = path / MODEL_FOLDER if (path / artifact.MANIFEST).is_file() else path
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"pretrain.from = {str(path)!r}: {folder} is no model folder, it has no config.json",
+            hint="give models:/NAME@champion, models:/NAME/3, an artifact, or a Hugging Face folder",
+        )
+    return folder
+
+
+def _of_folder(path: Path) -> Source:
+    folder = model_folder(path)
+    made = artifact.load(path) if folder != path else None
+    weights = folder_digest(folder)
+    by = f", made by {made.manifest.node} {made.manifest.fingerprint[:8]}" if made else ""
+    origin = made.manifest.fingerprint if made else ""
+    return Source(str(path.resolve()), weights, origin, f"{path}{by}, weights {weights[:8]}")
+
+
+def _inside(name: str) -> str:
+    """Return a file's name inside the model folder of an artifact; empty for files outside of it."""
+    return name.removeprefix(f"{MODEL_FOLDER}/") if name.startswith(f"{MODEL_FOLDER}/") else ""
+
+
+def _counts(path: Path) -> bool:
+    """Tell whether a file says what the model computes, and of which tokens."""
+    return path.suffix == ".safetensors" or path.name in {_RECORD, "tokenizer.json"}
+
+
+@contextlib.contextmanager
+def _connected(config: TrackingConfig, store_root: Path) -> Iterator[tuple[MlflowClient, str]]:
+    uri = resolve_uri(config, store_root)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise ConfigError(
+            f"there is no model registry at {uri}",
+            hint="`ingot run` registers a first model; or set tracking.uri (MLFLOW_TRACKING_URI)",
+        )
+    with reachable(uri, what="the model to start from"):
+        yield connect(config, store_root), uri
+
+
+def _version(client: MlflowClient, wanted: str, parts: re.Match[str]) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        if parts["alias"] is not None:
+            return client.get_model_version_by_alias(parts["name"], parts["alias"])
+        return client.get_model_version(parts["name"], parts["version"])
+    except MlflowException as error:
+        if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+            raise
+        raise ConfigError(
+            f"pretrain.from = {wanted!r}: the registry has no such model, version or alias",
+            hint="`ingot list models` shows names, versions and aliases",
+        ) from error
+
+
+def _manifest(client: MlflowClient, uri: str, version: ModelVersion, store_root: Path) -> artifact.Manifest:
+    """Fetch the manifest that Ingot registered with a version: a plan needs hashes, not gigabytes."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with _fetched(client, uri, version, f"{OURS}/{artifact.MANIFEST}", store_root) as file:
+            return artifact.Manifest.model_validate(json.loads(file.read_bytes()))
+    except (MlflowException, OSError) as error:
+        raise ConfigError(
+            f"version {version.version} of {version.name} was not registered by Ingot: it has no manifest",
+            hint="download it and give the folder as pretrain.from",
+        ) from error
+    except ValueError as error:
+        raise IntegrityError(f"the manifest of {version.name} version {version.version} is damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def _fetched(client: MlflowClient, uri: str, version: ModelVersion, part: str, store_root: Path) -> Iterator[Path]:
+    """Download a part of a registered version for the length of the block."""
+    from mlflow.artifacts import download_artifacts
+
+    place = client.get_model_version_download_uri(version.name, str(version.version))
+    root = store_root / "scratch"
+    root.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="fetched-", dir=root))
+    try:
+        yield Path(download_artifacts(artifact_uri=f"{place}/{part}", dst_path=str(scratch), tracking_uri=uri))
+    finally:
+        shutil.rmtree(scratch)

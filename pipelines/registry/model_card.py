@@ -1,0 +1,278 @@
+"""The model card: Hugging Face front matter and a page for people, generated from the records alone."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import zstandard
+
+from pipelines.core.artifact import Artifact
+from pipelines.core.redaction import redact, redact_value
+from pipelines.modelio import load_instructions
+from pipelines.registry.config import PromoteConfig
+from pipelines.registry.evidence import Evidence
+from pipelines.registry.gate import Decision
+
+_PIPELINE = {"decoder": "text-generation", "encoder": "fill-mask"}
+_LOADER = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM"}
+_CARD_NAMES = {"public-domain": "pdm", "public domain": "pdm"}
+"""Licences whose name on model cards is not simply theirs in lower case."""
+_KNOWN = {"pdm", "cc0-1.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-4.0", "apache-2.0", "mit"}
+_KEY_DIGITS = 16
+
+_PAGE = jinja2.Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True).from_string(  # noqa: S701 - Markdown
+    """\
+# {{ title }}
+
+{{ sentence }}
+
+{{ loading }}
+
+```python
+{{ snippet }}```
+
+## Data
+
+{{ data_sentence }}
+{% if sources %}
+
+| source | licence | documents read | kept |
+|---|---|---:|---:|
+{% for row in sources %}
+| {{ row.source }} | {{ row.licence }} | {{ row.read }} | {{ row.kept }} |
+{% endfor %}
+{% endif %}
+
+## Training
+
+| setting | value |
+|---|---|
+{% for name, value in training %}
+| {{ name }} | {{ value }} |
+{% endfor %}
+
+## Evaluation
+
+{{ evaluation_sentence }}
+
+| model | bits per byte | interval | size, bytes | cache, bytes a token |
+|---|---:|---|---:|---:|
+{% for row in models %}
+| {{ row.name }} | {{ row.bits }} | {{ row.interval }} | {{ row.size }} | {{ row.cache }} |
+{% endfor %}
+{% for name, bits in baselines %}
+| {{ name }} (null arm) | {{ bits }} | | | |
+{% endfor %}
+{% if tasks %}
+
+| task | accuracy | standard error | chance | items |
+|---|---:|---:|---:|---:|
+{% for row in tasks %}
+| {{ row.name }} | {{ row.accuracy }} | {{ row.stderr }} | {{ row.chance }} | {{ row.n }} |
+{% endfor %}
+{% endif %}
+
+## Gate
+
+{{ verdict }}
+
+| check | found | required | |
+|---|---|---|---|
+{% for check in checks %}
+| {{ check.name }} | {{ check.found }} | {{ check.required }} | {{ "ok" if check.passed else "**broken**" }} |
+{% endfor %}
+
+## Limits
+
+{% for limit in limits %}
+* {{ limit }}
+{% endfor %}
+
+## Lineage
+
+| artifact | fingerprint | digest | made from |
+|---|---|---|---|
+{% for row in lineage %}
+| {{ row.node }} | `{{ row.fingerprint }}` | `{{ row.digest }}` | {{ row.parents }} |
+{% endfor %}
+
+Corpus: DVC hash `{{ data_hash }}`. Code: git commit `{{ commit }}`.
+"""
+)
+
+
+def render(
+    facts: Evidence,
+    models: Mapping[str, Evidence],
+    inputs: Mapping[str, Artifact],
+    decision: Decision,
+    config: PromoteConfig,
+) -> str:
+    """Return the model card of one model.
+
+    Args:
+        facts: the model that the card is about.
+        models: every model of the run, for comparison.
+        inputs: `prepare`, `model:<name>`, `evaluation:<name>` artifacts.
+        decision: what the gate said.
+        config: name of the registered model.
+    """
+    prepare, model = inputs["prepare"], inputs[f"model:{facts.name}"]
+    sources = source_rows(prepare)
+    front = _front_matter(facts, models, sources, config)
+    record, how = model.manifest.provenance, load_instructions.of(model)
+    page = _PAGE.render(
+        title=f"{config.model_name}: {facts.name}",
+        sentence=_sentence(facts),
+        loading=how.sentence,
+        snippet=how.snippet(_LOADER[facts.family]),
+        sources=sources,
+        data_sentence=_data_sentence(prepare),
+        training=_training_rows(inputs, facts),
+        evaluation_sentence=_evaluation_sentence(facts),
+        models=[_model_row(one) for one in models.values()],
+        baselines=sorted((name, f"{bits:.4f}") for one in models.values() for name, bits in one.baselines.items()),
+        tasks=[{"name": name} | {k: f"{v:.4g}" for k, v in _numbers(row).items()} for name, row in facts.tasks.items()],
+        verdict=f"{decision.candidate}: {'accepted' if decision.accepted else 'refused'} ({decision.rule}).",
+        checks=decision.checks,
+        limits=_limits(facts),
+        lineage=[_lineage_row(name, made) for name, made in inputs.items()],
+        data_hash=(record.data_hash if record else None) or "unknown",
+        commit=record.git_commit if record else "unknown",
+    )
+    return f"---\n{front}---\n\n{redact(page)}"
+
+
+def source_rows(prepare: Artifact) -> list[dict[str, Any]]:
+    """Return one row per source of the corpus: source, licence, documents read and kept."""
+    report = prepare.read_json("report.json") if "report.json" in prepare.manifest.files else {}
+    sources = report.get("sources") or {}
+    licences = licences_of(prepare, set(sources))
+    return [
+        {
+            "source": name,
+            "licence": ", ".join(sorted(licences.get(name) or ["unknown"])),
+            "read": row.get("read", ""),
+            "kept": row.get("kept", ""),
+        }
+        for name, row in sorted(sources.items())
+    ]
+
+
+def licences_of(prepare: Artifact, sources: set[str]) -> dict[str, set[str]]:
+    """Return source -> licences of its documents; the train split is read only for sources that the others lack."""
+    found: dict[str, set[str]] = {}
+    for split in ("test", "validation", "train"):
+        name = f"documents/{split}.jsonl.zst"
+        if name in prepare.manifest.files and not sources <= found.keys():
+            for document in _documents(prepare.path / name):
+                found.setdefault(str(document["source"]), set()).add(str(document["license"]))
+    return found
+
+
+def _documents(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as stream, zstandard.ZstdDecompressor().stream_reader(stream) as raw:
+        for line in io.TextIOWrapper(raw, encoding="utf-8"):
+            yield json.loads(line)
+
+
+def _front_matter(
+    facts: Evidence, models: Mapping[str, Evidence], sources: list[dict[str, Any]], config: PromoteConfig
+) -> str:
+    import yaml
+
+    licences = sorted({row["licence"] for row in sources})
+    only = _CARD_NAMES.get(licences[0].lower(), licences[0].lower()) if len(licences) == 1 else None
+    front: dict[str, Any] = {"license": only if only in _KNOWN else "other"}
+    if only not in _KNOWN:
+        front |= {"license_name": "licences-of-the-corpus", "license_details": "; ".join(licences) or "unknown"}
+    front |= {"library_name": "transformers", "pipeline_tag": _PIPELINE[facts.family], "tags": ["ingot", facts.method]}
+    front["datasets"] = [row["source"] for row in sources]
+    parent = next((one for one in models.values() if one.fingerprint == facts.base), None)
+    if parent is not None:
+        front["base_model"] = f"{config.model_name}/{parent.name}-{parent.fingerprint[:_KEY_DIGITS]}"
+        front["base_model_relation"] = "quantized"
+    front["model-index"] = [{"name": f"{config.model_name}-{facts.name}", "results": [_index_entry(facts)]}]
+    return yaml.safe_dump(redact_value("", front), sort_keys=False, allow_unicode=True)
+
+
+def _index_entry(facts: Evidence) -> dict[str, Any]:
+    metrics = [{"type": "bits_per_byte", "value": facts.bits_per_byte["value"], "name": "held-out bits per byte"}]
+    metrics += [{"type": "accuracy", "value": row["accuracy"], "name": name} for name, row in facts.tasks.items()]
+    return {
+        "task": {"type": _PIPELINE[facts.family]},
+        "dataset": {"type": "held-out", "name": f"test split {facts.test_digest[:_KEY_DIGITS]}"},
+        "metrics": metrics,
+    }
+
+
+def _sentence(facts: Evidence) -> str:
+    kind = "causal language model" if facts.family == "decoder" else "masked language model"
+    if facts.base is None:
+        return f"A {kind}, pretrained from scratch with Ingot."
+    bits = "" if facts.bits is None else f" to {facts.bits:.3g} bits per weight"
+    return f"A {kind}, compressed with {facts.method}{bits} from `{facts.base[:_KEY_DIGITS]}`."
+
+
+def _data_sentence(prepare: Artifact) -> str:
+    splits = (prepare.read_json("index.json") if "index.json" in prepare.manifest.files else {}).get("splits") or {}
+    parts = [
+        f"{name} {row.get('documents', '?')} documents, {row.get('tokens', '?')} tokens" for name, row in splits.items()
+    ]
+    return "Split by work, near-duplicates removed: " + ("; ".join(parts) or "see the prepare artifact") + "."
+
+
+def _training_rows(inputs: Mapping[str, Artifact], facts: Evidence) -> list[tuple[str, str]]:
+    names = ["pretrain"] if facts.name == "pretrain" else ["pretrain", facts.name]
+    made = [inputs[f"model:{name}"] for name in names if f"model:{name}" in inputs]
+    return [
+        (f"{one.manifest.stage}: {key}", f"{value:.6g}" if isinstance(value, float) else str(value))
+        for one in made
+        for key, value in one.manifest.summary.items()
+        if isinstance(value, str | int | float)
+    ]
+
+
+def _evaluation_sentence(facts: Evidence) -> str:
+    text = f"{len(facts.nats)} held-out documents; intervals by resampling documents."
+    return text + (" **Truncated: not every held-out document was measured.**" if facts.truncated else "")
+
+
+def _model_row(one: Evidence) -> dict[str, str]:
+    bits = one.bits_per_byte
+    interval = f"{bits['low']:.4f} to {bits['high']:.4f}"
+    cache = "" if one.cache_bytes is None else f"{one.cache_bytes:,.1f}"
+    size = f"{one.size_bytes:,}"
+    return {"name": one.name, "bits": f"{bits['value']:.4f}", "interval": interval, "size": size, "cache": cache}
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if isinstance(value, int | float)}
+
+
+def _limits(facts: Evidence) -> list[str]:
+    limits = [
+        "It knows the style of its corpus and little else; it states falsehoods fluently.",
+        "It was not aligned, filtered for harmful output, or tested for bias.",
+        "Bits per byte compare models only on the same held-out text; see the digest in the lineage.",
+    ]
+    if facts.base is not None:
+        limits.append("Compression may hurt inputs unlike the held-out text more than the average shows.")
+    if facts.truncated:
+        limits.append("The evaluation was truncated; its numbers are provisional.")
+    return limits
+
+
+def _lineage_row(name: str, made: Artifact) -> dict[str, str]:
+    parents = ", ".join(f"{key} `{digest[:_KEY_DIGITS]}`" for key, digest in made.manifest.parents.items())
+    return {
+        "node": name,
+        "fingerprint": made.manifest.fingerprint[:_KEY_DIGITS],
+        "digest": made.digest[:_KEY_DIGITS],
+        "parents": parents or "the corpus",
+    }

@@ -1,0 +1,170 @@
+"""verify, gc and export on stores made by hand: what is damaged is named, what is needed stays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.commands import list as list_command
+from flows.commands import lookup
+from flows.commands import store as store_command
+from flows.run_record import NodeRecord, Runs
+from pipelines.core import artifact
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError, IntegrityError
+from pipelines.core.store import Store
+from pipelines.registry import history as champions
+
+Made = Callable[..., Artifact]
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The store that the commands use."""
+    monkeypatch.setenv("INGOT_STORE", str(tmp_path / "store"))
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def made(store: Store) -> Made:
+    """Publish an artifact of a node that reads others."""
+
+    def publish(node: str, *parents: Artifact, content: str = "x") -> Artifact:
+        stage = node.partition(".")[0]
+        build = store.build_folder(stage, node)
+        (build / "out.txt").write_text(content)
+        keys = {p.manifest.node: p.manifest.fingerprint for p in parents}
+        identity: dict[str, Any] = {"node": node, "content": content, "inputs": keys}
+        return artifact.publish(
+            build,
+            store.path(stage, artifact.fingerprint.digest(identity)),
+            stage=stage,
+            node=node,
+            identity=identity,
+            parents={p.manifest.node: p.digest for p in parents},
+            summary={},
+        )
+
+    return publish
+
+
+def remember(store: Store, *found: Artifact) -> str:
+    """Record a run that made these artifacts; returns its id."""
+    nodes = {
+        a.manifest.node: NodeRecord(
+            stage=a.manifest.stage, fingerprint=a.manifest.fingerprint, state="done", artifact=str(a.path)
+        )
+        for a in found
+    }
+    runs = Runs(store.root)
+    record = runs.start(recipe="smoke", overrides=[], config={}, data_hash="d", nodes=nodes)
+    runs.finish(record, "done", 0)
+    return record.id
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return rows
+
+
+def test_gc_keeps_what_the_newest_runs_descend_from_and_removes_the_rest(
+    store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run of the child alone (`--only compress`) needs parents that another, older run made."""
+    prepare = made("prepare")
+    parent, other = made("pretrain", prepare), made("pretrain", prepare, content="other")
+    child = made("compress.rtn", parent)
+    remember(store, prepare, other)
+    remember(store, child)
+    store_command.gc(1, dry_run=True, as_json=True)
+    assert [row["path"] for row in printed(capsys)] == [str(other.path)]
+    assert other.path.exists()
+    store_command.gc(1, dry_run=False, as_json=False)
+    assert "1 artifacts, 5 B: removed." in capsys.readouterr().out
+    assert {a.path for a in store.artifacts()} == {prepare.path, parent.path, child.path}
+
+
+def test_gc_keeps_a_registered_model_with_all_it_came_from_whatever_the_runs(
+    store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare = made("prepare")
+    champion, refused = made("pretrain", prepare), made("pretrain", prepare, content="other")
+    history = store.root / champions.HISTORY
+    history.parent.mkdir()
+    for action, model in (("promoted", champion), (champions.REFUSED, refused)):
+        record = {"model": "m", "action": action, "version": "1", "fingerprint": model.manifest.fingerprint}
+        with history.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    store_command.gc(0, dry_run=False, as_json=True)
+    assert [row["path"] for row in printed(capsys)] == [str(refused.path)]
+    assert {a.path for a in store.artifacts()} == {prepare.path, champion.path}
+
+
+def test_gc_of_an_empty_store_removes_nothing(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    store_command.gc(3, dry_run=False, as_json=True)
+    assert printed(capsys) == []
+    assert not store.root.exists()
+
+
+def test_verify_names_every_damaged_file_and_every_damaged_manifest(
+    store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound, flipped, torn = made("prepare"), made("pretrain"), made("evaluate.pretrain")
+    (flipped.path / "out.txt").write_text("y")
+    (torn.path / artifact.MANIFEST).write_text("{")
+    with pytest.raises(IntegrityError) as caught:
+        store_command.verify(None, as_json=True)
+    assert f"{flipped.path / 'out.txt'} does not match its manifest" in str(caught.value)
+    assert f"{torn.path / artifact.MANIFEST} is damaged" in str(caught.value)
+    assert {row["node"]: row["state"] for row in printed(capsys)} == {"prepare": "ok", "pretrain": "damaged"}
+    store_command.verify(sound.manifest.fingerprint[:8], as_json=True)
+    assert [row["state"] for row in printed(capsys)] == ["ok"]
+
+
+def test_verify_of_a_run_looks_at_its_artifacts_only(
+    store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, other = made("prepare"), made("pretrain")
+    (other.path / "out.txt").write_text("y")
+    store_command.verify(remember(store, mine), as_json=True)
+    assert [row["node"] for row in printed(capsys)] == ["prepare"]
+
+
+def test_a_name_is_found_as_run_node_path_and_fingerprint_and_a_near_miss_is_offered(store: Store, made: Made) -> None:
+    found = made("compress.rtn")
+    run = remember(store, found)
+    assert lookup.find(run[:-1]).id == run  # type: ignore[union-attr]
+    for name in ("compress.rtn", str(found.path), found.manifest.fingerprint[:6], found.digest):
+        assert lookup.find(name).path == found.path  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"nothing here is called 'compress.rtm'; did you mean 'compress.rtn'\?"):
+        lookup.find("compress.rtm")
+    assert lookup.find_artifact(found.manifest.fingerprint[:5]) is None
+
+
+def test_a_model_is_exported_only_where_there_is_one(store: Store, made: Made, tmp_path: Path) -> None:
+    made("prepare")
+    with pytest.raises(ConfigError, match="'prepare' is no model"):
+        store_command.export("prepare", str(tmp_path / "out"), "hf", None, weights_only=False)
+    with pytest.raises(ConfigError, match="there are 0 registered models"):
+        store_command.export("champion", str(tmp_path / "out"), "hf", None, weights_only=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lists_show_what_there_is_and_an_unknown_one_offers_the_nearest(
+    store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = made("prepare", content="four")
+    run = remember(store, found)
+    list_command.show("artifacts", as_json=True)
+    (row,) = printed(capsys)
+    assert (row["node"], row["bytes"], row["digest"], row["path"]) == ("prepare", 4, found.digest, str(found.path))
+    list_command.show("runs", as_json=True)
+    assert [(row["id"], row["status"]) for row in printed(capsys)] == [(run, "done")]
+    list_command.show("optimizers", as_json=True)
+    assert {row["name"] for row in printed(capsys)} == {"lamb", "lars", "adamw"}
+    with pytest.raises(ConfigError, match=r"there is no list of 'artefacts'; did you mean 'artifacts'\?"):
+        list_command.show("artefacts", as_json=True)

@@ -1,0 +1,162 @@
+"""Plans: identity known before anything runs, and the field that made a stage stale, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows import planner, recipe
+from flows.graph import Identified, identify
+from flows.planner import Selection
+from pipelines.core import artifact
+from pipelines.core.errors import ConfigError
+from pipelines.core.provenance import capture
+from pipelines.core.store import Store
+
+DATA = "0123abcd" * 4
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty store."""
+    return Store(tmp_path / "store")
+
+
+def graph_of(*overrides: str, data: str = DATA) -> dict[str, Identified]:
+    """The graph of the demo recipe with overrides."""
+    return identify(recipe.resolve("demo", list(overrides)), data)
+
+
+def publish(store: Store, graph: dict[str, Identified], *, only: str | None = None, content: str = "") -> None:
+    """Publish an artifact for each node, as a finished run leaves them."""
+    for name, node in graph.items():
+        if only not in {None, name} or store.find(node.node.stage.name, node.fingerprint):
+            continue
+        build = store.build_folder(node.node.stage.name, node.fingerprint)
+        (build / "payload.txt").write_text(name + content)
+        parents = {}
+        for key, source in node.node.inputs.items():
+            used = store.find(graph[source].node.stage.name, graph[source].fingerprint)
+            assert used is not None
+            parents[key] = used.digest
+        artifact.publish(
+            build,
+            store.path(node.node.stage.name, node.fingerprint),
+            stage=node.node.stage.name,
+            node=name,
+            identity=node.identity,
+            parents=parents,
+            summary={},
+            provenance=capture(duration_s=2.0, source_digest=node.node.stage.source_digest(), data_hash=DATA),
+        )
+
+
+def states(steps: list[planner.Step]) -> dict[str, str]:
+    """Node -> state."""
+    return {step.node: step.state for step in steps}
+
+
+def why(steps: list[planner.Step], node: str) -> str:
+    """The reason that a node gives."""
+    return next(step.why for step in steps if step.node == node)
+
+
+def test_an_empty_store_runs_prepare_and_everything_else_waits(store: Store) -> None:
+    found = states(planner.make(graph_of(), store))
+    assert found["prepare"] == "run"
+    assert set(found.values()) - {"run"} == {"waits"}
+
+
+def test_planning_writes_nothing(store: Store) -> None:
+    planner.make(graph_of(), store)
+    assert not store.root.exists()
+
+
+def test_a_finished_run_is_cached_throughout(store: Store) -> None:
+    publish(store, graph_of())
+    steps = planner.make(graph_of(), store)
+    assert planner.is_done(steps)
+    assert set(states(steps).values()) == {"cached"}
+
+
+def test_one_changed_field_reruns_exactly_the_stages_below_it_and_is_named(store: Store) -> None:
+    publish(store, graph_of())
+    steps = planner.make(graph_of("pretrain.seed=7"), store)
+    assert states(steps)["prepare"] == "cached"
+    assert {state for node, state in states(steps).items() if node != "prepare"} == {"run"}
+    assert why(steps, "pretrain") == "pretrain.seed: 0 -> 7"
+    assert why(steps, "evaluate.pretrain") == "input changed: pretrain"
+
+
+def test_a_changed_child_leaves_its_siblings_alone(store: Store) -> None:
+    publish(store, graph_of())
+    steps = planner.make(graph_of("compress.2.group_size=128"), store)
+    run = {node for node, state in states(steps).items() if state == "run"}
+    assert len(run) == 3
+    assert "promote" in run
+    changed = next(node for node in run if node.startswith("compress."))
+    assert "compress.group_size: 64 -> 128" in why(steps, changed)
+
+
+def test_a_changed_method_is_told_by_name(store: Store) -> None:
+    publish(store, graph_of())
+    steps = planner.make(graph_of("compress.1.method=gptq", "compress.1.group_size=32"), store)
+    changed = next(step for step in steps if step.stage == "compress" and step.state == "run")
+    assert "group_size" in changed.why or "method" in changed.why
+
+
+def test_a_field_without_effect_on_results_changes_nothing(store: Store) -> None:
+    publish(store, graph_of())
+    assert planner.is_done(planner.make(graph_of("compute.retries=7", "pretrain.log_every=5"), store))
+
+
+def test_another_corpus_reruns_everything_and_is_named(store: Store) -> None:
+    publish(store, graph_of())
+    steps = planner.make(graph_of(data="f" * 32), store)
+    assert set(states(steps).values()) == {"run"}
+    assert why(steps, "prepare") == f"data.dvc: {DATA[:8]} -> ffffffff"
+
+
+def test_an_input_rebuilt_with_other_bytes_makes_its_readers_stale(store: Store) -> None:
+    graph = graph_of()
+    publish(store, graph)
+    node = graph["pretrain"]
+    build = store.build_folder("pretrain", node.fingerprint)
+    (build / "payload.txt").write_text("other bytes")
+    artifact.publish(
+        build, store.path("pretrain", node.fingerprint), stage="pretrain", node="pretrain",
+        identity=node.identity, parents={}, summary={},
+    )  # fmt: skip
+    steps = planner.make(graph, store)
+    assert why(steps, "evaluate.pretrain") == "input changed: pretrain was rebuilt with other bytes"
+
+
+def test_force_from_and_only_select_what_they_name(store: Store) -> None:
+    publish(store, graph_of())
+    graph = graph_of()
+    forced = states(planner.make(graph, store, Selection(force=("evaluate",))))
+    assert {n for n, s in forced.items() if s == "run"} == {n for n in graph if n.startswith("evaluate.")}
+    since = states(planner.make(graph, store, Selection(since="pretrain")))
+    assert {n for n, s in since.items() if s == "cached"} == {"prepare"}
+    only = states(planner.make(graph, store, Selection(only="pretrain")))
+    assert {n for n, s in only.items() if s == "skip"} == set(graph) - {"pretrain"}
+
+
+def test_a_stage_that_does_not_exist_is_refused(store: Store) -> None:
+    with pytest.raises(ConfigError, match="'prtrain' is not a stage"):
+        planner.make(graph_of(), store, Selection(only="prtrain"))
+
+
+def test_a_changed_source_is_a_warning_not_a_rerun(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(store, graph_of())
+    monkeypatch.setattr("pipelines.core.stage._source_digest", lambda _sources: "0" * 64)
+    steps = planner.make(graph_of(), store)
+    assert planner.is_done(steps)
+    assert all("--force" in step.warning for step in steps)
+
+
+def test_estimates_come_from_the_closest_earlier_artifact(store: Store) -> None:
+    publish(store, graph_of())
+    steps = planner.make(graph_of("pretrain.seed=7"), store)
+    assert [step.estimate_s for step in steps if step.node == "pretrain"] == [2.0]

@@ -1,0 +1,122 @@
+"""The model card: front matter that tools read, tables that people read, all from the records."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+import zstandard
+
+from pipelines.registry import evidence, gate, model_card
+from pipelines.registry.config import PromoteConfig
+
+
+def rendered(inputs: Any, name: str = "pretrain") -> tuple[dict[str, Any], str]:
+    """Return the front matter and the page of a card."""
+    models = evidence.read(inputs)
+    config = PromoteConfig(candidate=name)
+    decision = gate.decide(models[name], models, None, config)
+    _, front, page = model_card.render(models[name], models, inputs, decision, config).split("---\n", 2)
+    return yaml.safe_load(front), page
+
+
+def test_a_pretrained_model_names_no_base_model(world: Any) -> None:
+    front, page = rendered(world.candidate(2.0))
+    assert "base_model" not in front
+    assert front["pipeline_tag"] == "text-generation"
+    assert front["library_name"] == "transformers"
+    assert "pretrained from scratch" in page
+
+
+def test_a_child_names_its_parent_its_method_and_its_bits(world: Any) -> None:
+    parent = world.model("pretrain")
+    child = world.model("int8", parent=parent)
+    pairs = [(parent, world.evaluation(parent, 2.0)), (child, world.evaluation(child, 2.002, size=300))]
+    front, page = rendered(world.inputs(*pairs), "int8")
+    assert front["base_model"] == f"ingot/pretrain-{parent.manifest.fingerprint[:16]}"
+    assert "compressed with rtn to 8.5 bits per weight" in page
+    assert "| int8 |" in page
+    assert "| pretrain |" in page
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("kv_cache.safetensors", "ignores that file: it keeps an ordinary cache"),
+        ("packed.safetensors", "a layout that no public loader reads"),
+    ],
+)
+def test_a_child_that_plain_transformers_does_not_compute_is_told_to_be_loaded_with_ours(
+    file: str, said: str, world: Any
+) -> None:
+    parent = world.model("pretrain")
+    child = world.model("coded", parent=parent, files={file: b"tables"})
+    pairs = [
+        (parent, world.evaluation(parent, 2.0, extra={"cache_bytes_per_token": 4096.0})),
+        (child, world.evaluation(child, 2.002, extra={"cache_bytes_per_token": 512.5})),
+    ]
+    _, page = rendered(world.inputs(*pairs), "coded")
+    assert said in page
+    assert "from pipelines.modelio.load import load_model" in page
+    assert "no code of Ingot is needed" not in page
+    assert ("model.new_cache()" in page) == (file == "kv_cache.safetensors")
+    assert "| 512.5 |" in page
+    assert "| 4,096.0 |" in page
+    _, page = rendered(world.inputs(*pairs))
+    assert "no code of Ingot is needed" in page
+
+
+def test_null_arms_and_tasks_stand_beside_the_model(world: Any) -> None:
+    _, page = rendered(world.candidate(2.0))
+    assert "| gzip (null arm) | 3.2400 |" in page
+    assert "| cloze | 0.75 |" in page
+
+
+def test_an_encoder_is_presented_as_one(world: Any) -> None:
+    front, page = rendered(world.candidate(2.0, family="encoder"))
+    assert front["pipeline_tag"] == "fill-mask"
+    assert "AutoModelForMaskedLM" in page
+    assert "A masked language model" in page
+
+
+def test_a_truncated_evaluation_is_marked_twice(world: Any) -> None:
+    _, page = rendered(world.candidate(2.0, extra={"truncated": True}))
+    assert page.count("runcated") >= 2
+
+
+def test_a_refusal_is_told_with_the_broken_check(world: Any) -> None:
+    _, page = rendered(world.candidate(9.0))
+    assert "refused (own measurements)" in page
+    assert "**broken**" in page
+
+
+@pytest.mark.parametrize(
+    ("licences", "name", "details"),
+    [
+        (["Public-Domain"], "pdm", None),
+        (["CC-BY-2.5"], "cc-by-2.5", None),
+        (["PSF-2.0"], "other", "PSF-2.0"),
+        (["CC-BY-2.5", "PSF-2.0"], "other", "CC-BY-2.5, PSF-2.0"),
+    ],
+)
+def test_the_licence_is_the_corpus_licence_or_spelt_out(
+    world: Any, licences: list[str], name: str, details: str | None
+) -> None:
+    inputs = world.candidate(2.0)
+    rows = [{"source": "shakespeare", "license": licence} for licence in licences]
+    path = inputs["prepare"].path / "documents" / "test.jsonl.zst"
+    path.write_bytes(zstandard.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    front, page = rendered(inputs)
+    assert front["license"] == name
+    assert front.get("license_details") == details
+    assert f"| shakespeare | {', '.join(licences)} |" in page
+
+
+def test_the_card_hides_what_the_environment_keeps_secret(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = world.candidate(2.0)
+    monkeypatch.setenv("CORPUS_PASSWORD", "shakespeare")
+    front, page = rendered(inputs)
+    assert front["datasets"] == ["***"]
+    assert "shakespeare" not in page
