@@ -3,7 +3,7 @@
 A rank dies -> the others are stopped and the error names the rank that was first, with the tail of its log.
 A rank falls silent -> the stacks of all ranks are saved, the group is killed, and the run may be tried again.
 SIGTERM or SIGINT -> handed on to the ranks, which save and exit within the grace time.
-The launcher itself dies, however it dies -> the kernel and a watcher process kill the ranks (see `guard.py`).
+The launcher itself dies, however it dies -> the kernel and a watcher process kill the ranks (see `parent_guard.py`).
 
 Signal handlers belong to the main thread. `launch` installs its own when it runs there; a program that calls it from
 another thread installs a handler that calls `terminate_all`.
@@ -28,7 +28,7 @@ from pipelines.core.errors import BY_EXIT_CODE, ConfigError, IngotError, Preempt
 HEARTBEAT_VARIABLE = "INGOT_HEARTBEAT"
 """Names the file that a rank touches to show that it is alive."""
 
-_GUARD = Path(__file__).with_name("guard.py")
+_GUARD = Path(__file__).with_name("parent_guard.py")
 _POLL_S = 0.05
 _SIBLING_GRACE_S = 5.0
 """How long the other ranks may go on after the first failure: long enough for their own last words in the log."""

@@ -1,7 +1,7 @@
 """The smallest possible program around a rank: it makes sure that nothing outlives the launcher.
 
-    python -I -S guard.py exec PARENT COMMAND...   become COMMAND, and die when the process PARENT dies
-    python -I -S guard.py watch PARENT             kill the process groups named on stdin when PARENT dies
+    python -I -S parent_guard.py exec PARENT COMMAND...   become COMMAND, and die when the process PARENT dies
+    python -I -S parent_guard.py watch PARENT             kill the process groups named on stdin when PARENT dies
 
 `exec` uses the kernel's parent-death signal, which reaches the rank itself at once. `watch` also reaches what the rank
 started, and works where that signal does not exist. It runs by path, without site-packages, in about 20 ms; doing the

@@ -22,7 +22,7 @@ from pipelines.core.errors import TransientError
 from pipelines.core.provenance import CHECKOUT
 from pipelines.evaluation.config import LatencyConfig
 
-_GUARD = CHECKOUT / "pipelines" / "guard.py"
+_GUARD = CHECKOUT / "pipelines" / "core" / "parent_guard.py"
 
 
 def measure(model: Path, config: LatencyConfig, device: str = "cpu") -> dict[str, Any]:

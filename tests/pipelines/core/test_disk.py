@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipelines.core import artifact, disk
+from pipelines.core import artifact
+from pipelines.core import disk as disk_space
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import DiskFullError, IngotError, IntegrityError, TransientError
 from pipelines.core.run_stage import materialize
@@ -26,7 +27,7 @@ KIB = 1024
 def fill(disk: Any, leave: int) -> Path:
     """Fill a disk but for `leave` bytes; returns the file that does."""
     filler: Path = disk.path / "filler"
-    filler.write_bytes(b"\0" * (disk.free(disk.path) - leave))
+    filler.write_bytes(b"\0" * (disk_space.free(disk.path) - leave))
     return filler
 
 
@@ -120,9 +121,9 @@ def test_every_language_that_we_write_with_is_understood(
 ) -> None:
     disk = disk_of(200)
     said = f"no space for a test in {disk.path}"
-    with pytest.raises(DiskFullError, match=said) as caught, disk.explained("a test", disk.path):
+    with pytest.raises(DiskFullError, match=said) as caught, disk_space.explained("a test", disk.path):
         write(disk.path)
-    assert disk.is_full(caught.value)
+    assert disk_space.is_full(caught.value)
     assert caught.value.exit_code == TransientError.exit_code
 
 
@@ -133,26 +134,26 @@ def test_an_error_of_ours_that_a_full_disk_caused_is_told_as_it_is(tmp_path: Pat
         except OSError as cause:
             raise IntegrityError("the manifest is damaged") from cause
 
-    with pytest.raises(IntegrityError, match="damaged") as caught, disk.explained("a test", tmp_path):
+    with pytest.raises(IntegrityError, match="damaged") as caught, disk_space.explained("a test", tmp_path):
         fail()
-    assert disk.is_full(caught.value)
+    assert disk_space.is_full(caught.value)
 
 
 def test_other_errors_are_not_mistaken_for_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("x")
-    with pytest.raises(PermissionError), disk.explained("a test", tmp_path, remove=True):
+    with pytest.raises(PermissionError), disk_space.explained("a test", tmp_path, remove=True):
         raise PermissionError(errno.EACCES, "Permission denied")
     assert (tmp_path / "kept").exists()
-    assert not disk.is_full(IngotError("'No space left on device' is what users read"))
-    assert not disk.is_full(None)
+    assert not disk_space.is_full(IngotError("'No space left on device' is what users read"))
+    assert not disk_space.is_full(None)
 
 
 def test_free_space_of_a_folder_that_is_not_there_yet_is_that_of_its_file_system(
     disk_of: Callable[[int], Any], tmp_path: Path
 ) -> None:
     disk = disk_of(512)
-    assert disk.free(disk.path / "not" / "yet") == 512 * KIB
+    assert disk_space.free(disk.path / "not" / "yet") == 512 * KIB
     (disk.path / "a").write_bytes(b"\0" * 100 * KIB)
-    assert disk.free(disk.path / "not" / "yet") == 412 * KIB
-    assert disk.size_of(disk.path) == 100 * KIB
-    assert disk.size_of(tmp_path / "nowhere") == 0
+    assert disk_space.free(disk.path / "not" / "yet") == 412 * KIB
+    assert disk_space.size_of(disk.path) == 100 * KIB
+    assert disk_space.size_of(tmp_path / "nowhere") == 0

@@ -37,9 +37,9 @@ from contextlib import nullcontext
 import torch
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from compressed_tensors.offload import dispatch_model
-from pipelines import quiet
+from pipelines.core import progress_bars
 model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-with quiet.bars() if sys.argv[1] == "quiet" else nullcontext():
+with progress_bars.bars() if sys.argv[1] == "quiet" else nullcontext():
     apply_quantization_config(model, QuantizationConfig(config_groups={"W8A8": ["Linear"]}))
     dispatch_model(model)
 """

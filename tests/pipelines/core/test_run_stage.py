@@ -173,7 +173,7 @@ CROWD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from pipelines import execute
+from pipelines.core import run_stage
 from pipelines.core.settings import ELASTIC, Settings
 from pipelines.core.stage import Stage, StageContext
 from pipelines.core.store import Store
@@ -191,7 +191,7 @@ class Racing(Stage):
 class Empty(Settings): pass
 
 for repeat in range(int(sys.argv[3])):
-    made = execute.materialize(
+    made = run_stage.materialize(
         Racing("prepare", version=repeat, entry="n:n", sources=()), Empty(), {}, Store(Path(sys.argv[2]) / "store"),
         StageContext(node="prepare", scratch=Path("/nowhere")), input_keys={}, data_hash=None)
     print(made.digest)
