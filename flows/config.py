@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
 from pipelines.compression.config import CompressConfig
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.settings import NOT_IDENTITY, Settings
 from pipelines.data.config import DataConfig, PrepareConfig
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.registry.config import PromoteConfig
 from pipelines.tracking.config import TrackingConfig
 from pipelines.training.config import PretrainConfig
-
-
-class ComputeConfig(Settings):
-    """How a run uses its machine. Nothing here changes a result."""
-
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where ranks compute; auto takes the GPU if there is one.", json_schema_extra=NOT_IDENTITY
-    )
-    heartbeat_timeout_s: float = Field(
-        600.0, gt=0, description="A rank silent for longer is taken for hung.", json_schema_extra=NOT_IDENTITY
-    )
-    grace_s: float = Field(
-        30.0, gt=0, description="Time to save state between SIGTERM and SIGKILL.", json_schema_extra=NOT_IDENTITY
-    )
-    retries: int = Field(
-        2, ge=0, le=100, description="Retries of a stage after a transient fault.", json_schema_extra=NOT_IDENTITY
-    )
-    retry_delay_s: float = Field(
-        5.0, ge=0, description="First delay between retries; doubles each time.", json_schema_extra=NOT_IDENTITY
-    )
 
 
 class StoreConfig(Settings):

@@ -11,9 +11,10 @@ from flows.config import RunConfig
 from models.compression.training_method import TrainedConfig
 from pipelines.core import fingerprint
 from pipelines.core.settings import Settings
-from pipelines.core.stage import STAGES, Stage
+from pipelines.core.stage import Stage
 from pipelines.data.config import PrepareJob
 from pipelines.registry.config import FetchConfig
+from pipelines.stages import STAGES
 
 if TYPE_CHECKING:
     from pipelines.registry.initial_weights import Source

@@ -7,11 +7,15 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
+from flows import renamed_keys
 from pipelines.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flows.config import RunConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -27,7 +31,7 @@ def description(name: str) -> str:
     return first.lstrip("# ")
 
 
-def resolve(recipe: str, overrides: Sequence[str] = ()) -> Any:
+def resolve(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the validated `RunConfig` of a recipe with overrides.
 
     Args:
@@ -35,13 +39,15 @@ def resolve(recipe: str, overrides: Sequence[str] = ()) -> Any:
         overrides: `dotted.path=value`; the value is TOML, or a plain string where it is not valid TOML.
 
     Raises:
-        ConfigError: naming the dotted path, the value, and the nearest valid name or range.
+        ConfigError: naming the dotted path, the value, and the nearest valid name or range; the new name of a key that
+            was renamed.
     """
     from flows.config import RunConfig
 
     table = load(recipe)
     for override in overrides:
         apply(table, override)
+    renamed_keys.refuse(table)
     try:
         return RunConfig.model_validate(table)
     except ValidationError as error:

@@ -18,7 +18,7 @@ from pipelines.core.artifact import Artifact
 from pipelines.core.errors import GateRefused, IngotError, Preempted
 from pipelines.core.provenance import CHECKOUT
 from pipelines.core.run_stage import materialize
-from pipelines.core.stage import Progress, StageContext
+from pipelines.core.stage import Progress, StageContext, TrackingTarget
 from pipelines.core.store import Store
 from pipelines.data import versioning
 
@@ -137,12 +137,17 @@ class Execution:
         return found
 
     def _context(self, name: str, report: Callable[[Progress], None], mlflow_run_id: str | None) -> StageContext:
-        tracking = {**self.config.tracking.model_dump(mode="json"), "uri": self.session.uri, "run_id": mlflow_run_id}
+        tracking = TrackingTarget(
+            uri=self.session.uri,
+            experiment=self.config.tracking.experiment,
+            timeout_s=self.config.tracking.timeout_s,
+            run_id=mlflow_run_id,
+        )
         return StageContext(
             node=name,
             scratch=self.store.root,
             report=report,
-            compute=self.config.compute.model_dump(mode="json"),
+            compute=self.config.compute,
             tracking=tracking,
             store=self.store.root,
         )

@@ -184,6 +184,7 @@ def build_bench() -> Bench:
 
     from flows import recipe
     from flows.graph import identify
+    from pipelines.core.compute import ComputeConfig
     from pipelines.core.provenance import CHECKOUT
     from pipelines.core.run_stage import materialize
     from pipelines.core.stage import StageContext
@@ -197,7 +198,7 @@ def build_bench() -> Bench:
     made: dict[str, Artifact] = {}
     for name, node in identify(config, data_hash).items():
         if name in {"prepare", "pretrain"}:
-            context = StageContext(node=name, scratch=store.root, compute={"device": "cpu", "threads": 1})
+            context = StageContext(node=name, scratch=store.root, compute=ComputeConfig(device="cpu"))
             inputs = {key: made[source] for key, source in node.node.inputs.items()}
             stage = node.node.stage, node.node.config, inputs, store, context
             made[name] = _kept(store.artifacts(), node.identity, inputs) or materialize(

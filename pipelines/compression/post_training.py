@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from models.compression import registry
@@ -25,6 +24,7 @@ from pipelines.compression import (
 )
 from pipelines.compression.config import CompressConfig
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import torch_device
 from pipelines.core.errors import ConfigError
 from pipelines.core.stage import Progress, StageContext, Summary
 from pipelines.modelio import layout, meta_init
@@ -54,7 +54,7 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     walker = sequential.Walker(
         model,
         reader,
-        device_of(context.compute),
+        torch_device(context.compute),
         tokens_NT=shown.tokens_NT if shown else None,
         rows=rows_shown,
         fisher=shown.fisher if shown else None,
@@ -120,7 +120,7 @@ def _shown(
     method = registry.get(config.method)
     if method.calibration == "none" and not parameters.block_steps:
         return None
-    device, masked = device_of(context.compute), quick_eval.is_encoder(model)
+    device, masked = torch_device(context.compute), quick_eval.is_encoder(model)
     tokens_NT = calibration.sample_tokens(prepare, samples=config.samples, seed=config.seed, masked=masked)
     labels_NT = calibration.labels(prepare, tokens_NT, seed=config.seed, masked=masked)
     if "gradients" not in (method.calibration, bit_allocation.prices_by(method, parameters)):
@@ -172,11 +172,3 @@ def _widths(model: PreTrainedModel, reader: WeightReader, names: list[str], conf
     """Return the input widths of everything that will be packed."""
     matrices = writer.token_matrices(model, reader) if config.embeddings == "quantize" else []
     return sorted({int(model.get_parameter(f"{name}.weight").shape[1]) for name in [*names, *matrices]})
-
-
-def device_of(compute: Mapping[str, Any]) -> torch.device:
-    """Return the device that a recipe asks for."""
-    wanted = compute.get("device", "auto")
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)

@@ -31,6 +31,7 @@ from pipelines.compression import post_training, quick_eval, sequential, writer
 from pipelines.compression import qat_objective as programs
 from pipelines.compression.config import CompressConfig
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import torch_device
 from pipelines.core.errors import ConfigError
 from pipelines.core.stage import Progress, StageContext, Summary
 from pipelines.modelio import folder, layout, meta_init
@@ -203,7 +204,7 @@ def _arms(
     """Return `parent`, `arms` and `arms_measured` of `compression.json`; no arms without validation documents."""
     if not config.arms_documents:
         return {"arms": {}}
-    parent, device = inputs["model"].path / "model", post_training.device_of(context.compute)
+    parent, device = inputs["model"].path / "model", torch_device(context.compute)
     bare = meta_init.build(parent)
     text = quick_eval.build(inputs["prepare"].path, config.arms_documents, bare, device, end="first")
     if text is None:

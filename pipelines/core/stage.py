@@ -1,7 +1,7 @@
 """What a stage is: a pure function `(config, inputs, out_dir, context) -> summary`, named and versioned.
 
-Everything else about running it (cache, lease, publication, retries, tracing) is a wrapper; see `execute.py` and
-`flows/tasks.py`. Stages are described here without importing them, so that planning needs neither torch nor MLflow.
+Everything else about running it (cache, lease, publication, retries, tracing) is a wrapper; see `run_stage.py`. The
+stages themselves are described in `pipelines/stages.py`, without importing them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import BaseModel, ConfigDict
+
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.provenance import CHECKOUT
 from pipelines.core.settings import Settings
 
@@ -35,6 +38,20 @@ class Progress:
     """Metrics at `done`, for MLflow; empty between measurements."""
 
 
+class TrackingTarget(BaseModel):
+    """The MLflow that a stage writes to, where it does: which server or database, and the run of this node there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uri: str | None = None
+    """MLflow tracking URI; None means `$MLFLOW_TRACKING_URI`, else SQLite in the store."""
+    experiment: str = "ingot"
+    timeout_s: int = 10
+    """Limit of one request to a server, in seconds."""
+    run_id: str | None = None
+    """MLflow's id of the run of this node; None while MLflow has not said."""
+
+
 @dataclass(frozen=True)
 class StageContext:
     """What a stage may use besides its configuration and inputs; nothing here can change a result."""
@@ -43,10 +60,8 @@ class StageContext:
     scratch: Path
     """A folder that survives a kill and is the same for the same fingerprint: checkpoints live here."""
     report: Callable[[Progress], None] = lambda _progress: None
-    compute: Mapping[str, Any] = field(default_factory=dict)
-    """`compute` section of the recipe: device, threads per rank, timeouts."""
-    tracking: Mapping[str, Any] = field(default_factory=dict)
-    """`tracking` section of the recipe, resolved: uri, experiment, and the id of the MLflow run of this stage."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    tracking: TrackingTarget = field(default_factory=TrackingTarget)
     store: Path = Path(".ingot")
     """Root of the store."""
 
@@ -100,55 +115,3 @@ def _source_digest(sources: tuple[str, ...]) -> str:
             sha.update(path.relative_to(CHECKOUT).as_posix().encode())
             sha.update(path.read_bytes())
     return sha.hexdigest()
-
-
-STAGES: dict[str, Stage] = {
-    stage.name: stage
-    for stage in (
-        Stage(
-            "prepare",
-            version=2,
-            entry="pipelines.data.stage:run",
-            sources=("pipelines/data",),
-            observations=("report.json", "quarantine.jsonl"),
-        ),
-        Stage(
-            "fetch",
-            version=1,
-            entry="pipelines.registry.fetch:run",
-            sources=("pipelines/registry/fetch.py", "pipelines/registry/initial_weights.py"),
-        ),
-        Stage(
-            "pretrain",
-            version=2,
-            entry="pipelines.training.stage:run",
-            sources=("pipelines/training", "models/architectures", "models/optim"),
-            observations=("metrics.jsonl", "observations.json"),
-        ),
-        Stage(
-            "compress",
-            version=4,
-            entry="pipelines.compression.stage:run",
-            sources=("pipelines/compression", "models/compression", "pipelines/training", "models/optim"),
-            observations=("observations.json", "metrics.jsonl"),
-        ),
-        Stage(
-            "evaluate",
-            version=2,
-            entry="pipelines.evaluation.stage:run",
-            sources=(
-                "pipelines/evaluation",
-                "pipelines/modelio/load.py",
-                "models/compression/modules/quantized_cache.py",
-            ),
-            observations=("observations.json",),
-        ),
-        Stage(
-            "promote",
-            version=1,
-            entry="pipelines.registry.stage:run",
-            sources=("pipelines/registry",),
-            observations=("observations.json", "decision.json", "model_card.md"),
-        ),
-    )
-}

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import resolve_device
 from pipelines.core.errors import ConfigError
 from pipelines.core.stage import Progress, StageContext, Summary
 from pipelines.evaluation import baselines, probe, relative, tasks
@@ -64,7 +64,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     prepared, model = inputs["prepare"].path, inputs["model"].path / "model"
     heldout.check_tokenizer(prepared, model)
     held = heldout.load(prepared, config.max_documents)
-    device = _device(context)
+    device = resolve_device(context.compute.device)
     scorer = scoring.load(model, device)
     plan = plan_batches(config, held, scorer.family, prepared)
 
@@ -278,10 +278,3 @@ def _bootstrap(config: EvaluateConfig) -> dict[str, Any]:
 
 def _bytes_of(folder: Path, pattern: str) -> int:
     return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())
-
-
-def _device(context: StageContext) -> str:
-    wanted = context.compute.get("device", "auto")
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return str(wanted)

@@ -17,7 +17,7 @@ from pipelines.core.stage import StageContext, Summary
 from pipelines.registry import initial_weights
 from pipelines.registry.config import FetchConfig
 from pipelines.registry.package import MODEL_FOLDER
-from pipelines.tracking.config import TrackingConfig
+from pipelines.tracking.config import config_of
 
 
 def run(config: FetchConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:  # noqa: ARG001 - it has none
@@ -27,8 +27,7 @@ def run(config: FetchConfig, inputs: Mapping[str, Artifact], out_dir: Path, cont
         IntegrityError: the weights are no longer those that the plan was made for.
         ConfigError: the model is gone.
     """
-    known = {name: value for name, value in context.tracking.items() if name in TrackingConfig.model_fields}
-    with initial_weights.opened(config.place, TrackingConfig.model_validate(known), context.store) as folder:
+    with initial_weights.opened(config.place, config_of(context.tracking), context.store) as folder:
         if (found := initial_weights.folder_digest(folder)) != config.weights:
             raise IntegrityError(
                 f"{config.place} holds weights {found[:16]}, the plan was made for {config.weights[:16]}",

@@ -21,7 +21,7 @@ from pipelines.registry.config import PromoteConfig
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.gate import Decision
 from pipelines.registry.registry import CHALLENGER, Registry, opened
-from pipelines.tracking.config import TrackingConfig
+from pipelines.tracking.config import config_of
 
 DECISION = "decision.json"
 
@@ -42,8 +42,7 @@ def run(config: PromoteConfig, inputs: Mapping[str, Artifact], out_dir: Path, co
     """
     models = evidence.read(inputs)
     candidate, passed_over = gate.choose(models, config)
-    tracking = TrackingConfig(**{k: v for k, v in context.tracking.items() if k in TrackingConfig.model_fields})
-    with opened(tracking, context.store, config.model_name) as (registry, experiment):
+    with opened(config_of(context.tracking), context.store, config.model_name) as (registry, experiment):
         crowned = False
         while not crowned:  # again when another champion took over while this one was being registered
             holder = registry.champion()
@@ -53,7 +52,7 @@ def run(config: PromoteConfig, inputs: Mapping[str, Artifact], out_dir: Path, co
             _write(decision, passed_over, text, out_dir)
             if not decision.accepted:
                 _refuse(decision, registry, candidate)
-            run_id = context.tracking.get("run_id") or registry.run_for(candidate, experiment)
+            run_id = context.tracking.run_id or registry.run_for(candidate, experiment)
             job = _Promotion(registry, inputs, models, run_id, context)
             version = job.register(candidate, text)
             facts = {"versus_champion": decision.versus_champion, "run_id": run_id}

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from pipelines.core.settings import NOT_IDENTITY, Settings
+from pipelines.core.stage import TrackingTarget
 
 _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 
@@ -49,6 +50,11 @@ class TrackingConfig(Settings):
                 "the model registry needs one, a plain folder will not do"
             )
         return value
+
+
+def config_of(target: TrackingTarget) -> TrackingConfig:
+    """Return the settings for a stage that talks to MLflow by itself."""
+    return TrackingConfig(uri=target.uri, experiment=target.experiment, timeout_s=target.timeout_s)
 
 
 def resolve_uri(config: TrackingConfig, store_root: Path) -> str:

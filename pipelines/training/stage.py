@@ -17,6 +17,7 @@ from typing import Any
 from models.architectures.config import ArchitectureConfig
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import resolve_device
 from pipelines.core.errors import ConfigError
 from pipelines.core.launcher import launch
 from pipelines.core.stage import Progress, StageContext, Summary
@@ -65,7 +66,7 @@ def make_job(config: PretrainConfig, prepared: Artifact, context: StageContext, 
         raise ConfigError(f"pretrain.model does not fit the tokenizer: {error}") from error
     for phase in phases.plan(config):
         phases.pieces(phase, index["sequence_length"])
-    device = _device(context.compute.get("device", "auto"), config.world_size)
+    device = resolve_device(context.compute.device, ranks=config.world_size)
     weights = _checked_start(architecture, fetched, prepared)
     context.scratch.mkdir(parents=True, exist_ok=True)
     return Job(
@@ -152,8 +153,8 @@ def _launch(job: Job, context: StageContext) -> None:
         world_size=job.config.world_size,
         log_dir=job.logs,
         env=environment(job),
-        heartbeat_timeout_s=compute.get("heartbeat_timeout_s"),
-        grace_s=compute.get("grace_s", 60.0),
+        heartbeat_timeout_s=compute.heartbeat_timeout_s,
+        grace_s=compute.grace_s,
         on_poll=follow,
     )
     follow.report()
@@ -193,20 +194,6 @@ class _Follower:
 def read_json(path: Path) -> Any:
     """Parse one JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _device(wanted: str, world_size: int) -> str:
-    import torch
-
-    gpus = torch.cuda.device_count()
-    if wanted == "cpu" or (wanted == "auto" and gpus == 0):
-        return "cpu"
-    if gpus < world_size:
-        raise ConfigError(
-            f"compute.device = {wanted}: {gpus} GPUs for pretrain.world_size = {world_size}",
-            hint=f"set pretrain.world_size to at most {gpus}, or compute.device to cpu" if gpus else None,
-        )
-    return "cuda"
 
 
 def _span(seconds: float) -> str:

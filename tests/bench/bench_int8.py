@@ -30,6 +30,7 @@ from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.stage import StageContext
 from pipelines.data import tokenizer
 from pipelines.deploy import gguf, int8_inference, onnx
@@ -156,7 +157,7 @@ def arms_of(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Arm], 
     parent = write_model(folder / "decoder", options, "decoder")
     table = CompressConfig.model_validate({"method": "rtn", "bits": 8, "clip": "max", "arms_documents": 0})
     (folder / "child").mkdir()
-    context = StageContext(node="compress.child", scratch=folder, compute={"device": "cpu"})
+    context = StageContext(node="compress.child", scratch=folder, compute=ComputeConfig(device="cpu"))
     run(table, {"prepare": parent, "model": parent}, folder / "child", context)
     arms = {
         "torch float32": torch_arm(load_model(parent.path / "model"), options),

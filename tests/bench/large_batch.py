@@ -34,10 +34,11 @@ from models.optim import schedule
 from pipelines.core.artifact import Artifact
 from pipelines.core.provenance import CHECKOUT
 from pipelines.core.run_stage import materialize
-from pipelines.core.stage import STAGES, StageContext
+from pipelines.core.stage import StageContext
 from pipelines.core.store import Store
 from pipelines.data.config import PrepareConfig, PrepareJob
 from pipelines.data.shards import ShardReader
+from pipelines.stages import STAGES
 from pipelines.training import phases
 from pipelines.training.config import PretrainConfig
 from pipelines.training.data_loader import Feed

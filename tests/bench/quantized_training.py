@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 from pipelines.compression import qat
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.stage import StageContext
 from pipelines.modelio.load import load_model
 from pipelines.training import worker
@@ -104,7 +105,7 @@ def low_rank(seed: int) -> Iterator[Cell]:
 def make(bench: Any, base: float, table: dict[str, Any], place: Path) -> dict[str, Any]:
     """Make a child and return its perplexity ratio, the bytes of its weights, and how far training took its layers."""
     (place / "out").mkdir(parents=True)
-    context = StageContext("compress.x", place / "scratch", compute={"device": "cpu", "threads": 1})
+    context = StageContext("compress.x", place / "scratch", compute=ComputeConfig(device="cpu"))
     config = CompressConfig.model_validate(table)
     inputs = {"prepare": bench.prepare, "model": bench.parent}
     found: dict[str, Any] = {}

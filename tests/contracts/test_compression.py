@@ -23,6 +23,7 @@ from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.errors import ConfigError
 from pipelines.core.stage import StageContext
 from pipelines.data import shards
@@ -162,7 +163,7 @@ def test_both_families_are_compressed_or_refused_by_name(
     method: ModuleType, prepare: Artifact, parent: Artifact, tmp_path: Path
 ) -> None:
     name = method.__name__.rpartition(".")[2]
-    context = StageContext(node="compress.x", scratch=tmp_path, compute={"device": "cpu"})
+    context = StageContext(node="compress.x", scratch=tmp_path, compute=ComputeConfig(device="cpu"))
     config = CompressConfig.model_validate({"method": name})
     try:
         run(config, {"prepare": prepare, "model": parent}, tmp_path, context)
@@ -188,7 +189,9 @@ def test_a_method_that_trains_packs_the_same_child_twice_and_counts_its_bytes(
     config = CompressConfig.model_validate({"method": name, "steps": 0, "controls": False})
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
-        context = StageContext(node="compress.x", scratch=tmp_path / place / "scratch", compute={"device": "cpu"})
+        context = StageContext(
+            node="compress.x", scratch=tmp_path / place / "scratch", compute=ComputeConfig(device="cpu")
+        )
         run(config, {"prepare": prepare, "model": parent}, tmp_path / place, context)
     one, two = (sorted((tmp_path / place / "model").glob("*")) for place in ("one", "two"))
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
@@ -219,7 +222,7 @@ def test_methods_of_whole_models_do_both_families_or_refuse_by_name(
     name: str, prepare: Artifact, parent: Artifact, tmp_path: Path
 ) -> None:
     config = CompressConfig.model_validate({"method": name})
-    context = StageContext(node="compress.x", scratch=tmp_path, compute={"device": "cpu"})
+    context = StageContext(node="compress.x", scratch=tmp_path, compute=ComputeConfig(device="cpu"))
     inputs = {"prepare": prepare, "model": parent}
     try:
         run(config, inputs, tmp_path, context)

@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 from pipelines.core import artifact
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.errors import IngotError
 from pipelines.core.run_stage import materialize
-from pipelines.core.stage import STAGES, StageContext
+from pipelines.core.stage import StageContext
 from pipelines.core.store import Store
+from pipelines.stages import STAGES
 from pipelines.training.config import PretrainConfig
 
 
@@ -22,7 +24,7 @@ def main(order: Path) -> int:
     asked = json.loads(order.read_text(encoding="utf-8"))
     prepared = artifact.load(Path(asked["prepared"]))
     store = Store(Path(asked["store"]))
-    context = StageContext(node="pretrain", scratch=store.root, compute=asked["compute"])
+    context = StageContext(node="pretrain", scratch=store.root, compute=ComputeConfig.model_validate(asked["compute"]))
     try:
         made = materialize(
             STAGES["pretrain"],

@@ -15,6 +15,7 @@ import torch
 from pipelines.compression import post_training
 from pipelines.compression.config import CompressConfig
 from pipelines.core import artifact
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.stage import StageContext
 from pipelines.modelio.folder import WeightWriter
 from pipelines.modelio.load import load_model
@@ -34,7 +35,9 @@ def act(action: str, parent: Path, prepare: Path, out: Path) -> None:
     config = CompressConfig.model_validate({"method": "gptq", "clip": "max", "samples": 8})
     inputs = {"model": artifact.load(parent), "prepare": artifact.load(prepare)}
     out.mkdir()
-    post_training.run(config, inputs, out, StageContext(node="compress.x", scratch=out, compute={"device": "cpu"}))
+    post_training.run(
+        config, inputs, out, StageContext(node="compress.x", scratch=out, compute=ComputeConfig(device="cpu"))
+    )
 
 
 def main() -> None:

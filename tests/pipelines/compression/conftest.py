@@ -22,6 +22,7 @@ from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.stage import StageContext
 from pipelines.data import shards
 
@@ -106,7 +107,7 @@ def compress(tmp_path: Path) -> Compress:
         config = CompressConfig.model_validate({"arms_documents": 0} | dict(table))
         out = tmp_path / f"child-{len(list(tmp_path.glob('child-*')))}"
         out.mkdir()
-        context = StageContext(node="compress.child", scratch=tmp_path, compute={"device": "cpu"})
+        context = StageContext(node="compress.child", scratch=tmp_path, compute=ComputeConfig(device="cpu"))
         run(config, {"prepare": bench.prepare, "model": parent or bench.parent}, out, context)
         return out, json.loads((out / "compression.json").read_text())
 

@@ -20,6 +20,7 @@ from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.errors import ConfigError
 from pipelines.core.stage import Progress, StageContext
 from pipelines.modelio.load import load_model
@@ -64,7 +65,7 @@ def test_the_smallest_within_wins_and_among_equals_the_better() -> None:
 def go(bench: Any, folder: Path, *, prepare: Artifact | None = None, report: Any = None, **changes: Any) -> Any:
     """Run the stage and return compression.json."""
     (folder / "out").mkdir(parents=True, exist_ok=True)
-    context = StageContext(node="compress.search", scratch=folder / "scratch", compute={"device": "cpu"})
+    context = StageContext(node="compress.search", scratch=folder / "scratch", compute=ComputeConfig(device="cpu"))
     context = replace(context, report=report) if report else context
     config = CompressConfig.model_validate(TABLE | {"max_bits_per_byte_ratio": BUDGET} | changes)
     run(config, {"prepare": prepare or bench.prepare, "model": bench.parent}, folder / "out", context)
@@ -91,7 +92,7 @@ def test_the_winner_is_the_one_that_trying_everything_finds(found: Any, bench: A
             out = tmp_path / f"{name}-{bits}"
             out.mkdir()
             table = {"method": name, "bits": bits, "group_size": 0} | QUICK
-            context = StageContext(node="compress.c", scratch=tmp_path, compute={"device": "cpu"})
+            context = StageContext(node="compress.c", scratch=tmp_path, compute=ComputeConfig(device="cpu"))
             inputs = {"prepare": bench.prepare, "model": bench.parent}
             run(CompressConfig.model_validate(table), inputs, out, context)
             ratios[name, bits] = validation.loss(load_model(out / "model")) / base

@@ -22,6 +22,7 @@ from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.errors import ConfigError, Preempted, TransientError
 from pipelines.core.stage import StageContext
 from pipelines.modelio.load import load_model
@@ -118,7 +119,7 @@ def make(prepared: Artifact, parents: Callable[[str], Artifact], tmp_path: Path)
     ) -> Child:
         place = tmp_path / name
         (place / "out").mkdir(parents=True, exist_ok=True)
-        context = StageContext("compress.x", place / "scratch", compute={"device": "cpu", "threads": 1})
+        context = StageContext("compress.x", place / "scratch", compute=ComputeConfig(device="cpu"))
         config = CompressConfig.model_validate({**PLAIN, **TINY, **table} if here else {**TINY, **table})
         inputs = {"prepare": prepared, "model": parent or parents(family)}
         if here and config.parameters.steps:  # type: ignore[attr-defined]
@@ -306,7 +307,7 @@ def test_a_model_that_lost_heads_is_trained_further(
     """Its one head of 16 does not make up the width of 32: the size of a head is part of the shape."""
     out = tmp_path / "pruned" / "build"
     out.mkdir(parents=True)
-    context = StageContext("compress.x", tmp_path / "pruned", compute={"device": "cpu", "threads": 1})
+    context = StageContext("compress.x", tmp_path / "pruned", compute=ComputeConfig(device="cpu"))
     config = CompressConfig.model_validate({"method": "random_search", "heads": 0.5, "neurons": 0.0, "trials": 1})
     run(config, {"prepare": prepared, "model": parents("decoder")}, out, context)
     pruned = artifact.publish(
@@ -330,7 +331,7 @@ def test_pruning_distilling_quantizing_and_coding_the_cache_follow_each_other(
     def follow(table: dict[str, Any], inputs: dict[str, Artifact]) -> Artifact:
         out = tmp_path / table["method"] / "out"
         out.mkdir(parents=True)
-        context = StageContext("compress.x", out.parent / "scratch", compute={"device": "cpu", "threads": 1})
+        context = StageContext("compress.x", out.parent / "scratch", compute=ComputeConfig(device="cpu"))
         config = CompressConfig.model_validate(table)
         if "steps" in table:
             job = qat.make_job(config, inputs, context)

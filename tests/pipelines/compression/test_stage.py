@@ -15,10 +15,12 @@ from torch import nn
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
 from pipelines.core import artifact
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.errors import ConfigError, IntegrityError, NumericError
-from pipelines.core.stage import STAGES, Progress, StageContext
+from pipelines.core.stage import Progress, StageContext
 from pipelines.modelio import meta_init
 from pipelines.modelio.folder import WeightReader
+from pipelines.stages import STAGES
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -113,7 +115,7 @@ def test_the_record_of_a_child_does_not_hold_its_name(small: Any, compress: Call
 
 def test_every_block_is_reported(small: Any, tmp_path: Path) -> None:
     bench, seen = small(), list[Progress]()
-    context = StageContext(node="compress.x", scratch=tmp_path, report=seen.append, compute={"device": "cpu"})
+    context = StageContext(node="compress.x", scratch=tmp_path, report=seen.append, compute=ComputeConfig(device="cpu"))
     summary = run(CompressConfig(), {"prepare": bench.prepare, "model": bench.parent}, tmp_path / "out", context)
     assert [(p.done, p.total, p.unit, p.node) for p in seen] == [(n, 2, "blocks", "compress.x") for n in (1, 2)]
     assert summary["totals"]["bits_per_weight"] < 10

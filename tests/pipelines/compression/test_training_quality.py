@@ -30,6 +30,7 @@ import torch
 from pipelines.compression import qat
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.stage import StageContext
 from pipelines.modelio.load import load_model
 from pipelines.training import worker
@@ -51,7 +52,7 @@ def ratio(bench: Any, tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], flo
     def make(table: dict[str, Any]) -> float:
         place = tmp_path / f"child-{len(list(tmp_path.glob('child-*')))}"
         (place / "out").mkdir(parents=True)
-        context = StageContext("compress.x", place / "scratch", compute={"device": "cpu", "threads": 1})
+        context = StageContext("compress.x", place / "scratch", compute=ComputeConfig(device="cpu"))
         config = CompressConfig.model_validate(table)
         if table.get("steps"):
             job = qat.make_job(config, inputs, context)

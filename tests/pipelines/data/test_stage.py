@@ -14,12 +14,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from pipelines.core.errors import IntegrityError
-from pipelines.core.stage import STAGES, Progress, StageContext
+from pipelines.core.stage import Progress, StageContext
 from pipelines.data import spool, stage
 from pipelines.data.config import PrepareConfig
 from pipelines.data.shards import ShardReader
 from pipelines.data.split import SPLITS
 from pipelines.data.versioning import Corpus, hash_files
+from pipelines.stages import STAGES
 
 Records = list[dict[str, Any]]
 OBSERVATIONS = set(STAGES["prepare"].observations)

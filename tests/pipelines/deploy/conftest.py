@@ -18,6 +18,7 @@ from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.stage import StageContext
 from pipelines.data import shards, tokenizer
 
@@ -108,7 +109,7 @@ def child(noise: Artifact) -> Callable[[Artifact, Path, dict[str, Any]], Artifac
 
     def make(parent: Artifact, folder: Path, table: dict[str, Any]) -> Artifact:
         (folder / "build").mkdir(parents=True)
-        context = StageContext(node="compress.child", scratch=folder, compute={"device": "cpu"})
+        context = StageContext(node="compress.child", scratch=folder, compute=ComputeConfig(device="cpu"))
         config = CompressConfig.model_validate({"arms_documents": 0, "samples": 8} | table)
         run(config, {"prepare": noise, "model": parent}, folder / "build", context)
         names = {"stage": "compress", "node": "compress.child", "identity": {}, "parents": {}, "summary": {}}

@@ -14,6 +14,7 @@ import pytest
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.errors import ConfigError
 from pipelines.core.stage import StageContext
 from pipelines.data import tokenizer
@@ -142,7 +143,7 @@ def test_a_compressed_child_is_written_as_it_computes(
 ) -> None:
     config = CompressConfig.model_validate({"method": "rtn", "bits": 4, "group_size": 32, "arms_documents": 0})
     (tmp_path / "child").mkdir()
-    context = StageContext(node="compress.child", scratch=tmp_path, compute={"device": "cpu"})
+    context = StageContext(node="compress.child", scratch=tmp_path, compute=ComputeConfig(device="cpu"))
     run(config, {"prepare": bench.prepare, "model": bench.parent}, tmp_path / "child", context)
     deploy.write(tmp_path / "child" / "model", tmp_path / "m.gguf", "f32")
     row = bench.held_BT[0].tolist()

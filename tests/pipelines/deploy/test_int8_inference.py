@@ -12,6 +12,7 @@ import torch
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.errors import ConfigError
 from pipelines.core.stage import StageContext
 from pipelines.deploy import int8_inference
@@ -25,7 +26,7 @@ def compress(parent: Artifact, prepare: Artifact, folder: Path, **table: Any) ->
     """Make a child and return its model folder."""
     out = folder / "-".join(map(str, table.values()))
     out.mkdir()
-    context = StageContext(node="compress.child", scratch=folder, compute={"device": "cpu"})
+    context = StageContext(node="compress.child", scratch=folder, compute=ComputeConfig(device="cpu"))
     run(
         CompressConfig.model_validate({"arms_documents": 0} | table),
         {"prepare": prepare, "model": parent},

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ModernBertConfig, Modern
 
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.stage import StageContext
 from pipelines.evaluation.config import EvaluateConfig
 
@@ -188,4 +189,4 @@ def small() -> EvaluateConfig:
 @pytest.fixture
 def context(tmp_path: Path) -> StageContext:
     """A context with a scratch folder of its own, on the CPU."""
-    return StageContext(node="evaluate.pretrain", scratch=tmp_path / "scratch", compute={"device": "cpu"})
+    return StageContext(node="evaluate.pretrain", scratch=tmp_path / "scratch", compute=ComputeConfig(device="cpu"))

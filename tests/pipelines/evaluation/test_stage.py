@@ -15,11 +15,13 @@ import torch
 
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.errors import ConfigError, IntegrityError, NumericError
-from pipelines.core.stage import STAGES, Progress, StageContext
+from pipelines.core.stage import Progress, StageContext
 from pipelines.evaluation import stage
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.measure import heldout, intervals
+from pipelines.stages import STAGES
 
 
 def _evaluate(config: EvaluateConfig, inputs: dict[str, Artifact], out: Path, context: StageContext) -> Artifact:
@@ -44,7 +46,7 @@ def parent(
     prepared: Artifact, decoder_artifact: Artifact, small: EvaluateConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> Artifact:
     folder = tmp_path_factory.mktemp("parent")
-    context = StageContext(node="evaluate.pretrain", scratch=folder / "scratch", compute={"device": "cpu"})
+    context = StageContext(node="evaluate.pretrain", scratch=folder / "scratch", compute=ComputeConfig(device="cpu"))
     return _evaluate(small, {"prepare": prepared, "model": decoder_artifact}, folder, context)
 
 

@@ -17,7 +17,7 @@ import zstandard
 
 from pipelines.core import artifact, provenance
 from pipelines.core.artifact import Artifact
-from pipelines.core.stage import StageContext, Summary
+from pipelines.core.stage import StageContext, Summary, TrackingTarget
 from pipelines.registry import stage
 from pipelines.registry.config import PromoteConfig
 
@@ -59,7 +59,7 @@ class World:
 
     def __init__(self, root: Path, model_folder: Path, uri: str | None = None) -> None:
         self.root = root
-        self.tracking = {} if uri is None else {"uri": uri}
+        self.tracking = TrackingTarget(uri=uri)
         self.model_folder = model_folder
         self.sizes = np.random.default_rng(1).integers(200, 3000, DOCUMENTS)
         self.difficulty = np.random.default_rng(2).uniform(0.8, 1.2, DOCUMENTS)
@@ -170,7 +170,7 @@ class World:
         folder = self.root.parent / name
         folder.mkdir(parents=True)
         paths = {name: str(artifact.path) for name, artifact in inputs.items()}
-        job = {"store": str(self.root), "out": str(folder), "inputs": paths, "tracking": self.tracking}
+        job = {"store": str(self.root), "out": str(folder), "inputs": paths, "tracking": self.tracking.model_dump()}
         (folder / "job.json").write_text(json.dumps(job))
         environment = dict(os.environ)
         if fault is not None:
@@ -196,7 +196,7 @@ class World:
         """Return a second connection to MLflow."""
         from mlflow import MlflowClient
 
-        return MlflowClient(self.tracking.get("uri", f"sqlite:///{self.root}/mlflow.db"))
+        return MlflowClient(self.tracking.uri or f"sqlite:///{self.root}/mlflow.db")
 
     def _build(self) -> Path:
         self._built += 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipelines.core import artifact
 from pipelines.core.errors import IngotError
-from pipelines.core.stage import StageContext
+from pipelines.core.stage import StageContext, TrackingTarget
 from pipelines.registry import stage
 from pipelines.registry.config import PromoteConfig
 
@@ -17,7 +17,9 @@ root, out = Path(job["store"]), Path(job["out"])
 out.mkdir(parents=True, exist_ok=True)
 (out / "scratch").mkdir(exist_ok=True)
 inputs = {name: artifact.load(Path(path)) for name, path in job["inputs"].items()}
-context = StageContext(node="promote", scratch=out / "scratch", tracking=job["tracking"], store=root)
+context = StageContext(
+    node="promote", scratch=out / "scratch", tracking=TrackingTarget.model_validate(job["tracking"]), store=root
+)
 try:
     print(json.dumps(stage.run(PromoteConfig(), inputs, out, context)))
 except IngotError as error:

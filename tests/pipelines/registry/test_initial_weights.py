@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from models.compression import registry
 from models.compression.base import Statistics
 from pipelines.core.errors import ConfigError, IntegrityError
-from pipelines.core.stage import STAGES, StageContext
+from pipelines.core.stage import StageContext
 from pipelines.registry import fetch, initial_weights
 from pipelines.registry.config import FetchConfig
 from pipelines.registry.initial_weights import Source
+from pipelines.stages import STAGES
 from pipelines.tracking.config import TrackingConfig
 
 Resolve = Callable[[str], Source]

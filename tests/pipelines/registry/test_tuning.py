@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from models.architectures.build import build
 from models.optim import lisa
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.run_stage import materialize
-from pipelines.core.stage import STAGES, Progress, StageContext
+from pipelines.core.stage import Progress, StageContext
 from pipelines.core.store import Store
 from pipelines.registry import initial_weights
 from pipelines.registry.config import FetchConfig
+from pipelines.stages import STAGES
 from pipelines.tracking.config import TrackingConfig
 from pipelines.training import model_export
 from pipelines.training.checkpoint_io import MASTER, Reader
@@ -75,7 +77,7 @@ class Copying:
 
 def made(store: Store, name: str, config: Any, inputs: dict[str, Artifact], **context: Any) -> Artifact:
     keys = {key: used.manifest.fingerprint for key, used in inputs.items()}
-    at_work = StageContext(name, store.root, store=store.root, compute={"device": "cpu"}, **context)
+    at_work = StageContext(name, store.root, store=store.root, compute=ComputeConfig(device="cpu"), **context)
     return materialize(STAGES[name], config, inputs, store, at_work, input_keys=keys, data_hash=None)
 
 

@@ -301,9 +301,10 @@ def test_a_large_batch_recipe_is_the_schedule_of_the_paper(name: str) -> None:
 def test_a_job_with_a_length_that_does_not_fit_is_refused_before_it_starts(
     plain_job: Callable[..., Job], prepared: Any, tmp_path: Path
 ) -> None:
+    from pipelines.core.compute import ComputeConfig
     from pipelines.core.stage import StageContext
     from pipelines.training.stage import make_job
 
     config = plain_job(tmp_path, phases=[{**TWO[0], "sequence_length": 5}], steps=10, batch_size=16).config
     with pytest.raises(ConfigError, match="sequence_length = 5 does not divide"):
-        make_job(config, prepared, StageContext("pretrain", tmp_path, compute={"device": "cpu"}))
+        make_job(config, prepared, StageContext("pretrain", tmp_path, compute=ComputeConfig(device="cpu")))

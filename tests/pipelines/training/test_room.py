@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from pipelines.core import disk as disk_space
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.errors import DiskFullError
 from pipelines.core.stage import StageContext
 from pipelines.training import room, stage
@@ -60,7 +61,7 @@ def test_a_training_without_room_is_refused_before_it_starts(
 ) -> None:
     disk = disk_of(1500)
     config = PretrainConfig.model_validate({**tiny_settings, "checkpoint": {"keep": 9}})
-    context = StageContext("pretrain", disk.path / "scratch", compute={"device": "cpu"})
+    context = StageContext("pretrain", disk.path / "scratch", compute=ComputeConfig(device="cpu"))
     with pytest.raises(DiskFullError, match="9 are kept and one more is written") as caught:
         stage.run(config, {"prepare": prepared}, tmp_path / "out", context)
     needed, free = map(int, re.findall(r"(\d+) (?:bytes are needed in all|are free)", str(caught.value)))

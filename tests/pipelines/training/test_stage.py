@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.core.artifact import Artifact
+from pipelines.core.compute import ComputeConfig
 from pipelines.core.errors import ConfigError, NumericError, Preempted
 from pipelines.core.stage import Progress, StageContext
 from pipelines.training.config import PretrainConfig
@@ -78,7 +79,7 @@ def stage(prepared: Artifact) -> Stage:
     def call(folder: Path, config: dict[str, Any]) -> Attempt:
         attempt = Attempt(folder)
         (folder / "out").mkdir(parents=True, exist_ok=True)
-        context = StageContext("pretrain", folder / "scratch", attempt.reports.append, {"device": "cpu"})
+        context = StageContext("pretrain", folder / "scratch", attempt.reports.append, ComputeConfig(device="cpu"))
         settings = PretrainConfig.model_validate(config)
         attempt.summary = run(settings, {"prepare": prepared}, attempt.out, context)
         return attempt
@@ -210,15 +211,15 @@ def test_a_model_that_does_not_fit_the_tokenizer_is_refused(prepared: Artifact, 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_refused(prepared: Artifact, tmp_path: Path) -> None:
-    context = StageContext("pretrain", tmp_path, compute={"device": "cuda"})
-    with pytest.raises(ConfigError, match=r"compute\.device = cuda: 0 GPUs for pretrain\.world_size = 2"):
+    context = StageContext("pretrain", tmp_path, compute=ComputeConfig(device="cuda"))
+    with pytest.raises(ConfigError, match=r"compute\.device = cuda: 0 GPUs for 2 ranks"):
         make_job(PretrainConfig(), prepared, context)
 
 
 def test_threads_are_identity_that_a_run_may_go_on_without(prepared: Artifact, tmp_path: Path) -> None:
     """Sums over many elements are cut by threads: another number of them rounds in another order."""
     one, three = PretrainConfig(), PretrainConfig(threads=3)
-    job = make_job(three, prepared, StageContext("pretrain", tmp_path, compute={"device": "cpu"}))
+    job = make_job(three, prepared, StageContext("pretrain", tmp_path, compute=ComputeConfig(device="cpu")))
     assert environment(job)["OMP_NUM_THREADS"] == environment(job)["MKL_NUM_THREADS"] == "3"
     assert environment(job)["DS_ACCELERATOR"] == "cpu"
     assert one.identity() != three.identity()

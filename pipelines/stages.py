@@ -1,0 +1,56 @@
+"""Every stage by name. Stages are described here without importing them: planning needs neither torch nor MLflow."""
+
+from __future__ import annotations
+
+from pipelines.core.stage import Stage
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "prepare",
+            version=2,
+            entry="pipelines.data.stage:run",
+            sources=("pipelines/data",),
+            observations=("report.json", "quarantine.jsonl"),
+        ),
+        Stage(
+            "fetch",
+            version=1,
+            entry="pipelines.registry.fetch:run",
+            sources=("pipelines/registry/fetch.py", "pipelines/registry/initial_weights.py"),
+        ),
+        Stage(
+            "pretrain",
+            version=2,
+            entry="pipelines.training.stage:run",
+            sources=("pipelines/training", "models/architectures", "models/optim"),
+            observations=("metrics.jsonl", "observations.json"),
+        ),
+        Stage(
+            "compress",
+            version=4,
+            entry="pipelines.compression.stage:run",
+            sources=("pipelines/compression", "models/compression", "pipelines/training", "models/optim"),
+            observations=("observations.json", "metrics.jsonl"),
+        ),
+        Stage(
+            "evaluate",
+            version=2,
+            entry="pipelines.evaluation.stage:run",
+            sources=(
+                "pipelines/evaluation",
+                "pipelines/modelio/load.py",
+                "models/compression/modules/quantized_cache.py",
+            ),
+            observations=("observations.json",),
+        ),
+        Stage(
+            "promote",
+            version=1,
+            entry="pipelines.registry.stage:run",
+            sources=("pipelines/registry",),
+            observations=("observations.json", "decision.json", "model_card.md"),
+        ),
+    )
+}
