@@ -26,6 +26,7 @@ from pipelines.compression.quick_eval import Floats, Yardstick
 from pipelines.compression.sequential import Walker
 from pipelines.core.stage import Progress, StageContext
 from pipelines.measure import intervals
+from pipelines.modelio import meta_init
 from pipelines.modelio.folder import WeightReader
 from pipelines.modelio.load import load_model
 
@@ -70,7 +71,7 @@ def measure(
     if text is None:
         return {"arms": {}}
     if walker.tokens_NT is None:
-        masked = quick_eval.is_encoder(walker.model)
+        masked = meta_init.is_encoder(walker.model)
         tokens_NT = calibration.sample_tokens(prepare, samples=config.samples, seed=config.seed, masked=masked)
         walker = replace(walker, tokens_NT=tokens_NT)
     made: dict[str, Any] = {}

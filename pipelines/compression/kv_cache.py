@@ -26,12 +26,11 @@ from models.compression import registry
 from models.compression.modules.quantized_cache import Tables, rotate
 from pipelines.compression import cache_arms, calibration
 from pipelines.compression.config import CompressConfig
-from pipelines.compression.names import CACHE_TABLES
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, NumericError
 from pipelines.core.stage import Progress, StageContext, Summary
 from pipelines.modelio import kv_cache_file
-from pipelines.modelio.folder import WeightReader, write_json
+from pipelines.modelio.folder import KV_CACHE_FILE, WeightReader, write_json
 from pipelines.modelio.load import load_weights
 
 _ROWS = 16384
@@ -241,7 +240,7 @@ def _totals(
     numbers = sum(keys.x_NC.numel() + values.x_NC.numel() for keys, values in seen)
     held = "compression.json" in parent.manifest.files
     per_weight = parent.read_json("compression.json")["totals"]["bits_per_weight"] if held else None
-    table_bytes = (target / CACHE_TABLES).stat().st_size
+    table_bytes = (target / KV_CACHE_FILE).stat().st_size
     return {
         "layers": len(made),
         "bits_per_weight": per_weight,

@@ -17,7 +17,6 @@ from pipelines.compression import (
     bit_allocation,
     calibration,
     layer_selection,
-    quick_eval,
     sensitivity,
     sequential,
     writer,
@@ -120,7 +119,7 @@ def _shown(
     method = registry.get(config.method)
     if method.calibration == "none" and not parameters.block_steps:
         return None
-    device, masked = torch_device(context.compute), quick_eval.is_encoder(model)
+    device, masked = torch_device(context.compute), meta_init.is_encoder(model)
     tokens_NT = calibration.sample_tokens(prepare, samples=config.samples, seed=config.seed, masked=masked)
     labels_NT = calibration.labels(prepare, tokens_NT, seed=config.seed, masked=masked)
     if "gradients" not in (method.calibration, bit_allocation.prices_by(method, parameters)):

@@ -18,11 +18,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.stage import plan_batches
+from models.architectures.config import Family
 from pipelines.measure import heldout, intervals, scoring
+from pipelines.measure.batches import plan_batches
+from pipelines.measure.config import BatchSettings
 from pipelines.measure.heldout import Document, Heldout
 from pipelines.measure.windows import Batch
+from pipelines.modelio.meta_init import is_encoder
 
 DOCUMENT_TOKENS = 1024
 """Tokens of a document that are scored, from its start."""
@@ -35,7 +37,7 @@ class Yardstick:
 
     batches: Sequence[Batch]
     documents: int
-    family: scoring.Family
+    family: Family
     device: str
 
     @property
@@ -96,15 +98,10 @@ def build(
     index = json.loads((prepare / "index.json").read_text(encoding="utf-8"))
     tokens = heldout.tokenize(chosen, prepare / "tokenizer" / heldout.TOKENIZER, index)
     held = Heldout(chosen, len(everything), tuple(ids[:DOCUMENT_TOKENS] for ids in tokens), index)
-    config = EvaluateConfig(batch_tokens=max(2048, int(index["sequence_length"])))
-    family: scoring.Family = "encoder" if is_encoder(model) else "decoder"
-    batches = plan_batches(config, held, family, prepare).batches
+    settings = BatchSettings(batch_tokens=max(2048, int(index["sequence_length"])))
+    family: Family = "encoder" if is_encoder(model) else "decoder"
+    batches = plan_batches(settings, held, family, prepare).batches
     return Yardstick(batches, len(chosen), family, str(device))
-
-
-def is_encoder(model: PreTrainedModel) -> bool:
-    """Return whether a model predicts masked tokens."""
-    return type(model).__name__.endswith("ForMaskedLM")
 
 
 def _take(documents: list[Document], limit: int, *, last: bool) -> tuple[Document, ...]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from models.compression import registry
 from pipelines.compression.config import CompressConfig
-from pipelines.compression.names import CACHE_TABLES
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
 from pipelines.core.stage import StageContext, StageFunction, Summary
+from pipelines.modelio.folder import KV_CACHE_FILE
 
 DRIVERS = {
     "search": "pipelines.compression.budget_search",
@@ -33,7 +33,7 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         ConfigError: the method does not fit the model.
         NumericError: something met numbers that are not finite.
     """
-    if (inputs["model"].path / "model" / CACHE_TABLES).is_file():
+    if (inputs["model"].path / "model" / KV_CACHE_FILE).is_file():
         raise ConfigError(
             f"{config.method}: its parent codes its cache already, and the tables fit no other weights",
             hint="compress the cache last: start from the parent of that child",

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from models.compression import rtn
 from models.compression.base import MethodConfig, Packed, Statistics
 from models.compression.formats.int_grid import GridConfig
-from pipelines.compression import names
 from pipelines.compression.config import CompressConfig
 from pipelines.modelio import folder, layout
 from pipelines.modelio.folder import WeightReader, WeightWriter
@@ -100,7 +99,7 @@ class ChildFolder:
     def _weights(self) -> WeightWriter:
         if self._writer is None:
             private = self.layout == layout.LAYOUT_PRIVATE
-            self._writer = WeightWriter(self._target, names.PRIVATE_STEM if private else folder.PUBLIC_STEM)
+            self._writer = WeightWriter(self._target, folder.PACKED_STEM if private else folder.PUBLIC_STEM)
         return self._writer
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pipelines.core.settings import NOT_IDENTITY, Settings
+from pipelines.measure.config import BatchSettings
 
 TaskName = Literal["next_line", "cloze", "addition"]
 BaselineName = Literal["gzip", "xz", "order1", "order2", "order3", "unigram"]
@@ -33,7 +34,7 @@ class LatencyConfig(Settings):
     timeout_s: float = Field(default=300.0, gt=0, description="Seconds after which the probe is given up.")
 
 
-class EvaluateConfig(Settings):
+class EvaluateConfig(BatchSettings):
     """How a model is measured on the held-out documents."""
 
     max_documents: int | None = Field(
@@ -41,22 +42,6 @@ class EvaluateConfig(Settings):
         ge=2,
         description="Score this many of the test documents, chosen by hash; the result is marked as truncated. "
         "Default: all.",
-    )
-    context: int | None = Field(
-        default=None, ge=8, description="Tokens a window shows the model. Default: the sequence length of prepare."
-    )
-    stride: int | None = Field(
-        default=None,
-        ge=1,
-        description="Tokens scored per window of a decoder; the rest of the window is context. "
-        "Default: three quarters of the context.",
-    )
-    mask_rate: float = Field(default=0.15, gt=0.0, lt=1.0, description="Share of tokens an encoder has to restore.")
-    mask_seed: int = Field(default=0, ge=0, description="Seed of the masks of an encoder.")
-    batch_tokens: int = Field(
-        default=4096,
-        ge=16,
-        description="Tokens per forward pass. Part of the identity: another batch shape rounds differently.",
     )
     bootstrap_samples: int = Field(default=2000, ge=100, le=1_000_000, description="Bootstrap resamples of documents.")
     bootstrap_seed: int = Field(default=0, ge=0, description="Seed of the bootstrap.")
@@ -78,17 +63,3 @@ class EvaluateConfig(Settings):
         description="Probe of latency and memory.",
         json_schema_extra=NOT_IDENTITY,
     )
-
-    @model_validator(mode="after")
-    def _windows_fit(self) -> EvaluateConfig:
-        if self.context is not None and self.stride is not None and self.stride > self.context:
-            raise ValueError(
-                f"stride {self.stride} is longer than context {self.context}: tokens would be left out; "
-                f"valid: 1 to {self.context}"
-            )
-        if self.context is not None and self.batch_tokens < self.context:
-            raise ValueError(
-                f"batch_tokens {self.batch_tokens} does not hold one window of context {self.context}; "
-                f"valid: {self.context} or more"
-            )
-        return self

@@ -15,8 +15,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +23,20 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
+from models.architectures.config import Family
 from pipelines.core.artifact import Artifact
 from pipelines.core.compute import resolve_device
-from pipelines.core.errors import ConfigError
 from pipelines.core.stage import Progress, StageContext, Summary
 from pipelines.evaluation import baselines, probe, relative, tasks
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.measure import heldout, intervals, scoring, windows
+from pipelines.measure.batches import EvaluationBatches, plan_batches, window_tokens
 from pipelines.measure.heldout import Heldout
-from pipelines.measure.scoring import Family, Scorer
-from pipelines.measure.windows import Batch
+from pipelines.measure.scoring import Scorer
 
 RELATIVE = "relative.npy"
 _PROBING = threading.Lock()
 """Two probes at once would measure each other."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is scored, in which forward passes; the same for every model of one family and configuration."""
-
-    batches: Sequence[Batch]
-    sizes: NDArray[np.int64]
-    """Bytes that the scored tokens of each document stand for [documents]."""
-    masked: tuple[NDArray[np.bool_], ...]
-    """Masked positions of each document; empty for a decoder."""
 
 
 def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
@@ -87,46 +75,23 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     return _summary(evaluation, observed)
 
 
-def plan_batches(config: EvaluateConfig, held: Heldout, family: Family, prepared: Path) -> Plan:
-    """Lay out the forward passes.
-
-    Raises:
-        ConfigError: the stride or the batch does not fit the context, which comes from the prepared data.
-    """
-    context = config.context or int(held.index["sequence_length"])
-    stride = config.stride or max(1, context * 3 // 4)
-    if stride > context or config.batch_tokens < context:
-        raise ConfigError(
-            f"evaluate.stride = {stride} and evaluate.batch_tokens = {config.batch_tokens} do not fit a context of "
-            f"{context} tokens; valid: a stride of 1 to {context}, and {context} or more batch tokens"
-        )
-    if family == "decoder":
-        cuts = [w for d, ids in enumerate(held.tokens) for w in windows.causal_windows(len(ids), d, context, stride)]
-        return Plan(windows.causal_batches(held.tokens, cuts, config.batch_tokens), held.sizes, ())
-    masked = tuple(
-        windows.mask(document.id, len(ids), config.mask_rate, config.mask_seed)
-        for document, ids in zip(held.documents, held.tokens, strict=True)
-    )
-    cuts = [w for d, hidden in enumerate(masked) for w in windows.masked_windows(d, context, hidden)]
-    token_sizes = heldout.token_sizes(prepared / "tokenizer" / heldout.TOKENIZER)
-    sizes = [token_sizes[ids[hidden]].sum() for ids, hidden in zip(held.tokens, masked, strict=True)]
-    batches = windows.masked_batches(held.tokens, cuts, config.batch_tokens, held.index["mask_id"])
-    return Plan(batches, np.array(sizes, dtype=np.int64), masked)
-
-
 # ---- parts of evaluation.json -----------------------------------------------------------------------------------
 
 
 def _headline(
-    config: EvaluateConfig, held: Heldout, scorer: Scorer, plan: Plan, nats: NDArray[np.float64], model: Path
+    config: EvaluateConfig,
+    held: Heldout,
+    scorer: Scorer,
+    plan: EvaluationBatches,
+    nats: NDArray[np.float64],
+    model: Path,
 ) -> dict[str, Any]:
-    scored = sum(len(batch.targets) for batch in plan.batches)
     return {
         "format": 1,
         "family": scorer.family,
         "bits_per_byte": intervals.bits_per_byte(nats, plan.sizes, **_bootstrap(config)).to_json(),
-        "bits_per_token": float(nats.sum()) / (scored * math.log(2.0)),
-        "scored_tokens": scored,
+        "bits_per_token": float(nats.sum()) / (plan.scored * math.log(2.0)),
+        "scored_tokens": plan.scored,
         "scored_bytes": int(plan.sizes.sum()),
         "documents": len(held.documents),
         "documents_total": held.total,
@@ -140,7 +105,9 @@ def _headline(
     }
 
 
-def _baselines(config: EvaluateConfig, prepared: Path, held: Heldout, family: Family, plan: Plan) -> dict[str, float]:
+def _baselines(
+    config: EvaluateConfig, prepared: Path, held: Heldout, family: Family, plan: EvaluationBatches
+) -> dict[str, float]:
     if family == "decoder":
         return baselines.for_decoder(config, prepared, held)
     return baselines.for_encoder(config, prepared, held, plan.masked, int(plan.sizes.sum()))
@@ -181,7 +148,7 @@ def _versus_parent(
     config: EvaluateConfig,
     inputs: Mapping[str, Artifact],
     scorer: Scorer,
-    plan: Plan,
+    plan: EvaluationBatches,
     nats: NDArray[np.float64],
     outcomes: dict[str, list[int]],
 ) -> dict[str, Any]:
@@ -214,7 +181,7 @@ def _relate(
     evaluation: dict[str, Any],
 ) -> None:
     """Write an encoder's relative representations, and enter how far a child's space is from its parent's."""
-    mine = relative.measure(scorer, held, config.context or int(held.index["sequence_length"]))
+    mine = relative.measure(scorer, held, window_tokens(config, held))
     if mine is None:
         return
     np.save(out_dir / RELATIVE, mine, allow_pickle=False)

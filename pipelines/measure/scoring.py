@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +19,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.utils import logging as transformers_logging
 
+from models.architectures.config import Family
 from models.compression.modules.quantized_cache import QuantizedCache
 from pipelines.core.errors import IntegrityError, NumericError
 from pipelines.measure.windows import Batch
 from pipelines.modelio import load as compressed
-
-Family = Literal["decoder", "encoder"]
-
 
 # ---- pure functions ---------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 A compressed folder has `ingot_compression.json` beside its weights: which method and parameters stored each layer, so
 that it can be read back here and compressed again. Plain transformers does not need that file.
+
+torch is imported where tensors are written: reports and `ingot show` read names and records alone.
 """
 
 from __future__ import annotations
@@ -10,21 +12,25 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from models.compression import registry
 from models.compression.base import Packed
-from pipelines.compression.names import CACHE_TABLES
 from pipelines.core.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RECORD = "ingot_compression.json"
 RECORD_FORMAT = 1
 PUBLIC_STEM = "model"
 """File stem of weights that plain transformers loads."""
+PACKED_STEM = "packed"
+"""File stem of weights that need `pipelines.modelio.load`; plain transformers finds no weights and says so."""
+KV_CACHE_FILE = "kv_cache.safetensors"
+"""How attention caches are quantized, in a variant of a `kv_cache` method; it holds no weights."""
 SHARD_BYTES = 1 << 30
 
 
@@ -113,6 +119,8 @@ class WeightWriter:
         return self._folder / f"{self._stem}.part-{index}.safetensors"
 
     def _flush(self) -> None:
+        from safetensors.torch import save_file
+
         save_file(dict(sorted(self._pending.items())), self._part(len(self._shards)), metadata={"format": "pt"})
         self._shards.append(sorted(self._pending))
         self._pending, self._size = {}, 0
@@ -147,7 +155,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    paths = sorted(path for path in folder.glob("*.safetensors") if path.name != CACHE_TABLES)
+    paths = sorted(path for path in folder.glob("*.safetensors") if path.name != KV_CACHE_FILE)
     if not paths:
         raise IntegrityError(f"{folder} holds no safetensors weights", hint="delete the artifact and run again")
     for path in paths:

@@ -19,15 +19,15 @@ from models.compression import registry
 from models.compression.base import MethodConfig
 from models.compression.modules import quantized_cache
 from models.compression.modules.quantized_cache import Tables
-from pipelines.compression.names import CACHE_TABLES
 from pipelines.core.errors import IntegrityError
+from pipelines.modelio.folder import KV_CACHE_FILE
 
 _SIDES = ("keys", "values")
 
 
 def held(folder: Path) -> bool:
     """Return whether a model folder says how its cache is coded."""
-    return (folder / CACHE_TABLES).is_file()
+    return (folder / KV_CACHE_FILE).is_file()
 
 
 def write(folder: Path, tables: Sequence[Tables], method: str, config: MethodConfig) -> None:
@@ -40,7 +40,7 @@ def write(folder: Path, tables: Sequence[Tables], method: str, config: MethodCon
     }
     # One entry: safetensors writes several in an order that differs from process to process.
     coding = json.dumps({"method": method, "config": config.model_dump(mode="json")}, sort_keys=True)
-    save_file(stored, folder / CACHE_TABLES, metadata={"coding": coding})
+    save_file(stored, folder / KV_CACHE_FILE, metadata={"coding": coding})
 
 
 def read(folder: Path, layers: int) -> list[Tables]:
@@ -50,16 +50,16 @@ def read(folder: Path, layers: int) -> list[Tables]:
         IntegrityError: the file is damaged, or not for a model of so many layers.
     """
     try:
-        with safe_open(folder / CACHE_TABLES, framework="pt") as file:
+        with safe_open(folder / KV_CACHE_FILE, framework="pt") as file:
             said = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
     except SafetensorError as error:
-        raise IntegrityError(f"{folder / CACHE_TABLES} is damaged: {error}", hint="`ingot verify`") from error
+        raise IntegrityError(f"{folder / KV_CACHE_FILE} is damaged: {error}", hint="`ingot verify`") from error
     found = len({name.split(".")[1] for name in tensors})
     if found != layers:
-        raise IntegrityError(f"{folder / CACHE_TABLES} is for {found} layers; the model beside it has {layers}")
+        raise IntegrityError(f"{folder / KV_CACHE_FILE} is for {found} layers; the model beside it has {layers}")
     if "coding" not in said:
-        raise IntegrityError(f"{folder / CACHE_TABLES} does not say how it was coded", hint="`ingot verify`")
+        raise IntegrityError(f"{folder / KV_CACHE_FILE} does not say how it was coded", hint="`ingot verify`")
     coding = json.loads(said["coding"])
     method = registry.get(coding["method"])
     config = method.Config.model_validate(coding["config"])

@@ -8,7 +8,6 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from models.compression.modules import packed_linear
-from pipelines.compression import names
 from pipelines.modelio import folder, kv_cache_file, meta_init
 
 
@@ -54,4 +53,4 @@ def is_private(path: Path) -> bool:
 
 
 def _is_packed(path: Path) -> bool:
-    return (path / folder.RECORD).is_file() and any(path.glob(f"{names.PRIVATE_STEM}*.safetensors"))
+    return (path / folder.RECORD).is_file() and any(path.glob(f"{folder.PACKED_STEM}*.safetensors"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pipelines.compression.names import CACHE_TABLES, PRIVATE_STEM
 from pipelines.core.artifact import Artifact
+from pipelines.modelio.folder import KV_CACHE_FILE, PACKED_STEM
 
 _PLAIN = """\
 from transformers import AutoTokenizer, {loader}
@@ -61,7 +61,7 @@ class Loading:
             "and computes what the parent computes."
         )
         return (
-            f"What was compressed is the attention cache, by the tables in {CACHE_TABLES}. {alone} Load it with Ingot "
+            f"What was compressed is the attention cache, by the tables in {KV_CACHE_FILE}. {alone} Load it with Ingot "
             "to have the coded cache that was measured; its own caches are made by `generate` or `new_cache()`, and "
             "caches of other classes are refused."
         )
@@ -78,8 +78,8 @@ class Loading:
 def of_files(names: Iterable[str]) -> Loading:
     """Return how a model folder with these file names is loaded."""
     leaves = [name.rpartition("/")[2] for name in names]
-    packed = any(leaf.startswith(PRIVATE_STEM) and leaf.endswith(".safetensors") for leaf in leaves)
-    return Loading(packed, CACHE_TABLES in leaves)
+    packed = any(leaf.startswith(PACKED_STEM) and leaf.endswith(".safetensors") for leaf in leaves)
+    return Loading(packed, KV_CACHE_FILE in leaves)
 
 
 def of(model: Artifact) -> Loading:

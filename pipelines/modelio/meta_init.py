@@ -38,6 +38,11 @@ def architecture(config: transformers.PretrainedConfig, folder: Path) -> type[tr
     return getattr(transformers, names[0])
 
 
+def is_encoder(model: transformers.PreTrainedModel) -> bool:
+    """Return whether a model predicts masked tokens."""
+    return type(model).__name__.endswith("ForMaskedLM")
+
+
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Create parameters on the meta device inside the block, one at a time; buffers stay real."""

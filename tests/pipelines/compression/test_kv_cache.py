@@ -17,12 +17,11 @@ from models.compression.kvquant import Config
 from models.compression.modules import quantized_cache
 from models.compression.modules.quantized_cache import QuantizedCacheLlama, Tables
 from pipelines.compression import calibration, kv_cache
-from pipelines.compression.names import CACHE_TABLES
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, IntegrityError
 from pipelines.modelio import kv_cache_file
-from pipelines.modelio.folder import WeightReader
+from pipelines.modelio.folder import KV_CACHE_FILE, WeightReader
 from pipelines.modelio.load import is_private, load_model, load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")
@@ -118,7 +117,7 @@ def test_a_child_is_the_parent_with_tables_and_loads_with_its_cache(
     child, report = compress(bench, {"method": "kvquant", "bits": 3, "samples": 48})
     source, folder = bench.parent.path / "model", child / "model"
     held = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert held.keys() - {CACHE_TABLES} == {path.name for path in source.iterdir()}
+    assert held.keys() - {KV_CACHE_FILE} == {path.name for path in source.iterdir()}
     assert all(held[path.name] == path.read_bytes() for path in source.iterdir())
     assert WeightReader(folder).names() == WeightReader(source).names()
     assert is_private(folder)
@@ -128,7 +127,7 @@ def test_a_child_is_the_parent_with_tables_and_loads_with_its_cache(
     assert bench.loss(model) - bench.loss(load_weights(source)) == pytest.approx(math.log(ratio), abs=1e-5)
     # The measured size has the exact first token and the positions too.
     assert report["totals"]["bits_per_cached_number"] == pytest.approx(8 * size / (3 * 2 * 128), rel=0.08)
-    assert report["totals"]["table_bytes"] == (folder / CACHE_TABLES).stat().st_size < 20_000
+    assert report["totals"]["table_bytes"] == (folder / KV_CACHE_FILE).stat().st_size < 20_000
     for side in ("keys", "values"):
         assert report["errors"][side] < report["errors"]["null"]["uniform"][side]
     assert report["errors"]["keys"] < report["errors"]["null"]["per token"]["keys"]
@@ -136,7 +135,7 @@ def test_a_child_is_the_parent_with_tables_and_loads_with_its_cache(
 
 def test_two_runs_write_the_same_bytes(small: Any, compress: Callable[..., Any]) -> None:
     once, again = (compress(small(), {"method": "kvquant", "samples": 8})[0] for _ in range(2))
-    for name in (f"model/{CACHE_TABLES}", "compression.json"):
+    for name in (f"model/{KV_CACHE_FILE}", "compression.json"):
         assert (once / name).read_bytes() == (again / name).read_bytes()
 
 
@@ -175,7 +174,7 @@ def test_channels_that_do_not_fill_bytes_are_refused_by_number(small: Any, compr
 
 def test_damaged_or_foreign_tables_are_an_integrity_error(small: Any, compress: Callable[..., Any]) -> None:
     folder = compress(small(), {"method": "kvquant", "samples": 4})[0] / "model"
-    path = folder / CACHE_TABLES
+    path = folder / KV_CACHE_FILE
     with pytest.raises(IntegrityError, match=re.escape("is for 2 layers; the model beside it has 5")):
         kv_cache_file.read(folder, 5)
     kept = {name: tensor for name, tensor in load_file(path).items() if ".1." not in name}

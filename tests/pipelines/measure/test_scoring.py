@@ -15,9 +15,9 @@ import torch
 
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import IntegrityError, NumericError
-from pipelines.evaluation import stage
-from pipelines.evaluation.config import EvaluateConfig
 from pipelines.measure import heldout, scoring, windows
+from pipelines.measure.batches import plan_batches
+from pipelines.measure.config import BatchSettings
 from pipelines.measure.scoring import Scorer
 
 
@@ -60,7 +60,7 @@ def test_the_batch_size_changes_the_result_by_rounding_only(decoder: Any, prepar
     found = [
         scoring.document_nats(
             _scorer(decoder),
-            stage.plan_batches(EvaluateConfig(batch_tokens=tokens), held, "decoder", prepared.path).batches,
+            plan_batches(BatchSettings(batch_tokens=tokens), held, "decoder", prepared.path).batches,
             4,
             _quiet,
         )
@@ -72,7 +72,7 @@ def test_the_batch_size_changes_the_result_by_rounding_only(decoder: Any, prepar
 
 def test_masked_nats_equal_a_loop_over_masked_tokens(encoder: Any, prepared: Artifact) -> None:
     held = heldout.load(prepared.path, 3)
-    plan = stage.plan_batches(EvaluateConfig(batch_tokens=256), held, "encoder", prepared.path)
+    plan = plan_batches(BatchSettings(batch_tokens=256), held, "encoder", prepared.path)
     found = scoring.document_nats(_scorer(encoder, "encoder"), plan.batches, 3, _quiet)
     for document, ids in enumerate(held.tokens):
         expected = 0.0
@@ -87,7 +87,7 @@ def test_masked_nats_equal_a_loop_over_masked_tokens(encoder: Any, prepared: Art
 
 def test_progress_counts_every_scored_token(decoder: Any, prepared: Artifact) -> None:
     held = heldout.load(prepared.path, 2)
-    plan = stage.plan_batches(EvaluateConfig(), held, "decoder", prepared.path)
+    plan = plan_batches(BatchSettings(), held, "decoder", prepared.path)
     seen: list[tuple[int, int]] = []
     scoring.document_nats(_scorer(decoder), plan.batches, 2, lambda done, total: seen.append((done, total)))
     total = sum(len(ids) - 1 for ids in held.tokens)
@@ -132,7 +132,7 @@ def test_kl_divergence_equals_its_definition_in_float64() -> None:
 
 def test_divergence_is_zero_for_the_same_model_and_grows_with_the_damage(decoder: Any, prepared: Artifact) -> None:
     held = heldout.load(prepared.path, 2)
-    batches = stage.plan_batches(EvaluateConfig(), held, "decoder", prepared.path).batches
+    batches = plan_batches(BatchSettings(), held, "decoder", prepared.path).batches
     found = []
     for noise in (0.0, 0.01, 0.05):
         child = copy.deepcopy(decoder)
@@ -164,7 +164,7 @@ def test_the_cache_of_a_decoder_is_counted_and_an_encoder_has_none(
     decoder: Any, encoder: Any, prepared: Artifact
 ) -> None:
     held = heldout.load(prepared.path)
-    batch = stage.plan_batches(EvaluateConfig(), held, "decoder", prepared.path).batches[0]
+    batch = plan_batches(BatchSettings(), held, "decoder", prepared.path).batches[0]
     config = decoder.config
     size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     assert scoring.cache_bytes_per_token(_scorer(decoder), batch) == size

@@ -1,0 +1,78 @@
+"""Held-out documents laid out as forward passes, the same for every model of one family. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.architectures.config import Family
+from pipelines.core.errors import ConfigError
+from pipelines.measure import heldout, windows
+from pipelines.measure.config import BatchSettings
+from pipelines.measure.heldout import Heldout
+from pipelines.measure.windows import Batch
+
+
+@dataclass(frozen=True)
+class EvaluationBatches:
+    """Which tokens are scored, in which forward passes."""
+
+    batches: Sequence[Batch]
+    sizes: NDArray[np.int64]
+    """Bytes that the scored tokens of each document stand for [documents]."""
+    masked: tuple[NDArray[np.bool_], ...]
+    """Masked positions of each document; empty for a decoder."""
+
+    @property
+    def scored(self) -> int:
+        """Number of scored tokens."""
+        return sum(len(batch.targets) for batch in self.batches)
+
+
+def plan_batches(settings: BatchSettings, documents: Heldout, family: Family, prepared: Path) -> EvaluationBatches:
+    """Lay out the forward passes.
+
+    A decoder is scored on every token of every document, an encoder on the tokens that a mask hides.
+
+    Args:
+        settings: windows, masks and batch size.
+        documents: what is scored.
+        family: of the model.
+        prepared: folder of the prepare artifact, for the tokenizer.
+
+    Raises:
+        ConfigError: the stride or the batch does not fit the context, which may come from the prepared data.
+    """
+    context = window_tokens(settings, documents)
+    stride = settings.stride or max(1, context * 3 // 4)
+    if stride > context or settings.batch_tokens < context:
+        raise ConfigError(
+            f"evaluate.stride = {stride} and evaluate.batch_tokens = {settings.batch_tokens} do not fit a context of "
+            f"{context} tokens; valid: a stride of 1 to {context}, and {context} or more batch tokens"
+        )
+    if family == "decoder":
+        cuts = [
+            window
+            for number, ids in enumerate(documents.tokens)
+            for window in windows.causal_windows(len(ids), number, context, stride)
+        ]
+        batches = windows.causal_batches(documents.tokens, cuts, settings.batch_tokens)
+        return EvaluationBatches(batches, documents.sizes, ())
+    masked = tuple(
+        windows.mask(document.id, len(ids), settings.mask_rate, settings.mask_seed)
+        for document, ids in zip(documents.documents, documents.tokens, strict=True)
+    )
+    cuts = [w for number, hidden in enumerate(masked) for w in windows.masked_windows(number, context, hidden)]
+    token_sizes = heldout.token_sizes(prepared / "tokenizer" / heldout.TOKENIZER)
+    sizes = [token_sizes[ids[hidden]].sum() for ids, hidden in zip(documents.tokens, masked, strict=True)]
+    batches = windows.masked_batches(documents.tokens, cuts, settings.batch_tokens, documents.index["mask_id"])
+    return EvaluationBatches(batches, np.array(sizes, dtype=np.int64), masked)
+
+
+def window_tokens(settings: BatchSettings, documents: Heldout) -> int:
+    """Return how many tokens a window shows: the setting, or the sequence length of the prepared data."""
+    return settings.context or int(documents.index["sequence_length"])
