@@ -79,22 +79,22 @@ def tiny_settings() -> dict[str, Any]:
 
 
 @pytest.fixture
-def plain_job(prepared: Artifact) -> Callable[..., Any]:
-    """Return the order for a run in this process: `plain_job(folder, **changes of the settings)`."""
+def plain_spec(prepared: Artifact) -> Callable[..., Any]:
+    """Return the order for a run in this process: `plain_spec(folder, **changes of the settings)`."""
     from pipelines.training.config import PretrainConfig
-    from pipelines.training.worker_spec import Job
+    from pipelines.training.worker_spec import WorkerSpec
 
-    def make(folder: Path, **changes: Any) -> Job:
+    def make(folder: Path, **changes: Any) -> WorkerSpec:
         config = PretrainConfig.model_validate({**TINY, **changes, **PLAIN})
         folder.mkdir(parents=True, exist_ok=True)
         index = prepared.read_json("index.json")
-        return Job(config=config, index=index, data=prepared.path, work=folder, device="cpu")
+        return WorkerSpec(config=config, index=index, data=prepared.path, scratch=folder, device="cpu")
 
     return make
 
 
 @pytest.fixture
-def run_plain(plain_job: Callable[..., Any]) -> Iterator[Callable[..., int]]:
+def run_plain(plain_spec: Callable[..., Any]) -> Iterator[Callable[..., int]]:
     """Run one plain pretraining in this process and return its exit code; process-wide settings are put back."""
     import torch
 
@@ -103,9 +103,9 @@ def run_plain(plain_job: Callable[..., Any]) -> Iterator[Callable[..., int]]:
     threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def run(folder: Path, **changes: Any) -> int:
-        job = plain_job(folder, **changes)
-        (folder / "job.json").write_text(job.model_dump_json())
-        return worker.main([str(folder / "job.json")])
+        spec = plain_spec(folder, **changes)
+        (folder / "worker_spec.json").write_text(spec.model_dump_json())
+        return worker.main([str(folder / "worker_spec.json")])
 
     yield run
     torch.use_deterministic_algorithms(mode=False)

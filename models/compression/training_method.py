@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
 
-from models import processes
 from models.architectures.config import Shape
 from models.compression.base import MethodConfig, Packed
+from models.optim import batch_split
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -72,12 +72,12 @@ class TrainedConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _batch_splits(self) -> Self:
-        processes.refuse_uneven("batch_size", self.batch_size, self.world_size, self.micro_batch_size)
+        batch_split.refuse_uneven("batch_size", self.batch_size, self.world_size, self.micro_batch_size)
         return self
 
     @model_validator(mode="after")
     def _plain_is_one_process(self) -> Self:
-        processes.refuse_spread_plain(self.engine, self.world_size, self.zero_stage)
+        batch_split.refuse_spread_plain(self.engine, self.world_size, self.zero_stage)
         return self
 
 

@@ -27,9 +27,9 @@ from models.architectures.config import Shape
 from models.compression import registry
 from models.compression.base import Packed, relative_error
 from models.compression.training_method import TrainedConfig
-from pipelines.compression import post_training, quick_eval, sequential, writer
-from pipelines.compression import qat_objective as programs
+from pipelines.compression import post_training, qat_objective, quick_eval, sequential, writer
 from pipelines.compression.config import CompressConfig
+from pipelines.compression.qat_objective import QatSettings
 from pipelines.core.artifact import Artifact
 from pipelines.core.compute import torch_device
 from pipelines.core.errors import ConfigError
@@ -39,7 +39,7 @@ from pipelines.modelio.folder import WeightReader, WeightWriter, write_json
 from pipelines.modelio.load import load_model
 from pipelines.training import stage as training
 from pipelines.training.config import PretrainConfig
-from pipelines.training.worker_spec import Job, Program
+from pipelines.training.worker_spec import WorkerSpec
 
 _LAYOUT_DENSE = "safetensors"
 
@@ -55,20 +55,20 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         Preempted, NumericError, TransientError, IntegrityError: as the ranks ended.
     """
     parameters = cast("TrainedConfig", config.parameters)
-    job = make_job(config, inputs, context)
+    spec = make_worker_spec(config, inputs, context)
     if parameters.steps:
-        training.train(job, context)
-        for path in (job.facts, job.metrics):
+        training.train(spec, context)
+        for path in (spec.facts, spec.metrics):
             shutil.copyfile(path, out_dir / path.name)
-    report = pack(config, job, out_dir / "model", context.scratch / "plain")
+    report = pack(config, spec, out_dir / "model", context.scratch / "plain")
     write_json(out_dir / "compression.json", report)
     report |= _arms(config, inputs, out_dir, context)
     write_json(out_dir / "compression.json", report)
     return {key: report[key] for key in ("method", "parameters", "layout", "totals", "errors", "arms")}
 
 
-def make_job(config: CompressConfig, inputs: Mapping[str, Artifact], context: StageContext) -> Job:
-    """Return the order for the ranks.
+def make_worker_spec(config: CompressConfig, inputs: Mapping[str, Artifact], context: StageContext) -> WorkerSpec:
+    """Return what to tell the ranks.
 
     Raises:
         ConfigError: the method does not fit the model.
@@ -76,20 +76,26 @@ def make_job(config: CompressConfig, inputs: Mapping[str, Artifact], context: St
     parameters = cast("TrainedConfig", config.parameters)
     source = inputs["model"].path / "model"
     teacher = inputs.get("teacher", inputs["model"]).path / "model"
-    program = Program(
+    method = QatSettings(
         method=config.method,
         parameters=parameters.model_dump(mode="json"),
         skip=config.skip,
-        parent=source,
+        base=source,
         teacher=teacher if parameters.taught else None,
     )
     try:
-        shape = program.module.shape(programs.parent_shape(source), parameters)
+        shape = method.module.shape(qat_objective.base_shape(source), parameters)
         settings = training_settings(parameters, shape, config.seed)
     except ValueError as error:
         raise ConfigError(f"{config.method}: {error}") from error
     place = dataclasses.replace(context, scratch=context.scratch / "train")
-    return training.make_job(settings, inputs["prepare"], place).model_copy(update={"program": program})
+    spec = training.make_worker_spec(settings, inputs["prepare"], place)
+    own = {
+        "objective": qat_objective.FACTORY,
+        "objective_settings": method.model_dump(mode="json"),
+        "export_precision": "fp32",
+    }
+    return spec.model_copy(update=own)
 
 
 def training_settings(parameters: TrainedConfig, shape: Shape, seed: int) -> PretrainConfig:
@@ -111,24 +117,24 @@ def training_settings(parameters: TrainedConfig, shape: Shape, seed: int) -> Pre
 # From trained parameters to a stored child
 
 
-def pack(config: CompressConfig, job: Job, target: Path, plain: Path) -> dict[str, Any]:
+def pack(config: CompressConfig, spec: WorkerSpec, target: Path, plain: Path) -> dict[str, Any]:
     """Write the child that the trained parameters (or, without training, the starting ones) make.
 
     Args:
         config: the child's configuration.
-        job: its training.
+        spec: its training.
         target: model folder of the child.
         plain: where to keep the same model with dense weights.
 
     Returns:
         What `compression.json` says of it.
     """
-    assert job.program is not None
-    parameters, source = job.program.config, job.program.parent
-    model = programs.student(job.program, job.config.architecture(job.index), job.config.seed)
+    method = QatSettings.model_validate(spec.objective_settings)
+    parameters, source = method.config, method.base
+    model = qat_objective.student(method, spec.architecture, spec.config.seed)
     if parameters.steps:
-        programs.restore(model, job.model)
-    packed: Mapping[str, Packed] = job.program.module.finish(model, parameters)
+        qat_objective.load_trained(model, spec.model)
+    packed: Mapping[str, Packed] = method.module.finish(model, parameters)
     _write_plain(cast("PreTrainedModel", model), packed, source, plain)
     bare, reader = meta_init.build(plain), WeightReader(plain)
     dense = layout.loads_dense(bare, parameters.model_dump(), embeddings=False)
@@ -143,8 +149,8 @@ def pack(config: CompressConfig, job: Job, target: Path, plain: Path) -> dict[st
         "parameters": parameters.model_dump(mode="json"),
         "layout": stored_as,
         "loads_with": "pipelines.modelio.load" if stored_as == layout.LAYOUT_PRIVATE else "transformers",
-        "training": {"steps": parameters.steps, "seed": job.config.seed},
-        "not_informative": job.program.module.not_informative,
+        "training": {"steps": parameters.steps, "seed": spec.config.seed},
+        "not_informative": method.module.not_informative,
         "totals": post_training.totals(rows, parent, target, embedding_bytes=made.embedding_bytes),
         "errors": _errors(rows),
         "layers": rows,

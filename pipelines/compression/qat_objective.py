@@ -9,39 +9,73 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig, Shape
 from models.architectures.describe import shape_of
-from models.compression.training_method import Step
+from models.compression import registry
+from models.compression.training_method import Step, TrainedConfig
 from pipelines.compression import sequential
 from pipelines.core.errors import ConfigError
 from pipelines.modelio.folder import WeightReader
 from pipelines.modelio.load import load_model
 from pipelines.training.objectives import Objective
-from pipelines.training.worker_spec import Program
+from pipelines.training.worker_spec import WorkerSpec
+
+FACTORY = f"{__name__}:qat_objective"
+"""For `WorkerSpec.objective`; `WorkerSpec.objective_settings` is then a `QatSettings`."""
 
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
 
-class ProgramObjective(Objective):
+class QatSettings(BaseModel):
+    """Which method trains, from which weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    parameters: dict[str, Any]
+    """Of the method."""
+    skip: tuple[str, ...] = ()
+    """Patterns of layers that are left alone."""
+    base: Path
+    """Model folder that the weights come from."""
+    teacher: Path | None = None
+    """Model folder of the teacher, where the method wants one."""
+
+    @property
+    def module(self) -> ModuleType:
+        """The method."""
+        return registry.get(self.method)
+
+    @property
+    def config(self) -> TrainedConfig:
+        """The method's parameters, validated."""
+        config: TrainedConfig = self.module.Config.model_validate(self.parameters)
+        return config
+
+
+class QatObjective(Objective):
     """The method's loss while gradients are wanted, the ordinary one in validations.
 
     Args:
-        program: the method.
+        settings: the method.
         student: what is trained.
         device: where it is trained; every rank holds the whole teacher there.
         seed: of the run.
     """
 
-    def __init__(self, program: Program, student: nn.Module, device: torch.device, seed: int) -> None:
+    def __init__(self, settings: QatSettings, student: nn.Module, device: torch.device, seed: int) -> None:
         super().__init__(student)
-        self._method, self._config, self._seed = program.module, program.config, seed
+        self._method, self._config, self._seed = settings.module, settings.config, seed
         # In a tuple the teacher is no submodule: its weights are neither trained, nor sharded, nor saved.
-        self._teacher = () if program.teacher is None else (_frozen(program.teacher).to(device),)
+        self._teacher = () if settings.teacher is None else (_frozen(settings.teacher).to(device),)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the summed nats of the micro batch, float32 scalar."""
@@ -53,7 +87,13 @@ class ProgramObjective(Objective):
         return loss
 
 
-def parent_shape(folder: Path) -> Shape:
+def qat_objective(spec: WorkerSpec, device: torch.device) -> Objective:
+    """Return the student of a method with its loss: the factory that `FACTORY` names."""
+    settings, seed = QatSettings.model_validate(spec.objective_settings), spec.config.seed
+    return QatObjective(settings, student(settings, spec.architecture, seed), device, seed)
+
+
+def base_shape(folder: Path) -> Shape:
     """Return the shape of the model in a folder.
 
     Raises:
@@ -65,42 +105,42 @@ def parent_shape(folder: Path) -> Shape:
         raise ConfigError(f"{folder}: {error}", hint="use a method of another kind on this model") from error
 
 
-def student(program: Program, architecture: ArchitectureConfig, seed: int) -> nn.Module:
+def student(settings: QatSettings, architecture: ArchitectureConfig, seed: int) -> nn.Module:
     """Return the model to train: starting weights, then the method's own layers.
 
     Raises:
         ConfigError: the method does not fit the model.
     """
     model = build(architecture, seed=seed)
-    if not program.config.from_scratch:
-        inherit(model, program)
+    if not settings.config.from_scratch:
+        copy_base_weights(model, settings)
     try:
-        program.module.transform(model, sequential.targets(model, program.skip), program.config)
+        settings.module.transform(model, sequential.targets(model, settings.skip), settings.config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return model
 
 
-def inherit(model: nn.Module, program: Program) -> None:
-    """Copy the parent's weights, layer by layer as the method says.
+def copy_base_weights(model: nn.Module, settings: QatSettings) -> None:
+    """Copy the base model's weights, layer by layer as the method says.
 
     Raises:
-        ConfigError: a weight of the parent has another shape.
+        ConfigError: a weight of the base model has another shape.
     """
-    shape, reader = parent_shape(program.parent), WeightReader(program.parent)
+    shape, reader = base_shape(settings.base), WeightReader(settings.base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            found = _LAYER.sub(lambda m: str(program.module.source(int(m[0]), shape, program.config)), name)
-            weight = reader.dense(found)
+            source = _LAYER.sub(lambda m: str(settings.module.source(int(m[0]), shape, settings.config)), name)
+            weight = reader.dense(source)
             if weight.shape != parameter.shape:
                 raise ConfigError(
-                    f"{program.method}: {found} of the parent has the shape {list(weight.shape)}, "
+                    f"{settings.method}: {source} of the base model has the shape {list(weight.shape)}, "
                     f"{list(parameter.shape)} is needed"
                 )
             parameter.copy_(weight)
 
 
-def restore(model: nn.Module, folder: Path) -> None:
+def load_trained(model: nn.Module, folder: Path) -> None:
     """Fill a student with the parameters that training has left in `folder`."""
     reader = WeightReader(folder)
     with torch.no_grad():

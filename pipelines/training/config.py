@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
-from models import processes
 from models.architectures.config import PRESETS, ArchitectureConfig, Family, Shape, preset
+from models.optim import batch_split
 from pipelines.core.settings import ELASTIC, NOT_IDENTITY, Settings
 
 _REGISTERED = re.compile(r"models:/[^/@:]+(?:@[^/@:]+|/\d+)")
@@ -337,12 +337,12 @@ class PretrainConfig(Settings):
 
     @model_validator(mode="after")
     def _batch_splits(self) -> Self:
-        processes.refuse_uneven("batch_size", self.batch_size, self.world_size, self.micro_batch_size)
+        batch_split.refuse_uneven("batch_size", self.batch_size, self.world_size, self.micro_batch_size)
         for number, phase in enumerate(self.phases):
             micro = phase.micro_batch_size or self.micro_batch_size
-            processes.refuse_uneven(f"phases.{number}.batch_size", phase.batch_size, self.world_size, micro)
+            batch_split.refuse_uneven(f"phases.{number}.batch_size", phase.batch_size, self.world_size, micro)
             if phase.batch_warmup is not None:
-                processes.refuse_uneven(
+                batch_split.refuse_uneven(
                     f"phases.{number}.batch_warmup.start", phase.batch_warmup.start, self.world_size, micro
                 )
         return self
@@ -368,7 +368,7 @@ class PretrainConfig(Settings):
 
     @model_validator(mode="after")
     def _plain_is_one_process(self) -> Self:
-        processes.refuse_spread_plain(self.engine, self.world_size, self.zero_stage)
+        batch_split.refuse_spread_plain(self.engine, self.world_size, self.zero_stage)
         return self
 
     @model_validator(mode="after")

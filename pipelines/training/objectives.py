@@ -9,6 +9,8 @@ bitten by the mean of means: accelerate#3877, torchtitan#1842).
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,9 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.architectures import predict
+from models.architectures.build import build
 from models.architectures.predict import IGNORED
+from pipelines.training import init_weights
 from pipelines.training.config import MaskingConfig
 from pipelines.training.data_order import Ids, philox
+from pipelines.training.worker_spec import WorkerSpec
 
 VALIDATION_EPOCH = 2**32 - 1
 """The epoch whose masks validation uses, every time the same."""
@@ -148,3 +153,25 @@ class Objective(nn.Module):
     def compile_model(self) -> None:
         """Compile everything up to the logits at its first use; parameters keep their names."""
         cast("Any", self.model).model.compile()
+
+
+ObjectiveFactory = Callable[[WorkerSpec, torch.device], Objective]
+"""Makes what a training trains; the same bytes at every start of a rank. `WorkerSpec.objective` names one."""
+
+
+def pretraining(spec: WorkerSpec, device: torch.device) -> Objective:  # noqa: ARG001 - the engine moves the model
+    """Return the model of the configuration, with its initial weights, and the loss of its targets."""
+    model = build(spec.architecture, seed=spec.config.seed)
+    if spec.init_weights is not None:
+        init_weights.load(model, spec.init_weights)
+    objective = Objective(model, spec.config.loss_chunk)
+    if spec.config.compile:
+        objective.compile_model()
+    return objective
+
+
+def make_objective(spec: WorkerSpec, device: torch.device) -> Objective:
+    """Return what the factory makes that `spec.objective` names."""
+    module, _, name = spec.objective.partition(":")
+    factory: ObjectiveFactory = getattr(importlib.import_module(module), name)
+    return factory(spec, device)

@@ -27,7 +27,7 @@ from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.config import SpikeConfig
 from pipelines.training.engine import Engine
 from pipelines.training.trainer import Journal, State, Trainer
-from pipelines.training.worker_spec import Job
+from pipelines.training.worker_spec import WorkerSpec
 
 
 @dataclass
@@ -130,15 +130,15 @@ def replay(diagnostics: Path) -> Report:
         ConfigError: the file is not there, or not in a run's folder.
         IntegrityError: the checkpoint is damaged or gone.
     """
-    order = diagnostics.parent.parent / "job.json"
+    order = diagnostics.parent.parent / "worker_spec.json"
     if not (diagnostics.exists() and order.exists()):
         raise ConfigError(
-            f"{diagnostics} is not the diagnosis of a run, with job.json in the folder above",
+            f"{diagnostics} is not the diagnosis of a run, with worker_spec.json in the folder above",
             hint="give the path that the failed run printed: .../diagnostics/step-N.json",
         )
     recorded = json.loads(diagnostics.read_text(encoding="utf-8"))
-    job = Job.model_validate_json(order.read_text(encoding="utf-8"))
-    trainer = _restored(job, recorded["last_checkpoint"])
+    spec = WorkerSpec.model_validate_json(order.read_text(encoding="utf-8"))
+    trainer = _restored(spec, recorded["last_checkpoint"])
     first, last = trainer.state.step, recorded["step"] - 1
     skipped = {int(path.stem.removeprefix("step-")) for path in diagnostics.parent.glob("step-*.json")}
     while trainer.state.step < last:
@@ -147,28 +147,28 @@ def replay(diagnostics: Path) -> Report:
         else:
             trainer.advance()
     again = len(set(range(first + 1, last + 1)) - skipped)
-    return _watched(trainer, job, recorded, checkpoint=first, again=again)
+    return _watched(trainer, spec, recorded, checkpoint=first, again=again)
 
 
-def _restored(job: Job, step: int) -> Trainer:
+def _restored(spec: WorkerSpec, step: int) -> Trainer:
     """Return a trainer in one process with the state of a checkpoint; step 0 without one is the start."""
     alone = {"engine": "plain", "world_size": 1, "zero_stage": 0, "spike": SpikeConfig()}
-    job = job.model_copy(update={"config": job.config.model_copy(update=alone)})
-    architecture = job.config.architecture(job.index)
-    engine = worker.make_engine(job, architecture, worker.device_of(job))
-    checkpoints = Checkpoints(job.checkpoints, job.config.checkpoint.keep)
+    spec = spec.model_copy(update={"config": spec.config.model_copy(update=alone)})
+    architecture = spec.architecture
+    engine = worker.make_engine(spec, worker.device_of(spec))
+    checkpoints = Checkpoints(spec.checkpoints, spec.config.checkpoint.keep)
     state = State()
     if step or step in checkpoints.steps():
         state = State(**checkpoints.load(step, engine.optimizer))
         engine.publish_weights()
-    state.rollbacks = max(state.rollbacks, loss_spikes.read(job.rollbacks), key=len)
-    trainer = worker.make_trainer(job, architecture, engine, None, state, Journal(), lambda: False, 1.0)
+    state.rollbacks = max(state.rollbacks, loss_spikes.read(spec.rollbacks), key=len)
+    trainer = worker.make_trainer(spec, architecture, engine, None, state, Journal(), lambda: False, 1.0)
     if state.active is not None:
         trainer.activate(state.active)
     return trainer
 
 
-def _watched(trainer: Trainer, job: Job, recorded: dict[str, Any], *, checkpoint: int, again: int) -> Report:
+def _watched(trainer: Trainer, spec: WorkerSpec, recorded: dict[str, Any], *, checkpoint: int, again: int) -> Report:
     engine, feed, step = trainer.engine, trainer.feed, trainer.state.step
     trainer.draw_when_due()
     rollbacks, micro_batch = trainer.state.rollbacks, phases.at(feed.plan, step).micro_batch
@@ -180,7 +180,7 @@ def _watched(trainer: Trainer, job: Job, recorded: dict[str, Any], *, checkpoint
         loss = engine.loss(batch)
         engine.backward(loss * share, last=number + 1 == len(batches))
         mean = float(loss.detach()) / max(batch.targets, 1)
-        pieces.append(Piece(number % job.config.world_size, samples.tolist(), batch.targets, mean))
+        pieces.append(Piece(number % spec.config.world_size, samples.tolist(), batch.targets, mean))
     watch.stop()
     norms = gradient_norms(engine)
     return Report(step + 1, checkpoint, again, pieces, norms, weights, watch.output, watch.gradient, recorded)

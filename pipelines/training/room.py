@@ -5,7 +5,7 @@ from __future__ import annotations
 from models.architectures.config import ArchitectureConfig, count_parameters
 from pipelines.core import disk
 from pipelines.training.config import PretrainConfig
-from pipelines.training.worker_spec import Job
+from pipelines.training.worker_spec import WorkerSpec
 
 _FLOAT = 4
 _MOMENTS = {"lamb": 2, "adamw": 2, "lars": 1}
@@ -29,14 +29,14 @@ def needed_bytes(config: PretrainConfig, architecture: ArchitectureConfig) -> in
     return checkpoint_bytes(config, architecture) * (config.checkpoint.keep + 1) + 2 * model
 
 
-def check(job: Job) -> None:
+def check(spec: WorkerSpec) -> None:
     """Refuse a training for whose checkpoints the disk has no room; what an earlier attempt has written counts as room.
 
     Raises:
         DiskFullError: with the bytes that are needed and free.
     """
-    architecture = job.config.architecture(job.index)
-    needed, one = needed_bytes(job.config, architecture), checkpoint_bytes(job.config, architecture)
-    if needed > disk.free(job.work) + disk.size_of(job.work):
-        kept = f"{job.config.checkpoint.keep} are kept and one more is written, {one} bytes each"
-        raise disk.full("the checkpoints and the model", job.work, f"{kept}; {needed} bytes are needed in all")
+    architecture = spec.config.architecture(spec.index)
+    needed, one = needed_bytes(spec.config, architecture), checkpoint_bytes(spec.config, architecture)
+    if needed > disk.free(spec.scratch) + disk.size_of(spec.scratch):
+        kept = f"{spec.config.checkpoint.keep} are kept and one more is written, {one} bytes each"
+        raise disk.full("the checkpoints and the model", spec.scratch, f"{kept}; {needed} bytes are needed in all")

@@ -24,7 +24,7 @@ from pipelines.core.stage import Progress, StageContext, Summary
 from pipelines.training import phases, room
 from pipelines.training.config import PretrainConfig
 from pipelines.training.metrics import Record, Tail
-from pipelines.training.worker_spec import Job
+from pipelines.training.worker_spec import WorkerSpec
 
 _FOLLOW_S = 0.25
 """Seconds between looks at the metrics file."""
@@ -38,17 +38,19 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         DiskFullError: the disk has no room for the checkpoints.
         Preempted, NumericError, TransientError, IntegrityError: as the ranks ended.
     """
-    job = make_job(config, inputs["prepare"], context, inputs.get("start"))
-    room.check(job)
-    train(job, context)
-    shutil.copytree(job.model, out_dir / "model")
-    for path in (job.facts, job.metrics, job.observations):
+    spec = make_worker_spec(config, inputs["prepare"], context, inputs.get("start"))
+    room.check(spec)
+    train(spec, context)
+    shutil.copytree(spec.model, out_dir / "model")
+    for path in (spec.facts, spec.metrics, spec.observations):
         shutil.copyfile(path, out_dir / path.name)
     return summary(out_dir) | _descent(inputs.get("start"))
 
 
-def make_job(config: PretrainConfig, prepared: Artifact, context: StageContext, fetched: Artifact | None = None) -> Job:
-    """Return the order for the ranks, after checking what only the data, the weights and the machine can tell.
+def make_worker_spec(
+    config: PretrainConfig, prepared: Artifact, context: StageContext, fetched: Artifact | None = None
+) -> WorkerSpec:
+    """Return what to tell the ranks, after checking what only the data, the weights and the machine can tell.
 
     Args:
         config: what to train.
@@ -69,33 +71,33 @@ def make_job(config: PretrainConfig, prepared: Artifact, context: StageContext, 
     device = resolve_device(context.compute.device, ranks=config.world_size)
     weights = _checked_start(architecture, fetched, prepared)
     context.scratch.mkdir(parents=True, exist_ok=True)
-    return Job(
+    return WorkerSpec(
         config=config,
         index=index,
         data=prepared.path,
-        work=context.scratch,
-        start=weights,
+        scratch=context.scratch,
+        init_weights=weights,
         device=device,
     )
 
 
-def train(job: Job, context: StageContext) -> None:
-    """Bring the training in `job.work` to its end, from wherever an earlier attempt has left it.
+def train(spec: WorkerSpec, context: StageContext) -> None:
+    """Bring the training in `spec.scratch` to its end, from wherever an earlier attempt has left it.
 
     Raises:
         Preempted, NumericError, TransientError, IntegrityError: as the ranks ended.
     """
-    _order(job)
-    if not job.facts.exists():
-        _launch(job, context)
+    write_spec(spec)
+    if not spec.facts.exists():
+        _launch(spec, context)
 
 
-def environment(job: Job) -> dict[str, str]:
+def environment(spec: WorkerSpec) -> dict[str, str]:
     """Return the variables of a rank: threads, device, and what makes its arithmetic repeatable."""
     return {
-        "OMP_NUM_THREADS": str(job.config.threads),
-        "MKL_NUM_THREADS": str(job.config.threads),
-        "DS_ACCELERATOR": job.device,
+        "OMP_NUM_THREADS": str(spec.config.threads),
+        "MKL_NUM_THREADS": str(spec.config.threads),
+        "DS_ACCELERATOR": spec.device,
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -137,22 +139,22 @@ def _descent(fetched: Artifact | None) -> Summary:
     return {"started_from": fetched.manifest.summary["source"], "start_weights": fetched.manifest.summary["weights"]}
 
 
-def _order(job: Job) -> None:
-    """Write the order; results of another order in the same folder (other ranks, say) do not count as this one's."""
-    path, text = job.work / "job.json", job.model_dump_json(indent=1)
+def write_spec(spec: WorkerSpec) -> None:
+    """Write the file; results of another one in the same folder (other ranks, say) do not count as this one's."""
+    path, text = spec.scratch / "worker_spec.json", spec.model_dump_json(indent=1)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
-        job.facts.unlink(missing_ok=True)
+        spec.facts.unlink(missing_ok=True)
     artifact.write_text(path, text)
 
 
-def _launch(job: Job, context: StageContext) -> None:
-    follow = _Follower(job, context)
+def _launch(spec: WorkerSpec, context: StageContext) -> None:
+    follow = _Follower(spec, context)
     compute = context.compute
     launch(
-        [sys.executable, "-m", "pipelines.training.worker", str(job.work / "job.json")],
-        world_size=job.config.world_size,
-        log_dir=job.logs,
-        env=environment(job),
+        [sys.executable, "-m", "pipelines.training.worker", str(spec.scratch / "worker_spec.json")],
+        world_size=spec.config.world_size,
+        log_dir=spec.logs,
+        env=environment(spec),
         heartbeat_timeout_s=compute.heartbeat_timeout_s,
         grace_s=compute.grace_s,
         on_poll=follow,
@@ -163,10 +165,10 @@ def _launch(job: Job, context: StageContext) -> None:
 class _Follower:
     """Reports what appears in the metrics file."""
 
-    def __init__(self, job: Job, context: StageContext) -> None:
-        self._tail = Tail(job.metrics)
+    def __init__(self, spec: WorkerSpec, context: StageContext) -> None:
+        self._tail = Tail(spec.metrics)
         self._context = context
-        self._total = job.config.steps
+        self._total = spec.config.steps
         self._next = 0.0
         self._first: tuple[int, float] | None = None
 

@@ -19,26 +19,24 @@ from typing import Any
 import torch
 from torch import distributed
 
-from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig, count_parameters, flops_per_token
 from models.optim import lisa
-from pipelines.compression.qat_objective import ProgramObjective, student
 from pipelines.core import artifact, disk
 from pipelines.core.errors import IngotError, NumericError, Preempted
 from pipelines.core.launcher import beat
 from pipelines.data.shards import ShardReader
 from pipelines.training import engine as engines
-from pipelines.training import init_weights, loss_spikes, model_export, phases
+from pipelines.training import loss_spikes, model_export, phases
 from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.config import PretrainConfig
 from pipelines.training.data_loader import Feed
 from pipelines.training.distributed import Ranks
 from pipelines.training.metrics import MetricsLog, read_records
-from pipelines.training.objectives import CausalTask, MaskedTask, Objective, Task
+from pipelines.training.objectives import CausalTask, MaskedTask, Task, make_objective
 from pipelines.training.optimizers import make_optimizer
 from pipelines.training.throughput import Peak, peak
 from pipelines.training.trainer import Journal, Saves, State, Trainer, Work
-from pipelines.training.worker_spec import Job
+from pipelines.training.worker_spec import WorkerSpec
 
 
 class StopRequest:
@@ -64,12 +62,12 @@ class StopRequest:
 
 def main(arguments: list[str]) -> int:
     """Run one rank; return its exit code."""
-    job = Job.model_validate_json(Path(arguments[0]).read_text(encoding="utf-8"))
+    spec = WorkerSpec.model_validate_json(Path(arguments[0]).read_text(encoding="utf-8"))
     stop = StopRequest()
     stop.install()
     try:
-        with disk.explained("what the training writes", job.work):
-            pretrain(job, stop)
+        with disk.explained("what the training writes", spec.scratch):
+            pretrain(spec, stop)
     except IngotError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -79,7 +77,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def pretrain(job: Job, stop: StopRequest) -> None:
+def pretrain(spec: WorkerSpec, stop: StopRequest) -> None:
     """Train from the newest valid checkpoint, or from the start, to the end, and write the model.
 
     Raises:
@@ -87,24 +85,24 @@ def pretrain(job: Job, stop: StopRequest) -> None:
         IntegrityError: checkpoints exist, and none is valid.
         NumericError: too many non-finite steps in a row.
     """
-    config = job.config
-    device = device_of(job)
-    architecture = config.architecture(job.index)
-    engine = make_engine(job, architecture, device)
+    config = spec.config
+    device = device_of(spec)
+    architecture = spec.architecture
+    engine = make_engine(spec, device)
     beat()  # the first one: until here the launcher allows for imports and for waiting on the other ranks
     ranks = engine.ranks
     norms = [lisa.layer_norms(engine.optimizer.weight_norms())]
-    checkpoints = Checkpoints(job.checkpoints, config.checkpoint.keep)
+    checkpoints = Checkpoints(spec.checkpoints, config.checkpoint.keep)
     saved = checkpoints.load_latest(engine.optimizer, rank=ranks.rank, world=ranks.world)
     if saved is not None:
         engine.publish_weights()
     state = State() if saved is None else State(**saved)
-    state.rollbacks = max(state.rollbacks, loss_spikes.read(job.rollbacks), key=len)
+    state.rollbacks = max(state.rollbacks, loss_spikes.read(spec.rollbacks), key=len)
     own = peak(device, config.precision)
     try:
-        with contextlib.closing(_open_journal(job, state, ranks)) as journal:
+        with contextlib.closing(_open_journal(spec, state, ranks)) as journal:
             flops = sum(ranks.gathered(own.flops))
-            trainer = make_trainer(job, architecture, engine, checkpoints, state, journal, stop, flops)
+            trainer = make_trainer(spec, architecture, engine, checkpoints, state, journal, stop, flops)
             trainer.run()
     except (NumericError, Preempted):
         checkpoints.finish()  # raised on all ranks together: the save in the background is not lost
@@ -113,57 +111,45 @@ def pretrain(job: Job, stop: StopRequest) -> None:
     norms.append(lisa.layer_norms(engine.optimizer.weight_norms()))
     weights = model_export.gather_weights(engine.optimizer, ranks)
     if ranks.rank == 0:
-        found = facts(job, architecture, trainer.state) | growth(*norms)
-        _finish(job, architecture, found, weights, own, checkpoints.fallbacks)
+        found = facts(spec, architecture, trainer.state) | growth(*norms)
+        _finish(spec, architecture, found, weights, own, checkpoints.fallbacks)
     ranks.barrier()
 
 
-def make_engine(job: Job, architecture: ArchitectureConfig, device: torch.device) -> engines.Engine:
+def make_engine(spec: WorkerSpec, device: torch.device) -> engines.Engine:
     """Return the engine with the weights that training starts from."""
-    config, objective = job.config, make_objective(job, architecture, device)
-    return engines.create(config, objective, lambda parameters: make_optimizer(config, parameters), device)
+    config = spec.config
+    return engines.create(
+        config, make_objective(spec, device), lambda parameters: make_optimizer(config, parameters), device
+    )
 
 
-def make_objective(job: Job, architecture: ArchitectureConfig, device: torch.device) -> Objective:
-    """Return the model that is trained, with its loss."""
-    seed = job.config.seed
-    if job.program is not None:
-        return ProgramObjective(job.program, student(job.program, architecture, seed), device, seed)
-    model = build(architecture, seed=seed)
-    if job.start is not None:
-        init_weights.load(model, job.start)
-    objective = Objective(model, job.config.loss_chunk)
-    if job.config.compile:
-        objective.compile_model()
-    return objective
-
-
-def task_for(job: Job, architecture: ArchitectureConfig) -> Task:
+def task_for(spec: WorkerSpec, architecture: ArchitectureConfig) -> Task:
     """Return what the model is asked to predict."""
     if architecture.family == "decoder":
         return CausalTask(architecture.pad_id)
     special = (architecture.bos_id, architecture.eos_id, architecture.pad_id, architecture.mask_id)
-    return MaskedTask(job.config.masking, job.config.seed, architecture.vocab_size, special)
+    return MaskedTask(spec.config.masking, spec.config.seed, architecture.vocab_size, special)
 
 
-def facts(job: Job, architecture: ArchitectureConfig, state: State) -> dict[str, Any]:
+def facts(spec: WorkerSpec, architecture: ArchitectureConfig, state: State) -> dict[str, Any]:
     """Return what two runs of the same configuration have in common to the last bit: `training.json`."""
-    records = read_records(job.losses)
+    records = read_records(spec.losses)
     losses = [record["loss"] for record in records]
     return {
         "family": architecture.family,
-        "preset": job.config.preset,
+        "preset": spec.config.preset,
         "parameters": count_parameters(architecture),
         "steps": state.step,
         "tokens": sum(
-            phases.tokens_by_length(phases.plan(job.config), state.step, architecture.max_positions).values()
+            phases.tokens_by_length(phases.plan(spec.config), state.step, architecture.max_positions).values()
         ),
         "skipped_steps": state.skipped,
         "rollbacks": [asdict(rollback) for rollback in state.rollbacks],
         "final_loss": _json_number(float.fromhex(losses[-1])),
         "validation_loss": state.validation,
         "best_validation_loss": state.best,
-        "bits_per_byte": bits_per_byte(job, state.validation),
+        "bits_per_byte": bits_per_byte(spec, state.validation),
         "losses": losses,
         "validations": [{"step": r["step"], "loss": r["validation"]} for r in records if "validation" in r],
     }
@@ -199,34 +185,34 @@ def work_before(config: PretrainConfig, architecture: ArchitectureConfig) -> Cal
     return work
 
 
-def bits_per_byte(job: Job, nats_per_token: float | None) -> float | None:
+def bits_per_byte(spec: WorkerSpec, nats_per_token: float | None) -> float | None:
     """Return bits per byte of the validation text, by its mean bytes per token; a decoder's losses only have any."""
-    split = job.index["splits"]["validation"]
-    if nats_per_token is None or job.config.family != "decoder":
+    split = spec.index["splits"]["validation"]
+    if nats_per_token is None or spec.config.family != "decoder":
         return None
     return nats_per_token / math.log(2) * split["tokens"] / split["bytes"]
 
 
-def device_of(job: Job) -> torch.device:
+def device_of(spec: WorkerSpec) -> torch.device:
     """Choose this rank's device, and make its arithmetic repeatable."""
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
     # Nothing here reads memory before writing it; filling it all the same costs 5 % of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if job.device == "cpu":
-        torch.set_num_threads(job.config.threads)
+    if spec.device == "cpu":
+        torch.set_num_threads(spec.config.threads)
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
 
 
-def make_feed(job: Job, architecture: ArchitectureConfig, ranks: Ranks) -> Feed:
+def make_feed(spec: WorkerSpec, architecture: ArchitectureConfig, ranks: Ranks) -> Feed:
     """Return what the training reads and is validated on."""
-    config = job.config
+    config = spec.config
     return Feed(
-        train=ShardReader(job.data, "train"),
-        validation=ShardReader(job.data, "validation"),
-        task=task_for(job, architecture),
+        train=ShardReader(spec.data, "train"),
+        validation=ShardReader(spec.data, "validation"),
+        task=task_for(spec, architecture),
         ranks=ranks,
         seed=config.seed,
         plan=phases.plan(config),
@@ -236,7 +222,7 @@ def make_feed(job: Job, architecture: ArchitectureConfig, ranks: Ranks) -> Feed:
 
 
 def make_trainer(
-    job: Job,
+    spec: WorkerSpec,
     architecture: ArchitectureConfig,
     engine: engines.Engine,
     saves: Saves | None,
@@ -245,36 +231,36 @@ def make_trainer(
     stop: Callable[[], bool],
     peak_flops: float,
 ) -> Trainer:
-    """Return the loop over the job's data; it saves nothing without `saves`; `peak_flops` is of all ranks together."""
+    """Return the loop over the spec's data; it saves nothing without `saves`; `peak_flops` is of all ranks together."""
     return Trainer(
-        config=job.config,
+        config=spec.config,
         engine=engine,
-        feed=make_feed(job, architecture, engine.ranks),
+        feed=make_feed(spec, architecture, engine.ranks),
         saves=saves,
         state=state,
-        diagnostics=job.work / "diagnostics",
-        rollbacks=job.rollbacks,
+        diagnostics=spec.scratch / "diagnostics",
+        rollbacks=spec.rollbacks,
         journal=journal,
         stop_requested=stop,
-        work=work_before(job.config, architecture),
+        work=work_before(spec.config, architecture),
         peak_flops=peak_flops,
     )
 
 
-def _open_journal(job: Job, state: State, ranks: Ranks) -> Journal:
+def _open_journal(spec: WorkerSpec, state: State, ranks: Ranks) -> Journal:
     """Cut the records back to the step that training goes on from, and note the attempt; on rank 0 only."""
     if ranks.rank != 0:
         return Journal()
-    starts = [attempt["resumed_at"] for attempt in read_records(job.attempts)]
+    starts = [attempt["resumed_at"] for attempt in read_records(spec.attempts)]
     lines = [json.dumps({"resumed_at": step}) + "\n" for step in (*starts, state.step)]
-    artifact.write_text(job.attempts, "".join(lines))
+    artifact.write_text(spec.attempts, "".join(lines))
     return Journal(
-        metrics=MetricsLog(job.metrics, resume_at=state.step), losses=MetricsLog(job.losses, resume_at=state.step)
+        metrics=MetricsLog(spec.metrics, resume_at=state.step), losses=MetricsLog(spec.losses, resume_at=state.step)
     )
 
 
 def _finish(
-    job: Job,
+    spec: WorkerSpec,
     architecture: ArchitectureConfig,
     found: dict[str, Any],
     weights: dict[str, torch.Tensor],
@@ -282,15 +268,14 @@ def _finish(
     fallbacks: int,
 ) -> None:
     """Write the model, then the observations, and last the facts, whose existence says that all is there."""
-    # A method packs what it has trained itself, and rounds it once only.
-    model_export.write_model(job.model, architecture, weights, job.config.precision if job.program is None else "fp32")
-    model_export.copy_tokenizer(job.data, job.model)
-    model_export.write_json(job.observations, _observations(job, own) | {"checkpoint_fallbacks": fallbacks})
-    model_export.write_json(job.facts, found)
+    model_export.write_model(spec.model, architecture, weights, spec.export_precision or spec.config.precision)
+    model_export.copy_tokenizer(spec.data, spec.model)
+    model_export.write_json(spec.observations, _observations(spec, own) | {"checkpoint_fallbacks": fallbacks})
+    model_export.write_json(spec.facts, found)
 
 
-def _observations(job: Job, own: Peak) -> dict[str, Any]:
-    records = read_records(job.metrics)
+def _observations(spec: WorkerSpec, own: Peak) -> dict[str, Any]:
+    records = read_records(spec.metrics)
     rates = sorted(record["tokens_per_s"] for record in records)
     parts = sorted({key for record in records for key in record if key.startswith("time/")})
     return {
@@ -300,9 +285,9 @@ def _observations(job: Job, own: Peak) -> dict[str, Any]:
         "peak_source": own.source,
         "memory_bytes": records[-1]["memory_bytes"],
         "seconds": {part.removeprefix("time/"): round(sum(r.get(part, 0.0) for r in records), 3) for part in parts},
-        "resumed_at": [attempt["resumed_at"] for attempt in read_records(job.attempts)[1:]],
-        "device": job.device,
-        "threads_per_rank": job.config.threads,
+        "resumed_at": [attempt["resumed_at"] for attempt in read_records(spec.attempts)[1:]],
+        "device": spec.device,
+        "threads_per_rank": spec.config.threads,
     }
 
 

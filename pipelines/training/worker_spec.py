@@ -1,6 +1,6 @@
-"""The order that the stage gives to its ranks, as a JSON file, and where each rank puts what it makes.
+"""What the stage tells its ranks, as a JSON file, and where each rank puts what it makes.
 
-job.json                this file
+worker_spec.json        this file
 checkpoints/            see `checkpoint.py`
 metrics.jsonl           what the stage follows
 losses.jsonl            exact losses of every step, for `training.json`
@@ -16,102 +16,85 @@ observations.json       its timings
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from models.compression import registry
-from models.compression.training_method import TrainedConfig
+from models.architectures.config import ArchitectureConfig
 from pipelines.training.config import PretrainConfig
 
-
-class Program(BaseModel):
-    """Which method trains, from which weights."""
-
-    model_config = ConfigDict(frozen=True)
-
-    method: str
-    parameters: dict[str, Any]
-    """Of the method."""
-    skip: tuple[str, ...] = ()
-    """Patterns of layers that are left alone."""
-    parent: Path
-    """Model folder that the weights come from."""
-    teacher: Path | None = None
-    """Model folder of the teacher, where the method wants one."""
-
-    @property
-    def module(self) -> ModuleType:
-        """The method."""
-        return registry.get(self.method)
-
-    @property
-    def config(self) -> TrainedConfig:
-        """The method's parameters, validated."""
-        config: TrainedConfig = self.module.Config.model_validate(self.parameters)
-        return config
+PRETRAINING = "pipelines.training.objectives:pretraining"
 
 
-class Job(BaseModel):
-    """One pretraining, the same for every rank."""
+class WorkerSpec(BaseModel):
+    """One training, the same for every rank; `worker_spec.json` in the scratch folder."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: PretrainConfig
     index: dict[str, Any]
     """`index.json` of the prepare artifact."""
     data: Path
     """Folder of the prepare artifact."""
-    work: Path
-    """Scratch folder; it survives a kill."""
-    start: Path | None = None
+    scratch: Path
+    """Where the ranks work; it survives a kill."""
+    init_weights: Path | None = None
     """Model folder with the weights to start from; None starts from random ones."""
-    program: Program | None = None
-    """The compression method that trains; None for pretraining."""
+    objective: str = PRETRAINING
+    """Import string `module:factory` of an `ObjectiveFactory`: what is trained, and by which loss. Training imports no
+    method of compression; a method that trains names its own factory here."""
+    objective_settings: dict[str, Any] = {}
+    """What the factory reads; JSON values."""
+    export_precision: Literal["fp32", "bf16"] | None = None
+    """How the final weights are stored; None: as trained. A method that packs its weights rounds once: fp32."""
     device: Literal["cpu", "cuda"]
+
+    @property
+    def architecture(self) -> ArchitectureConfig:
+        """The model that is trained."""
+        return self.config.architecture(self.index)
 
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
-        return self.work / "checkpoints"
+        return self.scratch / "checkpoints"
 
     @property
     def metrics(self) -> Path:
         """The metrics file."""
-        return self.work / "metrics.jsonl"
+        return self.scratch / "metrics.jsonl"
 
     @property
     def losses(self) -> Path:
         """The file of exact losses."""
-        return self.work / "losses.jsonl"
+        return self.scratch / "losses.jsonl"
 
     @property
     def attempts(self) -> Path:
         """One line per start of the ranks: the step that it went on from."""
-        return self.work / "attempts.jsonl"
+        return self.scratch / "attempts.jsonl"
 
     @property
     def rollbacks(self) -> Path:
-        """The returns from loss spikes; see `spikes.py`."""
-        return self.work / "rollbacks.json"
+        """The returns from loss spikes; see `loss_spikes.py`."""
+        return self.scratch / "rollbacks.json"
 
     @property
     def logs(self) -> Path:
         """Folder of the ranks' output."""
-        return self.work / "logs"
+        return self.scratch / "logs"
 
     @property
     def model(self) -> Path:
         """Folder of the final weights."""
-        return self.work / "model"
+        return self.scratch / "model"
 
     @property
     def facts(self) -> Path:
         """The finished run's facts; its existence means that training is over."""
-        return self.work / "training.json"
+        return self.scratch / "training.json"
 
     @property
     def observations(self) -> Path:
         """The finished run's timings."""
-        return self.work / "observations.json"
+        return self.scratch / "observations.json"

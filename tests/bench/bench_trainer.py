@@ -41,7 +41,7 @@ from pipelines.training.objectives import Objective
 from pipelines.training.optimizers import make_optimizer
 from pipelines.training.throughput import peak
 from pipelines.training.trainer import State
-from pipelines.training.worker_spec import Job
+from pipelines.training.worker_spec import WorkerSpec
 
 VOCABULARY, LENGTH, BATCH = 4096, 256, 8
 TOKENS = LENGTH * BATCH
@@ -62,7 +62,7 @@ def prepare(folder: Path) -> dict[str, Any]:
     return {**index, "splits": splits}
 
 
-def job(folder: Path, index: dict[str, Any], name: str, **changes: Any) -> Job:
+def spec(folder: Path, index: dict[str, Any], name: str, **changes: Any) -> WorkerSpec:
     """Return the order of one run."""
     values = {
         "steps": 10_000,
@@ -75,7 +75,7 @@ def job(folder: Path, index: dict[str, Any], name: str, **changes: Any) -> Job:
     work = folder / name
     work.mkdir()
     config = PretrainConfig.model_validate(values)
-    return Job(config=config, index=index, data=folder, work=work, device="cpu")
+    return WorkerSpec(config=config, index=index, data=folder, scratch=work, device="cpu")
 
 
 def bare(model: nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
@@ -93,7 +93,7 @@ def bare(model: nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def trainer(order: Job) -> Callable[[], None]:
+def trainer(order: WorkerSpec) -> Callable[[], None]:
     """Return one step of the trainer, with data, metrics and all."""
     architecture = order.config.architecture(order.index)
     objective = Objective(build(architecture, seed=0))
@@ -150,7 +150,7 @@ def compare(folder: Path, index: dict[str, Any], preset: str, rounds: int) -> No
     plain = {"preset": preset, "engine": "plain", "world_size": 1, "zero_stage": 0, "micro_batch_size": BATCH}
     optimizers = {"adamw": {}, "lamb": {}, "lamb compiled": {"compiled": True}}
     orders = {
-        name: job(folder, index, name, optimizer={"name": name.split()[0], "lr": 1e-4, **options}, **plain)
+        name: spec(folder, index, name, optimizer={"name": name.split()[0], "lr": 1e-4, **options}, **plain)
         for name, options in optimizers.items()
     }
     tokens = torch.from_numpy(shards.ShardReader(folder, "train").take(np.arange(BATCH)))
@@ -176,10 +176,10 @@ def compare(folder: Path, index: dict[str, Any], preset: str, rounds: int) -> No
 def sharded(folder: Path, index: dict[str, Any], preset: str, ranks: int, zero: int, steps: int) -> None:
     """Launch real ranks and print the median step."""
     split = {"world_size": ranks, "zero_stage": zero, "micro_batch_size": BATCH // ranks}
-    order = job(folder, index, "ranks", preset=preset, steps=steps, schedule={"warmup": 1}, **split)
-    (order.work / "job.json").write_text(order.model_dump_json())
+    order = spec(folder, index, "ranks", preset=preset, steps=steps, schedule={"warmup": 1}, **split)
+    (order.scratch / "worker_spec.json").write_text(order.model_dump_json())
     environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "pipelines.training.worker", str(order.work / "job.json")]
+    command = [sys.executable, "-m", "pipelines.training.worker", str(order.scratch / "worker_spec.json")]
     launch(command, world_size=ranks, log_dir=order.logs, env=environment)
     records = read_records(order.metrics)[2:]
     rate = statistics.median(record["tokens_per_s"] for record in records)

@@ -48,7 +48,7 @@ from pipelines.training.objectives import Objective
 from pipelines.training.optimizers import learning_rate, make_optimizer
 from pipelines.training.trainer import validate
 from pipelines.training.worker import task_for
-from pipelines.training.worker_spec import Job
+from pipelines.training.worker_spec import WorkerSpec
 
 RESULTS = Path(__file__).with_name("large_batch_results.jsonl")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -233,7 +233,7 @@ def train(cell: Cell, data: Artifact, device: torch.device) -> Result:
     """Train one cell and return its line."""
     config = cell.config()
     index = data.read_json("index.json")
-    job = Job(config=config, index=index, data=data.path, work=data.path, device="cpu")
+    spec = WorkerSpec(config=config, index=index, data=data.path, scratch=data.path, device="cpu")
     architecture = config.architecture(index)
     objective = Objective(build(architecture, seed=config.seed))
     engine = PlainEngine(
@@ -242,7 +242,7 @@ def train(cell: Cell, data: Artifact, device: torch.device) -> Result:
     feed = Feed(
         train=ShardReader(data.path, "train"),
         validation=ShardReader(data.path, "validation"),
-        task=task_for(job, architecture),
+        task=task_for(spec, architecture),
         ranks=Ranks(0, 1, device),
         seed=config.seed,
         plan=phases.plan(config),

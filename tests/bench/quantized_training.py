@@ -110,11 +110,11 @@ def make(bench: Any, base: float, table: dict[str, Any], place: Path) -> dict[st
     inputs = {"prepare": bench.prepare, "model": bench.parent}
     found: dict[str, Any] = {}
     if table.get("steps"):
-        job = qat.make_job(config, inputs, context)
-        qat.training._order(job)
-        if worker.main([str(job.work / "job.json")]):
+        spec = qat.make_worker_spec(config, inputs, context)
+        qat.training.write_spec(spec)
+        if worker.main([str(spec.scratch / "worker_spec.json")]):
             raise SystemExit(f"training failed: {table}")
-        found["drift"] = drift(weights_in(bench.parent.path / "model"), weights_in(job.model))
+        found["drift"] = drift(weights_in(bench.parent.path / "model"), weights_in(spec.model))
     run(config, inputs, place / "out", context)
     child = place / "out" / "model"
     found["bytes"] = sum(path.stat().st_size for path in child.glob("*.safetensors"))

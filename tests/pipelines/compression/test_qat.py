@@ -123,9 +123,9 @@ def make(prepared: Artifact, parents: Callable[[str], Artifact], tmp_path: Path)
         config = CompressConfig.model_validate({**PLAIN, **TINY, **table} if here else {**TINY, **table})
         inputs = {"prepare": prepared, "model": parent or parents(family)}
         if here and config.parameters.steps:  # type: ignore[attr-defined]
-            job = qat.make_job(config, inputs, context)
-            qat.training._order(job)
-            code = worker.main([str(job.work / "job.json")])
+            spec = qat.make_worker_spec(config, inputs, context)
+            qat.training.write_spec(spec)
+            code = worker.main([str(spec.scratch / "worker_spec.json")])
             if code:
                 raise Preempted(f"exit code {code}")
         run(config, inputs, place / "out", context)
@@ -147,12 +147,12 @@ def logits(model: Any) -> torch.Tensor:
 
 def trained_student(table: dict[str, Any], place: Path) -> Any:
     """Put the student together again, in the form that it was trained in."""
-    from pipelines.training.worker_spec import Job
+    from pipelines.training.worker_spec import WorkerSpec
 
-    job = Job.model_validate_json((place / "scratch" / "train" / "job.json").read_text())
-    assert job.program is not None
-    model = qat_objective.student(job.program, job.config.architecture(job.index), job.config.seed)
-    qat_objective.restore(model, job.model)
+    spec = WorkerSpec.model_validate_json((place / "scratch" / "train" / "worker_spec.json").read_text())
+    settings = qat_objective.QatSettings.model_validate(spec.objective_settings)
+    model = qat_objective.student(settings, spec.architecture, spec.config.seed)
+    qat_objective.load_trained(model, spec.model)
     return model.eval()
 
 
@@ -218,18 +218,18 @@ def test_lisa_moves_the_drawn_layer_and_what_is_outside_the_layers_only(make: Ma
 
 
 def untrained_student(place: Path) -> dict[str, torch.Tensor]:
-    from pipelines.training.worker_spec import Job
+    from pipelines.training.worker_spec import WorkerSpec
 
-    job = Job.model_validate_json((place / "scratch" / "train" / "job.json").read_text())
-    assert job.program is not None
-    model = qat_objective.student(job.program, job.config.architecture(job.index), job.config.seed)
+    spec = WorkerSpec.model_validate_json((place / "scratch" / "train" / "worker_spec.json").read_text())
+    settings = qat_objective.QatSettings.model_validate(spec.objective_settings)
+    model = qat_objective.student(settings, spec.architecture, spec.config.seed)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def test_without_steps_nothing_is_trained(make: Make, parents: Callable[[str], Artifact], tmp_path: Path) -> None:
     """A cut of the parent is the parent's first layers, and no rank is started for it."""
     child = make({"method": "sortednet", "depth": 1, "steps": 0}, here=False)
-    assert not (tmp_path / "child" / "scratch" / "train" / "job.json").exists()
+    assert not (tmp_path / "child" / "scratch" / "train" / "worker_spec.json").exists()
     cut, parent = load_model(child.out / "model"), load_model(parents("decoder").path / "model")
     assert cut.config.num_hidden_layers == 1
     kept = dict(cut.named_parameters())
@@ -334,9 +334,9 @@ def test_pruning_distilling_quantizing_and_coding_the_cache_follow_each_other(
         context = StageContext("compress.x", out.parent / "scratch", compute=ComputeConfig(device="cpu"))
         config = CompressConfig.model_validate(table)
         if "steps" in table:
-            job = qat.make_job(config, inputs, context)
-            qat.training._order(job)
-            assert worker.main([str(job.work / "job.json")]) == 0
+            spec = qat.make_worker_spec(config, inputs, context)
+            qat.training.write_spec(spec)
+            assert worker.main([str(spec.scratch / "worker_spec.json")]) == 0
         run(config, inputs, out, context)
         return artifact.publish(
             out, out.with_name("child"), stage="compress", node="c", identity={}, parents={}, summary={}

@@ -55,9 +55,9 @@ def ratio(bench: Any, tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], flo
         context = StageContext("compress.x", place / "scratch", compute=ComputeConfig(device="cpu"))
         config = CompressConfig.model_validate(table)
         if table.get("steps"):
-            job = qat.make_job(config, inputs, context)
-            qat.training._order(job)
-            assert worker.main([str(job.work / "job.json")]) == 0
+            spec = qat.make_worker_spec(config, inputs, context)
+            qat.training.write_spec(spec)
+            assert worker.main([str(spec.scratch / "worker_spec.json")]) == 0
         run(config, inputs, place / "out", context)
         return math.exp(bench.loss(load_model(place / "out" / "model")) - base)
 

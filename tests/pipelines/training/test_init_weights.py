@@ -16,20 +16,20 @@ from models.architectures.build import build
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
 from pipelines.training import init_weights, model_export
-from pipelines.training.worker_spec import Job
+from pipelines.training.worker_spec import WorkerSpec
 
 Run = Callable[..., int]
-MakeJob = Callable[..., Job]
+MakeSpec = Callable[..., WorkerSpec]
 FAMILIES = ["decoder", "encoder"]
 
 
 @pytest.fixture
-def written(plain_job: MakeJob, prepared: Artifact, tmp_path: Path) -> Callable[[str], Path]:
+def written(plain_spec: MakeSpec, prepared: Artifact, tmp_path: Path) -> Callable[[str], Path]:
     """The model folder of a family, as a run leaves it, with weights of their own."""
 
     def make(family: str) -> Path:
-        job = plain_job(tmp_path / "order", family=family)
-        architecture = job.config.architecture(job.index)
+        spec = plain_spec(tmp_path / "order", family=family)
+        architecture = spec.config.architecture(spec.index)
         weights = {name: tensor.data for name, tensor in build(architecture, seed=5).named_parameters()}
         model_export.write_model(tmp_path / family, architecture, weights, "fp32")
         model_export.copy_tokenizer(prepared.path, tmp_path / family)
@@ -39,14 +39,14 @@ def written(plain_job: MakeJob, prepared: Artifact, tmp_path: Path) -> Callable[
 
 
 @pytest.fixture
-def run_from(plain_job: MakeJob, run_plain: Run) -> Callable[..., Path]:
+def run_from(plain_spec: MakeSpec, run_plain: Run) -> Callable[..., Path]:
     """Run a plain pretraining from the weights of a folder; the call that makes process settings is `run_plain`'s."""
     from pipelines.training import worker
 
     def call(folder: Path, source: Path, **changes: Any) -> Path:
-        job = plain_job(folder, **changes).model_copy(update={"start": source})
-        (folder / "job.json").write_text(job.model_dump_json())
-        assert worker.main([str(folder / "job.json")]) == 0
+        spec = plain_spec(folder, **changes).model_copy(update={"init_weights": source})
+        (folder / "worker_spec.json").write_text(spec.model_dump_json())
+        assert worker.main([str(folder / "worker_spec.json")]) == 0
         return folder
 
     return call
@@ -122,13 +122,13 @@ def test_a_resumed_tuning_ends_with_the_same_bytes(
 
 
 def test_half_precision_weights_start_a_run_in_full_precision(
-    written: Callable[[str], Path], plain_job: MakeJob, tmp_path: Path
+    written: Callable[[str], Path], plain_spec: MakeSpec, tmp_path: Path
 ) -> None:
     source = written("decoder")
     halves = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
     save_file(halves, source / "model.safetensors")
-    job = plain_job(tmp_path / "job")
-    model = build(job.config.architecture(job.index), seed=0)
+    spec = plain_spec(tmp_path / "spec")
+    model = build(spec.config.architecture(spec.index), seed=0)
     init_weights.load(model, source)
     loaded = dict(model.named_parameters())
     assert all(loaded[name].dtype == torch.float32 for name in halves)
@@ -139,12 +139,12 @@ def test_half_precision_weights_start_a_run_in_full_precision(
 
 
 @pytest.fixture
-def checked(plain_job: MakeJob, prepared: Artifact, tmp_path: Path) -> Callable[..., None]:
+def checked(plain_spec: MakeSpec, prepared: Artifact, tmp_path: Path) -> Callable[..., None]:
     """Check a folder against tiny settings with these changes."""
 
     def call(folder: Path, **changes: Any) -> None:
-        job = plain_job(tmp_path / "job", **changes)
-        init_weights.check(job.config.architecture(job.index), folder, prepared.path / "tokenizer")
+        spec = plain_spec(tmp_path / "spec", **changes)
+        init_weights.check(spec.config.architecture(spec.index), folder, prepared.path / "tokenizer")
 
     return call
 

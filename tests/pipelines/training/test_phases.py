@@ -21,7 +21,7 @@ from pipelines.training.data_loader import Feed
 from pipelines.training.distributed import Ranks
 from pipelines.training.objectives import CausalTask, MaskedTask
 from pipelines.training.optimizers import learning_rate
-from pipelines.training.worker_spec import Job
+from pipelines.training.worker_spec import WorkerSpec
 
 Run = Callable[..., int]
 PLAIN: dict[str, Any] = {"engine": "plain", "world_size": 1, "zero_stage": 0, "micro_batch_size": 2}
@@ -299,12 +299,12 @@ def test_a_large_batch_recipe_is_the_schedule_of_the_paper(name: str) -> None:
 
 
 def test_a_job_with_a_length_that_does_not_fit_is_refused_before_it_starts(
-    plain_job: Callable[..., Job], prepared: Any, tmp_path: Path
+    plain_spec: Callable[..., WorkerSpec], prepared: Any, tmp_path: Path
 ) -> None:
     from pipelines.core.compute import ComputeConfig
     from pipelines.core.stage import StageContext
-    from pipelines.training.stage import make_job
+    from pipelines.training.stage import make_worker_spec
 
-    config = plain_job(tmp_path, phases=[{**TWO[0], "sequence_length": 5}], steps=10, batch_size=16).config
+    config = plain_spec(tmp_path, phases=[{**TWO[0], "sequence_length": 5}], steps=10, batch_size=16).config
     with pytest.raises(ConfigError, match="sequence_length = 5 does not divide"):
-        make_job(config, prepared, StageContext("pretrain", tmp_path, compute=ComputeConfig(device="cpu")))
+        make_worker_spec(config, prepared, StageContext("pretrain", tmp_path, compute=ComputeConfig(device="cpu")))

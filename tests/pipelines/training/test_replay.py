@@ -18,7 +18,7 @@ from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.metrics import read_records
 from pipelines.training.replay import Watch, main, replay
 from pipelines.training.worker import device_of, make_engine
-from pipelines.training.worker_spec import Job
+from pipelines.training.worker_spec import WorkerSpec
 
 Run = Callable[..., int]
 
@@ -39,10 +39,10 @@ def spoilt(run_plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     return run
 
 
-def spoil(job: Job, step: int, tensor: str) -> None:
+def spoil(spec: WorkerSpec, step: int, tensor: str) -> None:
     """Publish a checkpoint of another step, like the newest but with one infinite weight."""
-    engine = make_engine(job, job.config.architecture(job.index), device_of(job))
-    checkpoints = Checkpoints(job.checkpoints, 3)
+    engine = make_engine(spec, device_of(spec))
+    checkpoints = Checkpoints(spec.checkpoints, 3)
     state = checkpoints.load(checkpoints.steps()[-1], engine.optimizer)
     (fragment,) = (each for each in engine.optimizer.fragments if each.name.endswith(tensor))
     fragment.master[7] = float("inf")
@@ -76,10 +76,10 @@ def test_the_step_is_done_again_from_the_same_weights_on_the_same_samples(
 
 def test_ranks_are_told_apart_by_the_order_of_the_micro_batches(spoilt: Callable[..., Path], tmp_path: Path) -> None:
     path = spoilt()
-    order = tmp_path / "run" / "job.json"
-    job = Job.model_validate_json(order.read_text())
-    many = job.config.model_copy(update={"world_size": 2, "engine": "deepspeed", "zero_stage": 2})
-    order.write_text(job.model_copy(update={"config": many}).model_dump_json())
+    order = tmp_path / "run" / "worker_spec.json"
+    spec = WorkerSpec.model_validate_json(order.read_text())
+    many = spec.config.model_copy(update={"world_size": 2, "engine": "deepspeed", "zero_stage": 2})
+    order.write_text(spec.model_copy(update={"config": many}).model_dump_json())
     assert [piece.rank for piece in replay(path).pieces] == [0, 1, 0, 1]
 
 
@@ -91,8 +91,8 @@ def test_the_first_module_that_is_not_finite_is_named(
     tensor: str, module: str, spoilt: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = spoilt()
-    job = Job.model_validate_json((tmp_path / "run" / "job.json").read_text())
-    spoil(job, 4, tensor)
+    spec = WorkerSpec.model_validate_json((tmp_path / "run" / "worker_spec.json").read_text())
+    spoil(spec, 4, tensor)
     report = replay(describe(path, last_checkpoint=4))
     assert not report.finite
     assert report.output is not None

@@ -19,7 +19,7 @@ from pipelines.training import room, stage
 from pipelines.training.config import PretrainConfig
 
 Run = Callable[..., int]
-MakeJob = Callable[..., Any]
+MakeSpec = Callable[..., Any]
 KIB = 1024
 
 
@@ -34,26 +34,26 @@ KIB = 1024
     ids=["lamb", "lars", "encoder", "lisa"],
 )
 def test_the_forecast_is_the_size_of_the_checkpoints_that_are_written(
-    changes: dict[str, Any], run_plain: Run, plain_job: MakeJob, tmp_path: Path
+    changes: dict[str, Any], run_plain: Run, plain_spec: MakeSpec, tmp_path: Path
 ) -> None:
     """File headers come on top; here, with tensors of a few KiB, they are the larger part of 4 %."""
     assert run_plain(tmp_path, steps=2, schedule={"warmup": 0}, **changes) == 0
     (written,) = (tmp_path / "checkpoints").glob("step-*/*.safetensors")
-    job = plain_job(tmp_path, **changes)
-    forecast = room.checkpoint_bytes(job.config, job.config.architecture(job.index))
+    spec = plain_spec(tmp_path, **changes)
+    forecast = room.checkpoint_bytes(spec.config, spec.config.architecture(spec.index))
     held = sum(tensor.numel() * tensor.element_size() for tensor in load_file(written).values())
     assert forecast == pytest.approx(held, rel=0.002)
     assert held <= written.stat().st_size < 1.04 * held
 
 
-def test_more_checkpoints_that_are_kept_need_more_room(plain_job: MakeJob, tmp_path: Path) -> None:
+def test_more_checkpoints_that_are_kept_need_more_room(plain_spec: MakeSpec, tmp_path: Path) -> None:
     def needed(**changes: Any) -> int:
-        job = plain_job(tmp_path, **changes)
-        return room.needed_bytes(job.config, job.config.architecture(job.index))
+        spec = plain_spec(tmp_path, **changes)
+        return room.needed_bytes(spec.config, spec.config.architecture(spec.index))
 
     one = needed(checkpoint={"keep": 3}) - needed(checkpoint={"keep": 2})
-    job = plain_job(tmp_path)
-    assert one == room.checkpoint_bytes(job.config, job.config.architecture(job.index))
+    spec = plain_spec(tmp_path)
+    assert one == room.checkpoint_bytes(spec.config, spec.config.architecture(spec.index))
 
 
 def test_a_training_without_room_is_refused_before_it_starts(
@@ -69,17 +69,17 @@ def test_a_training_without_room_is_refused_before_it_starts(
     assert not (disk.path / "scratch" / "checkpoints").exists()
 
 
-def test_checkpoints_of_an_earlier_attempt_count_as_room(disk_of: Callable[[int], Any], plain_job: MakeJob) -> None:
+def test_checkpoints_of_an_earlier_attempt_count_as_room(disk_of: Callable[[int], Any], plain_spec: MakeSpec) -> None:
     disk = disk_of(2048)
-    job = plain_job(disk.path / "scratch")
-    needed = room.needed_bytes(job.config, job.config.architecture(job.index))
+    spec = plain_spec(disk.path / "scratch")
+    needed = room.needed_bytes(spec.config, spec.config.architecture(spec.index))
     held = disk.path / "scratch" / "checkpoints" / "step-00000002"
     held.mkdir(parents=True)
     (held / "rank-00000.safetensors").write_bytes(b"\0" * (disk_space.free(disk.path) - needed + 64 * KIB))
-    room.check(job)
+    room.check(spec)
     (held / "rank-00000.safetensors").rename(disk.path / "of-others")
     with pytest.raises(DiskFullError):
-        room.check(job)
+        room.check(spec)
 
 
 def test_a_disk_that_fills_while_training_stops_it_and_it_goes_on_to_the_same_bytes(

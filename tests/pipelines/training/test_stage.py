@@ -20,7 +20,7 @@ from pipelines.core.errors import ConfigError, NumericError, Preempted
 from pipelines.core.stage import Progress, StageContext
 from pipelines.training.config import PretrainConfig
 from pipelines.training.metrics import read_records
-from pipelines.training.stage import environment, make_job, progress, run
+from pipelines.training.stage import environment, make_worker_spec, progress, run
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -206,22 +206,22 @@ def test_a_model_that_does_not_fit_the_tokenizer_is_refused(prepared: Artifact, 
     (broken / "index.json").write_text(json.dumps({**prepared.read_json("index.json"), "mask_id": 61}))
     found = Artifact(broken, prepared.manifest)
     with pytest.raises(ConfigError, match="mask_id = 61 is outside the vocabulary"):
-        make_job(PretrainConfig(), found, StageContext("pretrain", tmp_path / "scratch"))
+        make_worker_spec(PretrainConfig(), found, StageContext("pretrain", tmp_path / "scratch"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_refused(prepared: Artifact, tmp_path: Path) -> None:
     context = StageContext("pretrain", tmp_path, compute=ComputeConfig(device="cuda"))
     with pytest.raises(ConfigError, match=r"compute\.device = cuda: 0 GPUs for 2 ranks"):
-        make_job(PretrainConfig(), prepared, context)
+        make_worker_spec(PretrainConfig(), prepared, context)
 
 
 def test_threads_are_identity_that_a_run_may_go_on_without(prepared: Artifact, tmp_path: Path) -> None:
     """Sums over many elements are cut by threads: another number of them rounds in another order."""
     one, three = PretrainConfig(), PretrainConfig(threads=3)
-    job = make_job(three, prepared, StageContext("pretrain", tmp_path, compute=ComputeConfig(device="cpu")))
-    assert environment(job)["OMP_NUM_THREADS"] == environment(job)["MKL_NUM_THREADS"] == "3"
-    assert environment(job)["DS_ACCELERATOR"] == "cpu"
+    spec = make_worker_spec(three, prepared, StageContext("pretrain", tmp_path, compute=ComputeConfig(device="cpu")))
+    assert environment(spec)["OMP_NUM_THREADS"] == environment(spec)["MKL_NUM_THREADS"] == "3"
+    assert environment(spec)["DS_ACCELERATOR"] == "cpu"
     assert one.identity() != three.identity()
     assert one.lineage() == three.lineage()
 

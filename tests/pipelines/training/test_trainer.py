@@ -23,7 +23,7 @@ from pipelines.training.objectives import IGNORED, CausalTask, Objective
 from pipelines.training.optimizers import make_optimizer
 from pipelines.training.phases import plan
 from pipelines.training.trainer import Journal, State, Trainer, Work, ratios_by_group, validate
-from pipelines.training.worker_spec import Job
+from pipelines.training.worker_spec import WorkerSpec
 
 CPU = torch.device("cpu")
 
@@ -81,11 +81,11 @@ Make = Callable[..., Setting]
 
 
 @pytest.fixture
-def make(plain_job: Callable[..., Job], tmp_path: Path) -> Make:
+def make(plain_spec: Callable[..., WorkerSpec], tmp_path: Path) -> Make:
     def setting(stop: Callable[[], bool] = lambda: False, state: State | None = None, **changes: Any) -> Setting:
-        job = plain_job(tmp_path, **changes)
-        config = job.config
-        objective = Objective(build(config.architecture(job.index), seed=0))
+        spec = plain_spec(tmp_path, **changes)
+        config = spec.config
+        objective = Objective(build(config.architecture(spec.index), seed=0))
         engine = PlainEngine(objective, lambda named: make_optimizer(config, named), device=CPU, precision="fp32")
         feed = feed_of(config, validation=7)
         saves = Recorder()

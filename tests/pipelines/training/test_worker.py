@@ -20,10 +20,10 @@ from pipelines.core.errors import NumericError, Preempted
 from pipelines.training.distributed import Ranks
 from pipelines.training.metrics import read_records
 from pipelines.training.worker import StopRequest, task_for
-from pipelines.training.worker_spec import Job
+from pipelines.training.worker_spec import WorkerSpec
 
 Run = Callable[..., int]
-MakeJob = Callable[..., Job]
+MakeSpec = Callable[..., WorkerSpec]
 FAMILIES = {"decoder": AutoModelForCausalLM, "encoder": AutoModelForMaskedLM}
 
 
@@ -63,26 +63,26 @@ def test_another_seed_gives_another_model(run_plain: Run, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_loads_in_plain_transformers_and_has_the_recorded_loss(
-    family: str, run_plain: Run, plain_job: MakeJob, tmp_path: Path, prepared: Artifact
+    family: str, run_plain: Run, plain_spec: MakeSpec, tmp_path: Path, prepared: Artifact
 ) -> None:
     assert run_plain(tmp_path, family=family, validation_sequences=100) == 0
     model = FAMILIES[family].from_pretrained(tmp_path / "model")
     assert sum(p.numel() for p in model.parameters()) == facts(tmp_path)["parameters"]
     assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) == 61
-    job = plain_job(tmp_path, family=family)
-    nats, targets = validation_by_hand(job, model)
+    spec = plain_spec(tmp_path, family=family)
+    nats, targets = validation_by_hand(spec, model)
     assert nats / targets == pytest.approx(facts(tmp_path)["validation_loss"], rel=1e-6)
 
 
-def validation_by_hand(job: Job, model: Any) -> tuple[float, int]:
+def validation_by_hand(spec: WorkerSpec, model: Any) -> tuple[float, int]:
     """Sum the nats of every validation target, one sequence at a time, on plain logits."""
     import numpy as np
 
     from pipelines.data.shards import ShardReader
     from pipelines.training.objectives import IGNORED, VALIDATION_EPOCH
 
-    reader = ShardReader(job.data, "validation")
-    task = task_for(job, job.config.architecture(job.index))
+    reader = ShardReader(spec.data, "validation")
+    task = task_for(spec, spec.config.architecture(spec.index))
     nats, count = 0.0, 0
     for number in range(len(reader)):
         batch = task.batch(reader.take(np.array([number])), np.array([number]), np.array([VALIDATION_EPOCH]))
@@ -103,10 +103,10 @@ def test_a_decoder_generates(run_plain: Run, tmp_path: Path) -> None:
     assert model.generation_config.eos_token_id == 1
 
 
-def test_training_moves_every_weight_and_lowers_the_loss(run_plain: Run, plain_job: MakeJob, tmp_path: Path) -> None:
+def test_training_moves_every_weight_and_lowers_the_loss(run_plain: Run, plain_spec: MakeSpec, tmp_path: Path) -> None:
     assert run_plain(tmp_path, steps=40, optimizer={"lr": 0.05}) == 0
-    job = plain_job(tmp_path)
-    start = build(job.config.architecture(job.index), seed=job.config.seed).state_dict()
+    spec = plain_spec(tmp_path)
+    start = build(spec.config.architecture(spec.index), seed=spec.config.seed).state_dict()
     final = load_file(tmp_path / "model" / "model.safetensors")
     assert all(not torch.equal(start[name], tensor) for name, tensor in final.items())
     assert facts(tmp_path)["validation_loss"] < 0.9 * math.log(61)
@@ -172,7 +172,11 @@ def test_a_non_finite_step_changes_nothing_and_training_goes_on(
 
 
 def test_too_many_non_finite_steps_end_the_run_with_a_diagnosis(
-    run_plain: Run, plain_job: MakeJob, faults: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_plain: Run,
+    plain_spec: MakeSpec,
+    faults: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     faults(*({"point": "train.loss", "step": step, "action": "nan"} for step in (3, 4, 5)))
     assert run_plain(tmp_path, max_skipped=1) == NumericError.exit_code
@@ -181,14 +185,14 @@ def test_too_many_non_finite_steps_end_the_run_with_a_diagnosis(
     diagnosis = json.loads((tmp_path / "diagnostics" / "step-4.json").read_text())
     assert diagnosis["loss_by_rank"] == ["nan"]
     assert diagnosis["last_checkpoint"] == 2
-    assert diagnosis["sample_ids"] == expected_ids(plain_job(tmp_path), step=3)
+    assert diagnosis["sample_ids"] == expected_ids(plain_spec(tmp_path), step=3)
     assert not (tmp_path / "training.json").exists()
 
 
-def expected_ids(job: Job, step: int) -> list[int]:
+def expected_ids(spec: WorkerSpec, step: int) -> list[int]:
     from pipelines.training.data_order import ids
 
-    found: list[int] = ids(job.config.seed, step * job.config.batch_size, job.config.batch_size, 90)[0].tolist()
+    found: list[int] = ids(spec.config.seed, step * spec.config.batch_size, spec.config.batch_size, 90)[0].tolist()
     return found
 
 
@@ -226,12 +230,14 @@ def test_lines_of_metrics_can_be_fewer_but_facts_are_the_same(run_plain: Run, tm
     assert facts(tmp_path / "few") == facts(tmp_path / "all")
 
 
-def test_frozen_layers_keep_every_bit_until_they_are_drawn(run_plain: Run, plain_job: MakeJob, tmp_path: Path) -> None:
+def test_frozen_layers_keep_every_bit_until_they_are_drawn(
+    run_plain: Run, plain_spec: MakeSpec, tmp_path: Path
+) -> None:
     changes = {"lisa": {"enabled": True, "layers": 1, "interval": 6}, "optimizer": {"weight_decay": 0.5, "lr": 0.1}}
     assert run_plain(tmp_path, **changes) == 0
     (active,) = read_records(tmp_path / "metrics.jsonl")[0]["lisa/active"]
-    job = plain_job(tmp_path)
-    start = build(job.config.architecture(job.index), seed=0).state_dict()
+    spec = plain_spec(tmp_path)
+    start = build(spec.config.architecture(spec.index), seed=0).state_dict()
     final = load_file(tmp_path / "model" / "model.safetensors")
     moved = {name for name, tensor in final.items() if not torch.equal(tensor, start[name])}
     expected = {name for name in final if ".layers." not in name or f".layers.{active}." in name}
@@ -260,12 +266,12 @@ def test_a_rank_that_is_alone_sums_to_itself() -> None:
 
 
 def test_a_run_records_how_much_each_layer_grew_whatever_interrupts_it(
-    run_plain: Run, plain_job: MakeJob, tmp_path: Path, faults: Callable[..., None]
+    run_plain: Run, plain_spec: MakeSpec, tmp_path: Path, faults: Callable[..., None]
 ) -> None:
     assert run_plain(tmp_path / "whole", optimizer={"lr": 0.05}) == 0
     found = facts(tmp_path / "whole")
-    job = plain_job(tmp_path / "by-hand")
-    before = dict(build(job.config.architecture(job.index), seed=job.config.seed).named_parameters())
+    spec = plain_spec(tmp_path / "by-hand")
+    before = dict(build(spec.config.architecture(spec.index), seed=spec.config.seed).named_parameters())
     after = load_file(tmp_path / "whole" / "model" / "model.safetensors")
     for layer in range(3):
         names = [name for name in before if f".layers.{layer}." in name]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from models import processes
 from models.compression.paretoq import Config as Trained
+from models.optim import batch_split
 from pipelines.training.config import PretrainConfig
 
 BAD: list[dict[str, Any]] = [
@@ -24,18 +24,18 @@ BAD: list[dict[str, Any]] = [
 def test_a_batch_passes_only_if_every_rank_gets_whole_forward_passes(batch: int, world: int, micro: int) -> None:
     shares = [batch // world // micro for _ in range(world)]
     if sum(share * micro for share in shares) == batch:
-        processes.refuse_uneven("batch_size", batch, world, micro)
+        batch_split.refuse_uneven("batch_size", batch, world, micro)
     else:
         with pytest.raises(ValueError, match=f"batch_size = {batch} is not a multiple .* = {world * micro}; valid: "):
-            processes.refuse_uneven("batch_size", batch, world, micro)
+            batch_split.refuse_uneven("batch_size", batch, world, micro)
 
 
 def test_the_plain_engine_is_one_process_and_deepspeed_may_be_any() -> None:
-    processes.refuse_spread_plain("plain", 1, 0)
-    processes.refuse_spread_plain("deepspeed", 8, 3)
+    batch_split.refuse_spread_plain("plain", 1, 0)
+    batch_split.refuse_spread_plain("deepspeed", 8, 3)
     for world, stage in ((2, 0), (1, 1)):
         with pytest.raises(ValueError, match=f"world_size = {world} must be 1 and zero_stage = {stage} must be 0"):
-            processes.refuse_spread_plain("plain", world, stage)
+            batch_split.refuse_spread_plain("plain", world, stage)
 
 
 @pytest.mark.parametrize("changes", BAD, ids=str)

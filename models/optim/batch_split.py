@@ -1,4 +1,8 @@
-"""How training may be spread over processes: what every configuration that trains refuses in the same words."""
+"""How a batch is split over ranks and micro batches: what every configuration that trains refuses in the same words.
+
+`PretrainConfig` and the methods of kind "training" both call this. It lies under both: training knows no compression,
+and models import nothing of pipelines.
+"""
 
 from __future__ import annotations
 
