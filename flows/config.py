@@ -49,8 +49,10 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _tokenizer_has_a_model(self) -> RunConfig:
-        if self.prepare.tokenizer == "start" and not self.pretrain.from_:
-            raise ValueError("prepare.tokenizer = 'start' takes the tokenizer of pretrain.from, which is not set")
+        if self.prepare.tokenizer == "init_weights" and not self.pretrain.from_:
+            raise ValueError(
+                "prepare.tokenizer = 'init_weights' takes the tokenizer of pretrain.from, which is not set"
+            )
         return self
 
     @model_validator(mode="after")

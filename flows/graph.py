@@ -69,8 +69,8 @@ def start_of(config: RunConfig, store_root: Path) -> Source | None:
 
 def nodes(config: RunConfig, start: Source | None = None) -> list[Node]:
     """Return the nodes in an order in which each comes after its inputs."""
-    fetched = {} if start is None else {"start": "fetch"}
-    tokenizer = fetched if config.prepare.tokenizer == "start" else {}
+    fetched = {} if start is None else {"init_weights": "fetch"}
+    tokenizer = fetched if config.prepare.tokenizer == "init_weights" else {}
     graph = [] if start is None else [_fetching(start)]
     graph += [
         Node("prepare", STAGES["prepare"], PrepareJob(data=config.data, prepare=config.prepare), tokenizer),

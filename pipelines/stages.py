@@ -9,7 +9,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(
             "prepare",
-            version=2,
+            version=3,
             entry="pipelines.data.stage:run",
             sources=("pipelines/data",),
             observations=("report.json", "quarantine.jsonl"),

@@ -44,10 +44,10 @@ class PrepareConfig(Settings):
     vocab_size: int = Field(
         4096, ge=260, le=1_000_000, description="Tokens in the vocabulary: 4 special, 256 bytes, the rest merges."
     )
-    tokenizer: Literal["train", "start"] = Field(
+    tokenizer: Literal["train", "init_weights"] = Field(
         "train",
-        description="train: learn one on this corpus; start: take that of the model in pretrain.from, as tuning on "
-        "another corpus needs (vocab_size is then the model's).",
+        description="train: learn one on this corpus; init_weights: take that of the model in pretrain.from, as "
+        "tuning on another corpus needs (vocab_size is then the model's).",
     )
     sequence_length: int = Field(256, ge=8, le=1_048_576, description="Tokens per packed sequence.")
     seed: int = Field(

@@ -27,7 +27,7 @@ _COPIED = 0.5
 
 
 @dataclass(frozen=True)
-class _Held:
+class _HeldOut:
     """One held-out document."""
 
     split: str
@@ -53,7 +53,7 @@ def measure(train: Iterable[Document], held_out: Mapping[str, Iterable[Document]
         `words`, `share` (of all held-out runs), and for each split `runs`, `shared`, `share`, `documents` that share
         a run, `copied` (those that share half of theirs) and `worst`: the documents that share most.
     """
-    documents = [_Held(split, d.id, d.source, runs_of(d.text)) for split, found in held_out.items() for d in found]
+    documents = [_HeldOut(split, d.id, d.source, runs_of(d.text)) for split, found in held_out.items() for d in found]
     wanted = np.unique(np.concatenate([np.zeros(0, dtype=np.uint64), *(held.runs for held in documents)]))
     seen = np.zeros(len(wanted), dtype=bool)
     for document in train:
@@ -71,7 +71,7 @@ def measure(train: Iterable[Document], held_out: Mapping[str, Iterable[Document]
     return {"words": WORDS, "share": sum(shared) / max(total, 1), "splits": splits}
 
 
-def _split(found: list[tuple[_Held, int]]) -> dict[str, Any]:
+def _split(found: list[tuple[_HeldOut, int]]) -> dict[str, Any]:
     runs, shared = sum(len(held.runs) for held, _ in found), sum(number for _, number in found)
     touched = sorted(
         ((held, number) for held, number in found if number),

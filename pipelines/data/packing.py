@@ -24,9 +24,13 @@ def pack(
         bos_id: put before each document.
         eos_id: put after each document.
     """
-    tail = np.empty(0, dtype=np.int64)
+    pending: list[NDArray[np.int64]] = []
+    waiting = 0  # tokens in `pending`: joined only once they fill a sequence, so that time is linear
     for tokens in documents:
-        tail = np.concatenate([tail, [bos_id], np.asarray(tokens, dtype=np.int64), [eos_id]])
-        if full := len(tail) // sequence_length:
-            yield tail[: full * sequence_length].reshape(full, sequence_length)
-            tail = tail[full * sequence_length :]
+        pending.append(np.concatenate([[bos_id], np.asarray(tokens, dtype=np.int64), [eos_id]]))
+        waiting += len(tokens) + 2
+        if full := waiting // sequence_length:
+            joined = np.concatenate(pending)
+            yield joined[: full * sequence_length].reshape(full, sequence_length)
+            pending = [joined[full * sequence_length :]]
+            waiting -= full * sequence_length

@@ -1,12 +1,14 @@
-"""Counts of the prepare stage: every document read, and why each one that was dropped was dropped, per source."""
+"""Counts of the prepare stage, per source: documents read, kept and dropped (by reason), bytes and licences kept."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from typing import Any
 
+from pipelines.data.records import Document
 
-class Tally:
+
+class DocumentCounts:
     """Counts documents and bytes as they pass."""
 
     def __init__(self) -> None:
@@ -14,6 +16,7 @@ class Tally:
         self._dropped: dict[str, Counter[str]] = defaultdict(Counter)
         self._kept: dict[str, Counter[str]] = defaultdict(Counter)
         self._bytes: dict[str, Counter[str]] = defaultdict(Counter)
+        self._licenses: dict[str, set[str]] = defaultdict(set)
 
     def read(self, source: str) -> None:
         """Count a document that was read."""
@@ -23,10 +26,11 @@ class Tally:
         """Count a document that was dropped."""
         self._dropped[source][reason] += 1
 
-    def keep(self, source: str, split: str, size: int) -> None:
-        """Count a document that was kept; `size` is its text in UTF-8 bytes."""
-        self._kept[split][source] += 1
-        self._bytes[split][source] += size
+    def keep(self, document: Document, split: str) -> None:
+        """Count a document that was kept in a split."""
+        self._kept[split][document.source] += 1
+        self._bytes[split][document.source] += len(document.text.encode())
+        self._licenses[document.source].add(document.license)
 
     def documents(self, split: str) -> int:
         """Return the documents kept in a split."""
@@ -53,6 +57,7 @@ class Tally:
             "read": self._read[source],
             "kept": self._read[source] - dropped.total(),
             "dropped": dict(sorted(dropped.items())),
+            "licenses": sorted(self._licenses[source]),
         }
 
     def _split(self, split: str) -> dict[str, Any]:

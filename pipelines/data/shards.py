@@ -27,6 +27,8 @@ def write(
 ) -> list[dict[str, Any]]:
     """Write a stream of sequences as shards of one split and return their index entries.
 
+    Each sequence is copied twice, whatever the size of the blocks: time is linear, memory that of one shard.
+
     Args:
         blocks: [sequences, sequence_length] each.
         folder: folder of the artifact; shards go to `folder/split`.
@@ -39,20 +41,24 @@ def write(
     limit = max(shard_bytes // (sequence_length * np.dtype(dtype).itemsize), 1)
     entries: list[dict[str, Any]] = []
     pending: list[NDArray[Any]] = []
+    waiting = 0  # sequences in `pending`
 
-    def flush(sequences: NDArray[Any]) -> None:
+    def flush() -> None:
         name = f"{split}/shard-{len(entries):05}.npy"
-        np.save(folder / name, sequences, allow_pickle=False)
-        entries.append({"file": name, "sequences": len(sequences)})
+        np.save(folder / name, np.concatenate(pending), allow_pickle=False)
+        entries.append({"file": name, "sequences": waiting})
 
     for block in blocks:
-        pending.append(block.astype(dtype))
-        while sum(map(len, pending)) >= limit:
-            joined = np.concatenate(pending)
-            flush(joined[:limit])
-            pending = [joined[limit:]]
-    if sum(map(len, pending)):
-        flush(np.concatenate(pending))
+        start = 0
+        while start < len(block):
+            part = block[start : start + limit - waiting].astype(dtype)
+            pending.append(part)
+            start, waiting = start + len(part), waiting + len(part)
+            if waiting == limit:
+                flush()
+                pending, waiting = [], 0
+    if waiting:
+        flush()
     return entries
 
 

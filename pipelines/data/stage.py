@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import IntegrityError
 from pipelines.core.stage import Progress, StageContext, Summary
-from pipelines.data import contamination, dedup, packing, reader, shards, spool, tokenizer, versioning
+from pipelines.data import contamination, dedup, document_files, packing, reader, shards, tokenizer, versioning
 from pipelines.data.config import PrepareConfig, PrepareJob
-from pipelines.data.report import Tally
+from pipelines.data.report import DocumentCounts
 from pipelines.data.split import SPLITS, assign, group_names
 from pipelines.data.survey import QUARANTINE, Survey, survey
 
@@ -41,9 +41,10 @@ def run(config: PrepareJob, inputs: Mapping[str, Artifact], out_dir: Path, conte
     """
     context.scratch.mkdir(parents=True, exist_ok=True)
     corpus = versioning.checkout_corpus(config.data, context.scratch)
-    start = inputs.get("start")
+    init_weights = inputs.get("init_weights")
     try:
-        return prepare(corpus, config.prepare, out_dir, context, known=start.path / "model" if start else None)
+        tokenizer_of = init_weights.path / "model" if init_weights else None
+        return prepare(corpus, config.prepare, out_dir, context, tokenizer_of)
     except OSError:
         shutil.rmtree(context.scratch, ignore_errors=True)  # no later attempt could use it, and it may fill the disk
         raise
@@ -54,7 +55,7 @@ def prepare(
     config: PrepareConfig,
     out_dir: Path,
     context: StageContext,
-    known: Path | None = None,
+    tokenizer_of: Path | None = None,
 ) -> Summary:
     """Prepare files that were verified before; they are verified again as they are read.
 
@@ -63,36 +64,44 @@ def prepare(
         config: what to do with them.
         out_dir: where the result goes.
         context: of the stage.
-        known: model folder whose tokenizer is taken; None trains one.
+        tokenizer_of: model folder whose tokenizer is taken; None trains one.
 
     Raises:
         IntegrityError: the files changed, are empty, have too many malformed records, or are too few.
     """
     context.scratch.mkdir(parents=True, exist_ok=True)
-    tally = Tally()
+    counts = DocumentCounts()
     say = _announcer(context)
     records = reader.read(corpus.path, max_line_bytes=config.max_line_bytes, md5=corpus.md5)
-    found = survey(records, context.scratch, config, tally, lambda done: say(0, f"{done} documents"))
-    say(1, f"{len(found.works)} documents to compare")
-    first_of_cluster = dedup.clusters(found.signatures, config.near_duplicate_similarity)
+    surveyed = survey(records, context.scratch, config, counts, lambda done: say(0, f"{done} documents"))
+    say(1, f"{len(surveyed.works)} documents to compare")
+    first_of_cluster = dedup.clusters(surveyed.signatures, config.near_duplicate_similarity)
     say(2, "dividing works among splits")
-    groups = _split(found, first_of_cluster, config, out_dir, tally)
+    groups = _split(surveyed, first_of_cluster, config, out_dir, counts)
     say(3, "comparing held-out with training text")
     shared = _contamination(out_dir, config)
-    say(4, f"{tally.documents('train')} documents to learn from, which hold {shared['share']:.2%} of the held-out text")
-    trained = (
-        tokenizer.load(known) if known is not None else tokenizer.train(_texts(out_dir, "train"), config.vocab_size)
+    say(
+        4, f"{counts.documents('train')} documents to learn from, which hold {shared['share']:.2%} of the held-out text"
     )
+    if tokenizer_of is not None:
+        trained = tokenizer.load(tokenizer_of)
+    else:
+        trained = tokenizer.train(_texts(out_dir, "train"), config.vocab_size)
     tokenizer.save(trained, out_dir / TOKENIZER, config.sequence_length)
     say(5, f"{trained.get_vocab_size()} tokens in the vocabulary")
-    index = _pack(trained, out_dir, config, tally)
-    duplicates = _duplicates(first_of_cluster, tally)
-    report = {**tally.to_json(), "duplicates": duplicates, "groups": groups, "quarantined": found.quarantined}
-    report["contamination"] = shared
+    index = _pack(trained, out_dir, config, counts)
+    duplicates = _duplicates(first_of_cluster, counts)
+    report = {
+        **counts.to_json(),
+        "duplicates": duplicates,
+        "groups": groups,
+        "quarantined": surveyed.quarantined,
+        "contamination": shared,
+    }
     _write_json(out_dir / REPORT, report)
     shutil.copyfile(context.scratch / QUARANTINE, out_dir / QUARANTINE)
     say(6, "done")
-    return _summary(index, tally, shared, found.quarantined, corpus.hash)
+    return _summary(index, counts, shared, surveyed.quarantined, corpus.hash)
 
 
 def _announcer(context: StageContext) -> Callable[[int, str], None]:
@@ -104,33 +113,35 @@ def _announcer(context: StageContext) -> Callable[[int, str], None]:
 
 
 def _split(
-    found: Survey, first_of_cluster: list[int], config: PrepareConfig, out_dir: Path, tally: Tally
+    surveyed: Survey, first_of_cluster: list[int], config: PrepareConfig, out_dir: Path, counts: DocumentCounts
 ) -> dict[str, int]:
     """Write `documents/<split>.jsonl.zst` without the near-duplicates and return the number of groups per split."""
-    if not found.works:
+    if not surveyed.works:
         raise IntegrityError(
-            f"no document is left of the corpus; dropped: {tally.reasons() or 'none, it is empty'}",
+            f"no document is left of the corpus; dropped: {counts.reasons() or 'none, it is empty'}",
             hint="check the thresholds in the section prepare, and the corpus with `ingot data status`",
         )
-    near = ((found.works[first], work) for first, work in zip(first_of_cluster, found.works, strict=True))
-    group_of = group_names(found.works + [later for _, later in found.links], [*found.links, *near])
-    side_of = assign((group_of[work] for work in found.works), config)
+    near = ((surveyed.works[first], work) for first, work in zip(first_of_cluster, surveyed.works, strict=True))
+    group_of = group_names(surveyed.works + [later for _, later in surveyed.links], [*surveyed.links, *near])
+    side_of = assign((group_of[work] for work in surveyed.works), config)
     with contextlib.ExitStack() as stack:
-        writers = {split: stack.enter_context(spool.DocumentWriter(_documents(out_dir, split))) for split in SPLITS}
-        for number, document in enumerate(spool.documents(found.spool)):
+        writers = {
+            split: stack.enter_context(document_files.DocumentWriter(_documents(out_dir, split))) for split in SPLITS
+        }
+        for number, document in enumerate(document_files.documents(surveyed.documents)):
             if first_of_cluster[number] != number:
-                tally.drop(document.source, "near duplicate")
+                counts.drop(document.source, "near duplicate")
                 continue
             split = side_of[group_of[document.work]]
             writers[split].write(document)
-            tally.keep(document.source, split, len(document.text.encode()))
+            counts.keep(document, split)
     return {split: sum(side == split for side in side_of.values()) for split in SPLITS}
 
 
 def _contamination(out_dir: Path, config: PrepareConfig) -> dict[str, Any]:
     """Return what the held-out splits share with the training text, or refuse it."""
-    held_out = {split: spool.documents(_documents(out_dir, split)) for split in SPLITS if split != "train"}
-    shared = contamination.measure(spool.documents(_documents(out_dir, "train")), held_out)
+    held_out = {split: document_files.documents(_documents(out_dir, split)) for split in SPLITS if split != "train"}
+    shared = contamination.measure(document_files.documents(_documents(out_dir, "train")), held_out)
     if shared["share"] > config.max_contamination:
         worst = [
             f"{one['id']} ({one['shared']} of {one['runs']})" for s in shared["splits"].values() for one in s["worst"]
@@ -144,7 +155,7 @@ def _contamination(out_dir: Path, config: PrepareConfig) -> dict[str, Any]:
     return shared
 
 
-def _pack(trained: Tokenizer, out_dir: Path, config: PrepareConfig, tally: Tally) -> dict[str, Any]:
+def _pack(trained: Tokenizer, out_dir: Path, config: PrepareConfig, counts: DocumentCounts) -> dict[str, Any]:
     """Tokenize and pack every split, write `index.json` and return it."""
     bos, eos, pad, mask = range(len(tokenizer.SPECIAL_TOKENS))
     dtype = shards.dtype_for(trained.get_vocab_size())
@@ -171,8 +182,8 @@ def _pack(trained: Tokenizer, out_dir: Path, config: PrepareConfig, tally: Tally
             "sequences": sequences,
             "tokens": sequences * config.sequence_length,
             "dropped_tokens": tokens.total - sequences * config.sequence_length,
-            "documents": tally.documents(split),
-            "bytes": tally.bytes(split),
+            "documents": counts.documents(split),
+            "bytes": counts.bytes(split),
         }
     index = {
         "format": shards.FORMAT,
@@ -207,7 +218,7 @@ def _documents(out_dir: Path, split: str) -> Path:
 
 
 def _texts(out_dir: Path, split: str) -> Iterator[str]:
-    return (document.text for document in spool.documents(_documents(out_dir, split)))
+    return (document.text for document in document_files.documents(_documents(out_dir, split)))
 
 
 def _tokens(trained: Tokenizer, out_dir: Path, split: str) -> Iterator[list[int]]:
@@ -220,19 +231,21 @@ def _tokens(trained: Tokenizer, out_dir: Path, split: str) -> Iterator[list[int]
     yield from tokenizer.encode(trained, batch)
 
 
-def _duplicates(first_of_cluster: list[int], tally: Tally) -> dict[str, int]:
+def _duplicates(first_of_cluster: list[int], counts: DocumentCounts) -> dict[str, int]:
     sizes: dict[int, int] = {}
     for first in first_of_cluster:
         sizes[first] = sizes.get(first, 0) + 1
     return {
-        "exact": tally.reasons().get("exact duplicate", 0),
-        "near": tally.reasons().get("near duplicate", 0),
+        "exact": counts.reasons().get("exact duplicate", 0),
+        "near": counts.reasons().get("near duplicate", 0),
         "near_clusters": sum(size > 1 for size in sizes.values()),
         "largest_near_cluster": max(sizes.values()),
     }
 
 
-def _summary(index: dict[str, Any], tally: Tally, shared: dict[str, Any], quarantined: int, data_hash: str) -> Summary:
+def _summary(
+    index: dict[str, Any], counts: DocumentCounts, shared: dict[str, Any], quarantined: int, data_hash: str
+) -> Summary:
     return {
         "data": data_hash,
         "vocab_size": index["vocab_size"],
@@ -241,7 +254,7 @@ def _summary(index: dict[str, Any], tally: Tally, shared: dict[str, Any], quaran
         **{f"{split}_tokens": index["splits"][split]["tokens"] for split in SPLITS},
         **{f"{split}_documents": index["splits"][split]["documents"] for split in SPLITS},
         **{f"{split}_bytes": index["splits"][split]["bytes"] for split in SPLITS},
-        "dropped": tally.reasons(),
+        "dropped": counts.reasons(),
         "quarantined": quarantined,
     }
 

@@ -1,6 +1,6 @@
 """The first pass over the corpus: read, clean, filter, drop exact copies, and sign what is left.
 
-Texts go through memory a batch at a time and on to a spool on disk; what stays in memory is a few hundred bytes per
+Texts go through memory a batch at a time and on to a file on disk; what stays in memory is a few hundred bytes per
 document. Batches are cleaned by worker processes and come back in the order they were read, so that the number of
 workers changes nothing but the time.
 """
@@ -25,13 +25,13 @@ from pipelines.core.errors import IntegrityError
 from pipelines.data import dedup, filters
 from pipelines.data.clean import clean, words
 from pipelines.data.config import PrepareConfig
+from pipelines.data.document_files import DocumentWriter
 from pipelines.data.reader import DAMAGED_SHARD
 from pipelines.data.records import Document, Quarantined
-from pipelines.data.report import Tally
+from pipelines.data.report import DocumentCounts
 from pipelines.data.shingles import hash_words
-from pipelines.data.spool import DocumentWriter
 
-SPOOL = "spool.jsonl.zst"
+CLEANED = "cleaned.jsonl.zst"
 QUARANTINE = "quarantine.jsonl"
 _SIGNATURES = "signatures.u32"
 _BATCH_CHARACTERS = 1 << 19
@@ -57,13 +57,14 @@ class Cleaned:
 
 @dataclass
 class Survey:
-    """What the first pass leaves: documents on the spool, in order, and facts about them."""
+    """What the first pass leaves: the documents that are no exact copies, in order, and facts about them."""
 
-    spool: Path
+    documents: Path
+    """File of the cleaned documents; see `document_files`."""
     signatures: dedup.Signatures
-    """[documents on the spool, permutations], mapped from disk."""
+    """[documents in the file, permutations], mapped from disk."""
     works: list[str]
-    """Work of each document on the spool."""
+    """Work of each document in the file."""
     links: list[tuple[str, str]]
     """Pairs of works that held copies of one document."""
     quarantined: int
@@ -100,16 +101,16 @@ def survey(
     records: Iterable[Document | Quarantined],
     scratch: Path,
     config: PrepareConfig,
-    tally: Tally,
+    counts: DocumentCounts,
     progress: Callable[[int], None] = lambda _done: None,
 ) -> Survey:
-    """Clean the corpus onto a spool in `scratch`.
+    """Clean the corpus into a file in `scratch`.
 
     Args:
         records: the corpus, in order.
-        scratch: folder for the spool, the signatures and the quarantine file; what an earlier attempt left is replaced.
+        scratch: folder for the documents, signatures and quarantine file; what an earlier attempt left is replaced.
         config: thresholds.
-        tally: counts every document read and every one dropped.
+        counts: counts every document read and every one dropped.
         progress: told the number of documents cleaned so far, now and then.
 
     Raises:
@@ -122,7 +123,7 @@ def survey(
     links: list[tuple[str, str]] = []
     done = 0
     with (
-        DocumentWriter(scratch / SPOOL) as spool,
+        DocumentWriter(scratch / CLEANED) as kept,
         (scratch / _SIGNATURES).open("wb") as signatures,
         contextlib.closing(_clean_all(_batches(records, quarantine), config)) as batches,
     ):
@@ -131,19 +132,19 @@ def survey(
             if done % _REPORT_EVERY == 0:
                 progress(done)
             document = cleaned.document
-            tally.read(document.source)
+            counts.read(document.source)
             if cleaned.dropped is not None:
-                tally.drop(document.source, cleaned.dropped)
+                counts.drop(document.source, cleaned.dropped)
             elif cleaned.digest in first_work:
-                tally.drop(document.source, "exact duplicate")
+                counts.drop(document.source, "exact duplicate")
                 links.append((first_work[cleaned.digest], document.work))
             else:
                 first_work[cleaned.digest] = document.work
                 works.append(document.work)
-                spool.write(document)
+                kept.write(document)
                 signatures.write(cleaned.signature.tobytes())
     quarantine.refuse_above(config.max_bad_fraction, done)
-    return Survey(scratch / SPOOL, _map(scratch / _SIGNATURES, config), works, links, quarantine.count)
+    return Survey(scratch / CLEANED, _map(scratch / _SIGNATURES, config), works, links, quarantine.count)
 
 
 def clean_one(document: Document, config: PrepareConfig) -> Cleaned:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
-import zstandard
 
 from pipelines.core.artifact import Artifact
 from pipelines.core.redaction import redact, redact_value
@@ -149,36 +145,17 @@ def render(
 
 
 def source_rows(prepare: Artifact) -> list[dict[str, Any]]:
-    """Return one row per source of the corpus: source, licence, documents read and kept."""
+    """Return one row per source of the corpus, from the report of its preparation alone: documents are not opened."""
     report = prepare.read_json("report.json") if "report.json" in prepare.manifest.files else {}
-    sources = report.get("sources") or {}
-    licences = licences_of(prepare, set(sources))
     return [
         {
             "source": name,
-            "licence": ", ".join(sorted(licences.get(name) or ["unknown"])),
+            "licence": ", ".join(row.get("licenses") or ["unknown"]),
             "read": row.get("read", ""),
             "kept": row.get("kept", ""),
         }
-        for name, row in sorted(sources.items())
+        for name, row in sorted((report.get("sources") or {}).items())
     ]
-
-
-def licences_of(prepare: Artifact, sources: set[str]) -> dict[str, set[str]]:
-    """Return source -> licences of its documents; the train split is read only for sources that the others lack."""
-    found: dict[str, set[str]] = {}
-    for split in ("test", "validation", "train"):
-        name = f"documents/{split}.jsonl.zst"
-        if name in prepare.manifest.files and not sources <= found.keys():
-            for document in _documents(prepare.path / name):
-                found.setdefault(str(document["source"]), set()).add(str(document["license"]))
-    return found
-
-
-def _documents(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as stream, zstandard.ZstdDecompressor().stream_reader(stream) as raw:
-        for line in io.TextIOWrapper(raw, encoding="utf-8"):
-            yield json.loads(line)
 
 
 def _front_matter(

@@ -38,13 +38,13 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         DiskFullError: the disk has no room for the checkpoints.
         Preempted, NumericError, TransientError, IntegrityError: as the ranks ended.
     """
-    spec = make_worker_spec(config, inputs["prepare"], context, inputs.get("start"))
+    spec = make_worker_spec(config, inputs["prepare"], context, inputs.get("init_weights"))
     room.check(spec)
     train(spec, context)
     shutil.copytree(spec.model, out_dir / "model")
     for path in (spec.facts, spec.metrics, spec.observations):
         shutil.copyfile(path, out_dir / path.name)
-    return summary(out_dir) | _descent(inputs.get("start"))
+    return summary(out_dir) | _descent(inputs.get("init_weights"))
 
 
 def make_worker_spec(

@@ -82,7 +82,7 @@ def test_training_from_weights_reads_them_through_a_node_of_their_own() -> None:
     config = recipe.resolve("smoke")
     graph = identify(config, DATA, source())
     assert list(graph)[:3] == ["fetch", "prepare", "pretrain"]
-    assert graph["pretrain"].node.inputs == {"prepare": "prepare", "start": "fetch"}
+    assert graph["pretrain"].node.inputs == {"prepare": "prepare", "init_weights": "fetch"}
     assert "data" not in graph["fetch"].input_keys
     assert graph["fetch"].node.note == "models:/x@champion is version 3"
 
@@ -105,10 +105,10 @@ def test_a_malformed_model_name_is_refused_with_the_form(wanted: str) -> None:
 
 
 def test_the_tokenizer_of_the_model_is_an_input_of_prepare_where_it_is_asked_for() -> None:
-    tuning = ["pretrain.from=models:/x@champion", "prepare.tokenizer=start"]
+    tuning = ["pretrain.from=models:/x@champion", "prepare.tokenizer=init_weights"]
     graph = identify(recipe.resolve("smoke", tuning), DATA, source())
-    assert graph["prepare"].node.inputs == {"start": "fetch"}
-    assert graph["prepare"].input_keys == {"start": graph["fetch"].fingerprint, "data": DATA}
+    assert graph["prepare"].node.inputs == {"init_weights": "fetch"}
+    assert graph["prepare"].input_keys == {"init_weights": graph["fetch"].fingerprint, "data": DATA}
     other = identify(recipe.resolve("smoke", tuning), DATA, source("1"))
     assert graph["prepare"].fingerprint != other["prepare"].fingerprint
     own = identify(recipe.resolve("smoke", tuning[:1]), DATA, source())
@@ -117,4 +117,4 @@ def test_the_tokenizer_of_the_model_is_an_input_of_prepare_where_it_is_asked_for
 
 def test_a_tokenizer_of_no_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="which is not set"):
-        recipe.resolve("smoke", ["prepare.tokenizer=start"])
+        recipe.resolve("smoke", ["prepare.tokenizer=init_weights"])

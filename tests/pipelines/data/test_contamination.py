@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipelines.core.errors import IntegrityError
-from pipelines.data import contamination, spool
+from pipelines.data import contamination, document_files
 from pipelines.data.contamination import WORDS, measure, runs_of
 from pipelines.data.records import Document
 from pipelines.evaluation import items
@@ -112,7 +112,10 @@ def planted(
 def test_the_stage_records_a_passage_that_both_sides_quote(planted: Callable[..., Path]) -> None:
     folder = planted(max_contamination=1.0)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))["contamination"]
-    kept = {s: list(spool.documents(folder / "documents" / f"{s}.jsonl.zst")) for s in report["splits"] | {"train": 0}}
+    kept = {
+        s: list(document_files.documents(folder / "documents" / f"{s}.jsonl.zst"))
+        for s in report["splits"] | {"train": 0}
+    }
     for split, found in report["splits"].items():
         counted = by_strings(kept["train"], kept[split])
         assert (found["runs"], found["shared"]) == tuple(map(sum, zip(*counted, strict=True)))
@@ -137,7 +140,7 @@ def test_the_bundled_corpus_holds_next_to_nothing_in_common(bundled: Path) -> No
 
 
 def test_items_of_the_tasks_are_cut_from_the_test_split_so_its_share_covers_them(bundled: Path) -> None:
-    test = list(spool.documents(bundled / "documents" / "test.jsonl.zst"))
+    test = list(document_files.documents(bundled / "documents" / "test.jsonl.zst"))
     text = " ".join(" ".join(document.text for document in test).split())
     made = [*items.next_line(test, 40, 5), *items.cloze(test, 40, 5)]
     assert made

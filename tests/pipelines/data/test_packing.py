@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,6 +50,23 @@ def test_unpacking_restores_every_document_but_the_cut_last_ones(texts: list[lis
         assert texts[len(whole)][: len(restored[-1])] == restored[-1]
     lost = sum(len(text) + 2 for text in texts) - sum(len(text) + 2 for text in whole)
     assert lost <= max((len(text) + 2 for text in texts), default=0) + length
+
+
+def test_packing_copies_a_token_a_few_times_however_long_the_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joining the tail again for each document copied every token as often as documents fit a sequence."""
+    copied = 0
+    concatenate = np.concatenate
+
+    def counting(parts: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal copied
+        result = concatenate(parts, *args, **kwargs)
+        copied += result.size
+        return result
+
+    monkeypatch.setattr(np, "concatenate", counting)
+    texts = [[7] * 6] * 1000  # 8 tokens each, 2 sequences of 500 documents
+    assert packed(texts, 4000).shape == (2, 4000)
+    assert copied <= 4 * 8000
 
 
 @given(documents)

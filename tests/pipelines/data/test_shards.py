@@ -54,6 +54,50 @@ def test_the_reader_returns_what_was_written_whatever_the_pieces(
     assert all(0 < size <= limit for size in sizes)
 
 
+class Counted(np.ndarray):
+    """A block that counts how often its length is asked for and how many sequences are copied from it."""
+
+    lengths = 0
+    copied = 0
+
+    def __len__(self) -> int:
+        Counted.lengths += 1
+        return super().__len__()
+
+    def astype(self, *args: Any, **kwargs: Any) -> Any:
+        Counted.copied += self.shape[0]
+        return super().astype(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("blocks", "rows"), [(400, 1), (1, 400)], ids=["small blocks", "one large block"])
+def test_the_work_of_writing_grows_with_the_sequences_and_not_with_their_square(
+    tmp_path: Path, blocks: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking every waiting block again, or joining the rest again for each shard, takes seconds at 32,000 blocks."""
+    joined = 0
+    concatenate = np.concatenate
+
+    def counting(parts: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal joined
+        result = concatenate(parts, *args, **kwargs)
+        joined += result.shape[0]
+        return result
+
+    work = []
+    monkeypatch.setattr(np, "concatenate", counting)
+    for factor in (1, 2):
+        Counted.lengths = Counted.copied = joined = 0
+        pieces = [np.zeros((rows * (factor if rows > 1 else 1), LENGTH), np.int64).view(Counted)]
+        pieces *= blocks * (factor if blocks > 1 else 1)
+        limit = 100 if blocks > 1 else 1
+        shards.write(
+            iter(pieces), tmp_path, "train", sequence_length=LENGTH, dtype="uint16", shard_bytes=limit * LENGTH * 2
+        )
+        work.append(Counted.lengths + Counted.copied + joined)
+    assert work[1] <= 2.1 * work[0]
+    assert work[0] <= 8 * blocks * rows
+
+
 def test_take_follows_the_order_and_the_repetitions_asked_for(tmp_path: Path) -> None:
     reader = shards.ShardReader(artifact(tmp_path, numbered(20), [20]), "train")
     wanted = [19, 0, 7, 7, 3]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.core.errors import IntegrityError
-from pipelines.data import spool
+from pipelines.data import document_files
 from pipelines.data.config import PrepareConfig
 from pipelines.data.split import SPLITS, assign, group_names
 
@@ -54,11 +54,11 @@ def test_works_that_share_a_copy_are_one_group_also_through_a_third() -> None:
 
 
 @pytest.fixture(scope="module")
-def sides(bundled: Path) -> dict[str, list[spool.Document]]:
-    return {split: list(spool.documents(bundled / "documents" / f"{split}.jsonl.zst")) for split in SPLITS}
+def sides(bundled: Path) -> dict[str, list[document_files.Document]]:
+    return {split: list(document_files.documents(bundled / "documents" / f"{split}.jsonl.zst")) for split in SPLITS}
 
 
-def test_no_work_of_the_bundled_corpus_straddles_a_split(sides: dict[str, list[spool.Document]]) -> None:
+def test_no_work_of_the_bundled_corpus_straddles_a_split(sides: dict[str, list[document_files.Document]]) -> None:
     splits_of = defaultdict(set)
     for split, documents in sides.items():
         for document in documents:
@@ -66,7 +66,7 @@ def test_no_work_of_the_bundled_corpus_straddles_a_split(sides: dict[str, list[s
     assert {work: s for work, s in splits_of.items() if len(s) > 1} == {}
 
 
-def test_the_folio_text_of_a_held_out_play_is_held_out_with_it(sides: dict[str, list[spool.Document]]) -> None:
+def test_the_folio_text_of_a_held_out_play_is_held_out_with_it(sides: dict[str, list[document_files.Document]]) -> None:
     held_out = {d.work for s in ("validation", "test") for d in sides[s] if d.source == "shakespeare-modern"}
     folio = {d.work for s in ("validation", "test") for d in sides[s] if d.source == "shakespeare-folio"}
     assert folio
@@ -74,7 +74,7 @@ def test_the_folio_text_of_a_held_out_play_is_held_out_with_it(sides: dict[str, 
     assert not {d.work for d in sides["train"]} & (held_out | folio)
 
 
-def test_no_document_of_the_bundled_corpus_is_in_two_splits(sides: dict[str, list[spool.Document]]) -> None:
+def test_no_document_of_the_bundled_corpus_is_in_two_splits(sides: dict[str, list[document_files.Document]]) -> None:
     texts = {split: {document.text for document in documents} for split, documents in sides.items()}
     assert not texts["train"] & texts["validation"]
     assert not texts["train"] & texts["test"]
@@ -83,7 +83,7 @@ def test_no_document_of_the_bundled_corpus_is_in_two_splits(sides: dict[str, lis
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_the_bundled_corpus_holds_out_three_to_four_percent_of_every_kind(
-    sides: dict[str, list[spool.Document]], split: str
+    sides: dict[str, list[document_files.Document]], split: str
 ) -> None:
     total = sum(len(d.text.encode()) for documents in sides.values() for d in documents)
     held = sum(len(d.text.encode()) for d in sides[split])
@@ -91,7 +91,7 @@ def test_the_bundled_corpus_holds_out_three_to_four_percent_of_every_kind(
     assert {d.source for d in sides[split]} >= {"bible-kjv", "python-docs", "shakespeare-modern"}
 
 
-def test_the_test_split_holds_one_text_of_each_work(sides: dict[str, list[spool.Document]]) -> None:
+def test_the_test_split_holds_one_text_of_each_work(sides: dict[str, list[document_files.Document]]) -> None:
     """Two texts of one play would be counted as two pieces of evidence."""
     sources = defaultdict(set)
     for document in sides["test"]:

@@ -14,8 +14,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from pipelines.core.errors import IntegrityError
+<<<<<<< HEAD
 from pipelines.core.stage import Progress, StageContext
 from pipelines.data import spool, stage
+=======
+from pipelines.core.stage import STAGES, Progress, StageContext
+from pipelines.data import document_files, stage
+>>>>>>> da8586d (Token shards and packing take time linear in the blocks; the model card reads licences from the prepare report)
 from pipelines.data.config import PrepareConfig
 from pipelines.data.shards import ShardReader
 from pipelines.data.split import SPLITS
@@ -43,8 +48,8 @@ def results(folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in digests.items() if name not in OBSERVATIONS}
 
 
-def kept(folder: Path) -> dict[str, list[spool.Document]]:
-    return {split: list(spool.documents(folder / "documents" / f"{split}.jsonl.zst")) for split in SPLITS}
+def kept(folder: Path) -> dict[str, list[document_files.Document]]:
+    return {split: list(document_files.documents(folder / "documents" / f"{split}.jsonl.zst")) for split in SPLITS}
 
 
 def test_a_corrupt_corpus_gives_the_bytes_of_the_clean_one_and_lists_every_bad_record(
@@ -178,7 +183,7 @@ def test_a_second_attempt_in_the_same_scratch_is_not_mixed_with_the_first(
     reference = prepare(folder)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    for name in ("spool.jsonl.zst", "signatures.u32", "quarantine.jsonl"):
+    for name in ("cleaned.jsonl.zst", "signatures.u32", "quarantine.jsonl"):
         (scratch / name).write_bytes(b"left over from a killed attempt" * 100)
     out = tmp_path / "again"
     out.mkdir()

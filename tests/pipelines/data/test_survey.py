@@ -1,4 +1,4 @@
-"""The first pass: order, bounded memory, what is counted, and what ends on the spool."""
+"""The first pass: order, bounded memory, what is counted, and what ends in the file of cleaned documents."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from pipelines.core.errors import IntegrityError
-from pipelines.data import spool
+from pipelines.data import document_files
 from pipelines.data.config import PrepareConfig
 from pipelines.data.records import Document, Quarantined
-from pipelines.data.report import Tally
+from pipelines.data.report import DocumentCounts
 from pipelines.data.survey import clean_one, survey
 
 CONFIG = PrepareConfig(workers=1, min_characters=20)
@@ -27,32 +27,32 @@ def document(number: int, words: int = 50, **fields: str) -> Document:
     return dataclasses.replace(Document(f"d{number}", text, "s", "l", f"work-{number}"), **fields)
 
 
-def test_the_spool_holds_what_was_kept_in_the_order_it_was_read(tmp_path: Path) -> None:
-    tally = Tally()
+def test_the_file_holds_what_was_kept_in_the_order_it_was_read(tmp_path: Path) -> None:
+    counts = DocumentCounts()
     records = [document(n) for n in range(40)]
     records.insert(5, document(99, text="short"))
     records.insert(30, document(3, id="copy", work="another"))
-    found = survey(records, tmp_path, CONFIG, tally)
-    kept = list(spool.documents(found.spool))
+    found = survey(records, tmp_path, CONFIG, counts)
+    kept = list(document_files.documents(found.documents))
     assert [d.id for d in kept] == [f"d{n}" for n in range(40)]
     assert found.works == [d.work for d in kept]
     assert found.links == [("work-3", "another")]
-    assert tally.reasons() == {"exact duplicate": 1, "too short": 1}
+    assert counts.reasons() == {"exact duplicate": 1, "too short": 1}
 
 
 def test_the_signatures_on_disk_are_those_of_the_documents(tmp_path: Path) -> None:
     records = [document(n) for n in range(10)]
-    found = survey(records, tmp_path, CONFIG, Tally())
+    found = survey(records, tmp_path, CONFIG, DocumentCounts())
     expected = np.stack([clean_one(record, CONFIG).signature for record in records])
     assert isinstance(found.signatures, np.memmap)
     assert found.signatures.tolist() == expected.tolist()
 
 
 def test_no_documents_give_an_empty_survey(tmp_path: Path) -> None:
-    found = survey([], tmp_path, CONFIG, Tally())
+    found = survey([], tmp_path, CONFIG, DocumentCounts())
     assert found.signatures.shape == (0, CONFIG.permutations)
     assert (found.works, found.links, found.quarantined) == ([], [], 0)
-    assert list(spool.documents(found.spool)) == []
+    assert list(document_files.documents(found.documents)) == []
 
 
 def long(number: int) -> Document:
@@ -71,7 +71,7 @@ def test_texts_pass_through_memory_and_do_not_stay(tmp_path: Path) -> None:
             yield one
 
     tracemalloc.start()
-    survey(stream(), tmp_path, CONFIG, Tally())
+    survey(stream(), tmp_path, CONFIG, DocumentCounts())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert total > 30_000_000
@@ -89,7 +89,7 @@ def test_workers_never_run_far_ahead_of_what_is_written(tmp_path: Path) -> None:
             ahead.append(pulled - handled)
             yield long(number)
 
-    class Watching(Tally):
+    class Watching(DocumentCounts):
         def read(self, source: str) -> None:
             nonlocal handled
             handled += 1
@@ -109,9 +109,9 @@ def test_the_share_of_bad_records_is_compared_with_what_is_allowed(
     config = CONFIG.model_copy(update={"max_bad_fraction": allowed})
     if refused:
         with pytest.raises(IntegrityError, match=r"a\.jsonl, line 100, byte 12345: NUL byte"):
-            survey(records, tmp_path, config, Tally())
+            survey(records, tmp_path, config, DocumentCounts())
     else:
-        assert survey(records, tmp_path, config, Tally()).quarantined == 1
+        assert survey(records, tmp_path, config, DocumentCounts()).quarantined == 1
     listed = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     assert listed == [{"shard": "a.jsonl", "line": 100, "offset": 12_345, "reason": "NUL byte"}]
 
@@ -133,5 +133,5 @@ def test_cleaning_happens_before_everything_that_is_decided_by_the_text() -> Non
 
 def test_progress_is_told_every_five_hundred_documents(tmp_path: Path) -> None:
     told: list[int] = []
-    survey((document(n, words=12) for n in range(1200)), tmp_path, CONFIG, Tally(), told.append)
+    survey((document(n, words=12) for n in range(1200)), tmp_path, CONFIG, DocumentCounts(), told.append)
     assert told == [500, 1000]

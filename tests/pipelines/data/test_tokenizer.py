@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from pipelines.core.errors import ConfigError
 from pipelines.core.provenance import CHECKOUT
-from pipelines.data import spool, tokenizer
+from pipelines.data import document_files, tokenizer
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog " * 5,
@@ -59,8 +59,8 @@ def test_digits_are_never_merged() -> None:
 def test_a_word_that_occurs_only_in_test_gets_no_token_of_its_own(bundled: Path) -> None:
     """A held-out play has characters that no other work names: their names are spelled in pieces."""
     saved = Tokenizer.from_file(str(bundled / "tokenizer" / "tokenizer.json"))
-    train = " ".join(document.text for document in spool.documents(bundled / "documents" / "train.jsonl.zst"))
-    test = " ".join(document.text for document in spool.documents(bundled / "documents" / "test.jsonl.zst"))
+    train = " ".join(document.text for document in document_files.documents(bundled / "documents" / "train.jsonl.zst"))
+    test = " ".join(document.text for document in document_files.documents(bundled / "documents" / "test.jsonl.zst"))
     merged = [saved.decode([token]) for token in range(4 + 256, saved.get_vocab_size())]
     assert [piece for piece in merged if piece not in train] == []
     known = set(train.split())
@@ -86,7 +86,7 @@ def test_the_saved_folder_loads_through_transformers_and_agrees(bundled: Path) -
 
 def test_training_is_the_same_with_any_number_of_threads_and_in_any_process(tmp_path: Path) -> None:
     script = (
-        "import sys; from pipelines.data import tokenizer, spool; from pathlib import Path;"
+        "import sys; from pipelines.data import tokenizer, document_files; from pathlib import Path;"
         "texts = [Path(p).read_text() for p in sorted(Path('pipelines').rglob('*.py'))];"
         "tokenizer.train(texts, 800).save(sys.argv[1])"
     )

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ class World:
         (build / "tokenizer").mkdir()
         shutil.copyfile(self.model_folder / "tokenizer.json", build / "tokenizer" / "tokenizer.json")
         counts = {"sources": {"shakespeare": {"read": 50, "kept": 45, "dropped": {"near duplicate": 5}}}}
+        counts["sources"]["shakespeare"]["licenses"] = ["public domain"]
         (build / "report.json").write_text(json.dumps(counts))
         splits = {"train": {"documents": 40, "tokens": 9000}, "test": {"documents": 5, "tokens": 900}}
         (build / "index.json").write_text(json.dumps({"splits": splits}))
@@ -224,6 +225,19 @@ class World:
 def world_at(model_folder: Path) -> Callable[[Path, str], World]:
     """Return a function of a store and an MLflow that makes a world."""
     return lambda root, uri: World(root, model_folder, uri)
+
+
+_WATCHERS: list[list[str]] = []
+
+
+@pytest.fixture
+def opened_files() -> Iterator[list[str]]:
+    """Return the names of the files that this process opens from now on, in order."""
+    if not _WATCHERS:  # an audit hook stays for good, so there is one for all tests
+        sys.addaudithook(lambda event, facts: event == "open" and _WATCHERS and _WATCHERS[-1].append(str(facts[0])))
+    _WATCHERS.append([])
+    yield _WATCHERS[-1]
+    _WATCHERS[-1] = []
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import yaml
-import zstandard
 
 from pipelines.registry import evidence, gate, model_card
 from pipelines.registry.config import PromoteConfig
@@ -105,13 +104,25 @@ def test_the_licence_is_the_corpus_licence_or_spelt_out(
     world: Any, licences: list[str], name: str, details: str | None
 ) -> None:
     inputs = world.candidate(2.0)
-    rows = [{"source": "shakespeare", "license": licence} for licence in licences]
-    path = inputs["prepare"].path / "documents" / "test.jsonl.zst"
-    path.write_bytes(zstandard.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    path = inputs["prepare"].path / "report.json"
+    path.write_text(json.dumps({"sources": {"shakespeare": {"read": 50, "kept": 45, "licenses": licences}}}))
     front, page = rendered(inputs)
     assert front["license"] == name
     assert front.get("license_details") == details
     assert f"| shakespeare | {', '.join(licences)} |" in page
+
+
+def test_no_card_opens_the_documents_of_the_corpus(world: Any, opened_files: list[str]) -> None:
+    """A card that streamed the training split would read the whole corpus once for each registered model."""
+    parent = world.model("pretrain")
+    child = world.model("int8", parent=parent)
+    pairs = [(parent, world.evaluation(parent, 2.0)), (child, world.evaluation(child, 2.002, size=300))]
+    inputs = world.inputs(*pairs)
+    opened_files.clear()
+    world.promote(inputs, register_children=True)
+    reports = [name for name in opened_files if name.endswith("prepare/1/report.json")]
+    assert 1 <= len(reports) <= 4
+    assert not [name for name in opened_files if "/documents/" in name]
 
 
 def test_the_card_hides_what_the_environment_keeps_secret(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def test_tuning_starts_from_the_bytes_of_the_champion_and_records_where_they_cam
     fetched = made(store, "fetch", order, {})
     registered = load_file(tmp_path / "model2" / "model.safetensors")
     copying = Copying(store.root / "scratch", tmp_path / "step0")
-    tuned = made(store, "pretrain", settings(rule), {"prepare": prepared, "start": fetched}, report=copying)
+    tuned = made(store, "pretrain", settings(rule), {"prepare": prepared, "init_weights": fetched}, report=copying)
 
     started = copying.weights(registered)
     assert all(torch.equal(started[name], registered[name]) for name in registered)
@@ -104,8 +104,8 @@ def test_tuning_starts_from_the_bytes_of_the_champion_and_records_where_they_cam
         layer = lisa.layer_of(name)
         assert torch.equal(ended[name], before) == (layer is not None and layer not in drawn), name
 
-    assert tuned.manifest.parents == {"prepare": prepared.digest, "start": fetched.digest}
-    assert tuned.manifest.identity["inputs"]["start"] == fetched.manifest.fingerprint
+    assert tuned.manifest.parents == {"prepare": prepared.digest, "init_weights": fetched.digest}
+    assert tuned.manifest.identity["inputs"]["init_weights"] == fetched.manifest.fingerprint
     assert tuned.manifest.summary["started_from"] == "models:/ingot/2"
     assert tuned.manifest.summary["start_weights"] == initial_weights.folder_digest(tmp_path / "model2")
     origin = fetched.manifest.summary["origin"]

@@ -1,4 +1,4 @@
-"""The spool: documents come back as they went in, and a file that was cut is not read as a shorter one."""
+"""Document files: documents come back as they went in, and a file that was cut is not read as a shorter one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.data.document_files import DocumentWriter, documents
 from pipelines.data.records import Document
-from pipelines.data.spool import DocumentWriter, documents
 
 texts = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=50)
 
@@ -18,7 +18,7 @@ texts = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=50)
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.builds(Document, id=texts, text=texts, source=texts, license=texts, work=texts), max_size=8))
 def test_documents_survive_the_round_trip(tmp_path_factory: pytest.TempPathFactory, written: list[Document]) -> None:
-    path = tmp_path_factory.mktemp("spool") / "folder" / "a.jsonl.zst"
+    path = tmp_path_factory.mktemp("documents") / "folder" / "a.jsonl.zst"
     with DocumentWriter(path) as writer:
         for document in written:
             writer.write(document)
