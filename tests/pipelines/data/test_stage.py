@@ -14,13 +14,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from pipelines.core.errors import IntegrityError
-<<<<<<< HEAD
 from pipelines.core.stage import Progress, StageContext
-from pipelines.data import spool, stage
-=======
-from pipelines.core.stage import STAGES, Progress, StageContext
 from pipelines.data import document_files, stage
->>>>>>> da8586d (Token shards and packing take time linear in the blocks; the model card reads licences from the prepare report)
 from pipelines.data.config import PrepareConfig
 from pipelines.data.shards import ShardReader
 from pipelines.data.split import SPLITS
