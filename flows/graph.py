@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.config import RunConfig
-from models.compression.training_method import TrainedConfig
 from pipelines.core import fingerprint
 from pipelines.core.settings import Settings
 from pipelines.core.stage import Stage
@@ -48,12 +47,12 @@ class Identified:
         return fingerprint.digest(self.identity)
 
     @property
-    def lineage(self) -> str:
+    def resume_key(self) -> str:
         """sha256 that its unfinished work is found by."""
-        return fingerprint.digest(self.node.stage.lineage(self.node.config, self.input_keys))
+        return fingerprint.digest(self.node.stage.resume_key(self.node.config, self.input_keys))
 
 
-def start_of(config: RunConfig, store_root: Path) -> Source | None:
+def init_weights_of(config: RunConfig, store_root: Path) -> Source | None:
     """Return the weights that `pretrain.from` names at this moment; asks the registry only where it is set.
 
     Raises:
@@ -67,25 +66,25 @@ def start_of(config: RunConfig, store_root: Path) -> Source | None:
     return initial_weights.resolve(config.pretrain.from_, config.tracking, store_root)
 
 
-def nodes(config: RunConfig, start: Source | None = None) -> list[Node]:
+def nodes(config: RunConfig, init_weights: Source | None = None) -> list[Node]:
     """Return the nodes in an order in which each comes after its inputs."""
-    fetched = {} if start is None else {"init_weights": "fetch"}
+    fetched = {} if init_weights is None else {"init_weights": "fetch"}
     tokenizer = fetched if config.prepare.tokenizer == "init_weights" else {}
-    graph = [] if start is None else [_fetching(start)]
+    graph = [] if init_weights is None else [_fetching(init_weights)]
     graph += [
         Node("prepare", STAGES["prepare"], PrepareJob(data=config.data, prepare=config.prepare), tokenizer),
         Node("pretrain", STAGES["pretrain"], config.pretrain, {"prepare": "prepare", **fetched}),
         Node("evaluate.pretrain", STAGES["evaluate"], config.evaluate, {"prepare": "prepare", "model": "pretrain"}),
     ]
     models = {"pretrain": "pretrain"}
-    for child in config.compress:
-        source = models[child.from_ or "pretrain"]
-        models[child.name] = f"compress.{child.name}"
+    for variant in config.compress:
+        source = models[variant.from_ or "pretrain"]
+        models[variant.name] = f"compress.{variant.name}"
         reads = {"prepare": "prepare", "model": source}
-        if child.from_ and isinstance(child.parameters, TrainedConfig) and child.parameters.taught:
+        if variant.from_ and variant.needs_teacher:
             reads["teacher"] = "pretrain"
-        graph.append(Node(models[child.name], STAGES["compress"], child, reads))
-        graph.append(_evaluation_of(child.name, models[child.name], config))
+        graph.append(Node(models[variant.name], STAGES["compress"], variant, reads))
+        graph.append(_evaluation_of(variant.name, models[variant.name], config))
     inputs = {"prepare": "prepare"}
     for name, model in models.items():
         inputs |= {f"model:{name}": model, f"evaluation:{name}": f"evaluate.{name}"}
@@ -93,23 +92,23 @@ def nodes(config: RunConfig, start: Source | None = None) -> list[Node]:
     return graph
 
 
-def _fetching(start: Source) -> Node:
-    settings = FetchConfig(place=start.place, weights=start.weights, origin=start.origin)
-    return Node("fetch", STAGES["fetch"], settings, note=start.note)
+def _fetching(source: Source) -> Node:
+    settings = FetchConfig(place=source.place, weights=source.weights, origin=source.origin)
+    return Node("fetch", STAGES["fetch"], settings, note=source.note)
 
 
-def _evaluation_of(child: str, model: str, config: RunConfig) -> Node:
-    """Measure a child beside the pretrained model, also when other children lie between the two."""
+def _evaluation_of(variant: str, model: str, config: RunConfig) -> Node:
+    """Measure a variant beside the pretrained model, also when other variants lie between the two."""
     inputs = {
         "prepare": "prepare",
         "model": model,
         "parent_model": "pretrain",
         "parent_evaluation": "evaluate.pretrain",
     }
-    return Node(f"evaluate.{child}", STAGES["evaluate"], config.evaluate, inputs)
+    return Node(f"evaluate.{variant}", STAGES["evaluate"], config.evaluate, inputs)
 
 
-def identify(config: RunConfig, data_hash: str, start: Source | None = None) -> dict[str, Identified]:
+def identify(config: RunConfig, data_hash: str, init_weights: Source | None = None) -> dict[str, Identified]:
     """Return every node of the graph with its identity, in execution order.
 
     A node's identity holds the *fingerprints* of its inputs, so the whole plan is known before anything has run.
@@ -117,12 +116,12 @@ def identify(config: RunConfig, data_hash: str, start: Source | None = None) -> 
     Args:
         config: the run.
         data_hash: DVC hash of the corpus.
-        start: weights that training starts from; with the corpus, all that comes from outside.
+        init_weights: weights that training starts from; with the corpus, all that comes from outside.
     """
     identified: dict[str, Identified] = {}
-    for node in nodes(config, start):
+    for node in nodes(config, init_weights):
         keys = {name: identified[source].fingerprint for name, source in node.inputs.items()}
-        if node.name == "prepare":
+        if node.stage.corpus == "reads":
             keys["data"] = data_hash
         identified[node.name] = Identified(node, node.stage.identity(node.config, keys), keys)
     return identified

@@ -108,7 +108,7 @@ def _step(
         state, why = ("waits", f"needs {rebuilt[-1]}") if rebuilt else ("run", "never run")
     else:
         state, why = "run", _why(node, relative, graph)
-    if state == "run" and store.scratch(stage.name, node.lineage).is_dir():
+    if state == "run" and store.scratch(stage.name, node.resume_key).is_dir():
         why += "; goes on from its last checkpoint"
     estimate = None if state in {"cached", "skip"} else took
     return Step(

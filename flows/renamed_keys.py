@@ -14,7 +14,7 @@ from pipelines.core.errors import ConfigError
 KEYS: dict[str, str] = {}
 """Old dotted path -> new dotted path."""
 
-VALUES: dict[tuple[str, str], str] = {}
+VALUES: dict[tuple[str, str], str] = {("prepare.tokenizer", "start"): "init_weights"}
 """(dotted path, old value) -> new value."""
 
 

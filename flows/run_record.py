@@ -53,15 +53,15 @@ class RunRecord(BaseModel):
     pid: int
     host: str
     nodes: dict[str, NodeRecord]
-    start: str | None = None
+    init_weights: str | None = None
     """What `pretrain.from` led to when the run began; an alias may name other weights by now."""
     tracking_url: str | None = None
     tracking_pending: bool = False
 
     def pin(self, overrides: list[str]) -> list[str]:
         """Return overrides that start from the same weights as this run, wherever the aliases point by now."""
-        pinned = f"pretrain.from={self.start}"
-        return overrides if self.start is None or pinned in overrides else [*overrides, pinned]
+        pinned = f"pretrain.from={self.init_weights}"
+        return overrides if self.init_weights is None or pinned in overrides else [*overrides, pinned]
 
     def alive(self) -> bool:
         """Return whether the process of a running record still exists (on this host)."""

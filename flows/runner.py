@@ -11,7 +11,7 @@ from typing import Any
 
 from flows import planner
 from flows.config import RunConfig
-from flows.graph import Identified, identify, start_of
+from flows.graph import Identified, identify, init_weights_of
 from flows.planner import Selection
 from flows.run_record import PARETO, REPORT, NodeRecord, RunRecord, Runs
 from pipelines.core.artifact import Artifact
@@ -172,7 +172,7 @@ def open_execution(
 
     data_hash = versioning.data_hash(config.data, CHECKOUT)
     store = Store(CHECKOUT / config.store.path)
-    start = start_of(config, store.root)
+    start = init_weights_of(config, store.root)
     graph = identify(config, data_hash, start)
     selection.check(graph)
     runs = Runs(store.root)
@@ -182,7 +182,7 @@ def open_execution(
     session = tracking.open_session(
         config.tracking, store.root, run_id=record.id, recipe=recipe, params=resolved, data_hash=data_hash
     )
-    record.tracking_url, record.start = session.url, start.place if start is not None else None
+    record.tracking_url, record.init_weights = session.url, start.place if start is not None else None
     runs.save(record)
     return Execution(config, data_hash, graph, store, runs, record, session, selection, console, wait_s)
 

@@ -13,19 +13,24 @@ STAGES: dict[str, Stage] = {
             entry="pipelines.data.stage:run",
             sources=("pipelines/data",),
             observations=("report.json", "quarantine.jsonl"),
+            settings="pipelines.data.config:PrepareJob",
+            corpus="reads",
         ),
         Stage(
             "fetch",
             version=1,
             entry="pipelines.registry.fetch:run",
             sources=("pipelines/registry/fetch.py", "pipelines/registry/initial_weights.py"),
+            settings="pipelines.registry.config:FetchConfig",
+            corpus="none",
         ),
         Stage(
             "pretrain",
-            version=2,
+            version=3,
             entry="pipelines.training.stage:run",
             sources=("pipelines/training", "models/architectures", "models/optim"),
             observations=("metrics.jsonl", "observations.json"),
+            settings="pipelines.training.config:PretrainConfig",
         ),
         Stage(
             "compress",
@@ -33,6 +38,7 @@ STAGES: dict[str, Stage] = {
             entry="pipelines.compression.stage:run",
             sources=("pipelines/compression", "models/compression", "pipelines/training", "models/optim"),
             observations=("observations.json", "metrics.jsonl"),
+            settings="pipelines.compression.config:CompressConfig",
         ),
         Stage(
             "evaluate",
@@ -44,6 +50,7 @@ STAGES: dict[str, Stage] = {
                 "models/compression/modules/quantized_cache.py",
             ),
             observations=("observations.json",),
+            settings="pipelines.evaluation.config:EvaluateConfig",
         ),
         Stage(
             "promote",
@@ -51,6 +58,9 @@ STAGES: dict[str, Stage] = {
             entry="pipelines.registry.stage:run",
             sources=("pipelines/registry",),
             observations=("observations.json", "decision.json", "model_card.md"),
+            settings="pipelines.registry.config:PromoteConfig",
+            needs_tracking=True,
+            preview="pipelines.registry.evidence:preview",
         ),
     )
 }

@@ -116,7 +116,7 @@ def _resolve(name: str, overrides: list[str]) -> tuple[RunConfig, list[str]]:
 def _plan(config: RunConfig, selection: Selection) -> list[Step]:
     store = Store(CHECKOUT / config.store.path)
     data_hash = versioning.data_hash(config.data, CHECKOUT)
-    return planning.make(graph.identify(config, data_hash, graph.start_of(config, store.root)), store, selection)
+    return planning.make(graph.identify(config, data_hash, graph.init_weights_of(config, store.root)), store, selection)
 
 
 def _run_flow(

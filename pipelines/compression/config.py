@@ -17,6 +17,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from models.compression import registry
 from models.compression.base import MethodConfig
 from models.compression.formats.int_grid import GridConfig
+from models.compression.training_method import TrainedConfig
 from pipelines.core.settings import NOT_IDENTITY, Settings
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -90,6 +91,11 @@ class CompressConfig(Settings):
         if not self.name:
             object.__setattr__(self, "name", name)
         return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the method learns from the pretrained model beside the one that it starts from."""
+        return isinstance(self.parameters, TrainedConfig) and self.parameters.taught
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that can change a result, the method's resolved parameters beside them."""

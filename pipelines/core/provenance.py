@@ -25,7 +25,7 @@ class Provenance(BaseModel):
     created_at: str
     """UTC, ISO 8601."""
     duration_s: float
-    """Seconds from the start of the stage body to publication, on the monotonic clock."""
+    """Seconds that the stage body took, on the monotonic clock; publication (hashing, fsync) comes after it."""
     git_commit: str
     """Commit of the checkout, with `+dirty` when tracked files were modified; `unknown` outside git."""
     source_digest: str

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 from pipelines.core import artifact, disk, fingerprint, progress_bars, provenance
 from pipelines.core.artifact import Artifact
-from pipelines.core.provenance import Provenance
 from pipelines.core.settings import Settings
 from pipelines.core.stage import Stage, StageContext
 from pipelines.core.store import Store
@@ -49,19 +48,23 @@ def materialize(
     key = fingerprint.digest(identity)
     if not force and (cached := store.find(stage.name, key)):
         return cached
-    lineage = fingerprint.digest(stage.lineage(config, input_keys))
-    with store.lease(stage.name, lineage, wait_s=wait_s):
+    resume_key = fingerprint.digest(stage.resume_key(config, input_keys))
+    with store.lease(stage.name, resume_key, wait_s=wait_s):
         # Another run may have published it while this one waited for the lease.
         if not force and (cached := store.find(stage.name, key)):
             return cached
         for used in inputs.values():
             used.verify()
-        scratch = store.scratch(stage.name, lineage)
+        scratch = store.scratch(stage.name, resume_key)
         scratch.mkdir(parents=True, exist_ok=True)
-        build = store.build_folder(stage.name, lineage)
+        build = store.build_folder(stage.name, resume_key)
         started = time.monotonic()
+        at_work = dataclasses.replace(context, scratch=scratch, store=store.root)
         with disk.explained(f"the artifact of {context.node}", build, remove=True), progress_bars.bars():
-            at_work = dataclasses.replace(context, scratch=scratch, store=store.root)
+            summary = stage.body()(config, inputs, build, at_work)
+            made_by = provenance.capture(
+                duration_s=time.monotonic() - started, source_digest=stage.source_digest(), data_hash=data_hash
+            )
             published = artifact.publish(
                 build,
                 store.path(stage.name, key),
@@ -69,15 +72,9 @@ def materialize(
                 node=context.node,
                 identity=identity,
                 parents={name: used.digest for name, used in inputs.items()},
-                summary=stage.body()(config, inputs, build, at_work),
-                provenance=_provenance(stage, started, data_hash),
+                summary=summary,
+                provenance=made_by,
                 observations=stage.observations,
             )
         shutil.rmtree(scratch, ignore_errors=True)
         return published
-
-
-def _provenance(stage: Stage, started: float, data_hash: str | None) -> Provenance:
-    """Return who made it from which code, in how long."""
-    took = time.monotonic() - started
-    return provenance.capture(duration_s=took, source_digest=stage.source_digest(), data_hash=data_hash)

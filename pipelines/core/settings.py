@@ -24,7 +24,7 @@ class Settings(BaseModel):
         """Return the fields that can change a result, as JSON values: what enters a fingerprint."""
         return _fields(self, lambda extra: extra.get("identity") is not False)
 
-    def lineage(self) -> dict[str, Any]:
+    def resume_key(self) -> dict[str, Any]:
         """Return the identity without elastic fields: runs that agree in it can go on from each other's state."""
         return _fields(self, lambda extra: extra.get("identity") is not False and not extra.get("elastic"))
 

@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -87,23 +87,47 @@ class Stage:
     """Folders or files whose digest warns about a change without a new version."""
     observations: tuple[str, ...] = ()
     """Payload files with timings or logs, which are not part of the result."""
+    settings: str = "pipelines.core.settings:Settings"
+    """`module:class` of its configuration."""
+    corpus: Literal["reads", "descends", "none"] = "descends"
+    """reads: its hash is an input of its own; descends: through the other inputs; none: not made of the corpus."""
+    needs_tracking: bool = False
+    """Whether MLflow has to know what ran before it, as far as MLflow can be reached."""
+    preview: str = ""
+    """`module:function` `(inputs) -> rows`: a table that people see before it runs; empty for none."""
 
     def body(self) -> StageFunction:
         """Import and return the stage function."""
-        module, function = self.entry.split(":")
-        return getattr(importlib.import_module(module), function)
+        body: StageFunction = imported(self.entry)
+        return body
+
+    def configured(self, table: Mapping[str, Any]) -> Settings:
+        """Return the validated configuration of this stage."""
+        settings: type[Settings] = imported(self.settings)
+        return settings.model_validate(table)
+
+    def preview_rows(self, inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:
+        """Return the table that people see before the stage runs; empty for none."""
+        rows: list[dict[str, Any]] = imported(self.preview)(inputs) if self.preview else []
+        return rows
 
     def identity(self, config: Settings, inputs: Mapping[str, str]) -> dict[str, Any]:
         """Return what the fingerprint is taken over; `inputs` maps input names to fingerprints or data hashes."""
         return {"stage": self.name, "version": self.version, "config": config.identity(), "inputs": dict(inputs)}
 
-    def lineage(self, config: Settings, inputs: Mapping[str, str]) -> dict[str, Any]:
+    def resume_key(self, config: Settings, inputs: Mapping[str, str]) -> dict[str, Any]:
         """Return what an unfinished attempt must share with this one to be gone on from: names the scratch folder."""
-        return {**self.identity(config, inputs), "config": config.lineage()}
+        return {**self.identity(config, inputs), "config": config.resume_key()}
 
     def source_digest(self) -> str:
         """Return the sha256 over this stage's source files."""
         return _source_digest(self.sources)
+
+
+def imported(name: str) -> Any:
+    """Return what an import string `module:attribute` names."""
+    module, attribute = name.split(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """The store: where artifacts live, found by stage and fingerprint.
 
 .ingot/artifacts/<stage>/<fingerprint>/   published artifacts
-.ingot/scratch/<stage>-<lineage>/         what an unfinished stage keeps between attempts (checkpoints)
+.ingot/scratch/<stage>-<resume key>/      what an unfinished stage keeps between attempts (checkpoints)
 .ingot/leases/                            who works on what
 .ingot/runs/<run id>/                     record and report of each run
 """

@@ -28,6 +28,18 @@ _PRECISION = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
 """Bits per weight of a model that is not compressed, by the `dtype` of its config.json."""
 
 
+def preview(inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:
+    """Return all evaluations in one table: what people see before the gate decides on them."""
+    from pipelines.measure import intervals
+
+    measured = {
+        name.removeprefix("evaluation:"): intervals.read(artifact.path)
+        for name, artifact in inputs.items()
+        if name.startswith("evaluation:")
+    }
+    return intervals.table(measured) if measured else []
+
+
 @dataclass(frozen=True)
 class Evidence:
     """One model's identity and measurements."""

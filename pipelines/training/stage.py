@@ -136,7 +136,7 @@ def _descent(fetched: Artifact | None) -> Summary:
     """Return which model the training started from, for tables and lineage."""
     if fetched is None:
         return {}
-    return {"started_from": fetched.manifest.summary["source"], "start_weights": fetched.manifest.summary["weights"]}
+    return {"init_from": fetched.manifest.summary["source"], "init_weights": fetched.manifest.summary["weights"]}
 
 
 def write_spec(spec: WorkerSpec) -> None:

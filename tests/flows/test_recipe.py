@@ -126,6 +126,6 @@ def test_ranks_of_a_trained_child_are_identity_but_do_not_part_it_from_its_unfin
         for key, value in (("world_size", 2), ("world_size", 1))
     )
     assert one.fingerprint != other.fingerprint
-    assert one.lineage == other.lineage
+    assert one.resume_key == other.resume_key
     quieter = identify(recipe.resolve("demo-qat", ["compress.1.checkpoint_every=7"]), "0" * 32)["compress.distilled"]
     assert quieter.fingerprint == one.fingerprint

@@ -154,11 +154,11 @@ def test_the_champion_is_tuned_and_the_plan_and_the_lineage_say_from_which_versi
     run_in(store, "run", *tune, "--only", "fetch")
     run_in(store, "run", *tune, "--only", "pretrain")
     record = Runs(store).get()
-    assert record.start == "models:/ingot-smoke/1"
+    assert record.init_weights == "models:/ingot-smoke/1"
     made = artifact.load(Path(str(record.nodes["pretrain"].artifact)))
-    assert made.manifest.summary["started_from"] == "models:/ingot-smoke/1"
+    assert made.manifest.summary["init_from"] == "models:/ingot-smoke/1"
     shown = run_in(store, "show", made.manifest.fingerprint[:12]).stdout
-    assert "start: fetch" in shown
+    assert "init_weights: fetch" in shown
     assert "from: models:/ingot-smoke/1" in shown
     states = {step["node"]: step["state"] for step in json.loads(run_in(store, "plan", *tune, "--json").stdout)}
     assert (states["fetch"], states["pretrain"]) == ("cached", "cached")

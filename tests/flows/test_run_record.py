@@ -95,7 +95,7 @@ def test_saving_leaves_no_temporary_file(tmp_path: Path) -> None:
 def test_a_command_that_was_cut_off_goes_on_from_the_weights_it_began_with(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     record = start(runs)
-    record.start = "models:/x/3"
+    record.init_weights = "models:/x/3"
     runs.save(record)
     found = runs.unfinished("smoke", ["a=1"])
     assert found is not None

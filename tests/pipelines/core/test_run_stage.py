@@ -155,14 +155,14 @@ def test_the_context_carries_the_store_and_the_scratch_of_this_identity(bench: B
     made = bench.make()
     (context,) = bench.stage.contexts
     assert context.store == bench.store.root
-    lineage = digest(bench.stage.lineage(Config(), {}))
-    assert lineage != made.manifest.fingerprint
-    assert context.scratch == bench.store.scratch("prepare", lineage)
+    resume_key = digest(bench.stage.resume_key(Config(), {}))
+    assert resume_key != made.manifest.fingerprint
+    assert context.scratch == bench.store.scratch("prepare", resume_key)
 
 
 def test_a_locked_artifact_is_refused_or_served_from_the_cache(bench: Bench) -> None:
     made = bench.make()
-    with bench.store.lease("prepare", digest(bench.stage.lineage(Config(), {})), wait_s=0):
+    with bench.store.lease("prepare", digest(bench.stage.resume_key(Config(), {})), wait_s=0):
         assert bench.make(wait_s=0).digest == made.digest  # nothing to build: no lease is needed
         with pytest.raises(LockedError, match="stage prepare-"):
             bench.make(force=True, wait_s=0)

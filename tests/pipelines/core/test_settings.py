@@ -36,13 +36,13 @@ def test_identity_leaves_out_what_cannot_change_a_result_at_every_depth() -> Non
     }
 
 
-def test_an_elastic_field_is_identity_and_not_lineage() -> None:
+def test_an_elastic_field_is_identity_and_not_resume_key() -> None:
     """Another number of ranks gives another artifact, and goes on from the same checkpoints."""
     few, many = Section(ranks=1), Section(ranks=8)
     assert few.identity() != many.identity()
-    assert few.lineage() == many.lineage()
-    assert {"ranks": 1, **few.lineage()} == few.identity()
-    assert Section(lr=0.2).lineage() != few.lineage()
+    assert few.resume_key() == many.resume_key()
+    assert {"ranks": 1, **few.resume_key()} == few.identity()
+    assert Section(lr=0.2).resume_key() != few.resume_key()
 
 
 def test_a_field_outside_identity_does_not_change_the_fingerprint_and_any_other_does() -> None:

@@ -106,7 +106,7 @@ def test_tuning_starts_from_the_bytes_of_the_champion_and_records_where_they_cam
 
     assert tuned.manifest.parents == {"prepare": prepared.digest, "init_weights": fetched.digest}
     assert tuned.manifest.identity["inputs"]["init_weights"] == fetched.manifest.fingerprint
-    assert tuned.manifest.summary["started_from"] == "models:/ingot/2"
-    assert tuned.manifest.summary["start_weights"] == initial_weights.folder_digest(tmp_path / "model2")
+    assert tuned.manifest.summary["init_from"] == "models:/ingot/2"
+    assert tuned.manifest.summary["init_weights"] == initial_weights.folder_digest(tmp_path / "model2")
     origin = fetched.manifest.summary["origin"]
     assert [a.manifest.identity["seed"] for a in store.artifacts() if a.manifest.fingerprint == origin] == [2]

@@ -119,7 +119,7 @@ def test_the_settings_are_read_without_torch() -> None:
 
 @pytest.mark.parametrize("values", [{"compile": True}, {"loss_chunk": 64}, {"optimizer": {"compiled": True}}])
 def test_a_run_may_go_on_with_another_kernel_of_the_same_arithmetic(values: dict[str, Any]) -> None:
-    assert PretrainConfig.model_validate(values).lineage() == PretrainConfig().lineage()
+    assert PretrainConfig.model_validate(values).resume_key() == PretrainConfig().resume_key()
 
 
 def test_a_compiled_model_with_lisa_is_refused() -> None:

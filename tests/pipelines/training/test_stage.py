@@ -223,7 +223,7 @@ def test_threads_are_identity_that_a_run_may_go_on_without(prepared: Artifact, t
     assert environment(spec)["OMP_NUM_THREADS"] == environment(spec)["MKL_NUM_THREADS"] == "3"
     assert environment(spec)["DS_ACCELERATOR"] == "cpu"
     assert one.identity() != three.identity()
-    assert one.lineage() == three.lineage()
+    assert one.resume_key() == three.resume_key()
 
 
 def test_a_progress_line_shows_loss_rate_and_time_left() -> None:
