@@ -1,7 +1,9 @@
 """Learning-rate schedules as pure functions: step -> multiplier of the peak rate.
 
-Steps count from 0. A schedule of `total` steps warms up over the first `warmup` of them, and reaches `floor` with the
-last one. Nothing is remembered between calls, so resuming needs the step number only.
+Steps count from 0. A schedule of `total` steps warms up over the first `warmup` of them; its first step after that has
+the peak rate, and a step after the last one would have `floor`. So every step trains: with a floor of 0 a decay that
+reached it would waste the last step, and a schedule of one step would train nothing. Nothing is remembered between
+calls, so resuming needs the step number only.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ def multiplier(
     """Return the learning rate of a step as a share of its peak.
 
     Args:
-        step: from 0; at or beyond `total` it stays at the last value.
+        step: from 0; at or beyond `total` it stays at the value of the last step.
         total: steps of the schedule.
         warmup: steps of warm-up; the first step already moves (share 1 / warmup).
         warmup_form: "linear", or "sqrt", which rises faster at first.
         decay: what follows the warm-up; "wsd" (warm-up, stable, decay) stays at the peak and falls linearly at the end.
-        floor: share of the peak that the decay ends at.
+        floor: share of the peak that the decay heads for: the value of a step `total`.
         power: exponent of the "polynomial" decay.
         stable: share of the steps after the warm-up that "wsd" stays at the peak.
 
@@ -42,7 +44,9 @@ def multiplier(
     check(total=total, warmup=warmup, floor=floor, power=power, stable=stable)
     if step < warmup:
         return warm_up((step + 1) / warmup, warmup_form)
-    done = min(1.0, (step - warmup + 1) / (total - warmup)) if total > warmup else 1.0
+    if total == warmup:
+        return 1.0
+    done = (min(step, total - 1) - warmup) / (total - warmup)
     return floor + (1 - floor) * remaining(done, decay, power=power, stable=stable)
 
 

@@ -135,7 +135,9 @@ class ScheduleConfig(Settings):
     )
     power: float = Field(1.0, gt=0.0, le=10.0, description="Exponent of the polynomial decay.")
     stable: float = Field(0.8, ge=0.0, lt=1.0, description="Share of the steps after warm-up at the peak (wsd).")
-    floor: float = Field(0.0, ge=0.0, le=1.0, description="Learning rate at the last step over the peak.")
+    floor: float = Field(
+        0.0, ge=0.0, le=1.0, description="Learning rate after the last step over the peak; no step's own rate is 0."
+    )
 
     def warmup_steps(self, total: int) -> int:
         """Return the steps of warm-up of a schedule of `total` steps."""

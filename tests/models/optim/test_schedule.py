@@ -27,9 +27,21 @@ def test_square_root_warm_up_rises_faster_at_first() -> None:
 
 @pytest.mark.parametrize("decay", [decay for decay in DECAYS if decay != "constant"])
 @pytest.mark.parametrize("floor", [0.0, 0.1])
-def test_a_decay_ends_at_its_floor_with_the_last_step(decay: Any, floor: float) -> None:
-    assert multiplier(99, total=100, warmup=10, decay=decay, floor=floor) == pytest.approx(floor, abs=1e-12)
-    assert multiplier(500, total=100, warmup=10, decay=decay, floor=floor) == pytest.approx(floor, abs=1e-12)
+def test_a_decay_reaches_its_floor_after_the_last_step(decay: Any, floor: float) -> None:
+    """As the same decay over more steps shows, cut off at the same distance from its end."""
+    last = multiplier(99_999, total=100_000, warmup=10, decay=decay, floor=floor)
+    assert floor < last == pytest.approx(floor, abs=1e-4)
+    assert multiplier(500, total=100, decay=decay, floor=floor) == multiplier(99, total=100, decay=decay, floor=floor)
+
+
+@given(st.integers(1, 60), st.floats(0, 1), st.sampled_from(DECAYS), st.sampled_from(["linear", "sqrt"]))
+def test_no_step_has_a_rate_of_zero(total: int, share: float, decay: Any, form: Any) -> None:
+    """A step at rate 0 trains nothing: not the last one of a decay to 0, not the only one of a schedule of one."""
+    warmup = int(share * total)
+    rates = [multiplier(n, total=total, warmup=warmup, warmup_form=form, decay=decay) for n in range(total)]
+    assert min(rates) > 0
+    if warmup < total:
+        assert rates[warmup] == 1.0
 
 
 @given(
@@ -46,17 +58,17 @@ def test_after_the_warm_up_the_rate_never_rises(
 
 
 def test_cosine_is_half_way_down_in_the_middle() -> None:
-    assert multiplier(49, total=100, decay="cosine") == pytest.approx(0.5)
+    assert multiplier(50, total=100, decay="cosine") == pytest.approx(0.5)
 
 
 def test_polynomial_of_power_two_is_a_parabola() -> None:
-    assert multiplier(49, total=100, decay="polynomial", power=2) == pytest.approx(0.25)
+    assert multiplier(50, total=100, decay="polynomial", power=2) == pytest.approx(0.25)
 
 
 def test_wsd_stays_at_the_peak_and_then_falls_linearly() -> None:
     values = [multiplier(step, total=100, decay="wsd", stable=0.8) for step in range(100)]
-    assert values[:80] == [1.0] * 80
-    assert values[89] == pytest.approx(0.5)
+    assert values[:81] == [1.0] * 81
+    assert values[90] == pytest.approx(0.5)
 
 
 def test_constant_stays_at_the_peak() -> None:
