@@ -34,7 +34,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "compress",
-            version=4,
+            version=5,
             entry="pipelines.compression.stage:run",
             sources=("pipelines/compression", "models/compression", "pipelines/training", "models/optim"),
             observations=("observations.json", "metrics.jsonl"),
