@@ -102,8 +102,8 @@ def _evaluation_of(variant: str, model: str, config: RunConfig) -> Node:
     inputs = {
         "prepare": "prepare",
         "model": model,
-        "parent_model": "pretrain",
-        "parent_evaluation": "evaluate.pretrain",
+        "base_model": "pretrain",
+        "base_evaluation": "evaluate.pretrain",
     }
     return Node(f"evaluate.{variant}", STAGES["evaluate"], config.evaluate, inputs)
 

@@ -42,7 +42,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "evaluate",
-            version=2,
+            version=3,
             entry="pipelines.evaluation.stage:run",
             sources=(
                 "pipelines/evaluation",

@@ -48,14 +48,14 @@ class EvaluateConfig(BatchSettings):
     confidence: float = Field(default=0.95, ge=0.5, le=0.999, description="Coverage of all intervals.")
     baselines: tuple[BaselineName, ...] = Field(
         default=("gzip", "xz", "order1", "order2", "order3", "unigram"),
-        description="Null arms measured beside a parent: two compressors and token counts with Witten-Bell backoff "
+        description="Baselines measured beside a base model: two compressors and token counts with Witten-Bell backoff "
         "for a decoder, unigram for an encoder.",
     )
     baseline_tokens: int = Field(
         default=20_000_000, ge=1000, description="Train tokens that the count models read at most."
     )
     kl_tokens: int = Field(
-        default=8192, ge=0, description="Tokens on which a child's predictions are compared with its parent's."
+        default=8192, ge=0, description="Tokens on which a variant's predictions are compared with its base model's."
     )
     tasks: TaskConfig = Field(default_factory=TaskConfig, description="lm-eval tasks.")
     latency: LatencyConfig = Field(

@@ -113,6 +113,7 @@ def embed(scorer: Scorer, tokens_T: NDArray[np.int64]) -> Floats:
     """Return the mean of an encoder's last hidden states over the tokens of one document [D]."""
     import torch
 
+    scorer.check_device()
     ids_BT = torch.from_numpy(tokens_T)[None].to(scorer.device)
     with torch.inference_mode():
         hidden_BTD = scorer.model.base_model(input_ids=ids_BT).last_hidden_state

@@ -1,4 +1,4 @@
-"""The evaluate stage: held-out bits per byte, tasks, size, latency, and a child against its parent.
+"""The evaluate stage: held-out bits per byte, tasks, size, latency, and a variant against its base model.
 
 evaluation.json        the numbers; the same inputs give the same bytes
 document_nats.npy      negative log likelihood of each document, for paired comparison with any other model
@@ -42,7 +42,7 @@ _PROBING = threading.Lock()
 def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
     """Measure the model of `inputs["model"]` on the test documents of `inputs["prepare"]`.
 
-    With `parent_model` and `parent_evaluation` among the inputs the model is a child, and is compared with its parent.
+    With `base_model` and `base_evaluation` among the inputs the model is a variant, and is compared with its base.
 
     Raises:
         IntegrityError: the model does not load, or has another tokenizer than the prepared data.
@@ -61,14 +61,14 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
 
     nats = scoring.document_nats(scorer, plan.batches, len(held.documents), report)
     evaluation = _headline(config, held, scorer, plan, nats, model)
-    if "parent_model" not in inputs:
+    if "base_model" not in inputs:
         evaluation["baselines"] = _baselines(config, prepared, held, scorer.family, plan)
         train_tokens = int(held.index["splits"]["train"]["tokens"])
         evaluation["baseline_train_tokens"] = min(train_tokens, config.baseline_tokens)
         evaluation["baselines_truncated"] = train_tokens > config.baseline_tokens
     outcomes = _run_tasks(config, held, scorer, model, out_dir, context, evaluation)
-    if "parent_model" in inputs:
-        evaluation["versus_parent"] = _versus_parent(config, inputs, scorer, plan, nats, outcomes)
+    if "base_model" in inputs:
+        evaluation["versus_base"] = _versus_base(config, inputs, scorer, plan, nats, outcomes)
     _relate(config, inputs, held, scorer, out_dir, evaluation)
     observed = _probe(config, model, device, context)
     _write(out_dir, evaluation, outcomes, nats, plan.sizes, observed | {"wall_s": round(time.monotonic() - started, 3)})
@@ -101,7 +101,7 @@ def _headline(
         "weights_bytes": _bytes_of(model, "*.safetensors"),
         "cache_bytes_per_token": scoring.cache_bytes_per_token(scorer, plan.batches[0]),
         "baselines": {},
-        "versus_parent": None,
+        "versus_base": None,
     }
 
 
@@ -144,7 +144,7 @@ def _run_tasks(
     return {name: list(outcome.correct) for name, outcome in outcomes.items()}
 
 
-def _versus_parent(
+def _versus_base(
     config: EvaluateConfig,
     inputs: Mapping[str, Artifact],
     scorer: Scorer,
@@ -152,23 +152,23 @@ def _versus_parent(
     nats: NDArray[np.float64],
     outcomes: dict[str, list[int]],
 ) -> dict[str, Any]:
-    evaluated = inputs["parent_evaluation"]
-    parent_nats = np.load(evaluated.path / "document_nats.npy", allow_pickle=False)
-    parent_outcomes = evaluated.read_json("task_outcomes.json")
-    parent_size = evaluated.read_json("evaluation.json")["size_bytes"]
+    evaluated = inputs["base_evaluation"]
+    base_nats = np.load(evaluated.path / "document_nats.npy", allow_pickle=False)
+    base_outcomes = evaluated.read_json("task_outcomes.json")
+    base_size = evaluated.read_json("evaluation.json")["size_bytes"]
     model = inputs["model"].path / "model"
     result: dict[str, Any] = {
-        "bits_per_byte_ratio": intervals.paired_ratio(nats, parent_nats, plan.sizes, **_bootstrap(config)).to_json(),
-        "size_ratio": _bytes_of(model, "*") / parent_size,
+        "bits_per_byte_ratio": intervals.paired_ratio(nats, base_nats, plan.sizes, **_bootstrap(config)).to_json(),
+        "size_ratio": _bytes_of(model, "*") / base_size,
         "task_accuracy_difference": {
-            name: intervals.paired_difference(correct, parent_outcomes[name], **_bootstrap(config)).to_json()
+            name: intervals.paired_difference(correct, base_outcomes[name], **_bootstrap(config)).to_json()
             for name, correct in outcomes.items()
-            if name in parent_outcomes
+            if name in base_outcomes
         },
     }
     if config.kl_tokens:
-        parent = scoring.load(inputs["parent_model"].path / "model", scorer.device)
-        result |= scoring.divergence(parent, scorer, windows.take(plan.batches, config.kl_tokens))
+        base = scoring.load(inputs["base_model"].path / "model", scorer.device)
+        result |= scoring.divergence(base, scorer, windows.take(plan.batches, config.kl_tokens))
     return result
 
 
@@ -180,14 +180,14 @@ def _relate(
     out_dir: Path,
     evaluation: dict[str, Any],
 ) -> None:
-    """Write an encoder's relative representations, and enter how far a child's space is from its parent's."""
+    """Write an encoder's relative representations, and enter how far a variant's space is from its base model's."""
     mine = relative.measure(scorer, held, window_tokens(config, held))
     if mine is None:
         return
     np.save(out_dir / RELATIVE, mine, allow_pickle=False)
-    if "parent_evaluation" in inputs:
-        theirs = np.load(inputs["parent_evaluation"].path / RELATIVE, allow_pickle=False)
-        evaluation["versus_parent"]["relative"] = relative.compare(mine, theirs, **_bootstrap(config))
+    if "base_evaluation" in inputs:
+        theirs = np.load(inputs["base_evaluation"].path / RELATIVE, allow_pickle=False)
+        evaluation["versus_base"]["relative"] = relative.compare(mine, theirs, **_bootstrap(config))
 
 
 def _probe(config: EvaluateConfig, model: Path, device: str, context: StageContext) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def _write(
 
 
 def _summary(evaluation: dict[str, Any], observed: dict[str, Any]) -> Summary:
-    versus = evaluation["versus_parent"] or {}
+    versus = evaluation["versus_base"] or {}
     return {
         "family": evaluation["family"],
         "bits_per_byte": evaluation["bits_per_byte"]["value"],

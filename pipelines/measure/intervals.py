@@ -1,4 +1,4 @@
-"""Intervals over documents, and parent and children in one table. numpy only.
+"""Intervals over documents, and a base model and its variants in one table. numpy only.
 
 Tokens of one document are not independent, documents nearly are: every interval here resamples whole documents
 (percentile bootstrap). Two models are compared on the same resamples, so that what is hard for both cancels.
@@ -134,29 +134,29 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def table(evaluations: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row per model, then one per baseline: parent and children side by side.
+    """Return one row per model, then one per baseline: base model and variants side by side.
 
     Args:
-        evaluations: name -> what `read` returns, the parent first.
+        evaluations: name -> what `read` returns, the base model first.
 
     Returns:
-        Rows with the same keys: `model`, `kind` (parent, child or baseline), `bits_per_byte`, `low`, `high`,
+        Rows with the same keys: `model`, `kind` (base, variant or baseline), `bits_per_byte`, `low`, `high`,
         `truncated`, `ratio`, `ratio_low`, `ratio_high`, `kl`, `task.<name>`, `size_bytes`, `cache_bytes_per_token`,
         `prefill_ms`, `decode_ms`, `peak_memory_bytes`; None where there is no number.
     """
     names = sorted({task for evaluation in evaluations.values() for task in evaluation["tasks"]})
     rows = [_row(name, evaluation, names) for name, evaluation in evaluations.items()]
-    nulls = {name: value for evaluation in evaluations.values() for name, value in evaluation["baselines"].items()}
-    return rows + [_empty_row(name, "baseline", names) | {"bits_per_byte": value} for name, value in nulls.items()]
+    baselines = {name: value for evaluation in evaluations.values() for name, value in evaluation["baselines"].items()}
+    return rows + [_empty_row(name, "baseline", names) | {"bits_per_byte": value} for name, value in baselines.items()]
 
 
 def _row(name: str, evaluation: Mapping[str, Any], tasks: list[str]) -> dict[str, Any]:
-    versus = evaluation.get("versus_parent") or {}
+    versus = evaluation.get("versus_base") or {}
     ratio = versus.get("bits_per_byte_ratio") or {}
     bits = evaluation["bits_per_byte"]
     observed = evaluation.get("observations") or {}
     latency = observed.get("latency") or {}
-    return _empty_row(name, "child" if versus else "parent", tasks) | {
+    return _empty_row(name, "variant" if versus else "base", tasks) | {
         "bits_per_byte": bits["value"],
         "low": bits["low"],
         "high": bits["high"],

@@ -1,10 +1,11 @@
-"""Forward passes over held-out text: negative log likelihoods per document, and divergence of a child from its parent.
+"""Forward passes over held-out text: log likelihoods of documents, and how far a variant is from its base model.
 
 Shape letters as in `windows.py`; V is the vocabulary.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,11 +34,11 @@ def negative_log_likelihood(logits_NV: Tensor, target_N: Tensor) -> Tensor:
     return functional.cross_entropy(logits_NV.float(), target_N, reduction="none")
 
 
-def kl_divergence(parent_NV: Tensor, child_NV: Tensor) -> Tensor:
-    """Return KL(parent || child) in nats [N]: zero only where the two distributions are equal."""
-    parent_log = functional.log_softmax(parent_NV.float(), dim=-1)
-    child_log = functional.log_softmax(child_NV.float(), dim=-1)
-    return (parent_log.exp() * (parent_log - child_log)).sum(dim=-1)
+def kl_divergence(base_NV: Tensor, variant_NV: Tensor) -> Tensor:
+    """Return KL(base || variant) in nats [N]: zero only where the two distributions are equal."""
+    base_log = functional.log_softmax(base_NV.float(), dim=-1)
+    variant_log = functional.log_softmax(variant_NV.float(), dim=-1)
+    return (base_log.exp() * (base_log - variant_log)).sum(dim=-1)
 
 
 # ---- models -----------------------------------------------------------------------------------------------------
@@ -53,12 +54,28 @@ class Scorer:
     """How errors call the model."""
     device: str
 
+    def check_device(self) -> None:
+        """Refuse a model that is not where batches go.
+
+        Raises:
+            ValueError: names the first parameter or buffer that is on another device.
+        """
+        wanted = torch.device(self.device)
+        for name, tensor in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
+            if tensor.device.type != wanted.type or wanted.index not in (None, tensor.device.index):
+                raise ValueError(
+                    f"{self.name} is scored on {wanted}, but its {name} is on {tensor.device}: "
+                    "move the model before scoring it"
+                )
+
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits at the scored outputs [N, V].
 
         Raises:
             NumericError: a logit is not finite.
+            ValueError: the model is not on the device that batches go to.
         """
+        self.check_device()
         ids_BL = torch.from_numpy(batch.ids).to(self.device)
         row_N = torch.from_numpy(batch.rows).to(self.device)
         column_N = torch.from_numpy(batch.columns).to(self.device)
@@ -128,7 +145,7 @@ def document_nats(
     nats = np.zeros(documents, dtype=np.float64)
     total, done = sum(len(batch.targets) for batch in batches), 0
     for batch, logits_NV in _forward(scorer, batches):
-        target_N = torch.from_numpy(batch.targets).to(scorer.device)
+        target_N = torch.from_numpy(batch.targets).to(logits_NV.device)
         scored = negative_log_likelihood(logits_NV, target_N).double().cpu().numpy()
         np.add.at(nats, batch.documents, scored)
         done += len(scored)
@@ -136,18 +153,18 @@ def document_nats(
     return nats
 
 
-def divergence(parent: Scorer, child: Scorer, batches: Sequence[Batch]) -> dict[str, float]:
+def divergence(base: Scorer, variant: Scorer, batches: Sequence[Batch]) -> dict[str, float]:
     """Compare the predictions of two models token by token.
 
     Returns:
-        `kl_nats_per_token`, the mean KL(parent || child); `top1_agreement`, the share of tokens at which both put
+        `kl_nats_per_token`, the mean KL(base || variant); `top1_agreement`, the share of tokens at which both put
         the same token first; `kl_tokens`, how many tokens were compared.
     """
     nats, agreed, tokens = 0.0, 0, 0
-    for (_, parent_NV), (_, child_NV) in zip(_forward(parent, batches), _forward(child, batches), strict=True):
-        nats += float(kl_divergence(parent_NV, child_NV).double().sum())
-        agreed += int((parent_NV.argmax(dim=-1) == child_NV.argmax(dim=-1)).sum())
-        tokens += len(parent_NV)
+    for (_, base_NV), (_, variant_NV) in zip(_forward(base, batches), _forward(variant, batches), strict=True):
+        nats += float(kl_divergence(base_NV, variant_NV).double().sum())
+        agreed += int((base_NV.argmax(dim=-1) == variant_NV.argmax(dim=-1)).sum())
+        tokens += len(base_NV)
     return {"kl_nats_per_token": nats / tokens, "top1_agreement": agreed / tokens, "kl_tokens": tokens}
 
 
@@ -155,6 +172,7 @@ def cache_bytes_per_token(scorer: Scorer, batch: Batch) -> float | None:
     """Return the bytes that a decoder's attention cache holds for each token of one batch; None for an encoder."""
     if scorer.family == "encoder":
         return None
+    scorer.check_device()
     ids_BL = torch.from_numpy(batch.ids).to(scorer.device)
     with torch.inference_mode():
         cache = scorer.model(input_ids=ids_BL, use_cache=True, logits_to_keep=1).past_key_values

@@ -114,7 +114,7 @@ def of_artifacts(
 ) -> Evidence:
     """Return the evidence on one model; `by_digest` holds the models that it may descend from."""
     measured = evaluation.read_json("evaluation.json")
-    versus = measured.get("versus_parent") or {}
+    versus = measured.get("versus_base") or {}
     method, bits = _method(model)
     return Evidence(
         name=name,

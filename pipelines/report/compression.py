@@ -59,8 +59,8 @@ def rows(models: Sequence[Mapping[str, Any]], artifacts: Mapping[str, Artifact],
         `footprint_bytes` (disk and cache), `size_ratio`, `footprint_ratio`, `prefill_ratio`, `decode_ratio`,
         `memory_ratio` (to the parent's) and `best`: no other child is smaller and better.
     """
-    parent = next((row for row in models if row["kind"] == "parent"), None)
-    measured = {row["model"]: row for row in models if row["kind"] == "child"}
+    parent = next((row for row in models if row["kind"] == "base"), None)
+    measured = {row["model"]: row for row in models if row["kind"] == "variant"}
     found = []
     for node, artifact in artifacts.items():
         name = node.removeprefix(_COMPRESS)

@@ -39,8 +39,8 @@ def test_every_model_is_evaluated_and_reaches_the_gate() -> None:
 def test_a_child_is_measured_beside_its_parent() -> None:
     graph = {node.name: node for node in nodes(recipe.resolve("smoke"))}
     child = graph["evaluate.rtn-int8-channel"]
-    assert child.inputs["parent_model"] == "pretrain"
-    assert child.inputs["parent_evaluation"] == "evaluate.pretrain"
+    assert child.inputs["base_model"] == "pretrain"
+    assert child.inputs["base_evaluation"] == "evaluate.pretrain"
 
 
 def test_a_chained_child_reads_the_child_it_names(tmp_path: Path) -> None:

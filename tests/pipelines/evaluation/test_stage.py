@@ -1,4 +1,4 @@
-"""The whole stage on trained tiny models: parent, child, encoder, truncation, determinism and refusals."""
+"""The whole stage on trained tiny models: base, variant, encoder, truncation, determinism and refusals."""
 
 from __future__ import annotations
 
@@ -42,29 +42,29 @@ def _evaluate(config: EvaluateConfig, inputs: dict[str, Artifact], out: Path, co
 
 
 @pytest.fixture(scope="module")
-def parent(
+def base(
     prepared: Artifact, decoder_artifact: Artifact, small: EvaluateConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> Artifact:
-    folder = tmp_path_factory.mktemp("parent")
+    folder = tmp_path_factory.mktemp("base")
     context = StageContext(node="evaluate.pretrain", scratch=folder / "scratch", compute=ComputeConfig(device="cpu"))
     return _evaluate(small, {"prepare": prepared, "model": decoder_artifact}, folder, context)
 
 
 @pytest.fixture(scope="module")
-def child_artifact(decoder: Any, save_model: Callable[[Any], Artifact]) -> Artifact:
+def variant_artifact(decoder: Any, save_model: Callable[[Any], Artifact]) -> Artifact:
     """The decoder with its linear layers rounded to 4 bits per output row."""
-    child = copy.deepcopy(decoder)
+    variant = copy.deepcopy(decoder)
     with torch.no_grad():
-        for module in child.model.layers.modules():
+        for module in variant.model.layers.modules():
             if isinstance(module, torch.nn.Linear):
                 scale = module.weight.abs().amax(dim=1, keepdim=True) / 7
                 module.weight.copy_((module.weight / scale).round() * scale)
-    return save_model(child)
+    return save_model(variant)
 
 
-def test_the_headline_follows_from_the_arrays(parent: Artifact, prepared: Artifact, small: EvaluateConfig) -> None:
-    evaluation = parent.read_json("evaluation.json")
-    nats, sizes = (np.load(parent.path / f"document_{name}.npy") for name in ("nats", "bytes"))
+def test_the_headline_follows_from_the_arrays(base: Artifact, prepared: Artifact, small: EvaluateConfig) -> None:
+    evaluation = base.read_json("evaluation.json")
+    nats, sizes = (np.load(base.path / f"document_{name}.npy") for name in ("nats", "bytes"))
     held = heldout.load(prepared.path)
     assert (nats.dtype, sizes.dtype) == (np.float64, np.int64)
     np.testing.assert_array_equal(sizes, held.sizes)
@@ -78,14 +78,14 @@ def test_the_headline_follows_from_the_arrays(parent: Artifact, prepared: Artifa
 
 
 def test_a_trained_decoder_beats_the_unigram_and_an_untrained_one_does_not(
-    parent: Artifact, prepared: Artifact, decoder: Any, save_model: Callable[[Any], Artifact], context: StageContext,
+    base: Artifact, prepared: Artifact, decoder: Any, save_model: Callable[[Any], Artifact], context: StageContext,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     torch.manual_seed(1)
     config = EvaluateConfig.model_validate({"tasks": {"names": []}, "latency": {"enabled": False}})
     blank = save_model(type(decoder)(decoder.config))
     untrained = _evaluate(config, {"prepare": prepared, "model": blank}, tmp_path, context)
-    trained, null = parent.read_json("evaluation.json"), untrained.read_json("evaluation.json")
+    trained, null = base.read_json("evaluation.json"), untrained.read_json("evaluation.json")
     assert trained["bits_per_byte"]["high"] < trained["baselines"]["order1"]
     assert null["bits_per_byte"]["low"] > null["baselines"]["order1"]
     assert null["baselines"] == trained["baselines"]
@@ -96,27 +96,27 @@ def test_a_trained_decoder_beats_the_unigram_and_an_untrained_one_does_not(
 
 
 def test_the_result_is_the_same_bytes_every_time(
-    parent: Artifact, prepared: Artifact, decoder_artifact: Artifact, small: EvaluateConfig, context: StageContext,
+    base: Artifact, prepared: Artifact, decoder_artifact: Artifact, small: EvaluateConfig, context: StageContext,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     again = _evaluate(small, {"prepare": prepared, "model": decoder_artifact}, tmp_path, context)
-    assert again.digest == parent.digest
+    assert again.digest == base.digest
     names = {n for n, record in again.manifest.files.items() if not record.observation}
     assert {"evaluation.json", "task_outcomes.json", "document_nats.npy", "tasks/cloze.jsonl"} <= names
     assert "observations.json" not in names
 
 
-def test_a_child_is_compared_with_its_parent_document_by_document(
-    parent: Artifact, prepared: Artifact, decoder_artifact: Artifact, child_artifact: Artifact, small: EvaluateConfig,
+def test_a_variant_is_compared_with_its_base_document_by_document(
+    base: Artifact, prepared: Artifact, decoder_artifact: Artifact, variant_artifact: Artifact, small: EvaluateConfig,
     context: StageContext, tmp_path: Path,
 ) -> None:  # fmt: skip
-    inputs = {"prepare": prepared, "model": child_artifact, "parent_model": decoder_artifact}
-    child = _evaluate(small, inputs | {"parent_evaluation": parent}, tmp_path, context)
-    evaluation = child.read_json("evaluation.json")
-    versus = evaluation["versus_parent"]
-    nats, parent_nats = (np.load(a.path / "document_nats.npy") for a in (child, parent))
+    inputs = {"prepare": prepared, "model": variant_artifact, "base_model": decoder_artifact}
+    variant = _evaluate(small, inputs | {"base_evaluation": base}, tmp_path, context)
+    evaluation = variant.read_json("evaluation.json")
+    versus = evaluation["versus_base"]
+    nats, base_nats = (np.load(a.path / "document_nats.npy") for a in (variant, base))
     ratio = versus["bits_per_byte_ratio"]
-    assert ratio["value"] == pytest.approx(nats.sum() / parent_nats.sum(), rel=1e-12)
+    assert ratio["value"] == pytest.approx(nats.sum() / base_nats.sum(), rel=1e-12)
     assert 1.0 < ratio["low"] <= ratio["value"] <= ratio["high"] < 1.5
     alone = evaluation["bits_per_byte"]
     assert ratio["high"] - ratio["low"] < (alone["high"] - alone["low"]) / alone["value"], "pairing narrows"
@@ -126,21 +126,21 @@ def test_a_child_is_compared_with_its_parent_document_by_document(
     assert versus["size_ratio"] == pytest.approx(1.0, abs=0.01)
     assert evaluation["baselines"] == {}
     for name, row in evaluation["tasks"].items():
-        difference = row["accuracy"] - parent.read_json("evaluation.json")["tasks"][name]["accuracy"]
+        difference = row["accuracy"] - base.read_json("evaluation.json")["tasks"][name]["accuracy"]
         assert versus["task_accuracy_difference"][name]["value"] == pytest.approx(difference)
-        assert row["hash"] == parent.read_json("evaluation.json")["tasks"][name]["hash"]
-    rows = intervals.table({"pretrain": intervals.read(parent.path), "int4": intervals.read(child.path)})
-    assert [row["kind"] for row in rows[:3]] == ["parent", "child", "baseline"]
+        assert row["hash"] == base.read_json("evaluation.json")["tasks"][name]["hash"]
+    rows = intervals.table({"pretrain": intervals.read(base.path), "int4": intervals.read(variant.path)})
+    assert [row["kind"] for row in rows[:3]] == ["base", "variant", "baseline"]
     assert rows[1]["ratio"] == ratio["value"]
 
 
 def test_a_model_compared_with_itself_differs_by_exactly_nothing(
-    parent: Artifact, prepared: Artifact, decoder_artifact: Artifact, context: StageContext, tmp_path: Path
+    base: Artifact, prepared: Artifact, decoder_artifact: Artifact, context: StageContext, tmp_path: Path
 ) -> None:
     config = EvaluateConfig.model_validate({"tasks": {"items": 24, "names": []}, "latency": {"enabled": False}})
-    inputs = {"prepare": prepared, "model": decoder_artifact, "parent_model": decoder_artifact}
-    found = _evaluate(config, inputs | {"parent_evaluation": parent}, tmp_path, context)
-    versus = found.read_json("evaluation.json")["versus_parent"]
+    inputs = {"prepare": prepared, "model": decoder_artifact, "base_model": decoder_artifact}
+    found = _evaluate(config, inputs | {"base_evaluation": base}, tmp_path, context)
+    versus = found.read_json("evaluation.json")["versus_base"]
     assert versus["bits_per_byte_ratio"] == {"value": 1.0, "low": 1.0, "high": 1.0}
     assert (versus["kl_nats_per_token"], versus["top1_agreement"], versus["size_ratio"]) == (0.0, 1.0, 1.0)
 

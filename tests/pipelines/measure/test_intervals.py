@@ -125,7 +125,7 @@ def _evaluation(**changes: Any) -> dict[str, Any]:
         "size_bytes": 1000,
         "tasks": {"cloze": {"accuracy": 0.5, "stderr": 0.1, "n": 24, "chance": 0.25}},
         "baselines": {"gzip": 3.2, "order1": 3.1},
-        "versus_parent": None,
+        "versus_base": None,
     }
     return base | changes
 
@@ -133,7 +133,7 @@ def _evaluation(**changes: Any) -> dict[str, Any]:
 def test_the_table_has_parent_children_and_null_arms_with_the_same_columns() -> None:
     ratio = {"value": 1.01, "low": 1.0, "high": 1.02}
     child = _evaluation(
-        versus_parent={"bits_per_byte_ratio": ratio, "kl_nats_per_token": 0.02},
+        versus_base={"bits_per_byte_ratio": ratio, "kl_nats_per_token": 0.02},
         baselines={},
         tasks={"cloze": {"accuracy": 0.4}, "addition": {"accuracy": 0.1}},
         truncated=True,
@@ -141,7 +141,7 @@ def test_the_table_has_parent_children_and_null_arms_with_the_same_columns() -> 
     observed = {"latency": {"prefill_ms_per_token": 0.1, "decode_ms_per_token": 2.0}, "peak_memory_bytes": 7}
     rows = intervals.table({"pretrain": _evaluation(observations=observed), "int8": child})
     assert [(row["model"], row["kind"]) for row in rows] == [
-        ("pretrain", "parent"), ("int8", "child"), ("gzip", "baseline"), ("order1", "baseline"),
+        ("pretrain", "base"), ("int8", "variant"), ("gzip", "baseline"), ("order1", "baseline"),
     ]  # fmt: skip
     assert len({tuple(row) for row in rows}) == 1
     assert (rows[0]["decode_ms"], rows[0]["peak_memory_bytes"], rows[0]["ratio"]) == (2.0, 7, None)

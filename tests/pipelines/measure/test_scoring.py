@@ -120,14 +120,14 @@ def test_one_infinite_logit_of_a_wrong_token_is_found(decoder: Any) -> None:
 
 def test_kl_divergence_equals_its_definition_in_float64() -> None:
     generator = torch.Generator().manual_seed(0)
-    parent, child = torch.randn(2, 5, 9, generator=generator)
-    found = scoring.kl_divergence(parent, child)
+    base, variant = torch.randn(2, 5, 9, generator=generator)
+    found = scoring.kl_divergence(base, variant)
     for i in range(5):
-        p, q = torch.softmax(parent[i].double(), 0), torch.softmax(child[i].double(), 0)
+        p, q = torch.softmax(base[i].double(), 0), torch.softmax(variant[i].double(), 0)
         assert float(found[i]) == pytest.approx(
             sum(float(a * math.log(a / b)) for a, b in zip(p, q, strict=True)), 1e-5
         )
-    torch.testing.assert_close(scoring.kl_divergence(parent, parent), torch.zeros(5), atol=0.0, rtol=0.0)
+    torch.testing.assert_close(scoring.kl_divergence(base, base), torch.zeros(5), atol=0.0, rtol=0.0)
 
 
 def test_divergence_is_zero_for_the_same_model_and_grows_with_the_damage(decoder: Any, prepared: Artifact) -> None:
@@ -135,12 +135,12 @@ def test_divergence_is_zero_for_the_same_model_and_grows_with_the_damage(decoder
     batches = plan_batches(BatchSettings(), held, "decoder", prepared.path).batches
     found = []
     for noise in (0.0, 0.01, 0.05):
-        child = copy.deepcopy(decoder)
+        variant = copy.deepcopy(decoder)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for weight in child.parameters():
+            for weight in variant.parameters():
                 weight.add_(noise * torch.randn(weight.shape, generator=generator))
-        found.append(scoring.divergence(_scorer(decoder), _scorer(child), batches))
+        found.append(scoring.divergence(_scorer(decoder), _scorer(variant), batches))
     assert found[0]["kl_nats_per_token"] == 0.0
     assert found[0]["top1_agreement"] == 1.0
     assert 0.0 < found[1]["kl_nats_per_token"] < found[2]["kl_nats_per_token"]
@@ -182,18 +182,32 @@ def test_a_folder_with_cache_tables_is_scored_through_its_quantized_cache(
     config = CompressConfig.model_validate({"method": "kvquant", "bits": 2, "samples": 8})
     context = StageContext(node="compress.x", scratch=tmp_path)
     compress.run(config, {"prepare": prepared, "model": decoder_artifact}, tmp_path, context)
-    child, parent = (scoring.load(folder / "model", "cpu") for folder in (tmp_path, decoder_artifact.path))
+    variant, base = (scoring.load(folder / "model", "cpu") for folder in (tmp_path, decoder_artifact.path))
     ids = heldout.load(prepared.path).tokens[0][:40]
     batches = windows.causal_batches([ids], windows.causal_windows(len(ids), 0, len(ids), len(ids)), 4096)
-    nats, parent_nats = (scoring.document_nats(scorer, batches, 1, _quiet)[0] for scorer in (child, parent))
-    cache, slow = child.model.new_cache(), 0.0
+    nats, parent_nats = (scoring.document_nats(scorer, batches, 1, _quiet)[0] for scorer in (variant, base))
+    cache, slow = variant.model.new_cache(), 0.0
     with torch.no_grad():
         for one, following in itertools.pairwise(ids):
-            logits = child.model(torch.tensor([[one]]), past_key_values=cache).logits[0, -1]
+            logits = variant.model(torch.tensor([[one]]), past_key_values=cache).logits[0, -1]
             slow -= float(logits.log_softmax(-1)[following])
     assert nats == pytest.approx(slow, rel=1e-5)
     assert abs(nats - parent_nats) > 1e-3 * parent_nats
-    small, full = (scoring.cache_bytes_per_token(scorer, batches[0]) for scorer in (child, parent))
+    small, full = (scoring.cache_bytes_per_token(scorer, batches[0]) for scorer in (variant, base))
     assert small is not None
     assert full is not None
     assert 2 / 32 < small / full < 0.4
+
+
+@pytest.mark.parametrize("part", ["model.embed_tokens", "model.layers.1.mlp.down_proj", "model.rotary_emb"])
+def test_a_model_with_a_part_on_another_device_is_refused_by_the_name_of_the_part(decoder: Any, part: str) -> None:
+    """`meta` stands for a GPU: a model left on the CPU, or moved only in part, is told before any kernel complains."""
+    torn = copy.deepcopy(decoder)
+    torn.get_submodule(part).to("meta")
+    document = np.arange(4, 40, dtype=np.int64)
+    batches = windows.causal_batches([document], windows.causal_windows(36, 0, 24, 16), 64)
+    with pytest.raises(ValueError, match=rf"the model is scored on cpu, but its {part}\.\w+ is on meta"):
+        scoring.document_nats(_scorer(torn), batches, 1, _quiet)
+    left_behind = Scorer(decoder, "decoder", "the model", "meta")
+    with pytest.raises(ValueError, match=r"scored on meta, but its model\.embed_tokens\.weight is on cpu"):
+        scoring.cache_bytes_per_token(left_behind, batches[0])

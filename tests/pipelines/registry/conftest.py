@@ -142,7 +142,7 @@ class World:
             "truncated": False,
             "documents": DOCUMENTS,
             "baselines": {"gzip": 3.24, "order1": 3.15} if "model" not in model.manifest.parents else {},
-            "versus_parent": {"kl_nats_per_token": 0.01} if "model" in model.manifest.parents else None,
+            "versus_base": {"kl_nats_per_token": 0.01} if "model" in model.manifest.parents else None,
             **(extra or {}),
         }
         build = self._build()

@@ -45,7 +45,7 @@ def evaluation(bits: float, size: int, ratio: float | None, baselines: dict[str,
         "family": "decoder",
         "baselines": baselines,
         "harness": "lm-eval 0.4",
-        "versus_parent": versus,
+        "versus_base": versus,
     }
 
 

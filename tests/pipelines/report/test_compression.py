@@ -35,10 +35,10 @@ def model(name: str, kind: str, size: int, ratio: float | None, decode: float | 
 
 
 MODELS = [
-    model("pretrain", "parent", 4000, None, 10.0),
-    model("rtn8", "child", 1200, 1.0, 8.0),
-    model("rtn4", "child", 700, 1.08, None),
-    model("gptq4", "child", 700, 1.02, 20.0),
+    model("pretrain", "base", 4000, None, 10.0),
+    model("rtn8", "variant", 1200, 1.0, 8.0),
+    model("rtn4", "variant", 700, 1.08, None),
+    model("gptq4", "variant", 700, 1.02, 20.0),
     model("gzip", "baseline", 0, None, None),
 ]
 
@@ -115,7 +115,7 @@ ARMS = {
 
 def coded(children: Any) -> tuple[list[dict[str, Any]], dict[str, Artifact]]:
     """A parent, a child with small weights and one with a coded cache, which is no smaller on disk."""
-    models = [*MODELS[:2], model("kvq4", "child", 4010, 1.01, None)]
+    models = [*MODELS[:2], model("kvq4", "variant", 4010, 1.01, None)]
     models = [row | {"cache_bytes_per_token": CACHES[row["model"]]} for row in models]
     totals = {"bits_per_weight": None, "bits_per_cached_number": 3.4}
     return models, children(rtn8={}, kvq4={"arms": ARMS, "totals": totals})

@@ -90,7 +90,7 @@ def test_the_parent_stands_first_and_null_arms_last(record: dict[str, Any], arti
     backwards = dict(reversed(artifacts.items()))
     facts = sections.page(record, backwards)["evaluation"]
     assert [(row["model"], row["kind"]) for row in facts["rows"]] == [
-        ("pretrain", "parent"),
-        ("<b>int4", "child"),
+        ("pretrain", "base"),
+        ("<b>int4", "variant"),
         ("gzip", "baseline"),
     ]
