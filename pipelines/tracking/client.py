@@ -79,8 +79,8 @@ def experiment_id(client: MlflowClient, config: TrackingConfig, store_root: Path
     """Return the id of the experiment, creating it when missing; of two creators at once, one finds the other's."""
     from mlflow.exceptions import MlflowException
 
-    if found := client.get_experiment_by_name(config.experiment):
-        return str(found.experiment_id)
+    if known := client.get_experiment_by_name(config.experiment):
+        return str(known.experiment_id)
     try:
         return str(
             client.create_experiment(
@@ -88,10 +88,10 @@ def experiment_id(client: MlflowClient, config: TrackingConfig, store_root: Path
             )
         )
     except MlflowException:
-        found = client.get_experiment_by_name(config.experiment)
-        if found is None:
+        known = client.get_experiment_by_name(config.experiment)
+        if known is None:
             raise
-        return str(found.experiment_id)
+        return str(known.experiment_id)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import IntegrityError
 from pipelines.core.redaction import redact
+from pipelines.tracking.client import connect, experiment_id
+from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.params import flatten
 from pipelines.tracking.points import Point, numbers, points_of, read_metrics
 from pipelines.tracking.record import StageRecord, TrackingRecord
@@ -118,15 +120,15 @@ class Mirror:
     def _open(self, mlflow_id: str | None, name: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> str:
         if mlflow_id is not None and mlflow_id in self._opened:
             return mlflow_id
-        found = mlflow_id or self._find(tags)
-        if found is None:
-            found = self._client.create_run(self.experiment, run_name=name, tags=dict(tags)).info.run_id
-            self._known[found] = {}
+        mlflow_id = mlflow_id or self._find(tags)
+        if mlflow_id is None:
+            mlflow_id = str(self._client.create_run(self.experiment, run_name=name, tags=dict(tags)).info.run_id)
+            self._known[mlflow_id] = {}
         else:
-            self._client.update_run(found, status="RUNNING")
-        self._describe(found, tags, params)
-        self._opened.add(found)
-        return found
+            self._client.update_run(mlflow_id, status="RUNNING")
+        self._describe(mlflow_id, tags, params)
+        self._opened.add(mlflow_id)
+        return mlflow_id
 
     def _find(self, tags: Mapping[str, str]) -> str | None:
         wanted = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in (RUN_ID, NODE, FINGERPRINT) if key in tags)
@@ -156,24 +158,24 @@ class Mirror:
 
     def _log_artifact(self, mlflow_id: str, node: str, stage: StageRecord) -> None:
         try:
-            made = artifact.load(Path(stage.artifact or ""))
+            published = artifact.load(Path(stage.artifact or ""))
         except IntegrityError:
             # Removed by gc, or damaged since: MLflow keeps what it was told while the artifact was there.
             return
-        created = _created_ms(made)
-        self._client.log_batch(mlflow_id, tags=_artifact_tags(made, stage))
-        history = made.path / METRICS_FILE
+        created = _created_ms(published)
+        self._client.log_batch(mlflow_id, tags=_artifact_tags(published, stage))
+        history = published.path / METRICS_FILE
         keys: set[str] = set()
         if history.is_file() and not stage.cached:
             points = list(read_metrics(history, timestamp_ms=created))
             keys = {point.key for point in points}
             self.log_points(mlflow_id, points)
-        facts = points_of(made.manifest.summary, step=0, timestamp_ms=created)
+        facts = points_of(published.manifest.summary, step=0, timestamp_ms=created)
         self.log_points(mlflow_id, [fact for fact in facts if fact.key not in keys])
-        overview = dict(numbers(made.manifest.summary, f"{node}/"))
+        overview = dict(numbers(published.manifest.summary, f"{node}/"))
         self.log_points(self.open_run(), points_of(overview, step=0, timestamp_ms=created))
         for name in _SMALL_FILES:
-            path = made.path / name
+            path = published.path / name
             if path.is_file() and path.stat().st_size <= _SMALL_BYTES:
                 self._send_file(mlflow_id, path, name)
 
@@ -197,6 +199,12 @@ class Mirror:
             self._client.log_artifact(mlflow_id, str(copy), folder or None)
 
 
+def open_mirror(config: TrackingConfig, store_root: Path, record: TrackingRecord) -> Mirror:
+    """Connect to MLflow and return its side of a run."""
+    client = connect(config, store_root)
+    return Mirror(client, experiment_id(client, config, store_root), record)
+
+
 def dataset_input(data_hash: str) -> Any:
     """Return MLflow's record of the corpus as training data; its digest is the DVC hash."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -213,22 +221,22 @@ def dataset_input(data_hash: str) -> Any:
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
 
 
-def _artifact_tags(made: Artifact, stage: StageRecord) -> list[Any]:
+def _artifact_tags(published: Artifact, stage: StageRecord) -> list[Any]:
     from mlflow.entities import RunTag
 
     tags = {
         CACHED: "true" if stage.cached else "false",
-        DIGEST: made.digest,
-        "ingot.artifact": redact(str(made.path)),
-        "ingot.artifact_bytes": str(made.size),
+        DIGEST: published.digest,
+        "ingot.artifact": redact(str(published.path)),
+        "ingot.artifact_bytes": str(published.size),
     }
     return [RunTag(key, value) for key, value in tags.items()]
 
 
-def _created_ms(made: Artifact) -> int:
-    if made.manifest.provenance is None:
+def _created_ms(published: Artifact) -> int:
+    if published.manifest.provenance is None:
         return 0
-    return int(dt.datetime.fromisoformat(made.manifest.provenance.created_at).timestamp() * 1000)
+    return int(dt.datetime.fromisoformat(published.manifest.provenance.created_at).timestamp() * 1000)
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

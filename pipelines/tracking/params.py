@@ -13,7 +13,8 @@ from pipelines.core.redaction import redact_value
 KEY_LIMIT = 250
 VALUE_LIMIT = 6000
 _DIGEST_DIGITS = 12
-_UNFIT = re.compile(r"[^\w\-. /:]")
+UNFIT = re.compile(r"[^\w\-. /:]")
+"""What MLflow accepts in no key."""
 
 
 def clean(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,26 +28,26 @@ def flatten(config: Mapping[str, Any]) -> dict[str, str]:
     A text that is too long ends in the first digits of its sha256, so two different long values stay different.
     """
     return {
-        _fit(_UNFIT.sub("_", key), KEY_LIMIT): _fit(_text(value), VALUE_LIMIT) for key, value in _leaves(clean(config))
+        _fit(UNFIT.sub("_", key), KEY_LIMIT): _fit(_text(value), VALUE_LIMIT) for key, value in _leaves(clean(config))
     }
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping) and value:
-        items: Iterator[tuple[str, Any]] = ((str(key), child) for key, child in value.items())
-    elif isinstance(value, list | tuple) and any(isinstance(child, Mapping) for child in value):
-        items = ((_child_name(index, child), child) for index, child in enumerate(value))
+        items: Iterator[tuple[str, Any]] = ((str(key), item) for key, item in value.items())
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        items = ((_item_name(index, item), item) for index, item in enumerate(value))
     else:
         if path:
             yield path, value
         return
-    for key, child in items:
-        yield from _leaves(child, f"{path}.{key}" if path else key)
+    for key, item in items:
+        yield from _leaves(item, f"{path}.{key}" if path else key)
 
 
-def _child_name(index: int, child: Any) -> str:
+def _item_name(index: int, item: Any) -> str:
     """Name a list item by its own `name`, which stays the same when the list is reordered."""
-    name = child.get("name") if isinstance(child, Mapping) else None
+    name = item.get("name") if isinstance(item, Mapping) else None
     return name if isinstance(name, str) and name else str(index)
 
 

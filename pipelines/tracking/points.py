@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.tracking.params import KEY_LIMIT, UNFIT
+
 STEP = "step"
 TIME = "time"
 """The field of a line that holds its wall-clock time (seconds since 1970), if it has one."""
-_UNFIT = re.compile(r"[^\w\-. /:]")
-_KEY_LIMIT = 250
 
 
 @dataclass(frozen=True)
@@ -58,4 +57,4 @@ def numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def fit_key(key: str) -> str:
     """Return a key with only the characters that MLflow accepts, cut to its limit."""
-    return _UNFIT.sub("_", key)[:_KEY_LIMIT]
+    return UNFIT.sub("_", key)[:KEY_LIMIT]

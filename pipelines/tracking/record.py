@@ -6,12 +6,14 @@ during the run or later by `ingot sync`. Secrets are removed before anything ent
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipelines.core import lock
 from pipelines.core.artifact import write_text
 
 RECORD = "tracking.json"
@@ -57,6 +59,12 @@ class TrackingRecord(BaseModel):
 def path_of(store_root: Path, run_id: str) -> Path:
     """Return where the record of a run lies."""
     return store_root / "runs" / run_id / RECORD
+
+
+def lease(store_root: Path, run_id: str) -> contextlib.AbstractContextManager[None]:
+    """Return the right to mirror a run: one process at a time has it."""
+    path = path_of(store_root, run_id).with_suffix(".lock")
+    return lock.hold(path, what=f"the tracking of run {run_id}", wait_s=0)
 
 
 def save(record: TrackingRecord, store_root: Path) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import lock
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import LockedError, Preempted
 from pipelines.core.provenance import git_commit
@@ -20,7 +19,7 @@ from pipelines.core.stage import Progress
 from pipelines.tracking import record as records
 from pipelines.tracking.config import TrackingConfig, resolve_uri
 from pipelines.tracking.feeder import Feeder
-from pipelines.tracking.mirror import Mirror
+from pipelines.tracking.mirror import Mirror, open_mirror
 from pipelines.tracking.params import clean
 from pipelines.tracking.points import Point, points_of
 from pipelines.tracking.record import StageRecord, TrackingRecord
@@ -83,7 +82,7 @@ class Session:
         self._lock = threading.RLock()
         self._points: collections.deque[tuple[str, Point]] = collections.deque(maxlen=_WAITING_POINTS)
         self._mirror: Mirror | None = None
-        self._held = contextlib.ExitStack()
+        self._lease = contextlib.ExitStack()
         self._feeder = Feeder(self._flush, describe=lambda error: redact(str(error).partition("\n")[0]))
         self._done = not mirrors
         self._save()
@@ -141,11 +140,11 @@ class Session:
         done.wait(self._config.finish_s)
         self._feeder.stop(timeout_s=1.0)
         self._done = True
-        self._held.close()
+        self._lease.close()
 
-    def hold(self, held: contextlib.ExitStack) -> None:
-        """Keep leases until the session closes."""
-        self._held = held
+    def keep(self, lease: contextlib.ExitStack) -> None:
+        """Keep the lease of the run until the session closes."""
+        self._lease = lease
 
     def page(self, mlflow_id: str | None) -> str | None:
         """Return the page of a run in MLflow's interface."""
@@ -215,8 +214,6 @@ class Session:
 
     def _connected(self) -> Mirror:
         if self._mirror is None:
-            from pipelines.tracking.sync import open_mirror
-
             self._mirror = open_mirror(self._config, self._root, self._record)
         return self._mirror
 
@@ -262,22 +259,16 @@ def open_session(
         data_hash=data_hash,
         params=clean(params),
     )
-    held = contextlib.ExitStack()
+    lease = contextlib.ExitStack()
     try:
-        held.enter_context(lease_of(store_root, run_id))
+        lease.enter_context(records.lease(store_root, run_id))
     except LockedError as error:
         log.warning("%s; this process leaves MLflow to it", error.message)
         return Session(config, store_root, record, mirrors=False)
     _inherit(record, store_root)
     session = Session(config, store_root, record)
-    session.hold(held)
+    session.keep(lease)
     return session
-
-
-def lease_of(store_root: Path, run_id: str) -> contextlib.AbstractContextManager[None]:
-    """Return the right to mirror a run: one process at a time has it."""
-    path = records.path_of(store_root, run_id).with_suffix(".lock")
-    return lock.hold(path, what=f"the tracking of run {run_id}", wait_s=0)
 
 
 def _inherit(record: TrackingRecord, store_root: Path) -> None:
@@ -288,9 +279,9 @@ def _inherit(record: TrackingRecord, store_root: Path) -> None:
             continue
         if earlier.status == "FINISHED" and earlier.run_id != record.run_id:
             return
-        with contextlib.suppress(LockedError), contextlib.ExitStack() as held:
+        with contextlib.suppress(LockedError), contextlib.ExitStack() as lease:
             if earlier.run_id != record.run_id:
-                held.enter_context(lease_of(store_root, earlier.run_id))
+                lease.enter_context(records.lease(store_root, earlier.run_id))
                 records.save(earlier.model_copy(update={"pending": False, "status": "FINISHED"}), store_root)
             record.mlflow_id, record.stages, record.files = earlier.mlflow_id, earlier.stages, earlier.files
         return

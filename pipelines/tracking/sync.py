@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pipelines.core.errors import LockedError, TransientError
 from pipelines.tracking import record as records
-from pipelines.tracking.client import connect, experiment_id, reachable
+from pipelines.tracking.client import reachable
 from pipelines.tracking.config import TrackingConfig, resolve_uri
-from pipelines.tracking.mirror import Mirror
+from pipelines.tracking.mirror import open_mirror
 from pipelines.tracking.record import TrackingRecord
 
 
@@ -22,22 +22,14 @@ class SyncResult:
     message: str
 
 
-def open_mirror(config: TrackingConfig, store_root: Path, record: TrackingRecord) -> Mirror:
-    """Connect to MLflow and return its side of a run."""
-    client = connect(config, store_root)
-    return Mirror(client, experiment_id(client, config, store_root), record)
-
-
 def sync(config: TrackingConfig, store_root: Path) -> list[SyncResult]:
     """Send everything that MLflow lacks of every pending run; runs at work are left to themselves."""
     return [_sync_one(config, store_root, r.run_id) for r in records.load_all(store_root) if r.pending]
 
 
 def _sync_one(config: TrackingConfig, store_root: Path, run_id: str) -> SyncResult:
-    from pipelines.tracking.session import lease_of
-
     try:
-        with lease_of(store_root, run_id):
+        with records.lease(store_root, run_id):
             record = records.load(store_root, run_id)
             if record is None or not record.pending:
                 return SyncResult(run_id, synced=True, message="nothing to do")
