@@ -34,7 +34,8 @@ _SPLITTER = [
 ]
 _SPLITTER_NAME = "smollm"
 """llama.cpp's name of the same rule: digits alone, then GPT-2's pattern."""
-_NORMAL, _CONTROL = 1, 3
+_NORMAL, _CONTROL, _UNUSED = 1, 3, 5
+"""Token types of llama.cpp; an unused id has a row in the token matrix and no token in the tokenizer."""
 
 
 def interleave(weight_OI: NDArray[Any], heads: int) -> NDArray[Any]:
@@ -154,8 +155,9 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: dict[str, Any], config: dict[s
     by_id = {number: text for text, number in model["vocab"].items()} | special
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_SPLITTER_NAME)
-    writer.add_token_list([by_id.get(n, f"<|unused-{n}|>") for n in range(config["vocab_size"])])
-    writer.add_token_types([_CONTROL if n in special or n not in by_id else _NORMAL for n in range(len(by_id))])
+    ids = range(config["vocab_size"])
+    writer.add_token_list([by_id.get(n, f"<|unused-{n}|>") for n in ids])
+    writer.add_token_types([_CONTROL if n in special else _NORMAL if n in by_id else _UNUSED for n in ids])
     writer.add_token_merges(_merges(model))
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])

@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import hash_string
 
 from pipelines.core import progress_bars
-from pipelines.core.errors import NumericError
+from pipelines.core.errors import ConfigError, NumericError
 from pipelines.evaluation.tasks import Task
 from pipelines.measure.scoring import Scorer, negative_log_likelihood
 from pipelines.measure.windows import Batch
@@ -70,6 +70,7 @@ def run(
 
     Raises:
         NumericError: a log likelihood is not finite.
+        ConfigError: an answer is longer than all that an encoder sees at once.
     """
     if not tasks:
         return {}
@@ -175,7 +176,13 @@ class MaskedLM(LM):
         seen = self._tokenizer.encode(context, add_special_tokens=False)
         pieces = self._tokenizer.encode(context + continuation, add_special_tokens=False)[len(seen) :]
         room = self._scorer.model.config.max_position_embeddings - 1 - len(pieces)
-        prefix = [self._tokenizer.bos_token_id, *seen[-room:]]
+        if room < 0:
+            raise ConfigError(
+                f"{self._scorer.name} shows {self._scorer.model.config.max_position_embeddings} tokens at once: the "
+                f"start token and the {len(pieces)} tokens of {continuation!r} do not fit",
+                hint="leave the task out of evaluate.tasks.names",
+            )
+        prefix = [self._tokenizer.bos_token_id, *seen[max(0, len(seen) - room) :]]
         for i, target in enumerate(pieces):
             hidden = [self._tokenizer.mask_token_id] * (len(pieces) - i)
             yield number, prefix + pieces[:i] + hidden, len(prefix) + i, target

@@ -78,8 +78,15 @@ def model_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ar
     def make(**sizes: Any) -> Artifact:
         root = tmp_path_factory.mktemp("model")
         ids = {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
-        shape = {"width": 64, "layers": 2, "heads": 4, "ffn_width": 96, "init_std": 0.15} | sizes
-        config = ArchitectureConfig(vocab_size=trained.get_vocab_size(), max_positions=LENGTH, **ids, **shape)
+        shape = {
+            "vocab_size": trained.get_vocab_size(),
+            "width": 64,
+            "layers": 2,
+            "heads": 4,
+            "ffn_width": 96,
+            "init_std": 0.15,
+        } | sizes
+        config = ArchitectureConfig(max_positions=LENGTH, **ids, **shape)
         build(config, seed=3).save_pretrained(root / "build" / "model")
         tokenizer.save(trained, root / "build" / "model", LENGTH)
         names = {"stage": "pretrain", "node": "pretrain", "identity": {}, "parents": {}, "summary": {}}

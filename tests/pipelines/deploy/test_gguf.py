@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
@@ -74,14 +76,38 @@ def test_interleaving_puts_the_two_halves_of_a_head_side_by_side() -> None:
 def test_llama_cpp_cuts_texts_as_the_tokenizer_does(
     text: str, model_artifact: MakeModel, llama_cpp: Any, tmp_path: Path
 ) -> None:
-    from tokenizers import Tokenizer
-
     folder = model_artifact().path / "model"
     deploy.write(folder, tmp_path / "m.gguf", "f16")
     expected = tokenizer.encode(Tokenizer.from_file(str(folder / "tokenizer.json")), [text])[0]
     reader = llama_cpp(tmp_path / "m.gguf")
     assert reader.tokens(text) == expected
     assert reader.tokens(text, add_special=True) == [0, *expected], "documents start with <|bos|>"
+
+
+def test_ids_without_a_token_are_unused_in_the_file(
+    model_artifact: MakeModel, llama_cpp: Any, transformers_logits: Any, tmp_path: Path
+) -> None:
+    """Holes in the middle and rows after the last token: both lists have an entry for every row of the matrix."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_artifact(vocab_size=320).path / "model", folder)
+    description = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary: dict[str, int] = description["model"]["vocab"]
+    last = max(vocabulary, key=lambda text: vocabulary[text])
+    hole = vocabulary[last]
+    vocabulary[last] = 310
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    deploy.write(folder, tmp_path / "m.gguf", "f32")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    tokens, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    assert len(tokens) == len(types) == 320
+    unused = {n for n, kind in enumerate(types) if kind == gguf.TokenType.UNUSED}
+    assert unused == {hole, *range(hole + 1, 310), *range(311, 320)}
+    assert (tokens[hole], types[310]) == (f"<|unused-{hole}|>", gguf.TokenType.NORMAL)
+    reader = llama_cpp(tmp_path / "m.gguf")
+    expected = tokenizer.encode(Tokenizer.from_file(str(folder / "tokenizer.json")), [TEXTS[0]])[0]
+    assert reader.tokens(TEXTS[0]) == expected
+    logits = transformers_logits(folder, [0, 310, *TOKENS[1:]])
+    np.testing.assert_allclose(reader.logits([0, 310, *TOKENS[1:]]), logits, atol=2e-4 * np.abs(logits).max())
 
 
 @pytest.mark.parametrize(

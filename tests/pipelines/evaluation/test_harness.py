@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError
 from pipelines.evaluation import harness, tasks
 from pipelines.evaluation.config import TaskConfig
 from pipelines.evaluation.harness import Outcome
@@ -211,6 +213,34 @@ def test_an_encoder_scores_a_word_from_left_to_right(encoder: Any, encoder_artif
     for refused in (model.loglikelihood_rolling, model.generate_until):
         with pytest.raises(NotImplementedError, match="an encoder"):
             refused([])
+
+
+@pytest.mark.parametrize("spare", [0, 1, 3])
+def test_a_word_that_fills_the_encoder_leaves_that_much_context(spare: int, encoder: Any, prepared: Artifact) -> None:
+    """With no room for context there is none: a slice from the end would take all of it."""
+    tokenizer = AutoTokenizer.from_pretrained(prepared.path / "tokenizer")
+    context, word = "The statement after it", " unpronounceable"
+    seen = tokenizer.encode(context, add_special_tokens=False)
+    pieces = tokenizer.encode(context + word, add_special_tokens=False)[len(seen) :]
+    assert len(seen) > 3
+    small = copy.copy(encoder)
+    small.config = copy.deepcopy(encoder.config)
+    small.config.max_position_embeddings = 1 + spare + len(pieces)
+    model = harness.MaskedLM(scoring.Scorer(small, "encoder", "the model", "cpu"), tokenizer, 3)
+    rows = list(model._rows(0, context, word))
+    assert {len(shown) for _, shown, _, _ in rows} == {small.config.max_position_embeddings}
+    assert [shown[1 : 1 + spare] for _, shown, _, _ in rows] == [seen[len(seen) - spare :]] * len(pieces)
+    assert [position for _, _, position, _ in rows] == [1 + spare + i for i in range(len(pieces))]
+
+
+def test_a_word_that_does_not_fit_into_the_encoder_is_refused(encoder: Any, prepared: Artifact) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(prepared.path / "tokenizer")
+    small = copy.copy(encoder)
+    small.config = copy.deepcopy(encoder.config)
+    small.config.max_position_embeddings = 4
+    model = harness.MaskedLM(scoring.Scorer(small, "encoder", "the model", "cpu"), tokenizer, 3)
+    with pytest.raises(ConfigError, match="shows 4 tokens at once: the start token and the "):
+        list(model._rows(0, "The statement", " unpronounceable"))
 
 
 def test_an_encoder_runs_the_cloze_and_skips_the_others_by_name(
