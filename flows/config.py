@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from flows import executors
 from pipelines.compression.config import CompressConfig
 from pipelines.core.compute import ComputeConfig
 from pipelines.core.settings import NOT_IDENTITY, Settings
@@ -46,6 +47,13 @@ class RunConfig(Settings):
     def _collapse_equal_children(cls, value: Any) -> Any:
         """Overrides such as `compress.method=gptq` set every child; children that became equal are one child."""
         return [c for i, c in enumerate(value) if c not in value[:i]] if isinstance(value, list) else value
+
+    @field_validator("compute")
+    @classmethod
+    def _executor_is_there(cls, value: ComputeConfig) -> ComputeConfig:
+        if value.executor not in executors.names():
+            raise ValueError(f"executor = {value.executor!r}; there is {', '.join(executors.names())}")
+        return value
 
     @model_validator(mode="after")
     def _tokenizer_has_a_model(self) -> RunConfig:

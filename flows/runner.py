@@ -1,26 +1,27 @@
-"""One execution of the graph: what the nodes share while they run. Knows nothing of Prefect."""
+"""One execution of a plan: what the nodes share while they run. Knows nothing of Prefect."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flows import planner
-from flows.config import RunConfig
-from flows.graph import Identified, identify, init_weights_of
-from flows.planner import Selection
+from flows import executors, planner
+from flows.executors import Executor
+from flows.graph import Identified
+from flows.run_plan import RunPlan
 from flows.run_record import PARETO, REPORT, NodeRecord, RunRecord, Runs
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import GateRefused, IngotError, Preempted
-from pipelines.core.provenance import CHECKOUT
-from pipelines.core.run_stage import materialize
-from pipelines.core.stage import Progress, StageContext, TrackingTarget
-from pipelines.core.store import Store
-from pipelines.data import versioning
+from pipelines.core.request import ArtifactRef, StageRequest
+from pipelines.core.stage import Progress, TrackingTarget
+
+if TYPE_CHECKING:
+    from pipelines.tracking import Session
 
 _SAVE_EVERY_S = 1.0
 _FLUSH_S = 10.0
@@ -28,28 +29,23 @@ _FLUSH_S = 10.0
 
 @dataclass
 class Execution:
-    """A run at work: graph, store, record and tracking session."""
+    """A run at work: its plan, its record, its tracking session, and what carries its requests out."""
 
-    config: RunConfig
-    data_hash: str
-    graph: Mapping[str, Identified]
-    store: Store
+    plan: RunPlan
     runs: Runs
     record: RunRecord
-    session: Any
-    """MLflow session; see `pipelines.tracking`."""
-    selection: Selection
+    session: Session
+    executor: Executor
     console: Callable[[Progress], None]
     wait_s: float | None = None
+    """How long to wait for another run of the same stage; None waits for ever."""
     artifacts: dict[str, Artifact] = field(default_factory=dict)
+    """Of the nodes that this run has finished."""
+    _saving: threading.Lock = field(default_factory=threading.Lock)
     _saved_at: float = 0.0
 
-    def wanted(self) -> list[str]:
-        """Return the names of the nodes to execute, in order."""
-        return [name for name, node in self.graph.items() if not self.selection.leaves_out(node)]
-
     def execute(self, name: str, listen: Callable[[Progress], None] = lambda _progress: None) -> tuple[Artifact, bool]:
-        """Run or fetch one node.
+        """Have one node executed, or take its artifact from the store.
 
         Args:
             name: node name.
@@ -58,21 +54,16 @@ class Execution:
         Returns:
             The artifact, and whether it came from the store without running.
         """
-        node = self.graph[name]
-        force = self.selection.forced(node, self.graph)
-        cached = not force and self._current(node)
+        node = self.plan.graph[name]
+        cached = None if self.plan.selection.forced(node, self.plan.graph) else self._current(node)
         record = self.record.nodes[name]
-        record.state = "cached" if cached else "running"
+        record.state = "running" if cached is None else "cached"
         self._save(at_once=True)
         started = time.monotonic()
-        if name == "prepare" and not cached:
-            versioning.ensure(self.config.data, CHECKOUT)
-        if name == "promote":
-            # A version names the MLflow run that made it, so MLflow has to know that run first.
+        if node.node.stage.needs_tracking:
             self.session.flush(_FLUSH_S)
-        with self.session.stage(
-            name, fingerprint=node.fingerprint, params=node.node.config.model_dump(mode="json")
-        ) as stage_run:
+        params = node.node.config.model_dump(mode="json")
+        with self.session.stage(name, fingerprint=node.fingerprint, params=params) as stage_run:
 
             def report(progress: Progress) -> None:
                 record.done, record.total, record.message = progress.done, progress.total, progress.message
@@ -81,23 +72,48 @@ class Execution:
                 self.console(progress)
                 listen(progress)
 
-            found = materialize(
-                node.node.stage,
-                node.node.config,
-                self._inputs(node),
-                self.store,
-                self._context(name, report, stage_run.run_id),
-                input_keys=node.input_keys,
-                data_hash=None if name == "fetch" else self.data_hash,
-                force=force or (self.store.find(node.node.stage.name, node.fingerprint) is not None and not cached),
-                wait_s=self.wait_s,
-            )
-            stage_run.finish(found, cached=bool(cached))
-        record.state, record.seconds = ("cached" if cached else "done"), round(time.monotonic() - started, 1)
-        record.summary, record.artifact = found.manifest.summary, str(found.path)
+            if cached is None:
+                mlflow_run_id = stage_run.run_id if node.node.stage.needs_tracking else None
+                artifact = self.executor.execute(self.request(node, mlflow_run_id), report)
+            else:
+                artifact = cached
+            stage_run.finish(artifact, cached=cached is not None)
+        record.state, record.seconds = ("done" if cached is None else "cached"), round(time.monotonic() - started, 1)
+        record.summary, record.artifact = artifact.manifest.summary, str(artifact.path)
+        self.artifacts[name] = artifact
         self._save(at_once=True)
-        self.artifacts[name] = found
-        return found, bool(cached)
+        return artifact, cached is not None
+
+    def request(self, node: Identified, mlflow_run_id: str | None = None) -> StageRequest:
+        """Return a node as a request. The body runs again where the artifact is there but this run does not take it."""
+        stage, config, graph = node.node.stage, self.plan.config, self.plan.graph
+        return StageRequest(
+            stage=stage.name,
+            node=node.node.name,
+            fingerprint=node.fingerprint,
+            configuration=node.node.config.model_dump(mode="json", by_alias=True, exclude_unset=True),
+            inputs={
+                key: ArtifactRef(stage=graph[source].node.stage.name, fingerprint=graph[source].fingerprint)
+                for key, source in node.node.inputs.items()
+            },
+            data_hash=None if stage.corpus == "none" else self.plan.data_hash,
+            store=str(self.plan.store.root),
+            compute=config.compute,
+            tracking=TrackingTarget(
+                uri=self.session.uri,
+                experiment=config.tracking.experiment,
+                timeout_s=config.tracking.timeout_s,
+                run_id=mlflow_run_id,
+            ),
+            force=self.plan.store.find(stage.name, node.fingerprint) is not None,
+            wait_s=self.wait_s,
+        )
+
+    def preview(self, name: str) -> list[dict[str, Any]]:
+        """Return the table that people see before a node runs: rows about its inputs; empty for none."""
+        node = self.plan.graph[name]
+        inputs = {key: self.artifacts[s] for key, s in node.node.inputs.items() if s in self.artifacts}
+        return node.node.stage.preview_rows(inputs)
 
     def failed(self, name: str, error: BaseException) -> None:
         """Note in the record that a node ended with an error."""
@@ -109,9 +125,9 @@ class Execution:
         """Write the run's HTML report and log it to MLflow."""
         from pipelines import report
 
-        for name, node in self.graph.items():
-            if name not in self.artifacts and (found := self.store.find(node.node.stage.name, node.fingerprint)):
-                self.artifacts[name] = found
+        for name, node in self.plan.graph.items():
+            if name not in self.artifacts and (stored := self._stored(node)):
+                self.artifacts[name] = stored
         path = self.runs.folder(self.record.id) / REPORT
         report.write(self.record.model_dump(), self.artifacts, path)
         self.session.log_file(path, REPORT)
@@ -120,71 +136,42 @@ class Execution:
             self.session.log_file(table, PARETO)
         return path
 
-    def _current(self, node: Identified) -> bool:
-        """Return whether the store has this node's artifact, made from the inputs' present bytes."""
-        found = self.store.find(node.node.stage.name, node.fingerprint)
-        return found is not None and planner.other_bytes(found, node, self.graph, self.store) is None
+    def _stored(self, node: Identified) -> Artifact | None:
+        return self.plan.store.find(node.node.stage.name, node.fingerprint)
 
-    def _inputs(self, node: Identified) -> dict[str, Artifact]:
-        return {key: self._artifact(source) for key, source in node.node.inputs.items()}
-
-    def _artifact(self, name: str) -> Artifact:
-        """Return the artifact of a node of this run, or the one in the store when this run does not execute it."""
-        node = self.graph[name]
-        found = self.artifacts.get(name) or self.store.find(node.node.stage.name, node.fingerprint)
-        if found is None:
-            raise IngotError(f"{name} has no artifact yet", hint="run without --only, or run that stage first")
-        return found
-
-    def _context(self, name: str, report: Callable[[Progress], None], mlflow_run_id: str | None) -> StageContext:
-        tracking = TrackingTarget(
-            uri=self.session.uri,
-            experiment=self.config.tracking.experiment,
-            timeout_s=self.config.tracking.timeout_s,
-            run_id=mlflow_run_id,
-        )
-        return StageContext(
-            node=name,
-            scratch=self.store.root,
-            report=report,
-            compute=self.config.compute,
-            tracking=tracking,
-            store=self.store.root,
-        )
+    def _current(self, node: Identified) -> Artifact | None:
+        """Return this node's artifact if the store has it, made from the inputs' present bytes."""
+        stored = self._stored(node)
+        stale = stored is not None and planner.other_bytes(stored, node, self.plan.graph, self.plan.store)
+        return None if stale else stored
 
     def _save(self, *, at_once: bool = False) -> None:
-        if at_once or time.monotonic() - self._saved_at > _SAVE_EVERY_S:
-            self._saved_at = time.monotonic()
-            self.runs.save(self.record)
+        with self._saving:  # nodes at work side by side share the record
+            if at_once or time.monotonic() - self._saved_at > _SAVE_EVERY_S:
+                self._saved_at = time.monotonic()
+                self.runs.save(self.record)
 
 
-def open_execution(
-    config: RunConfig,
-    *,
-    recipe: str,
-    overrides: list[str],
-    selection: Selection,
-    console: Callable[[Progress], None],
-    wait_s: float | None = None,
-) -> Execution:
+def open_execution(plan: RunPlan, *, console: Callable[[Progress], None], wait_s: float | None = None) -> Execution:
     """Start the record and the tracking session of a run."""
     from pipelines import tracking
 
-    data_hash = versioning.data_hash(config.data, CHECKOUT)
-    store = Store(CHECKOUT / config.store.path)
-    start = init_weights_of(config, store.root)
-    graph = identify(config, data_hash, start)
-    selection.check(graph)
-    runs = Runs(store.root)
-    resolved = config.model_dump(mode="json")
-    nodes = {n: NodeRecord(stage=i.node.stage.name, fingerprint=i.fingerprint) for n, i in graph.items()}
-    record = runs.start(recipe=recipe, overrides=overrides, config=resolved, data_hash=data_hash, nodes=nodes)
+    runs, overrides = Runs(plan.store.root), list(plan.overrides)
+    resolved = plan.config.model_dump(mode="json")
+    nodes = {n: NodeRecord(stage=i.node.stage.name, fingerprint=i.fingerprint) for n, i in plan.graph.items()}
+    record = runs.start(recipe=plan.recipe, overrides=overrides, config=resolved, data_hash=plan.data_hash, nodes=nodes)
     session = tracking.open_session(
-        config.tracking, store.root, run_id=record.id, recipe=recipe, params=resolved, data_hash=data_hash
+        plan.config.tracking,
+        plan.store.root,
+        run_id=record.id,
+        recipe=plan.recipe,
+        params=resolved,
+        data_hash=plan.data_hash,
     )
-    record.tracking_url, record.init_weights = session.url, start.place if start is not None else None
+    record.tracking_url = session.url
+    record.init_weights = None if plan.init_weights is None else plan.init_weights.place
     runs.save(record)
-    return Execution(config, data_hash, graph, store, runs, record, session, selection, console, wait_s)
+    return Execution(plan, runs, record, session, executors.get(plan.config.compute), console, wait_s)
 
 
 @contextlib.contextmanager

@@ -1,22 +1,48 @@
-"""The graph as a Prefect flow: prepare -> pretrain -> compress (fan-out) -> evaluate -> promote.
+"""The graph as a Prefect flow: a task for each node, with its inputs as edges, so that Prefect draws the real graph.
 
-Nodes run one after another: each uses the whole machine (or the whole launch of ranks), and latency is measured, so
-two at a time would only disturb each other. What may run side by side on a cluster is left to `compute`.
+Truth about a stage is its manifest (DESIGN, rule 4), so Prefect's own result cache stays off: a task asks the store by
+fingerprint and, when nothing ran, ends in a completed state called `Cached`.
+
+With `compute.parallel = 1` the tasks run one after another in the main thread: each uses the whole machine (or the
+whole launch of ranks), signals reach the stage itself, and torch is imported once. With more, every task waits in a
+thread for its executor, and is submitted when its inputs are there; a node that measures time has the run for itself.
 """
 
 from __future__ import annotations
 
-from prefect import flow
+import queue
+import re
+import time
+from collections.abc import Collection
+from typing import Any
 
-from flows import planner, recipe
+from prefect import Task, flow
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.futures import PrefectFuture
+from prefect.states import Completed
+
+from flows import run_plan
 from flows.console import progress_line
-from flows.planner import Selection
+from flows.planner import Selection, Step
+from flows.run_plan import RunPlan
 from flows.runner import Execution, closing, open_execution
-from flows.tasks import node_task, show_evaluations, show_plan
-from pipelines.measure import intervals
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import DiskFullError, TransientError
+from pipelines.core.stage import Progress
+
+FLOW_NAME = "train-to-registry"
+_PROGRESS_EVERY_S = 5.0
 
 
-@flow(name="train-to-registry", persist_result=False, log_prints=False)
+@flow(name=FLOW_NAME, persist_result=False, log_prints=False)
 def train_to_registry(
     recipe_name: str = "demo",
     overrides: list[str] | None = None,
@@ -25,7 +51,7 @@ def train_to_registry(
     force: list[str] | None = None,
     wait_s: float | None = None,
 ) -> str:
-    """Take a corpus to a champion.
+    """Take a corpus to a champion; what a deployment runs.
 
     Args:
         recipe_name: a recipe that comes with the checkout, or the path of a TOML file.
@@ -38,31 +64,166 @@ def train_to_registry(
     Returns:
         The id of the run.
     """
-    config = recipe.resolve(recipe_name, overrides or [])
-    execution = open_execution(
-        config,
-        recipe=recipe_name,
-        overrides=list(overrides or []),
-        selection=Selection(only, since, tuple(force or ())),
-        console=progress_line,
-        wait_s=wait_s,
-    )
+    plan = run_plan.make(recipe_name, overrides or [], Selection(only, since, tuple(force or ())))
+    return _carry_out(plan, wait_s)
+
+
+def run_planned(plan: RunPlan, wait_s: float | None = None) -> str:
+    """Run the same flow on a plan that was made already, in this process; return the id of the run."""
+
+    @flow(name=FLOW_NAME, persist_result=False, log_prints=False)
+    def planned(
+        recipe_name: str,
+        overrides: list[str],
+        only: str | None,
+        since: str | None,
+        force: list[str],
+        wait_s: float | None,
+    ) -> str:
+        del recipe_name, overrides, only, since, force  # what Prefect shows of the run; the plan was made of them
+        return _carry_out(plan, wait_s)
+
+    asked = plan.selection
+    return planned(plan.recipe, list(plan.overrides), asked.only, asked.since, list(asked.force), wait_s)
+
+
+def _carry_out(plan: RunPlan, wait_s: float | None) -> str:
+    execution = open_execution(plan, console=progress_line, wait_s=wait_s)
     with closing(execution):
-        steps = planner.make(execution.graph, execution.store, execution.selection)
-        show_plan([step.as_dict() for step in steps], execution.session.url)
-        for name in execution.wanted():
-            if name == "promote":
-                _compare(execution)
-            node_task(execution, name)()
+        _show_plan(plan.steps, execution.session.url)
+        try:
+            if plan.config.compute.parallel == 1:
+                _one_by_one(execution)
+            else:
+                _side_by_side(execution)
+        except BaseException:
+            execution.executor.stop()
+            raise
     return execution.record.id
 
 
-def _compare(execution: Execution) -> None:
-    """Show all evaluations in one table before the gate decides on them."""
-    evaluations = {
-        name.removeprefix("evaluate."): intervals.read(found.path)
-        for name, found in execution.artifacts.items()
-        if name.startswith("evaluate.")
-    }
-    if evaluations:
-        show_evaluations(intervals.table(evaluations))
+def _one_by_one(execution: Execution) -> None:
+    states: dict[str, State[Any]] = {}
+    for name in execution.plan.wanted():
+        states[name] = _node_task(execution, name)(wait_for=_edges(execution, name, states), return_state=True)
+        states[name].result()  # raises the error of the node
+
+
+def _side_by_side(execution: Execution) -> None:
+    """Submit every node as soon as its inputs are there; after an error, only wait for what is at work."""
+    waiting, at_work = execution.plan.wanted(), set[str]()
+    states: dict[str, State[Any]] = {}
+    ended: queue.SimpleQueue[tuple[str, PrefectFuture[Any]]] = queue.SimpleQueue()
+    while (waiting and not _errors(states)) or at_work:
+        for name in waiting if not _errors(states) else []:
+            if _may_start(execution, name, waiting, at_work):
+                future = _node_task(execution, name).submit(wait_for=_edges(execution, name, states))
+                at_work.add(name)
+                future.add_done_callback(lambda done, name=name: ended.put((name, done)))
+        waiting = [name for name in waiting if name not in at_work]
+        name, done = ended.get()
+        done.wait()
+        states[name] = done.state
+        at_work.discard(name)
+    for state in _errors(states):
+        state.result()
+
+
+def _may_start(execution: Execution, name: str, waiting: Collection[str], at_work: Collection[str]) -> bool:
+    graph = execution.plan.graph
+    if len(at_work) >= execution.plan.config.compute.parallel:
+        return False
+    if set(graph[name].node.inputs.values()) & {*waiting, *at_work}:
+        return False
+    alone = any(graph[other].node.config.measures_time for other in (name, *at_work))
+    return not (alone and at_work)
+
+
+def _errors(states: dict[str, State[Any]]) -> list[State[Any]]:
+    return [state for state in states.values() if not state.is_completed()]
+
+
+def _edges(execution: Execution, name: str, states: dict[str, State[Any]]) -> list[State[Any]]:
+    """Return the states of the tasks whose artifacts a node reads; stages left out by `--only` have none."""
+    return [states[source] for source in execution.plan.graph[name].node.inputs.values() if source in states]
+
+
+def _node_task(execution: Execution, name: str) -> Task[Any, Any]:
+    """Return the Prefect task that executes one node of the graph."""
+    compute = execution.plan.config.compute
+
+    def run() -> State[Any]:
+        try:
+            if rows := execution.preview(name):
+                create_table_artifact(rows, key=_key_of(name, "inputs"), description=f"What {name} is about to read")
+            artifact, cached = execution.execute(name, _ProgressArtifact(name))
+        except BaseException as error:
+            execution.failed(name, error)
+            raise
+        _show_summary(name, artifact)
+        facts = {"fingerprint": artifact.manifest.fingerprint, "digest": artifact.digest, "path": str(artifact.path)}
+        return Completed(
+            name="Cached" if cached else "Completed", message=f"{name} {facts['fingerprint'][:8]}", data=facts
+        )
+
+    return Task(
+        run,
+        name=name,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=compute.retries,
+        retry_delay_seconds=[compute.retry_delay_s * 2**n for n in range(compute.retries)],
+        retry_condition_fn=_may_pass,
+        log_prints=False,
+    )
+
+
+def _may_pass(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Retry only faults that can pass; bad configuration, broken bytes and full disks stay as they are."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, TransientError) and not isinstance(error, DiskFullError)
+
+
+class _ProgressArtifact:
+    """A progress bar in the Prefect UI, updated at most every few seconds.
+
+    Args:
+        node: name of the node that works.
+    """
+
+    def __init__(self, node: str) -> None:
+        self._node = node
+        self._id: Any = None
+        self._updated_at = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        """Show a progress report."""
+        percent = 100.0 * progress.done / max(progress.total, 1)
+        now = time.monotonic()
+        if self._id is None:
+            self._id = create_progress_artifact(percent, key=_key_of(self._node, "progress"), description=self._node)
+        elif now - self._updated_at > _PROGRESS_EVERY_S or progress.done >= progress.total:
+            update_progress_artifact(self._id, percent, description=f"{self._node}: {progress.message}")
+        else:
+            return
+        self._updated_at = now
+
+
+def _show_plan(steps: Collection[Step], tracking_url: str | None) -> None:
+    """Show the plan and the link to MLflow in the Prefect UI."""
+    lines = ["| stage | state | why |", "|---|---|---|"]
+    lines += [f"| {step.node} | {step.state} | {step.why} |" for step in steps]
+    create_markdown_artifact("\n".join(lines), key="plan", description="What this run does, and why")
+    if tracking_url is not None:
+        create_link_artifact(tracking_url, link_text="Run in MLflow", key="mlflow", description="Metrics and models")
+
+
+def _show_summary(name: str, artifact: Artifact) -> None:
+    facts = [{"fact": key, "value": str(value)} for key, value in artifact.manifest.summary.items()]
+    if facts:
+        create_table_artifact(facts, key=_key_of(name), description=f"{name} {artifact.manifest.fingerprint[:8]}")
+
+
+def _key_of(*parts: str) -> str:
+    """Return an artifact key: lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")

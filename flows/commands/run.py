@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from flows import console, graph, recipe
-from flows import planner as planning
+from flows import console, run_plan
 from flows.commands import lookup
-from flows.config import RunConfig
-from flows.planner import Selection, Step
-from flows.run_record import Runs
+from flows.planner import Selection
+from flows.run_plan import RunPlan
+from flows.run_record import REPORT, Runs
 from pipelines.core.errors import ConfigError, Preempted
 from pipelines.core.provenance import CHECKOUT
-from pipelines.core.store import Store
 from pipelines.data import versioning
 from pipelines.registry import history
 
@@ -37,12 +33,11 @@ def plan(
     name: str, overrides: list[str], only: str | None, since: str | None, force: list[str], *, as_json: bool
 ) -> None:
     """Print the plan of a run."""
-    config, _ = _resolve(name, overrides)
-    steps = _plan(config, Selection(only, since, tuple(force)))
+    made = run_plan.make(name, overrides, Selection(only, since, tuple(force)))
     if as_json:
-        print(json.dumps([step.as_dict() for step in steps], indent=1))
+        print(json.dumps([step.as_dict() for step in made.steps], indent=1))
         return
-    _print_plan(steps, config)
+    _print_plan(made)
     print("Nothing was started.")
 
 
@@ -59,19 +54,17 @@ def run(
 ) -> None:
     """Run a recipe; a run with nothing to do is answered from the plan, before any flow or model code loads."""
     console.set_quiet(quiet)
-    config, overrides = _resolve(name, overrides)
-    steps = _plan(config, Selection(only, since, tuple(force)))
-    if config.data.rev is None and (CHECKOUT / config.data.path).exists():
+    made = run_plan.make(name, overrides, Selection(only, since, tuple(force)))
+    data = made.config.data
+    if data.rev is None and (CHECKOUT / data.path).exists():
         # Also when everything is cached: a corpus that was changed by accident is never passed over in silence.
-        versioning.verify(config.data, CHECKOUT)
-    store = Store(CHECKOUT / config.store.path)
-    if planning.is_done(steps):
-        _report_cached(steps, config, store, as_json=as_json)
+        versioning.verify(data, CHECKOUT)
+    if made.is_done():
+        _report_cached(made, as_json=as_json)
         return
     if not quiet and not as_json:
-        _print_plan(steps, config)
-    run_id = _run_flow(store.root, name, overrides, only, since, force, wait_s)
-    _summary(run_id, config, store, as_json=as_json)
+        _print_plan(made)
+    _summary(_run_flow(made, wait_s), made, as_json=as_json)
 
 
 def resume(run_id: str | None, *, as_json: bool, quiet: bool) -> None:
@@ -99,35 +92,7 @@ def promote(candidate: str | None, run_id: str | None, *, as_json: bool) -> None
     run(record.recipe, overrides, "promote", None, ["promote"], wait_s=None, as_json=as_json, quiet=False)
 
 
-def _resolve(name: str, overrides: list[str]) -> tuple[RunConfig, list[str]]:
-    """Return the configuration and its overrides.
-
-    The same command after a kill goes on from the weights that it began with, also when it has moved the alias that
-    names them itself.
-    """
-    config = recipe.resolve(name, overrides)
-    if not config.pretrain.from_:
-        return config, overrides
-    cut_off = Runs(Store(CHECKOUT / config.store.path).root).unfinished(name, overrides)
-    pinned = overrides if cut_off is None else cut_off.pin(overrides)
-    return recipe.resolve(name, pinned), pinned
-
-
-def _plan(config: RunConfig, selection: Selection) -> list[Step]:
-    store = Store(CHECKOUT / config.store.path)
-    data_hash = versioning.data_hash(config.data, CHECKOUT)
-    return planning.make(graph.identify(config, data_hash, graph.init_weights_of(config, store.root)), store, selection)
-
-
-def _run_flow(
-    store_root: Path,
-    name: str,
-    overrides: list[str],
-    only: str | None,
-    since: str | None,
-    force: Sequence[str],
-    wait_s: float | None,
-) -> str:
+def _run_flow(plan: RunPlan, wait_s: float | None) -> str:
     """Execute the Prefect flow in this process, with a server of its own if none is configured."""
     from flows.prefect_server import api
 
@@ -137,17 +102,18 @@ def _run_flow(
     # Prefect catches SIGTERM during a flow and then passes it on to the handler that was there before: this one.
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _stop)
-    with api(store_root):
-        from flows.train_to_registry import train_to_registry
+    with api(plan.store.root):
+        from flows.train_to_registry import run_planned
 
-        return train_to_registry(name, overrides, only, since, list(force), wait_s)
+        return run_planned(plan, wait_s)
 
 
 def _stop(_signum: int, _frame: FrameType | None) -> NoReturn:
     raise Preempted("the run was asked to stop", hint="the same command goes on where it stopped")
 
 
-def _print_plan(steps: list[Step], config: RunConfig) -> None:
+def _print_plan(made: RunPlan) -> None:
+    steps = made.steps
     rows = [
         {"stage": s.node, "state": s.state, "why": s.why, "estimate": console.duration(s.estimate_s)} for s in steps
     ]
@@ -160,33 +126,34 @@ def _print_plan(steps: list[Step], config: RunConfig) -> None:
     known = [s.estimate_s for s in to_run if s.estimate_s is not None]
     time = f", about {console.duration(sum(known))}" if to_run and len(known) == len(to_run) else ""
     disk = f", {console.size(sum(s.size or 0 for s in to_run))}" if known else ""
-    print(f"{cached} cached, {len(to_run)} to run{time}{disk}. {_champion_line(config)}")
+    print(f"{cached} cached, {len(to_run)} to run{time}{disk}. {_champion_line(made)}")
 
 
-def _champion_line(config: RunConfig) -> str:
-    champion = history.champion(CHECKOUT / config.store.path, config.promote.model_name)
+def _champion_line(made: RunPlan) -> str:
+    model = made.config.promote.model_name
+    champion = history.champion(made.store.root, model)
     if champion is None:
-        return f"{config.promote.model_name} has no champion yet."
+        return f"{model} has no champion yet."
     quality = champion.get("bits_per_byte")
     measured = f" ({quality:.3f} bits/byte)" if isinstance(quality, float) else ""
-    return f"Champion of {config.promote.model_name}: v{champion['version']}{measured}."
+    return f"Champion of {model}: v{champion['version']}{measured}."
 
 
-def _report_cached(steps: list[Step], config: RunConfig, store: Store, *, as_json: bool) -> None:
+def _report_cached(made: RunPlan, *, as_json: bool) -> None:
     if as_json:
-        champion = history.champion(store.root, config.promote.model_name)
-        rows = [step.as_dict() for step in steps]
+        champion = history.champion(made.store.root, made.config.promote.model_name)
+        rows = [step.as_dict() for step in made.steps]
         print(json.dumps({"status": "cached", "steps": rows, "champion": champion}, indent=1, default=str))
         return
-    _print_plan(steps, config)
+    _print_plan(made)
     print("Everything is cached: nothing was run.")
 
 
-def _summary(run_id: str, config: RunConfig, store: Store, *, as_json: bool) -> None:
+def _summary(run_id: str, made: RunPlan, *, as_json: bool) -> None:
     """Print what a finished run leaves: the stages with their headline numbers, the champion, where to look."""
-    record = Runs(store.root).get(run_id)
-    champion = history.champion(store.root, config.promote.model_name)
-    report = Runs(store.root).folder(run_id) / "report.html"
+    runs = Runs(made.store.root)
+    record, report = runs.get(run_id), runs.folder(run_id) / REPORT
+    champion = history.champion(made.store.root, made.config.promote.model_name)
     if as_json:
         facts: dict[str, Any] = record.model_dump() | {"champion": champion, "report": str(report)}
         print(json.dumps(facts, indent=1, default=str))
@@ -196,7 +163,7 @@ def _summary(run_id: str, config: RunConfig, store: Store, *, as_json: bool) -> 
         for n, r in record.nodes.items()
     ]
     console.table(rows, ["stage", "state", "took", "result"], as_json=False)
-    print(_champion_line(config))
+    print(_champion_line(made))
     print(f"Report: {report}")
     if record.tracking_url:
         print(f"MLflow: {record.tracking_url}")

@@ -22,6 +22,17 @@ class ComputeConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where stages compute; auto takes the GPU if there is one.", json_schema_extra=NOT_IDENTITY
     )
+    executor: str = Field(
+        "local", description="What carries stages out: a module of flows/executors.", json_schema_extra=NOT_IDENTITY
+    )
+    parallel: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Stages at work side by side where the graph allows it; more than one runs each in a process of "
+        "its own. What measures latency always runs alone.",
+        json_schema_extra=NOT_IDENTITY,
+    )
     heartbeat_timeout_s: float = Field(
         600.0, gt=0, description="A rank silent for longer is taken for hung.", json_schema_extra=NOT_IDENTITY
     )

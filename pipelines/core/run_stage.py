@@ -1,17 +1,88 @@
-"""Run one stage: cache, lease, body, publication. The wrapper that every stage shares."""
+"""Run one stage: cache, lease, body, publication. The wrapper that every stage shares.
+
+    python -m pipelines.core.run_stage REQUEST.json      (`-`: the request comes from standard input)
+
+executes one `StageRequest` from any working directory. Standard output carries JSON lines and nothing else:
+
+    {"event": "progress", "done": 3, "total": 40, "unit": "steps", "message": "...", "metrics": {...}}
+    {"event": "artifact", "path": "...", "fingerprint": "...", "digest": "..."}        last, after success
+    {"event": "error", "kind": "DiskFullError", "message": "...", "hint": "..."}       last, after a known failure
+
+Exit codes are those of `errors.py`. SIGTERM and SIGINT stop the stage, which keeps what it needs to go on (code 75).
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import shutil
+import signal
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
 
 from pipelines.core import artifact, disk, fingerprint, progress_bars, provenance
 from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError, IngotError, Preempted
+from pipelines.core.request import ArtifactRef, StageRequest
 from pipelines.core.settings import Settings
-from pipelines.core.stage import Stage, StageContext
+from pipelines.core.stage import Progress, Stage, StageContext
 from pipelines.core.store import Store
+
+
+def execute(request: StageRequest, report: Callable[[Progress], None] = lambda _progress: None) -> Artifact:
+    """Return the artifact that a request asks for, running the stage only when the store does not have it.
+
+    Args:
+        request: what to execute.
+        report: receives the progress of the stage.
+
+    Raises:
+        ConfigError: this checkout would make something else than what was planned.
+        IngotError: an input is not in the store; everything that `materialize` and the stage raise.
+    """
+    stage, store = request.described(), Store(Path(request.store))
+    config, keys = stage.configured(request.configuration), request.input_keys()
+    if (mine := fingerprint.digest(stage.identity(config, keys))) != request.fingerprint:
+        raise ConfigError(
+            f"{request.node} was planned as {request.fingerprint[:12]}, this checkout would make {mine[:12]}",
+            hint="plan and execute with the same commit",
+        )
+    context = StageContext(
+        node=request.node,
+        scratch=store.root,
+        report=report,
+        compute=request.compute,
+        tracking=request.tracking,
+        store=store.root,
+    )
+    return materialize(
+        stage,
+        config,
+        {name: _stored(store, name, used) for name, used in request.inputs.items()},
+        store,
+        context,
+        input_keys=keys,
+        data_hash=request.data_hash,
+        force=request.force,
+        wait_s=request.wait_s,
+    )
+
+
+def _stored(store: Store, name: str, wanted: ArtifactRef) -> Artifact:
+    stored = store.find(wanted.stage, wanted.fingerprint)
+    if stored is None:
+        raise IngotError(
+            f"the input {name} ({wanted.stage} {wanted.fingerprint[:12]}) is not in {store.root}",
+            hint="run without --only, or run that stage first",
+        )
+    return stored
 
 
 def materialize(
@@ -78,3 +149,47 @@ def materialize(
             )
         shutil.rmtree(scratch, ignore_errors=True)
         return published
+
+
+def main(arguments: list[str]) -> int:
+    """Execute the request in a file, or on standard input; return the exit code."""
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)  # what libraries print goes to standard error
+
+    def tell(event: str, **facts: Any) -> None:
+        lines.write(json.dumps({"event": event, **facts}) + "\n")
+
+    def report(progress: Progress) -> None:
+        facts = dataclasses.asdict(progress)
+        tell("progress", **{name: value for name, value in facts.items() if name != "node"})
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, _stop)
+    try:
+        made = execute(_read(arguments), report)
+    except Exception as error:
+        if (known := disk.known(error)) is None:
+            raise
+        tell("error", kind=type(known).__name__, message=known.message, hint=known.hint)
+        print(f"{known}", file=sys.stderr)
+        return known.exit_code
+    tell("artifact", path=str(made.path), fingerprint=made.manifest.fingerprint, digest=made.digest)
+    return 0
+
+
+def _read(arguments: list[str]) -> StageRequest:
+    if len(arguments) != 1:
+        raise ConfigError("python -m pipelines.core.run_stage takes one argument: a file with a request, or -")
+    try:
+        text = sys.stdin.read() if arguments[0] == "-" else Path(arguments[0]).read_text(encoding="utf-8")
+        return StageRequest.model_validate_json(text)
+    except (OSError, ValidationError) as error:
+        raise ConfigError(f"{arguments[0]} is not a stage request: {error}") from None
+
+
+def _stop(_signum: int, _frame: FrameType | None) -> NoReturn:
+    raise Preempted("the stage was asked to stop", hint="the same command goes on where it stopped")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

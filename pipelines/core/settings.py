@@ -20,6 +20,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
+    @property
+    def measures_time(self) -> bool:
+        """Whether the stage measures how fast something is, so that nothing of the same run may work beside it."""
+        return False
+
     def identity(self) -> dict[str, Any]:
         """Return the fields that can change a result, as JSON values: what enters a fingerprint."""
         return _fields(self, lambda extra: extra.get("identity") is not False)

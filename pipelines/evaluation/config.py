@@ -63,3 +63,8 @@ class EvaluateConfig(BatchSettings):
         description="Probe of latency and memory.",
         json_schema_extra=NOT_IDENTITY,
     )
+
+    @property
+    def measures_time(self) -> bool:
+        """Whether the stage measures latency, which other work would disturb."""
+        return self.latency.enabled

@@ -1,0 +1,82 @@
+"""What a run will do, made once and handed on: configuration, corpus, initial weights, graph and steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flows import graph, planner, recipe
+from flows.config import RunConfig
+from flows.graph import Identified
+from flows.planner import Selection, Step
+from flows.run_record import Runs
+from pipelines.core.provenance import CHECKOUT
+from pipelines.core.store import Store
+from pipelines.data import versioning
+
+if TYPE_CHECKING:
+    from pipelines.registry.initial_weights import Source
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything that is decided before a run starts."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    """Those of the command, and the weights that the command began with when it was cut off."""
+    config: RunConfig
+    selection: Selection
+    store: Store
+    data_hash: str
+    """DVC hash of the corpus."""
+    init_weights: Source | None
+    """What `pretrain.from` led to when the plan was made."""
+    graph: Mapping[str, Identified]
+    """Nodes by name, in an order in which each comes after its inputs."""
+    steps: tuple[Step, ...]
+
+    def wanted(self) -> list[str]:
+        """Return the names of the nodes to execute, in order."""
+        return [name for name, node in self.graph.items() if not self.selection.leaves_out(node)]
+
+    def is_done(self) -> bool:
+        """Return whether nothing is left to run."""
+        return planner.is_done(self.steps)
+
+
+def make(name: str, overrides: Sequence[str] = (), selection: Selection | None = None) -> RunPlan:
+    """Return the plan of a run; touches nothing.
+
+    Args:
+        name: a recipe, by name or path.
+        overrides: `dotted.path=value` settings over the recipe.
+        selection: nodes that were asked for.
+
+    Raises:
+        ConfigError: a setting, a stage or a model that does not exist.
+        TransientError: the registry that `pretrain.from` names does not answer.
+    """
+    selection = selection or Selection()
+    config, pinned = _resolve(name, list(overrides))
+    store = Store(CHECKOUT / config.store.path)
+    data_hash = versioning.data_hash(config.data, CHECKOUT)
+    init_weights = graph.init_weights_of(config, store.root)
+    identified = graph.identify(config, data_hash, init_weights)
+    steps = planner.make(identified, store, selection)
+    return RunPlan(name, tuple(pinned), config, selection, store, data_hash, init_weights, identified, tuple(steps))
+
+
+def _resolve(name: str, overrides: list[str]) -> tuple[RunConfig, list[str]]:
+    """Return the configuration and its overrides.
+
+    The same command after a kill goes on from the weights that it began with, also when it has moved the alias that
+    names them itself.
+    """
+    config = recipe.resolve(name, overrides)
+    if not config.pretrain.from_:
+        return config, overrides
+    cut_off = Runs(Store(CHECKOUT / config.store.path).root).unfinished(name, overrides)
+    pinned = overrides if cut_off is None else cut_off.pin(overrides)
+    return recipe.resolve(name, pinned), pinned
