@@ -12,6 +12,8 @@ from flows.graph import Identified
 from flows.planner import Selection, Step
 from flows.run_record import Runs
 from pipelines.core.provenance import CHECKOUT
+from pipelines.core.request import ArtifactRef, StageRequest
+from pipelines.core.stage import TrackingTarget
 from pipelines.core.store import Store
 from pipelines.data import versioning
 
@@ -40,6 +42,31 @@ class RunPlan:
     def wanted(self) -> list[str]:
         """Return the names of the nodes to execute, in order."""
         return [name for name, node in self.graph.items() if not self.selection.leaves_out(node)]
+
+    def request(
+        self,
+        name: str,
+        *,
+        tracking: TrackingTarget | None = None,
+        force: bool = False,
+        wait_s: float | None = None,
+    ) -> StageRequest:
+        """Return the execution of one node as a value; see `pipelines.core.request`."""
+        node = self.graph[name]
+        inputs = {key: self.graph[source] for key, source in node.node.inputs.items()}
+        return StageRequest(
+            stage=node.node.stage.name,
+            node=name,
+            fingerprint=node.fingerprint,
+            configuration=node.node.config.model_dump(mode="json", by_alias=True, exclude_unset=True),
+            inputs={k: ArtifactRef(stage=i.node.stage.name, fingerprint=i.fingerprint) for k, i in inputs.items()},
+            data_hash=None if node.node.stage.corpus == "none" else self.data_hash,
+            store=str(self.store.root),
+            compute=self.config.compute,
+            tracking=tracking or TrackingTarget(),
+            force=force,
+            wait_s=wait_s,
+        )
 
     def is_done(self) -> bool:
         """Return whether nothing is left to run."""

@@ -17,7 +17,6 @@ from flows.run_plan import RunPlan
 from flows.run_record import PARETO, REPORT, NodeRecord, RunRecord, Runs
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import GateRefused, IngotError, Preempted
-from pipelines.core.request import ArtifactRef, StageRequest
 from pipelines.core.stage import Progress, TrackingTarget
 
 if TYPE_CHECKING:
@@ -73,8 +72,11 @@ class Execution:
                 listen(progress)
 
             if cached is None:
-                mlflow_run_id = stage_run.run_id if node.node.stage.needs_tracking else None
-                artifact = self.executor.execute(self.request(node, mlflow_run_id), report)
+                tracking = self._tracking(stage_run.run_id if node.node.stage.needs_tracking else None)
+                # An artifact that is there all the same is forced anew, or made of inputs that have other bytes now.
+                force = self._stored(node) is not None
+                request = self.plan.request(name, tracking=tracking, force=force, wait_s=self.wait_s)
+                artifact = self.executor.execute(request, report)
             else:
                 artifact = cached
             stage_run.finish(artifact, cached=cached is not None)
@@ -83,31 +85,6 @@ class Execution:
         self.artifacts[name] = artifact
         self._save(at_once=True)
         return artifact, cached is not None
-
-    def request(self, node: Identified, mlflow_run_id: str | None = None) -> StageRequest:
-        """Return a node as a request. The body runs again where the artifact is there but this run does not take it."""
-        stage, config, graph = node.node.stage, self.plan.config, self.plan.graph
-        return StageRequest(
-            stage=stage.name,
-            node=node.node.name,
-            fingerprint=node.fingerprint,
-            configuration=node.node.config.model_dump(mode="json", by_alias=True, exclude_unset=True),
-            inputs={
-                key: ArtifactRef(stage=graph[source].node.stage.name, fingerprint=graph[source].fingerprint)
-                for key, source in node.node.inputs.items()
-            },
-            data_hash=None if stage.corpus == "none" else self.plan.data_hash,
-            store=str(self.plan.store.root),
-            compute=config.compute,
-            tracking=TrackingTarget(
-                uri=self.session.uri,
-                experiment=config.tracking.experiment,
-                timeout_s=config.tracking.timeout_s,
-                run_id=mlflow_run_id,
-            ),
-            force=self.plan.store.find(stage.name, node.fingerprint) is not None,
-            wait_s=self.wait_s,
-        )
 
     def preview(self, name: str) -> list[dict[str, Any]]:
         """Return the table that people see before a node runs: rows about its inputs; empty for none."""
@@ -135,6 +112,12 @@ class Execution:
         if report.write_pareto(self.record.model_dump(), self.artifacts, table):
             self.session.log_file(table, PARETO)
         return path
+
+    def _tracking(self, mlflow_run_id: str | None) -> TrackingTarget:
+        config = self.plan.config.tracking
+        return TrackingTarget(
+            uri=self.session.uri, experiment=config.experiment, timeout_s=config.timeout_s, run_id=mlflow_run_id
+        )
 
     def _stored(self, node: Identified) -> Artifact | None:
         return self.plan.store.find(node.node.stage.name, node.fingerprint)
