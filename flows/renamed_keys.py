@@ -11,10 +11,19 @@ from typing import Any
 
 from pipelines.core.errors import ConfigError
 
-KEYS: dict[str, str] = {}
+KEYS: dict[str, str] = {
+    "compress.*.refine": "compress.*.block_reconstruction",
+    "compress.*.controls": "compress.*.baselines",
+    "compress.*.start": "compress.*.init_from",
+    "compress.*(hawq).together": "compress.*.tied_layers",
+    "compress.*(optin).together": "compress.*.neurons_at_once",
+}
 """Old dotted path -> new dotted path."""
 
-VALUES: dict[tuple[str, str], str] = {("prepare.tokenizer", "start"): "init_weights"}
+VALUES: dict[tuple[str, str], str] = {
+    ("prepare.tokenizer", "start"): "init_weights",
+    ("compress.*.init_from", "parent"): "base",
+}
 """(dotted path, old value) -> new value."""
 
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from models.compression.base import Calibration, Kind, Packed, Statistics
+from models.compression.base import Calibration, Packed, Statistics, WeightMethod
 from models.compression.formats import int_grid
 from models.lazy import lazy_module
 
@@ -27,12 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 else:
     torch = lazy_module("torch")
-
-kind: Kind = "weight"
-bits = "2-8"
-calibration: Calibration = "hessian"
-paper = "Lin et al. 2023, AWQ (arXiv 2306.00978)"
-not_informative = ""
 
 
 class Config(int_grid.GridConfig):
@@ -63,37 +57,6 @@ class ScaledPacked(Packed):
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the pack-quantized layout, and `input_scale` [I]."""
         return self.codes.tensors() | {"input_scale": self.scale_I}
-
-
-def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
-    """Return the weight on a grid whose input scales and ranges fit the activations.
-
-    Raises:
-        ValueError: no usable second moment.
-    """
-    hessian_II = statistics.second_moment("awq", weight_OI.shape[1])
-    scale_I = search_scale(weight_OI, hessian_II, config) if config.input_scales else torch.ones(weight_OI.shape[1])
-    scaled_OI, moment_II = weight_OI.float() * scale_I, hessian_II / torch.outer(scale_I, scale_I).double()
-    codes = int_grid.nearest(scaled_OI, int_grid.fit(scaled_OI, config))
-    if config.clip == "mse":
-        clipped = int_grid.nearest(
-            scaled_OI, int_grid.fit(scaled_OI, config, loss=group_loss(moment_II, scaled_OI, config))
-        )
-        codes = min(codes, clipped, key=lambda c: output_loss(c.dequantize() - scaled_OI, moment_II))
-    return ScaledPacked(codes, scale_I.to(torch.bfloat16)) if config.input_scales else codes
-
-
-def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
-    """Rebuild a packed weight from its stored tensors."""
-    codes = int_grid.restore(tensors, config.bits)
-    return ScaledPacked(codes, tensors["input_scale"]) if config.input_scales else codes
-
-
-def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG001
-    """Return round to nearest in the same storage, input scales of one included."""
-    codes = int_grid.nearest(weight_OI, int_grid.fit(weight_OI, config))
-    ones = torch.ones(weight_OI.shape[1], dtype=torch.bfloat16)
-    return {"rtn": ScaledPacked(codes, ones) if config.input_scales else codes}
 
 
 def search_scale(weight_OI: Tensor, hessian_II: Tensor, config: Config) -> Tensor:
@@ -131,3 +94,39 @@ def _scale(magnitude_I: Tensor, alpha: float) -> Tensor:
     """Return magnitude^alpha with the geometric middle of its range at one, exact in bfloat16."""
     raised_I = magnitude_I.clamp(min=float(magnitude_I.max()) * 1e-4 or 1.0) ** alpha
     return (raised_I / (raised_I.max() * raised_I.min()).sqrt()).to(torch.bfloat16).float()
+
+
+class Method(WeightMethod[Config], config=Config):
+    """AWQ."""
+
+    bits: ClassVar[str] = "2-8"
+    calibration: ClassVar[Calibration] = "hessian"
+    paper: ClassVar[str] = "Lin et al. 2023, AWQ (arXiv 2306.00978)"
+
+    def compress(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
+        """Return the weight on a grid whose input scales and ranges fit the activations.
+
+        Raises:
+            ValueError: no usable second moment.
+        """
+        hessian_II = statistics.second_moment("awq", weight_OI.shape[1])
+        scale_I = search_scale(weight_OI, hessian_II, config) if config.input_scales else torch.ones(weight_OI.shape[1])
+        scaled_OI, moment_II = weight_OI.float() * scale_I, hessian_II / torch.outer(scale_I, scale_I).double()
+        codes = int_grid.nearest(scaled_OI, int_grid.fit(scaled_OI, config))
+        if config.clip == "mse":
+            clipped = int_grid.nearest(
+                scaled_OI, int_grid.fit(scaled_OI, config, loss=group_loss(moment_II, scaled_OI, config))
+            )
+            codes = min(codes, clipped, key=lambda c: output_loss(c.dequantize() - scaled_OI, moment_II))
+        return ScaledPacked(codes, scale_I.to(torch.bfloat16)) if config.input_scales else codes
+
+    def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:
+        """Rebuild a packed weight from its stored tensors."""
+        codes = int_grid.restore(tensors, config.bits)
+        return ScaledPacked(codes, tensors["input_scale"]) if config.input_scales else codes
+
+    def baselines(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG002
+        """Return round to nearest in the same storage, input scales of one included."""
+        codes = int_grid.nearest(weight_OI, int_grid.fit(weight_OI, config))
+        ones = torch.ones(weight_OI.shape[1], dtype=torch.bfloat16)
+        return {"rtn": ScaledPacked(codes, ones) if config.input_scales else codes}

@@ -1,15 +1,15 @@
-"""The contract of compression methods, and the one error measure that all of them are compared by.
+"""The interface of compression methods, and the one error measure that all of them are compared by.
 
-A method is one module in this package; its file name is its registry name. It defines
+A method is one module in this package that defines a class `Method`; its file name is its registry name. The class
+extends the one of its kind:
 
-    kind            "weight", "structure", "kv_cache" or "training"
-    bits            what it can store a weight in, for tables: "2-8"
-    calibration     what it must be shown: "none", "hessian" (the input second moment of each layer), "inputs" (that,
-                    and a sample of the inputs themselves) or "gradients" (that, and squared weight gradients)
-    paper           where it comes from
-    Config          its parameters, a `MethodConfig`
+    weight       `WeightMethod`, here             one matrix after another, each stored packed
+    training     `training_method.TrainingMethod` a model that is trained in compressed form
+    structure    `structure_method.StructureMethod`   heads and neurons that go
+    kv_cache     `cache_method.CacheMethod`       keys and values of the attention cache
+    search       `search.Method` alone            tries the others
 
-and, for kind "weight", the pure functions of `WeightMethod`. A module without `kind` is a helper, not a method.
+A module without a class `Method` is a helper. Pure tensor functions come first in a file, the class after them.
 
 Shapes: O output features, I input features, G groups along I, S weights in a group.
 """
@@ -17,9 +17,9 @@ Shapes: O output features, I input features, G groups along I, S weights in a gr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
-Kind = Literal["weight", "structure", "kv_cache", "training"]
+Kind = Literal["weight", "structure", "kv_cache", "training", "search"]
 Calibration = Literal["none", "hessian", "inputs", "gradients"]
+SensitivitySource = Literal["curvature", "gradients", "hessian"]
 
 
 class MethodConfig(BaseModel):
@@ -42,7 +43,7 @@ class MethodConfig(BaseModel):
 
     @property
     def label(self) -> str:
-        """Short text for names of children, for instance `int4-g32`; letters, digits and dashes only."""
+        """Short text for names of variants, for instance `int4-g32`; letters, digits and dashes only."""
         return ""
 
     def fitted(self, columns: Collection[int]) -> Self:  # noqa: ARG002 - methods with groups use it
@@ -51,7 +52,7 @@ class MethodConfig(BaseModel):
 
     @property
     def block_steps(self) -> int:
-        """Steps of block-wise optimisation that the driver makes with the layers of each block, once compressed."""
+        """Steps of block reconstruction that follow once the layers of a block are compressed."""
         return 0
 
     def for_layer(self, name: str) -> Self:  # noqa: ARG002 - methods that treat layers differently use it
@@ -74,7 +75,7 @@ class Statistics:
     fisher_OI: Tensor | None = None
     """Sum over calibration sequences of the squared gradient of the summed loss; None unless asked for."""
     curvature: float | None = None
-    """Mean second derivative of the mean loss along the weights of the layer; only shown to planning."""
+    """Mean second derivative of the mean loss along the weights of the layer; only given for the allocation of bits."""
 
     def rows(self, method: str, columns: int) -> Tensor:
         """Return `inputs_NI`, which `second_moment` must allow too.
@@ -155,25 +156,122 @@ class Packed(ABC):
         return torch.nn.functional.linear(self.inputs(x), weight_OI, bias_O)
 
 
-class WeightMethod(Protocol):
-    """A method module of kind "weight"."""
+C = TypeVar("C", bound=MethodConfig)
 
-    kind: Kind
-    bits: str
-    calibration: Calibration
-    paper: str
-    Config: type[MethodConfig]
-    not_informative: str
-    """Why the comparison with a naive baseline says nothing; empty where it does."""
 
-    def compress(self, weight_OI: Tensor, statistics: Statistics, config: Any) -> Packed:
-        """Return the compressed weight."""
+class CompressionMethod(ABC, Generic[C]):
+    """What every method says of itself; `C` is its own `Config`."""
 
-    def restore(self, tensors: Mapping[str, Tensor], config: Any) -> Packed:
-        """Rebuild a `Packed` from its `tensors()`."""
+    kind: ClassVar[Kind]
+    bits: ClassVar[str]
+    """What it can store a number in, for tables: "2-8"."""
+    calibration: ClassVar[Calibration]
+    """What it must be shown: nothing; the second moment of each layer's input (hessian); that and a sample of the
+    inputs themselves; or that and squared weight gradients."""
+    paper: ClassVar[str]
+    """Where it comes from."""
+    not_informative: ClassVar[str] = ""
+    """Why a comparison with a naive baseline says nothing; empty where it does."""
+    Config: type[C]
+    """Its parameters; given as `class Method(WeightMethod[Config], config=Config)`."""
 
-    def nulls(self, weight_OI: Tensor, statistics: Statistics, config: Any) -> dict[str, Packed]:
-        """Return the null arms: naive choices at the same stored bits, by name."""
+    def __init_subclass__(cls, config: type[C] | None = None) -> None:
+        super().__init_subclass__()
+        if config is not None:
+            cls.Config = config
+
+    @property
+    def name(self) -> str:
+        """The registry name: that of the module."""
+        return type(self).__module__.rpartition(".")[2]
+
+
+class PackingMethod(CompressionMethod[C]):
+    """A method whose layers may be stored packed."""
+
+    @abstractmethod
+    def restore(self, tensors: Mapping[str, Tensor], config: C) -> Packed:
+        """Rebuild a packed weight from its `Packed.tensors()`."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one configuration of a weight method must be shown of the calibration sequences."""
+
+    sequences: bool = False
+    """The sequences at all: second moments of all inputs."""
+    inputs: bool = False
+    """A sample of the inputs of each layer, behind the compressed blocks and in the original model."""
+    gradients: bool = False
+    """Squared gradients of every weight."""
+
+
+@dataclass(frozen=True)
+class BitAllocation(Generic[C]):
+    """What may be shared out among layers, and under which budget."""
+
+    options: Sequence[C]
+    """The parameters that a layer may be given."""
+    budget: float
+    """Stored bits a weight over all layers, whatever is stored beside the codes included."""
+    sensitivity_source: SensitivitySource
+    """Which statistics `WeightMethod.cost` predicts losses from."""
+    probes: int = 1
+    """Random directions a batch where the source is curvature."""
+    tied_layers: Sequence[str] = ()
+    """Patterns on module names; layers that match one of them get the same option."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one layer would cost under one option."""
+
+    stored_bits: int
+    loss: float
+    """Predicted increase; comparable between layers."""
+
+
+class WeightMethod(PackingMethod[C]):
+    """A method that compresses one weight matrix after another.
+
+    `compress` and `restore` are all that a method must have. Everything else has a default that asks for nothing.
+    """
+
+    kind: ClassVar[Kind] = "weight"
+
+    @abstractmethod
+    def compress(self, weight_OI: Tensor, statistics: Statistics, config: C) -> Packed:
+        """Return the compressed weight, on the device of `weight_OI`.
+
+        Raises:
+            ValueError: statistics that the method needs are missing or unusable, or the layer does not fit it.
+        """
+
+    def baselines(self, weight_OI: Tensor, statistics: Statistics, config: C) -> dict[str, Packed]:  # noqa: ARG002
+        """Return naive choices at the same stored bits, by name; none where `not_informative` says why."""
+        return {}
+
+    def candidates(self, config: C) -> Sequence[C]:
+        """Return the configurations of which the best on validation text is taken; one: there is nothing to choose."""
+        return [config]
+
+    def allocation(self, config: C) -> BitAllocation[C] | None:  # noqa: ARG002
+        """Return what is shared out among the layers under a budget; None: every layer gets `config`."""
+        return None
+
+    def cost(self, weight_OI: Tensor, statistics: Statistics, option: C) -> Cost:
+        """Return size and predicted loss of one layer under one option of `allocation`."""
+        raise NotImplementedError(f"{self.name} shares nothing out among layers")
+
+    def needs(self, config: C) -> Needs:
+        """Return what calibration must measure for `compress`, `baselines` and `cost`."""
+        allocation = self.allocation(config)
+        return Needs(
+            sequences=self.calibration != "none" or config.block_steps > 0,
+            inputs=self.calibration == "inputs",
+            gradients=self.calibration == "gradients"
+            or (allocation is not None and allocation.sensitivity_source == "gradients"),
+        )
 
 
 def relative_error(weight_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor | None = None) -> float:

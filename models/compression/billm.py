@@ -20,11 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from models.compression.base import Calibration, Kind, MethodConfig, Packed, Statistics
+from models.compression.base import Calibration, MethodConfig, Packed, Statistics, WeightMethod
 from models.compression.formats import binary, sparse
 from models.compression.solvers import obs
 from models.lazy import lazy_module
@@ -35,11 +35,6 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
-kind: Kind = "weight"
-bits = "about 3, as stored"
-calibration: Calibration = "hessian"
-paper = "Huang et al. 2024, BiLLM: Pushing the Limit of Post-Training Quantization for LLMs (arXiv 2402.04291)"
-not_informative = ""
 
 _PERCENTILES = tuple(0.10 + 0.01 * step for step in range(81))
 Ablation = Literal["", "random_columns", "no_residual", "no_split", "uncompensated"]
@@ -112,36 +107,6 @@ class BlocksPacked(Packed):
         }
 
 
-def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
-    """Return the binarized weight.
-
-    Raises:
-        ValueError: no usable second moment.
-    """
-    return _walk(weight_OI, statistics, config)
-
-
-def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
-    """Rebuild a packed weight from its stored tensors."""
-    rows, columns = tensors["weight_shape"].tolist()
-    salient_I = binary.unpack_flat(tensors["weight_columns"], columns)
-    sign_OI = sparse.unpack_bits(tensors["weight_signs"], columns)
-    residual_OI, mark_OI = torch.zeros_like(sign_OI), torch.zeros_like(sign_OI)
-    count = int(salient_I.sum())
-    residual_OI[:, salient_I] = binary.unpack_flat(tensors["weight_residual"], rows * count).view(rows, count)
-    mark_OI[:, ~salient_I] = binary.unpack_flat(tensors["weight_marks"], rows * (columns - count)).view(rows, -1)
-    parts = [planes.split(config.block, dim=-1) for planes in (salient_I, sign_OI, residual_OI, mark_OI)]
-    return BlocksPacked(tuple(map(Block, *parts, tensors["weight_levels"].float().unbind(1))))
-
-
-def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:
-    """Return the method with one idea taken out, in the same storage and with as many salient columns in each block."""
-    counts = [int(part.sum()) for part in _salient(compress(weight_OI, statistics, config))]
-    arms: list[Ablation] = ["random_columns", "no_residual", "no_split"]
-    arms += ["uncompensated"] if len(counts) > 1 else []
-    return {arm: _walk(weight_OI, statistics, config, arm, counts) for arm in arms}
-
-
 def salient_columns(weight_OB: Tensor, order_B: Tensor, most: int) -> Tensor:
     """Return the mask of salient columns: the first k of `order_B`, with the k whose block error is least."""
 
@@ -189,9 +154,18 @@ def binarize(weight_OB: Tensor, salient_B: Tensor, mark_OB: Tensor, *, residual:
     return Block(salient_B, sign_OB, second.sign_OS, mark_OB & ~salient_B, levels_O8)
 
 
-def _walk(
+def binarize_blocks(
     weight_OI: Tensor, statistics: Statistics, config: Config, ablation: Ablation = "", counts: Sequence[int] = ()
 ) -> BlocksPacked:
+    """Return the weight binarized block after block, with one idea taken out where `ablation` names it.
+
+    Args:
+        weight_OI: the weight.
+        statistics: with its second moment.
+        config: parameters.
+        ablation: what is left out.
+        counts: salient columns of each block; empty: as many as make its error least.
+    """
     hessian_II = statistics.second_moment("billm", weight_OI.shape[1])
     factor_II = obs.inverse_factor(obs.damped(hessian_II, statistics.tokens, config.damp))
     current_OI, blocks = weight_OI.double().clone(), list[Block]()
@@ -239,5 +213,38 @@ def _two_values(level_O2: Tensor, sign_OB: Tensor) -> Tensor:
     return binary.two_values(level_O2[:, :1], level_O2[:, 1:], sign_OB)
 
 
-def _salient(packed: Packed) -> list[Tensor]:
-    return [block.salient_B for block in packed.blocks] if isinstance(packed, BlocksPacked) else []
+class Method(WeightMethod[Config], config=Config):
+    """BiLLM."""
+
+    bits: ClassVar[str] = "about 3, as stored"
+    calibration: ClassVar[Calibration] = "hessian"
+    paper: ClassVar[str] = (
+        "Huang et al. 2024, BiLLM: Pushing the Limit of Post-Training Quantization for LLMs (arXiv 2402.04291)"
+    )
+
+    def compress(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
+        """Return the binarized weight.
+
+        Raises:
+            ValueError: no usable second moment.
+        """
+        return binarize_blocks(weight_OI, statistics, config)
+
+    def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:
+        """Rebuild a packed weight from its stored tensors."""
+        rows, columns = tensors["weight_shape"].tolist()
+        salient_I = binary.unpack_flat(tensors["weight_columns"], columns)
+        sign_OI = sparse.unpack_bits(tensors["weight_signs"], columns)
+        residual_OI, mark_OI = torch.zeros_like(sign_OI), torch.zeros_like(sign_OI)
+        count = int(salient_I.sum())
+        residual_OI[:, salient_I] = binary.unpack_flat(tensors["weight_residual"], rows * count).view(rows, count)
+        mark_OI[:, ~salient_I] = binary.unpack_flat(tensors["weight_marks"], rows * (columns - count)).view(rows, -1)
+        parts = [planes.split(config.block, dim=-1) for planes in (salient_I, sign_OI, residual_OI, mark_OI)]
+        return BlocksPacked(tuple(map(Block, *parts, tensors["weight_levels"].float().unbind(1))))
+
+    def baselines(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:
+        """Return the method with one idea taken out, in the same storage with as many salient columns."""
+        counts = [int(block.salient_B.sum()) for block in binarize_blocks(weight_OI, statistics, config).blocks]
+        ablations: list[Ablation] = ["random_columns", "no_residual", "no_split"]
+        ablations += ["uncompensated"] if len(counts) > 1 else []
+        return {name: binarize_blocks(weight_OI, statistics, config, name, counts) for name in ablations}

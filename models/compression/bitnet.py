@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from models.architectures.config import Shape
 from models.compression import training_method
-from models.compression.base import Calibration, Kind, Packed
+from models.compression.base import Packed
 from models.compression.formats import level_codes
-from models.compression.training_method import TrainedConfig
+from models.compression.training_method import TrainedConfig, TrainingMethod
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -29,11 +29,6 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
-kind: Kind = "training"
-bits = "1.6"
-calibration: Calibration = "none"
-paper = "Ma et al. 2024, The Era of 1-bit LLMs (arXiv 2402.17764); Nielsen et al. 2024, Reloaded (arXiv 2407.09527)"
-not_informative = ""
 
 _EPSILON = 1e-5
 _NORM_EPSILON = 1e-6
@@ -42,21 +37,21 @@ _NORM_EPSILON = 1e-6
 class Config(TrainedConfig):
     """Parameters of BitNet b1.58."""
 
-    start: Literal["parent", "scratch"] = Field(
-        "parent", description="convert the parent, or train a model of its shape from random weights"
+    init_from: Literal["base", "scratch"] = Field(
+        "base", description="convert the base, or train a model of its shape from random weights"
     )
     scale: Literal["mean", "median"] = Field("mean", description="scale of a matrix: mean or median of |W|")
     activation_bits: Literal[0, 8] = Field(8, description="bits of the inputs of a layer; 0 leaves them as they are")
     norm: bool = Field(False, description="normalise the input of every layer before it is quantized (SubLN)")
     widen: int = Field(
-        1, ge=1, le=8, description="times the parent's width: small models need about 2 to match full precision"
+        1, ge=1, le=8, description="times the base's width: small models need about 2 to match full precision"
     )
 
     @property
     def label(self) -> str:
         """For instance `b158`, `b158-scratch-x2`, `median-a32`."""
         parts = ["b158" if self.scale == "mean" else "median"]
-        parts += ["scratch"] if self.start == "scratch" else []
+        parts += ["scratch"] if self.init_from == "scratch" else []
         parts += [f"x{self.widen}"] if self.widen > 1 else []
         parts += ["norm"] if self.norm else []
         return "-".join(parts + ([] if self.activation_bits else ["a32"]))
@@ -64,12 +59,12 @@ class Config(TrainedConfig):
     @property
     def from_scratch(self) -> bool:
         """Whether training starts from random weights."""
-        return self.start == "scratch"
+        return self.init_from == "scratch"
 
     @model_validator(mode="after")
     def _only_new_models_are_wider(self) -> Self:
-        if self.widen > 1 and self.start == "parent":
-            raise ValueError(f"widen = {self.widen}: the parent's weights do not fit; valid: 1, or start = scratch")
+        if self.widen > 1 and self.init_from == "base":
+            raise ValueError(f"widen = {self.widen}: the base's weights do not fit; valid: 1, or init_from = scratch")
         return self
 
 
@@ -122,39 +117,7 @@ class BitPacked(level_codes.LevelPacked):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Life cycle
-
-source = training_method.same_layer
-loss = training_method.language_loss
-
-
-def shape(parent: Shape, config: Config) -> Shape:
-    """Return the parent's shape, as much wider as asked for; the size of a head stays."""
-    times = config.widen
-    wider = {"width": parent.width * times, "ffn_width": parent.ffn_width * times, "heads": parent.heads * times}
-    if parent.kv_heads:
-        wider["kv_heads"] = parent.kv_heads * times
-    return parent.model_copy(update=wider)
-
-
-def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:
-    """Put BitNet's layer in the place of every named layer."""
-    import functools
-
-    from models.compression.modules.quantized import FunctionalLinear
-
-    inputs = functools.partial(prepared_input, config=config)
-    weight = functools.partial(quantize_weight, rule=config.scale)
-    linear = training_method.linear_layers(model, names)
-    training_method.replace(model, {name: FunctionalLinear(module, inputs, weight) for name, module in linear.items()})
-
-
-def finish(model: nn.Module, config: Config) -> dict[str, Packed]:
-    """Return the trained layers as stored."""
-    from models.compression.modules.quantized import FunctionalLinear
-
-    found = {n: m for n, m in model.named_modules() if isinstance(m, FunctionalLinear)}
-    return {name: pack(module.weight, config) for name, module in found.items()}
+# The method
 
 
 def pack(weight_OI: Tensor, config: Config) -> Packed:
@@ -163,15 +126,48 @@ def pack(weight_OI: Tensor, config: Config) -> Packed:
     return BitPacked((codes(weight_OI, scale) + 1).to(torch.uint8), scale, 3, config)
 
 
-def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
-    """Rebuild a packed weight from its stored tensors."""
-    plain = level_codes.LevelPacked.restore(tensors, 3)
-    return BitPacked(plain.digits_OI, plain.step, 3, config)
+class Method(TrainingMethod[Config], config=Config):
+    """BitNet b1.58."""
 
+    bits: ClassVar[str] = "1.6"
+    paper: ClassVar[str] = (
+        "Ma et al. 2024, The Era of 1-bit LLMs (arXiv 2402.17764); Nielsen et al. 2024, Reloaded (arXiv 2407.09527)"
+    )
 
-def controls(config: Config) -> dict[str, dict[str, Any]]:
-    """Return full precision with equal steps from the same start, and no training at all."""
-    arms: dict[str, dict[str, Any]] = {
-        "fp32": config.schedule() | {"method": "finetune", "controls": False, "start": config.start},
-    }
-    return arms if config.from_scratch else arms | {"untrained": config.arm(method="bitnet", steps=0)}
+    def shape(self, base: Shape, config: Config) -> Shape:
+        """Return the base's shape, as much wider as asked for; the size of a head stays."""
+        times = config.widen
+        wider = {"width": base.width * times, "ffn_width": base.ffn_width * times, "heads": base.heads * times}
+        if base.kv_heads:
+            wider["kv_heads"] = base.kv_heads * times
+        return base.model_copy(update=wider)
+
+    def transform(self, model: nn.Module, names: Sequence[str], config: Config) -> None:
+        """Put BitNet's layer in the place of every named layer."""
+        import functools
+
+        from models.compression.modules.quantized import FunctionalLinear
+
+        inputs = functools.partial(prepared_input, config=config)
+        weight = functools.partial(quantize_weight, rule=config.scale)
+        linear = training_method.linear_layers(model, names)
+        training_method.put_layers(
+            model, {name: FunctionalLinear(module, inputs, weight) for name, module in linear.items()}
+        )
+
+    def finish(self, model: nn.Module, config: Config) -> dict[str, Packed]:
+        """Return the trained layers as stored."""
+        from models.compression.modules.quantized import FunctionalLinear
+
+        found = {n: m for n, m in model.named_modules() if isinstance(m, FunctionalLinear)}
+        return {name: pack(module.weight, config) for name, module in found.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:
+        """Rebuild a packed weight from its stored tensors."""
+        plain = level_codes.LevelPacked.restore(tensors, 3)
+        return BitPacked(plain.digits_OI, plain.step, 3, config)
+
+    def baselines(self, config: Config) -> dict[str, dict[str, Any]]:
+        """Return full precision with equal steps from the same start, and no training at all."""
+        baselines = {"fp32": config.full_precision(init_from=config.init_from)}
+        return baselines if config.from_scratch else baselines | {"untrained": config.changed("bitnet", steps=0)}

@@ -12,27 +12,19 @@ that child; the teacher is the pretrained model of the run. The child is an ordi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from models.architectures.config import Shape
-from models.compression.base import Calibration, Kind, Packed
-from models.compression.training_method import Step, TrainedConfig
+from models.compression.training_method import Step, TrainedConfig, TrainingMethod
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 else:
     torch = lazy_module("torch")
-
-kind: Kind = "training"
-bits = "32, fewer weights"
-calibration: Calibration = "none"
-paper = "Hinton et al. 2015 (arXiv 1503.02531); features as in OneBit (arXiv 2402.11295)"
-not_informative = ""
 
 
 class Config(TrainedConfig):
@@ -40,9 +32,9 @@ class Config(TrainedConfig):
 
     layers: int = Field(0, ge=0, le=512, description="layers of the student; 0: as many as it is made from")
     ffn_width: int = Field(0, ge=0, le=262144, description="feed-forward width of the student; 0: as it is")
-    width: int = Field(0, ge=0, le=65536, description="width of the student; 0: as it is; else start = scratch")
-    start: Literal["parent", "scratch"] = Field(
-        "parent", description="evenly spread layers of the model that it is made from, or random weights"
+    width: int = Field(0, ge=0, le=65536, description="width of the student; 0: as it is; else init_from = scratch")
+    init_from: Literal["base", "scratch"] = Field(
+        "base", description="evenly spread layers of the model that it is made from, or random weights"
     )
     soft: float = Field(
         0.5, ge=0.0, le=1.0, description="weight of the teacher's distribution; the labels have the rest"
@@ -58,21 +50,21 @@ class Config(TrainedConfig):
         return "-".join((sizes or ["same"]) + kind_)
 
     @property
-    def taught(self) -> bool:
+    def needs_teacher(self) -> bool:
         """Whether anything is learned from the teacher."""
         return self.soft > 0 or self.features > 0
 
     @property
     def from_scratch(self) -> bool:
         """Whether training starts from random weights."""
-        return self.start == "scratch"
+        return self.init_from == "scratch"
 
     @model_validator(mode="after")
     def _only_new_students_are_narrower(self) -> Self:
-        if self.start == "parent" and (self.width or self.ffn_width):
+        if self.init_from == "base" and (self.width or self.ffn_width):
             raise ValueError(
-                "width and ffn_width need start = scratch: a narrower model that keeps weights is made by a method of "
-                "kind structure; distil that with `from`"
+                "width and ffn_width need init_from = scratch: a narrower model that keeps weights is made by a method "
+                "of kind structure; distil that with `from`"
             )
         return self
 
@@ -103,68 +95,62 @@ def same_depth(layer: int, students: int, teachers: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Life cycle
+# The method
 
 
-def shape(parent: Shape, config: Config) -> Shape:
-    """Return the shape of the student; heads keep their size where the width shrinks.
+class Method(TrainingMethod[Config], config=Config):
+    """Distillation."""
 
-    Raises:
-        ValueError: a student that is larger than its parent, or a width without whole heads.
-    """
-    changes: dict[str, Any] = {}
-    if config.layers:
-        changes["layers"] = config.layers
-    if config.ffn_width:
-        changes["ffn_width"] = config.ffn_width
-    if config.width:
-        heads = config.width // parent.head_size
-        changes |= {"width": config.width, "heads": heads, "kv_heads": None if parent.kv_heads is None else heads}
-    for name, value in changes.items():
-        if value is not None and name != "kv_heads" and value > getattr(parent, name):
-            raise ValueError(f"distill: {name} = {value} is more than the {getattr(parent, name)} of the parent")
-    return Shape.model_validate(parent.model_dump(include=set(Shape.model_fields)) | changes)
+    bits: ClassVar[str] = "32, fewer weights"
+    paper: ClassVar[str] = "Hinton et al. 2015 (arXiv 1503.02531); features as in OneBit (arXiv 2402.11295)"
 
+    def shape(self, base: Shape, config: Config) -> Shape:
+        """Return the shape of the student; heads keep their size where the width shrinks.
 
-def source(layer: int, parent: Shape, config: Config) -> int:
-    """Return the parent's layer that a student's layer starts from."""
-    return same_depth(layer, config.layers or parent.layers, parent.layers)
+        Raises:
+            ValueError: a student that is larger than its base, or a width without whole heads.
+        """
+        changes: dict[str, Any] = {}
+        if config.layers:
+            changes["layers"] = config.layers
+        if config.ffn_width:
+            changes["ffn_width"] = config.ffn_width
+        if config.width:
+            heads = config.width // base.head_size
+            changes |= {"width": config.width, "heads": heads, "kv_heads": None if base.kv_heads is None else heads}
+        for name, value in changes.items():
+            if value is not None and name != "kv_heads" and value > getattr(base, name):
+                raise ValueError(f"distill: {name} = {value} is more than the {getattr(base, name)} of the base")
+        return Shape.model_validate(base.model_dump(include=set(Shape.model_fields)) | changes)
 
+    def source_layer(self, layer: int, base: Shape, config: Config) -> int:
+        """Return the base's layer that a student's layer starts from."""
+        return same_depth(layer, config.layers or base.layers, base.layers)
 
-def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:
-    """Leave the student as it is."""
+    def loss(self, step: Step, config: Config) -> Tensor:
+        """Return the weighted sum of labels, teacher and features."""
+        from models.architectures import predict
 
-
-def loss(step: Step, config: Config) -> Tensor:
-    """Return the weighted sum of labels, teacher and features."""
-    from models.architectures import predict
-
-    asked_BT = step.targets_BT != predict.IGNORED
-    states, last_BTD = predict.layer_outputs(step.student, step.inputs_BT)
-    student_NV = predict.logits(step.student, last_BTD[asked_BT])
-    total = (1.0 - config.soft) * predict.summed_nats(student_NV, step.targets_BT[asked_BT])
-    if step.teacher is None:
+        asked_BT = step.targets_BT != predict.IGNORED
+        states, last_BTD = predict.layer_outputs(step.student, step.inputs_BT)
+        student_NV = predict.logits(step.student, last_BTD[asked_BT])
+        total = (1.0 - config.soft) * predict.summed_nats(student_NV, step.targets_BT[asked_BT])
+        if step.teacher is None:
+            return total
+        with torch.no_grad():
+            shown, final_BTE = predict.layer_outputs(step.teacher, step.inputs_BT)
+            teacher_NV = predict.logits(step.teacher, final_BTE[asked_BT])
+        if config.soft:
+            total = total + config.soft * soft_nats(teacher_NV, student_NV, config.temperature)
+        if config.features:
+            pairs = [(state, shown[same_depth(n, len(states), len(shown))]) for n, state in enumerate(states)]
+            distance = torch.stack([feature_distance(one, other) for one, other in pairs]).mean()
+            total = total + config.features * len(student_NV) * distance
         return total
-    with torch.no_grad():
-        shown, final_BTE = predict.layer_outputs(step.teacher, step.inputs_BT)
-        teacher_NV = predict.logits(step.teacher, final_BTE[asked_BT])
-    if config.soft:
-        total = total + config.soft * soft_nats(teacher_NV, student_NV, config.temperature)
-    if config.features:
-        pairs = [(state, shown[same_depth(n, len(states), len(shown))]) for n, state in enumerate(states)]
-        distance = torch.stack([feature_distance(one, other) for one, other in pairs]).mean()
-        total = total + config.features * len(student_NV) * distance
-    return total
 
-
-def finish(model: nn.Module, config: Config) -> dict[str, Packed]:  # noqa: ARG001 - the contract
-    """Pack nothing: the student is an ordinary model."""
-    return {}
-
-
-def controls(config: Config) -> dict[str, dict[str, Any]]:
-    """Return the same student taught by labels only for equal steps, and as it is before any step."""
-    arms: dict[str, dict[str, Any]] = {"untrained": config.arm(method="distill", steps=0)}
-    if config.taught:
-        arms["labels only"] = config.arm(method="distill", soft=0.0, features=0.0)
-    return arms
+    def baselines(self, config: Config) -> dict[str, dict[str, Any]]:
+        """Return the same student taught by labels only for equal steps, and as it is before any step."""
+        baselines: dict[str, dict[str, Any]] = {"untrained": config.changed("distill", steps=0)}
+        if config.needs_teacher:
+            baselines["labels only"] = config.changed("distill", soft=0.0, features=0.0)
+        return baselines

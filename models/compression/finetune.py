@@ -5,30 +5,18 @@ Briefly trained models get better with any further step, so what a method gains 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from models.compression import training_method
-from models.compression.base import Calibration, Kind, Packed
-from models.compression.training_method import TrainedConfig
-
-if TYPE_CHECKING:
-    from torch import nn
-
-kind: Kind = "training"
-bits = "32"
-calibration: Calibration = "none"
-paper = "control arm; none"
-not_informative = "it compresses nothing: it is what other methods are compared with"
+from models.compression.training_method import TrainedConfig, TrainingMethod
 
 
 class Config(TrainedConfig):
     """Parameters of continued training."""
 
-    start: Literal["parent", "scratch"] = Field(
-        "parent", description="go on with the parent, or train a model of its shape from random weights"
+    init_from: Literal["base", "scratch"] = Field(
+        "base", description="go on with the base, or train a model of its shape from random weights"
     )
 
     @property
@@ -39,23 +27,12 @@ class Config(TrainedConfig):
     @property
     def from_scratch(self) -> bool:
         """Whether training starts from random weights."""
-        return self.start == "scratch"
+        return self.init_from == "scratch"
 
 
-shape = training_method.same_shape
-source = training_method.same_layer
-loss = training_method.language_loss
+class Method(TrainingMethod[Config], config=Config):
+    """Continued training."""
 
-
-def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:
-    """Leave the model as it is."""
-
-
-def finish(model: nn.Module, config: Config) -> dict[str, Packed]:  # noqa: ARG001 - the contract
-    """Pack nothing."""
-    return {}
-
-
-def controls(config: Config) -> dict[str, dict[str, Any]]:  # noqa: ARG001 - the contract
-    """Return no arm."""
-    return {}
+    bits: ClassVar[str] = "32"
+    paper: ClassVar[str] = "control arm; none"
+    not_informative: ClassVar[str] = "it compresses nothing: it is what other methods are compared with"

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from models.compression.base import Calibration, Kind, MethodConfig, Packed, Statistics
+from models.compression.base import Calibration, MethodConfig, Packed, Statistics, WeightMethod
 from models.compression.formats import float8, int_grid
 from models.lazy import lazy_module
 
@@ -21,12 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 else:
     torch = lazy_module("torch")
-
-kind: Kind = "weight"
-bits = "8, inputs 8"
-calibration: Calibration = "inputs"
-paper = "Micikevicius et al. 2022, FP8 Formats for Deep Learning (arXiv 2209.05433)"
-not_informative = "a fixed code with one scale for the largest value: nothing is chosen"
 
 
 class Config(MethodConfig):
@@ -91,29 +85,6 @@ class FloatPacked(Packed):
         return replace(self, scale=self.scale.float())
 
 
-def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
-    """Return the weight in FP8, and the scale of its inputs.
-
-    Raises:
-        ValueError: no sample of inputs.
-    """
-    rows_NI, form = statistics.rows("fp8", weight_OI.shape[1]), _format(config.form)
-    scale, input_scale = tensor_scale(weight_OI, form), tensor_scale(rows_NI, form) * 2**config.margin
-    codes_OI = float8.encode(weight_OI.float() / scale, form)
-    return FloatPacked(codes_OI, scale.to(torch.bfloat16), input_scale, config.form)
-
-
-def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
-    """Rebuild a packed weight from its stored tensors."""
-    codes_OI = tensors["weight"].view(torch.uint8)
-    return FloatPacked(codes_OI, tensors["weight_scale"], tensors["input_scale"], config.form)
-
-
-def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG001
-    """Return no arm: nothing is chosen."""
-    return {}
-
-
 def tensor_scale(values: Tensor, form: float8.Format) -> Tensor:
     """Return [1] float32, exact in bfloat16: what takes the largest magnitude to the largest of the format."""
     return int_grid.storable((values.abs().max() / form.largest).float().reshape(1))
@@ -125,3 +96,28 @@ def _format(name: str) -> float8.Format:
 
 def _arguments() -> dict[str, Any]:
     return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+
+
+class Method(WeightMethod[Config], config=Config):
+    """FP8."""
+
+    bits: ClassVar[str] = "8, inputs 8"
+    calibration: ClassVar[Calibration] = "inputs"
+    paper: ClassVar[str] = "Micikevicius et al. 2022, FP8 Formats for Deep Learning (arXiv 2209.05433)"
+    not_informative: ClassVar[str] = "a fixed code with one scale for the largest value: nothing is chosen"
+
+    def compress(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
+        """Return the weight in FP8, and the scale of its inputs.
+
+        Raises:
+            ValueError: no sample of inputs.
+        """
+        rows_NI, form = statistics.rows("fp8", weight_OI.shape[1]), _format(config.form)
+        scale, input_scale = tensor_scale(weight_OI, form), tensor_scale(rows_NI, form) * 2**config.margin
+        codes_OI = float8.encode(weight_OI.float() / scale, form)
+        return FloatPacked(codes_OI, scale.to(torch.bfloat16), input_scale, config.form)
+
+    def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:
+        """Rebuild a packed weight from its stored tensors."""
+        codes_OI = tensors["weight"].view(torch.uint8)
+        return FloatPacked(codes_OI, tensors["weight_scale"], tensors["input_scale"], config.form)

@@ -13,11 +13,11 @@ Shapes: N sampled tokens, O outputs, I inputs, G groups.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from models.compression.base import Calibration, Kind, MethodConfig, Packed, Statistics
+from models.compression.base import Calibration, MethodConfig, Packed, Statistics, WeightMethod
 from models.compression.formats import int_grid
 from models.lazy import lazy_module
 
@@ -27,13 +27,6 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
-kind: Kind = "weight"
-bits = "2 (ternary) - 8"
-calibration: Calibration = "inputs"
-paper = (
-    "Zhang, Zhou and Saab 2022, Post-training Quantization for Neural Networks with Provable Guarantees (2201.11113)"
-)
-not_informative = ""
 
 _SHRINKS = tuple(1.0 - 0.03 * step for step in range(26))
 """Fractions of the largest weight of a row that are tried as the largest level: 1.00 down to 0.25."""
@@ -93,35 +86,6 @@ def greedy(
     return stored_OI
 
 
-def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
-    """Return the weight on a symmetric row grid.
-
-    Raises:
-        ValueError: no inputs were recorded, or not those of this layer.
-    """
-    inputs_NI = _inputs(statistics.inputs_NI, "inputs_NI", weight_OI.shape[1])
-    reference_NI = _inputs(statistics.reference_NI, "reference_NI", weight_OI.shape[1])
-    scale_O = steps(weight_OI, config)
-    generator = torch.Generator().manual_seed(config.rounding_seed)
-    stored_OI = greedy(
-        weight_OI, reference_NI, inputs_NI, lambda _, wanted_O: nearest_level(wanted_O, scale_O, config, generator)
-    )
-    return _pack(stored_OI, scale_O, config)
-
-
-def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
-    """Rebuild a packed weight from its stored tensors."""
-    return int_grid.restore(tensors, config.bits)
-
-
-def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG001
-    """Return round to nearest on the very same alphabet."""
-    scale_O = steps(weight_OI, config)
-    plain = Config(bits=config.bits)
-    rounded_IO = [nearest_level(column_O, scale_O, plain, torch.Generator()) for column_O in weight_OI.T]
-    return {"rtn": _pack(torch.stack(rounded_IO, dim=1), scale_O, config)}
-
-
 def steps(weight_OI: Tensor, config: Config) -> Tensor:
     """Return the spacing of the levels of each row [O], float32, positive, exact in bfloat16."""
     most = (1 << (config.bits - 1)) - 1
@@ -172,3 +136,40 @@ def _inputs(rows_NI: Tensor | None, name: str, columns: int) -> Tensor:
     if rows_NI.ndim != 2 or rows_NI.shape[1] != columns:
         raise ValueError(f"gpfq: {name} has shape {tuple(rows_NI.shape)}; the layer has {columns} input features")
     return rows_NI
+
+
+class Method(WeightMethod[Config], config=Config):
+    """GPFQ."""
+
+    bits: ClassVar[str] = "2 (ternary) - 8"
+    calibration: ClassVar[Calibration] = "inputs"
+    paper: ClassVar[str] = (
+        "Zhang, Zhou and Saab 2022, Post-training Quantization for Neural Networks with Provable Guarantees "
+        "(arXiv 2201.11113)"
+    )
+
+    def compress(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
+        """Return the weight on a symmetric row grid.
+
+        Raises:
+            ValueError: no inputs were recorded, or not those of this layer.
+        """
+        inputs_NI = _inputs(statistics.inputs_NI, "inputs_NI", weight_OI.shape[1])
+        reference_NI = _inputs(statistics.reference_NI, "reference_NI", weight_OI.shape[1])
+        scale_O = steps(weight_OI, config)
+        generator = torch.Generator().manual_seed(config.rounding_seed)
+        stored_OI = greedy(
+            weight_OI, reference_NI, inputs_NI, lambda _, wanted_O: nearest_level(wanted_O, scale_O, config, generator)
+        )
+        return _pack(stored_OI, scale_O, config)
+
+    def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:
+        """Rebuild a packed weight from its stored tensors."""
+        return int_grid.restore(tensors, config.bits)
+
+    def baselines(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG002
+        """Return round to nearest on the very same alphabet."""
+        scale_O = steps(weight_OI, config)
+        plain = Config(bits=config.bits)
+        rounded_IO = [nearest_level(column_O, scale_O, plain, torch.Generator()) for column_O in weight_OI.T]
+        return {"rtn": _pack(torch.stack(rounded_IO, dim=1), scale_O, config)}

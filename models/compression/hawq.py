@@ -5,29 +5,23 @@ mean of the diagonal of the loss's Hessian over the layer, tr(H_i) / n_i, by Hut
 squared gradients weight by weight, or the error of the layer's own outputs. An integer program picks the widths.
 
 Beside HAWQ-V3: weights only, rounded by GPTQ (or to nearest) on the chosen grid, no dyadic rescaling. Predictions are
-made for rounding to nearest. Every width is a public layout, so a child of mixed widths loads in plain transformers.
+made for rounding to nearest. Every width is a public layout, so a variant of mixed widths loads in plain transformers.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from models.compression import gptq
 from models.compression.awq import output_loss
-from models.compression.base import Calibration, Kind, Packed, Statistics
+from models.compression.base import BitAllocation, Calibration, Cost, Packed, Statistics, WeightMethod
 from models.compression.formats import int_grid
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-kind: Kind = "weight"
-bits = "2-8, mixed"
-calibration: Calibration = "hessian"
-paper = "Yao et al. 2020, HAWQ-V3 (arXiv 2011.10680); Dong et al. 2019, HAWQ-V2 (arXiv 1911.03852)"
-not_informative = ""
-restore = gptq.restore
 
 
 class Config(gptq.Config):
@@ -43,7 +37,7 @@ class Config(gptq.Config):
     )
     probes: int = Field(4, ge=1, le=1000, description="random directions a batch, with sensitivity = 'curvature'")
     rounding: Literal["gptq", "nearest"] = Field("gptq", description="how weights are rounded to their grids")
-    together: tuple[str, ...] = Field(
+    tied_layers: tuple[str, ...] = Field(
         (), description="patterns on module names; layers that match one of them get the same width"
     )
 
@@ -61,46 +55,57 @@ class Config(gptq.Config):
         return tuple(sorted(widths))
 
 
-def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
-    """Return the weight at `config.bits`, which planning has set.
+class Method(WeightMethod[Config], config=Config):
+    """HAWQ."""
 
-    Raises:
-        ValueError: no usable second moment.
-    """
-    statistics.second_moment("hawq", weight_OI.shape[1])
-    if config.rounding == "nearest":
-        return int_grid.nearest(weight_OI, int_grid.fit(weight_OI, config))
-    return gptq.compress(weight_OI, statistics, config)
+    bits: ClassVar[str] = "2-8, mixed"
+    calibration: ClassVar[Calibration] = "hessian"
+    paper: ClassVar[str] = "Yao et al. 2020, HAWQ-V3 (arXiv 2011.10680); Dong et al. 2019, HAWQ-V2 (arXiv 1911.03852)"
 
+    def compress(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
+        """Return the weight at `config.bits`, which the allocation has set.
 
-def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:
-    """Return round to nearest on the same grid; random and uniform widths are arms of the plan."""
-    return gptq.nulls(weight_OI, statistics, config) if config.rounding == "gptq" else {}
+        Raises:
+            ValueError: no usable second moment.
+        """
+        statistics.second_moment("hawq", weight_OI.shape[1])
+        if config.rounding == "nearest":
+            return int_grid.nearest(weight_OI, int_grid.fit(weight_OI, config))
+        return gptq.Method().compress(weight_OI, statistics, config)
 
+    def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:
+        """Rebuild a packed weight from its stored tensors."""
+        return int_grid.restore(tensors, config.bits)
 
-def choices(config: Config) -> list[Config]:
-    """Return one set of parameters for each width; none without a budget."""
-    return [config.model_copy(update={"bits": width, "budget": 0.0}) for width in config.widths if config.budget]
+    def baselines(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:
+        """Return round to nearest on the same grid; random and uniform widths are added by the driver."""
+        return gptq.Method().baselines(weight_OI, statistics, config) if config.rounding == "gptq" else {}
 
+    def allocation(self, config: Config) -> BitAllocation[Config] | None:
+        """Return one option for each width; None without a budget."""
+        if not config.budget:
+            return None
+        return BitAllocation(
+            options=[config.model_copy(update={"bits": width, "budget": 0.0}) for width in config.widths],
+            budget=config.budget,
+            sensitivity_source=config.sensitivity,
+            probes=config.probes,
+            tied_layers=config.tied_layers,
+        )
 
-def sees(config: Config) -> str:
-    """Return what `price` needs."""
-    return config.sensitivity
+    def cost(self, weight_OI: Tensor, statistics: Statistics, option: Config) -> Cost:
+        """Return size and predicted loss of one layer at the width of `option`.
 
-
-def price(weight_OI: Tensor, statistics: Statistics, choice: Config) -> tuple[int, float]:
-    """Return (stored bits, predicted loss) of one layer at the width of `choice`.
-
-    With curvature and gradients the loss is in nats, up to one factor for all layers; the output error of a layer is
-    relative to its output, because outputs of different layers have different scales.
-    """
-    packed = int_grid.nearest(weight_OI, int_grid.fit(weight_OI, choice))
-    error_OI = (packed.dequantize() - weight_OI).double()
-    if statistics.curvature is not None:
-        loss = max(statistics.curvature, 0.0) * float(error_OI.square().sum()) / 2
-    elif statistics.fisher_OI is not None:
-        loss = float((statistics.fisher_OI.double() * error_OI.square()).sum()) / 2
-    else:
-        hessian_II = statistics.second_moment("hawq", weight_OI.shape[1])
-        loss = output_loss(error_OI, hessian_II) / max(output_loss(weight_OI, hessian_II), 1e-300)
-    return packed.stored_bits(), loss
+        With curvature and gradients the loss is in nats, up to one factor for all layers; the output error of a layer
+        is relative to its output, because outputs of different layers have different scales.
+        """
+        packed = int_grid.nearest(weight_OI, int_grid.fit(weight_OI, option))
+        error_OI = (packed.dequantize() - weight_OI).double()
+        if statistics.curvature is not None:
+            loss = max(statistics.curvature, 0.0) * float(error_OI.square().sum()) / 2
+        elif statistics.fisher_OI is not None:
+            loss = float((statistics.fisher_OI.double() * error_OI.square()).sum()) / 2
+        else:
+            hessian_II = statistics.second_moment("hawq", weight_OI.shape[1])
+            loss = output_loss(error_OI, hessian_II) / max(output_loss(weight_OI, hessian_II), 1e-300)
+        return Cost(packed.stored_bits(), loss)

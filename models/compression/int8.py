@@ -1,7 +1,7 @@
 """The 8-bit workflow: weights on 8 bits a channel, inputs on 8 bits a tensor with a calibrated range.
 
 `calibrator = "best"` takes the one with the least loss on validation text, and `tolerance` (a key of the stage) leaves
-the most sensitive layers as they are until the loss is near the parent's; both are done by the driver.
+the most sensitive layers as they are until the loss is near the base's; both are done by the driver.
 Stored as compressed-tensors `int-quantized`: `weight` int8 [O, I], `weight_scale` [O, 1], `input_scale` [1].
 
 `rescale = "dyadic"` makes a layer's outputs 8-bit integers too, computed without a real number (see `dyadic`). The same
@@ -11,11 +11,11 @@ tensors and `output_scale` [1] are then read by our loader, for no public one co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from models.compression.base import Calibration, Kind, MethodConfig, Packed, Statistics
+from models.compression.base import Calibration, MethodConfig, Packed, Statistics, WeightMethod
 from models.compression.formats import int_grid, quantized_input
 from models.compression.formats.int8_linear import DyadicPacked, Int8Packed
 from models.compression.solvers import range_calibrators
@@ -27,11 +27,6 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
-kind: Kind = "weight"
-bits = "8, inputs 8"
-calibration: Calibration = "inputs"
-paper = "Wu et al. 2020, Integer Quantization for Deep Learning Inference (arXiv 2004.09602)"
-not_informative = "weights are rounded to nearest; the choice is the range of the inputs, which only text can judge"
 
 _CALIBRATORS = ("max", "p99.9", "p99.99", "p99.999", "p99.9999", "entropy", "mse")
 
@@ -55,45 +50,6 @@ class Config(MethodConfig):
         return self.calibrator.replace(".", "p") + ("-dyadic" if self.rescale == "dyadic" else "")
 
 
-def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
-    """Return the weight on 8 bits, and the scale of its inputs.
-
-    Raises:
-        ValueError: no sample of inputs, or `calibrator = "best"`, which only a whole model can decide.
-    """
-    rows_NI = statistics.rows("int8", weight_OI.shape[1])
-    fixed = int_grid.fit(weight_OI, int_grid.GridConfig(bits=8, clip="max"))
-    codes_OI = int_grid.nearest(weight_OI, fixed).codes_OI
-    stored = {
-        "weight": codes_OI,
-        "weight_scale": fixed.scale_OG.to(torch.bfloat16),
-        "input_scale": _scale(rows_NI, config),
-    }
-    if config.rescale == "dyadic":
-        stored["output_scale"] = _scale(rows_NI @ weight_OI.to(rows_NI).T, config)
-    return restore(stored, config)
-
-
-def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
-    """Rebuild a packed weight from its stored tensors."""
-    codes_OI, scale_O1 = tensors["weight"], tensors["weight_scale"]
-    if config.rescale == "dyadic":
-        return DyadicPacked(codes_OI, scale_O1, tensors["input_scale"], tensors["output_scale"])
-    return quantized_input.restore(Int8Packed(codes_OI, scale_O1), tensors)
-
-
-def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG001
-    """Return no arm: the weight itself leaves no choice."""
-    return {}
-
-
-def candidates(config: Config) -> list[Config]:
-    """Return what the driver chooses from on validation text."""
-    if config.calibrator != "best":
-        return [config]
-    return [config.model_copy(update={"calibrator": name}) for name in _CALIBRATORS]
-
-
 def input_range(rows_NI: Tensor, calibrator: str) -> float:
     """Return the largest input that keeps its magnitude."""
     if calibrator == "max":
@@ -110,3 +66,45 @@ def input_range(rows_NI: Tensor, calibrator: str) -> float:
 def _scale(rows: Tensor, config: Config) -> Tensor:
     """Return the scale [1] of what the calibrator is shown."""
     return int_grid.storable(torch.tensor([input_range(rows, config.calibrator) / 127], dtype=torch.float32))
+
+
+class Method(WeightMethod[Config], config=Config):
+    """The 8-bit workflow."""
+
+    bits: ClassVar[str] = "8, inputs 8"
+    calibration: ClassVar[Calibration] = "inputs"
+    paper: ClassVar[str] = "Wu et al. 2020, Integer Quantization for Deep Learning Inference (arXiv 2004.09602)"
+    not_informative: ClassVar[str] = (
+        "weights are rounded to nearest; the choice is the range of the inputs, which only text can judge"
+    )
+
+    def compress(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
+        """Return the weight on 8 bits, and the scale of its inputs.
+
+        Raises:
+            ValueError: no sample of inputs, or `calibrator = "best"`, which only a whole model can decide.
+        """
+        rows_NI = statistics.rows("int8", weight_OI.shape[1])
+        fixed = int_grid.fit(weight_OI, int_grid.GridConfig(bits=8, clip="max"))
+        codes_OI = int_grid.nearest(weight_OI, fixed).codes_OI
+        stored = {
+            "weight": codes_OI,
+            "weight_scale": fixed.scale_OG.to(torch.bfloat16),
+            "input_scale": _scale(rows_NI, config),
+        }
+        if config.rescale == "dyadic":
+            stored["output_scale"] = _scale(rows_NI @ weight_OI.to(rows_NI).T, config)
+        return self.restore(stored, config)
+
+    def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:
+        """Rebuild a packed weight from its stored tensors."""
+        codes_OI, scale_O1 = tensors["weight"], tensors["weight_scale"]
+        if config.rescale == "dyadic":
+            return DyadicPacked(codes_OI, scale_O1, tensors["input_scale"], tensors["output_scale"])
+        return quantized_input.restore(Int8Packed(codes_OI, scale_O1), tensors)
+
+    def candidates(self, config: Config) -> list[Config]:
+        """Return what the driver chooses from on validation text."""
+        if config.calibrator != "best":
+            return [config]
+        return [config.model_copy(update={"calibrator": name}) for name in _CALIBRATORS]

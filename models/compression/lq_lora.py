@@ -14,11 +14,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from models.compression.base import Calibration, Kind, Packed, Statistics
+from models.compression.base import (
+    BitAllocation,
+    Calibration,
+    Cost,
+    Packed,
+    SensitivitySource,
+    Statistics,
+    WeightMethod,
+)
 from models.compression.formats import normal_float
 from models.compression.svd import truncated
 from models.lazy import lazy_module
@@ -28,12 +36,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 else:
     torch = lazy_module("torch")
-
-kind: Kind = "weight"
-bits = "2, 3, 4, 8 and an adapter"
-calibration: Calibration = "gradients"
-paper = "Guo et al. 2023, LQ-LoRA (arXiv 2311.12023)"
-not_informative = ""
 
 
 class Config(normal_float.NormalFloatConfig):
@@ -72,27 +74,6 @@ class AdaptedPacked(Packed):
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of `normal_float`, and the adapter."""
         return self.quantized.tensors() | {"adapter_left": self.left_OR, "adapter_right": self.right_RI}
-
-
-def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
-    """Return the decomposed weight.
-
-    Raises:
-        ValueError: what `weighting` asks for was not measured.
-    """
-    return decompose(weight_OI.float(), importance(weight_OI, statistics, config), config)
-
-
-def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
-    """Rebuild a packed weight from its stored tensors."""
-    quantized = normal_float.restore(tensors, config)
-    return AdaptedPacked(quantized, tensors["adapter_left"], tensors["adapter_right"])
-
-
-def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG001
-    """Return the start of QLoRA: the weight rounded alone, beside an adapter of zeros of the same size."""
-    left_OR, right_RI = (torch.zeros(size, dtype=torch.bfloat16) for size in _adapter_shapes(weight_OI, config))
-    return {"qlora": AdaptedPacked(normal_float.quantize(weight_OI, config), left_OR, right_RI)}
 
 
 def importance(weight_OI: Tensor, statistics: Statistics, config: Config) -> Tensor:
@@ -142,34 +123,55 @@ def weighted_error(error_OI: Tensor, importance_OI: Tensor) -> float:
     return float((importance_OI.double() * error_OI.double().square()).sum())
 
 
-def choices(config: Config) -> list[Config]:
-    """Return the parameters that the layers may be given, every storage; none without a budget."""
-    if not config.budget:
-        return []
-    names = ("bits", "scale_bits", "scale_dtype", "block", "super_block")
-    values = ((2, 3, 4, 8), (2, 3, 4, 8), ("bfloat16", "float16", "float32"), (16, 32, 64), (16, 64, 256))
-    plain = config.model_copy(update={"budget": 0.0})
-    return [plain.model_copy(update=dict(zip(names, row, strict=True))) for row in itertools.product(*values)]
-
-
-def sees(config: Config) -> str:
-    """Return what `price` needs."""
-    return "gradients" if config.weighting == "fisher" else "hessian"
-
-
-def price(weight_OI: Tensor, statistics: Statistics, choice: Config) -> tuple[int, float]:
-    """Return (stored bits, weighted squared error of rounding alone) of one layer under `choice`.
-
-    The adapter is counted in the bits, but left out of the error, which saves hundreds of decompositions a layer.
-    """
-    quantized = normal_float.quantize(weight_OI, choice)
-    adapter = sum(16 * rows * columns for rows, columns in _adapter_shapes(weight_OI, choice))
-    stored = sum(8 * tensor.numel() * tensor.element_size() for tensor in quantized.tensors().values())
-    error_OI = quantized.dequantize() - weight_OI
-    return stored + adapter, weighted_error(error_OI, importance(weight_OI, statistics, choice))
-
-
 def _adapter_shapes(weight_OI: Tensor, config: Config) -> tuple[tuple[int, int], tuple[int, int]]:
     rows, columns = weight_OI.shape
     rank = min(config.rank, rows, columns)
     return (rows, rank), (rank, columns)
+
+
+class Method(WeightMethod[Config], config=Config):
+    """LQ-LoRA."""
+
+    bits: ClassVar[str] = "2, 3, 4, 8 and an adapter"
+    calibration: ClassVar[Calibration] = "gradients"
+    paper: ClassVar[str] = "Guo et al. 2023, LQ-LoRA (arXiv 2311.12023)"
+
+    def compress(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
+        """Return the decomposed weight.
+
+        Raises:
+            ValueError: what `weighting` asks for was not measured.
+        """
+        return decompose(weight_OI.float(), importance(weight_OI, statistics, config), config)
+
+    def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:
+        """Rebuild a packed weight from its stored tensors."""
+        quantized = normal_float.restore(tensors, config)
+        return AdaptedPacked(quantized, tensors["adapter_left"], tensors["adapter_right"])
+
+    def baselines(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG002
+        """Return the start of QLoRA: the weight rounded alone, beside an adapter of zeros of the same size."""
+        left_OR, right_RI = (torch.zeros(size, dtype=torch.bfloat16) for size in _adapter_shapes(weight_OI, config))
+        return {"qlora": AdaptedPacked(normal_float.quantize(weight_OI, config), left_OR, right_RI)}
+
+    def allocation(self, config: Config) -> BitAllocation[Config] | None:
+        """Return every storage of base and scales as an option; None without a budget."""
+        if not config.budget:
+            return None
+        names = ("bits", "scale_bits", "scale_dtype", "block", "super_block")
+        values = ((2, 3, 4, 8), (2, 3, 4, 8), ("bfloat16", "float16", "float32"), (16, 32, 64), (16, 64, 256))
+        plain = config.model_copy(update={"budget": 0.0})
+        options = [plain.model_copy(update=dict(zip(names, row, strict=True))) for row in itertools.product(*values)]
+        source: SensitivitySource = "gradients" if config.weighting == "fisher" else "hessian"
+        return BitAllocation(options, config.budget, source)
+
+    def cost(self, weight_OI: Tensor, statistics: Statistics, option: Config) -> Cost:
+        """Return the size, and the weighted squared error of rounding alone, of one layer under `option`.
+
+        The adapter is counted in the bits, but left out of the error, which saves hundreds of decompositions a layer.
+        """
+        quantized = normal_float.quantize(weight_OI, option)
+        adapter = sum(16 * rows * columns for rows, columns in _adapter_shapes(weight_OI, option))
+        stored = sum(8 * tensor.numel() * tensor.element_size() for tensor in quantized.tensors().values())
+        error_OI = quantized.dequantize() - weight_OI
+        return Cost(stored + adapter, weighted_error(error_OI, importance(weight_OI, statistics, option)))

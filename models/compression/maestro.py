@@ -15,14 +15,14 @@ Layout (ours: plain transformers knows no factored layers): `weight_left` [O, R]
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from models.compression import training_method
-from models.compression.base import Calibration, Kind, Packed
+from models.compression.base import Packed
 from models.compression.svd import LowRankPacked
-from models.compression.training_method import Step, TrainedConfig
+from models.compression.training_method import Step, TrainedConfig, TrainingMethod
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -32,12 +32,6 @@ if TYPE_CHECKING:
     from models.compression.modules.factored import FactoredLinear
 else:
     torch = lazy_module("torch")
-
-kind: Kind = "training"
-bits = "16-32, share of weights"
-calibration: Calibration = "none"
-paper = "Horvath et al. 2023, Maestro: Uncovering Low-Rank Structures via Trainable Decomposition (arXiv 2308.14929)"
-not_informative = ""
 
 
 class Config(TrainedConfig):
@@ -115,21 +109,7 @@ def _uniform_rank(shape: tuple[int, int], share: float) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Life cycle
-
-shape = training_method.same_shape
-source = training_method.same_layer
-
-
-def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:
-    """Put factors in the place of every named layer."""
-    from models.compression.modules.factored import FactoredLinear
-
-    linear = training_method.linear_layers(model, names)
-    made = {name: FactoredLinear(module, *factors(module.weight)) for name, module in linear.items()}
-    training_method.replace(model, made)
-    if config.cut == "start":
-        cut(model, config)
+# The method
 
 
 def cut(model: nn.Module, config: Config) -> None:
@@ -140,7 +120,7 @@ def cut(model: nn.Module, config: Config) -> None:
     kept = ranks(found, shapes, config.share, config.allocation)
     for (name, module), (rows, columns), rank in zip(layers.items(), shapes, kept, strict=True):
         if rank * (rows + columns) >= rows * columns:
-            training_method.replace(model, {name: dense(module)})
+            training_method.put_layers(model, {name: dense(module)})
             continue
         module.left_OR = torch.nn.Parameter(module.left_OR.detach()[:, :rank].clone())
         module.right_RI = torch.nn.Parameter(module.right_RI.detach()[:rank].clone())
@@ -163,31 +143,6 @@ def dense(module: FactoredLinear) -> nn.Linear:
     return linear
 
 
-def loss(step: Step, config: Config) -> Tensor:
-    """Return the nats of the full model, the divergence of a cut one from it, and the penalty."""
-    from models.architectures import predict
-
-    if config.cut == "start":
-        return training_method.language_loss(step, config)
-    layers = list(factored(step.student).values())
-    asked_BT = step.targets_BT != predict.IGNORED
-    targets_N = step.targets_BT[asked_BT]
-    for layer in layers:
-        layer.penalized = config.penalty > 0
-    full_NV = predict.logits(step.student, predict.hidden_states(step.student, step.inputs_BT)[asked_BT])
-    total = predict.summed_nats(full_NV, targets_N)
-    if config.penalty > 0:
-        penalties = [layer.penalty for layer in layers if layer.penalty is not None]
-        total = total + config.penalty / len(layers) * len(targets_N) * torch.stack(penalties).sum()
-    for place, layer in enumerate(layers):
-        layer.penalized, layer.penalty = False, None
-        layer.rank = drawn_rank(place, len(layers), layer.left_OR, step, config)
-    cut_NV = predict.logits(step.student, predict.hidden_states(step.student, step.inputs_BT)[asked_BT])
-    for layer in layers:
-        layer.rank = None
-    return total + divergence(full_NV.detach(), cut_NV)
-
-
 def drawn_rank(place: int, layers: int, left_OR: Tensor, step: Step, config: Config) -> int | None:
     """Return how many components of a layer take part in the cut pass of a step, None for all of them."""
     if config.drawn == "one" and int(layers * training_method.uniform(step.seed, "maestro", step.number)) != place:
@@ -203,28 +158,68 @@ def divergence(target_NV: Tensor, logits_NV: Tensor) -> Tensor:
     return (target_log.exp() * (target_log - logits_NV.float().log_softmax(-1))).sum()
 
 
-def finish(model: nn.Module, config: Config) -> dict[str, Packed]:
-    """Cut the trained layers and return them as stored."""
-    if config.cut == "end":
-        cut(model, config)
-    dtype = torch.bfloat16 if config.value_bits == 16 else torch.float32
-    return {
-        name: LowRankPacked(layer.left_OR.detach().to(dtype), layer.right_RI.detach().to(dtype))
-        for name, layer in factored(model).items()
-    }
+class Method(TrainingMethod[Config], config=Config):
+    """Maestro."""
 
+    bits: ClassVar[str] = "16-32, share of weights"
+    paper: ClassVar[str] = (
+        "Horvath et al. 2023, Maestro: Uncovering Low-Rank Structures via Trainable Decomposition (arXiv 2308.14929)"
+    )
 
-def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:  # noqa: ARG001 - the contract
-    """Rebuild a packed weight from its stored tensors."""
-    return LowRankPacked(tensors["weight_left"], tensors["weight_right"])
+    def transform(self, model: nn.Module, names: Sequence[str], config: Config) -> None:
+        """Put factors in the place of every named layer."""
+        from models.compression.modules.factored import FactoredLinear
 
+        linear = training_method.linear_layers(model, names)
+        made = {name: FactoredLinear(module, *factors(module.weight)) for name, module in linear.items()}
+        training_method.put_layers(model, made)
+        if config.cut == "start":
+            cut(model, config)
 
-def controls(config: Config) -> dict[str, dict[str, Any]]:
-    """Return truncated SVD of the same share, the same trained for equal steps, and the uncut model trained on."""
-    arms: dict[str, dict[str, Any]] = {
-        "svd": config.arm(method="maestro", steps=0),
-        "continued": config.schedule() | {"method": "finetune", "controls": False},
-    }
-    if config.cut == "end":
-        arms["svd, then trained"] = config.arm(method="maestro", cut="start")
-    return arms
+    def loss(self, step: Step, config: Config) -> Tensor:
+        """Return the nats of the full model, the divergence of a cut one from it, and the penalty."""
+        from models.architectures import predict
+
+        if config.cut == "start":
+            return training_method.language_loss(step)
+        layers = list(factored(step.student).values())
+        asked_BT = step.targets_BT != predict.IGNORED
+        targets_N = step.targets_BT[asked_BT]
+        for layer in layers:
+            layer.penalized = config.penalty > 0
+        full_NV = predict.logits(step.student, predict.hidden_states(step.student, step.inputs_BT)[asked_BT])
+        total = predict.summed_nats(full_NV, targets_N)
+        if config.penalty > 0:
+            penalties = [layer.penalty for layer in layers if layer.penalty is not None]
+            total = total + config.penalty / len(layers) * len(targets_N) * torch.stack(penalties).sum()
+        for place, layer in enumerate(layers):
+            layer.penalized, layer.penalty = False, None
+            layer.rank = drawn_rank(place, len(layers), layer.left_OR, step, config)
+        cut_NV = predict.logits(step.student, predict.hidden_states(step.student, step.inputs_BT)[asked_BT])
+        for layer in layers:
+            layer.rank = None
+        return total + divergence(full_NV.detach(), cut_NV)
+
+    def finish(self, model: nn.Module, config: Config) -> dict[str, Packed]:
+        """Cut the trained layers and return them as stored."""
+        if config.cut == "end":
+            cut(model, config)
+        dtype = torch.bfloat16 if config.value_bits == 16 else torch.float32
+        return {
+            name: LowRankPacked(layer.left_OR.detach().to(dtype), layer.right_RI.detach().to(dtype))
+            for name, layer in factored(model).items()
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:  # noqa: ARG002
+        """Rebuild a packed weight from its stored tensors."""
+        return LowRankPacked(tensors["weight_left"], tensors["weight_right"])
+
+    def baselines(self, config: Config) -> dict[str, dict[str, Any]]:
+        """Return truncated SVD of the same share, the same trained for equal steps, and the uncut model trained on."""
+        baselines: dict[str, dict[str, Any]] = {
+            "svd": config.changed("maestro", steps=0),
+            "continued": config.full_precision(),
+        }
+        if config.cut == "end":
+            baselines["svd, then trained"] = config.changed("maestro", cut="start")
+        return baselines

@@ -16,13 +16,13 @@ Shapes: K sampled tokens, D width, V vocabulary, U units.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from models.compression.base import Calibration, Kind
 from models.compression.solvers import structured
-from models.compression.solvers.structured import Problem, Structure, StructureConfig
+from models.compression.solvers.structured import MaskedModel, Structure, StructureConfig
+from models.compression.structure_method import StructureMethod
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -31,19 +31,17 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
-kind: Kind = "structure"
-bits = "as the parent; fewer heads and neurons"
-calibration: Calibration = "inputs"
-paper = "Khaki and Plataniotis 2024, The Need for Speed: Pruning Transformers with One Recipe (arXiv 2403.17921)"
-
 
 class Config(StructureConfig):
     """Parameters of OPTIN."""
 
     divergence: float = Field(1.0, ge=0.0, le=1e6, description="weight of the divergence of predictions")
     temperature: float = Field(4.0, gt=0.0, le=100.0, description="softening of the predictions that are compared")
-    together: int = Field(
-        1, ge=1, le=65536, description="neurons measured together, of similar magnitude: so much faster, and coarser"
+    neurons_at_once: int = Field(
+        1,
+        ge=1,
+        le=65536,
+        description="neurons of similar magnitude that are measured as one: so much faster, and coarser",
     )
 
 
@@ -67,22 +65,32 @@ def importance(
     return features + config.divergence * float(divergence(found[1], original[1], config.temperature))
 
 
-def choose(problem: Problem, config: Config) -> Structure:
-    """Return the structure that keeps the most important units of each layer."""
-    sizes = problem.magnitudes()
-    scores = {kind: torch.zeros_like(sizes[kind], dtype=torch.float64) for kind in ("groups", "neurons")}
-    for unit_kind, share, together in (("groups", config.heads, 1), ("neurons", config.neurons, config.together)):
-        for layer in range(problem.layers if share else 0):
-            original = problem.original(layer)
-            for removed_U in _parts(sizes[unit_kind][layer], together):
-                moved = importance(problem.trajectory(layer, unit_kind, removed_U), original, config)
-                scores[unit_kind][layer, removed_U] = moved
-    return structured.keep_best(scores["groups"], scores["neurons"], config)
-
-
-def _parts(sizes_U: Tensor, together: int) -> Iterator[Tensor]:
-    """Yield masks of `together` units each, neighbours in size."""
-    for part in torch.argsort(sizes_U, stable=True).split(together):
+def _parts(sizes_U: Tensor, count: int) -> Iterator[Tensor]:
+    """Yield masks of `count` units each, neighbours in size."""
+    for part in torch.argsort(sizes_U, stable=True).split(count):
         mask_U = torch.zeros(len(sizes_U), dtype=torch.bool)
         mask_U[part] = True
         yield mask_U
+
+
+class Method(StructureMethod[Config], config=Config):
+    """OPTIN."""
+
+    paper: ClassVar[str] = (
+        "Khaki and Plataniotis 2024, The Need for Speed: Pruning Transformers with One Recipe (arXiv 2403.17921)"
+    )
+
+    def select(self, model: MaskedModel, config: Config) -> Structure:
+        """Return the structure that keeps the most important units of each layer."""
+        sizes = model.magnitudes()
+        scores = {kind: torch.zeros_like(sizes[kind], dtype=torch.float64) for kind in ("groups", "neurons")}
+        for unit_kind, share, at_once in (
+            ("groups", config.heads, 1),
+            ("neurons", config.neurons, config.neurons_at_once),
+        ):
+            for layer in range(model.layers if share else 0):
+                original = model.original(layer)
+                for removed_U in _parts(sizes[unit_kind][layer], at_once):
+                    moved = importance(model.trajectory(layer, unit_kind, removed_U), original, config)
+                    scores[unit_kind][layer, removed_U] = moved
+        return structured.keep_best(scores["groups"], scores["neurons"], config)

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from models.compression import training_method
-from models.compression.base import Calibration, Kind, Packed
+from models.compression.base import Packed
 from models.compression.formats import int_grid, level_codes
-from models.compression.training_method import TrainedConfig
+from models.compression.training_method import TrainedConfig, TrainingMethod
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -35,11 +35,6 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
-kind: Kind = "training"
-bits = "1, 1.58, 2, 3, 4"
-calibration: Calibration = "none"
-paper = "Liu et al. 2025, ParetoQ (arXiv 2502.02631)"
-not_informative = ""
 
 BITS = (1.0, 1.58, 2.0, 3.0, 4.0)
 
@@ -156,33 +151,7 @@ def quantize(weight_OI: Tensor, alpha_O: Tensor, levels_: Scheme) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Life cycle
-
-shape = training_method.same_shape
-source = training_method.same_layer
-loss = training_method.language_loss
-
-
-def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:
-    """Quantize every named layer while it trains."""
-    import functools
-
-    from models.compression.modules.quantized import QuantizedLinear
-
-    chosen = scheme(config)
-    rule = functools.partial(quantize, levels_=chosen)
-    linear = training_method.linear_layers(model, names)
-    training_method.replace(
-        model, {n: QuantizedLinear(m, start_scale(m.weight, chosen), rule) for n, m in linear.items()}
-    )
-
-
-def finish(model: nn.Module, config: Config) -> dict[str, Packed]:
-    """Return the trained layers as stored."""
-    from models.compression.modules.quantized import QuantizedLinear
-
-    found = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    return {name: pack(module, config) for name, module in found.items()}
+# The method
 
 
 def pack(module: QuantizedLinear, config: Config) -> Packed:
@@ -200,30 +169,55 @@ def pack(module: QuantizedLinear, config: Config) -> Packed:
     )
 
 
-def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
-    """Rebuild a packed weight from its stored tensors."""
-    bits_, _ = _public_bits(config)
-    if bits_:
-        return int_grid.restore(tensors, bits_)
-    chosen = scheme(config)
-    return level_codes.LevelPacked.restore(tensors, chosen.highest - chosen.lowest + 1)
-
-
-def controls(config: Config) -> dict[str, dict[str, Any]]:
-    """Return training in full precision with equal steps, no training at all, and RTN and GPTQ at equal bits."""
-    arms: dict[str, dict[str, Any]] = {
-        "continued fp32": config.schedule() | {"method": "finetune", "controls": False},
-        "untrained": config.arm(method="paretoq", steps=0),
-    }
-    if config.bits >= 2:
-        rounding = {"bits": int(config.bits), "group_size": 0}
-        arms |= {"rtn": {"method": "rtn"} | rounding, "gptq": {"method": "gptq"} | rounding}
-    return arms
-
-
 def _public_bits(config: Config) -> tuple[int, bool]:
     """Return the bits of the public integer grid, 0 for our own layout; and whether its scale is half the step."""
     centred = scheme(config).shift == 0
     if centred and config.storage != "ternary5":
         return (2 if config.bits == 1.58 else int(config.bits)), False
     return (int(config.bits) + 1, True) if config.storage == "public" else (0, False)
+
+
+class Method(TrainingMethod[Config], config=Config):
+    """ParetoQ."""
+
+    bits: ClassVar[str] = "1, 1.58, 2, 3, 4"
+    paper: ClassVar[str] = "Liu et al. 2025, ParetoQ (arXiv 2502.02631)"
+
+    def transform(self, model: nn.Module, names: Sequence[str], config: Config) -> None:
+        """Quantize every named layer while it trains."""
+        import functools
+
+        from models.compression.modules.quantized import QuantizedLinear
+
+        chosen = scheme(config)
+        rule = functools.partial(quantize, levels_=chosen)
+        linear = training_method.linear_layers(model, names)
+        training_method.put_layers(
+            model, {n: QuantizedLinear(m, start_scale(m.weight, chosen), rule) for n, m in linear.items()}
+        )
+
+    def finish(self, model: nn.Module, config: Config) -> dict[str, Packed]:
+        """Return the trained layers as stored."""
+        from models.compression.modules.quantized import QuantizedLinear
+
+        found = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+        return {name: pack(module, config) for name, module in found.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:
+        """Rebuild a packed weight from its stored tensors."""
+        bits_, _ = _public_bits(config)
+        if bits_:
+            return int_grid.restore(tensors, bits_)
+        chosen = scheme(config)
+        return level_codes.LevelPacked.restore(tensors, chosen.highest - chosen.lowest + 1)
+
+    def baselines(self, config: Config) -> dict[str, dict[str, Any]]:
+        """Return training in full precision with equal steps, no training at all, and RTN and GPTQ at equal bits."""
+        baselines: dict[str, dict[str, Any]] = {
+            "continued fp32": config.full_precision(),
+            "untrained": config.changed("paretoq", steps=0),
+        }
+        if config.bits >= 2:
+            rounding = {"bits": int(config.bits), "group_size": 0}
+            baselines |= {"rtn": {"method": "rtn"} | rounding, "gptq": {"method": "gptq"} | rounding}
+        return baselines

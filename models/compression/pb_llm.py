@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from models.compression.base import Calibration, Kind, MethodConfig, Packed, Statistics
+from models.compression.base import Calibration, MethodConfig, Packed, Statistics, WeightMethod
 from models.compression.formats import binary, sparse
 from models.compression.formats.int_grid import group_for, grouped
 from models.compression.solvers import obs
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
-kind: Kind = "weight"
-bits = "about 2 + 7 x share of salient weights"
-calibration: Calibration = "hessian"
-paper = "Shang et al. 2023, PB-LLM: Partially Binarized Large Language Models (arXiv 2310.00034)"
-not_informative = ""
 
 _ROOM = 1.5
 """Range of the salient codes over the largest salient weight."""
@@ -124,37 +119,6 @@ class _Mixed:
         return torch.where(self._salient_OI[:, position], code_O, other_O)
 
 
-def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
-    """Return the partially binarized weight.
-
-    Raises:
-        ValueError: no usable second moment.
-    """
-    hessian_II = obs.damped(statistics.second_moment("pb_llm", weight_OI.shape[1]), statistics.tokens, config.damp)
-    salient_OI = highest(score(weight_OI, hessian_II, config.salience), config.salient)
-    return _compensated(weight_OI, hessian_II, salient_OI, config)
-
-
-def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:  # noqa: ARG001 - the contract
-    """Rebuild a packed weight from its stored tensors."""
-    rows, columns = tensors["weight_shape"].tolist()
-    salient_OI = sparse.unpack_bits(tensors["weight_bitmask"], columns)
-    codes = tensors["weight_codes"]
-    signs = binary.unpack_flat(tensors["weight_signs"], rows * columns - len(codes))
-    levels = (tensors[f"weight_{name}"].float() for name in ("scale", "mean", "amplitude"))
-    return MixedPacked(salient_OI, codes, signs, Levels(*levels))
-
-
-def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:
-    """Return a random choice of salient weights, compensated; and the method's choice, each weight rounded alone."""
-    hessian_II = obs.damped(statistics.second_moment("pb_llm", weight_OI.shape[1]), statistics.tokens, config.damp)
-    random_OI = highest(sparse.random_score(weight_OI), config.salient)
-    salient_OI = highest(score(weight_OI, hessian_II, config.salience), config.salient)
-    alone = pack(weight_OI.float(), salient_OI, fit(weight_OI, salient_OI, config))
-    arms: dict[str, Packed] = {"rtn": alone}
-    return arms | ({"random": _compensated(weight_OI, hessian_II, random_OI, config)} if config.salient else {})
-
-
 def score(weight_OI: Tensor, hessian_II: Tensor, salience: str) -> Tensor:
     """Return what makes weights salient: |w|, or w^2 / U_jj^2 with H^-1 = U^T U."""
     if salience == "magnitude":
@@ -193,3 +157,39 @@ def _compensated(weight_OI: Tensor, hessian_II: Tensor, salient_OI: Tensor, conf
 
 def _codes(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight / scale).round().clamp(-127, 127)
+
+
+class Method(WeightMethod[Config], config=Config):
+    """PB-LLM."""
+
+    bits: ClassVar[str] = "about 2 + 7 x share of salient weights"
+    calibration: ClassVar[Calibration] = "hessian"
+    paper: ClassVar[str] = "Shang et al. 2023, PB-LLM: Partially Binarized Large Language Models (arXiv 2310.00034)"
+
+    def compress(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
+        """Return the partially binarized weight.
+
+        Raises:
+            ValueError: no usable second moment.
+        """
+        hessian_II = obs.damped(statistics.second_moment("pb_llm", weight_OI.shape[1]), statistics.tokens, config.damp)
+        salient_OI = highest(score(weight_OI, hessian_II, config.salience), config.salient)
+        return _compensated(weight_OI, hessian_II, salient_OI, config)
+
+    def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:  # noqa: ARG002
+        """Rebuild a packed weight from its stored tensors."""
+        rows, columns = tensors["weight_shape"].tolist()
+        salient_OI = sparse.unpack_bits(tensors["weight_bitmask"], columns)
+        codes = tensors["weight_codes"]
+        signs = binary.unpack_flat(tensors["weight_signs"], rows * columns - len(codes))
+        levels = (tensors[f"weight_{name}"].float() for name in ("scale", "mean", "amplitude"))
+        return MixedPacked(salient_OI, codes, signs, Levels(*levels))
+
+    def baselines(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:
+        """Return random salient weights, compensated; and the method's own choice, each weight rounded alone."""
+        hessian_II = obs.damped(statistics.second_moment("pb_llm", weight_OI.shape[1]), statistics.tokens, config.damp)
+        random_OI = highest(sparse.random_score(weight_OI), config.salient)
+        salient_OI = highest(score(weight_OI, hessian_II, config.salience), config.salient)
+        alone = pack(weight_OI.float(), salient_OI, fit(weight_OI, salient_OI, config))
+        arms: dict[str, Packed] = {"rtn": alone}
+        return arms | ({"random": _compensated(weight_OI, hessian_II, random_OI, config)} if config.salient else {})

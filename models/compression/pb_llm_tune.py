@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from models.compression import pb_llm, training_method
-from models.compression.base import Calibration, Kind, Packed
+from models.compression.base import Packed
 from models.compression.formats import binary
-from models.compression.training_method import TrainedConfig
+from models.compression.training_method import TrainedConfig, TrainingMethod
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -25,12 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 else:
     torch = lazy_module("torch")
-
-kind: Kind = "training"
-bits = "about 2 + 7 x share of salient weights"
-calibration: Calibration = "none"
-paper = "Shang et al. 2023, PB-LLM: Partially Binarized Large Language Models (arXiv 2310.00034)"
-not_informative = ""
 
 
 class Config(TrainedConfig):
@@ -48,11 +42,6 @@ class Config(TrainedConfig):
     def stored(self) -> pb_llm.Config:
         """The same storage without training."""
         return pb_llm.Config(salient=self.salient, group_size=self.group_size)
-
-
-shape = training_method.same_shape
-source = training_method.same_layer
-loss = training_method.language_loss
 
 
 def begin(weight_OI: Tensor, config: Config) -> pb_llm.MixedPacked:
@@ -80,44 +69,48 @@ def quantize(weight_OI: Tensor, salient_OI: Tensor, frozen_OI: Tensor, config: C
     return exact_OI + (carrier_OI - carrier_OI.detach())
 
 
-def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:
-    """Binarize every named layer in part while it trains."""
-    import functools
-
-    from models.compression.modules.partly_binary import PartlyBinaryLinear
-
-    rule = functools.partial(quantize, config=config)
-    linear = training_method.linear_layers(model, names)
-    made = {
-        name: PartlyBinaryLinear(layer, begin(layer.weight.detach(), config), rule) for name, layer in linear.items()
-    }
-    training_method.replace(model, made)
-
-
-def finish(model: nn.Module, config: Config) -> dict[str, Packed]:
-    """Return the trained layers as stored."""
-    from models.compression.modules.partly_binary import PartlyBinaryLinear
-
-    found = {name: module for name, module in model.named_modules() if isinstance(module, PartlyBinaryLinear)}
-    return {name: pack(module.weight.detach(), module.start, config) for name, module in found.items()}
-
-
 def pack(weight_OI: Tensor, start: pb_llm.MixedPacked, config: Config) -> pb_llm.MixedPacked:
     """Return the codes of the start beside the signs and levels of now."""
     now = pb_llm.fit(weight_OI, start.salient_OI, config.stored)._replace(scale_OG=start.levels.scale_OG)
     return replace(pb_llm.pack(weight_OI.float(), start.salient_OI, now), codes=start.codes)
 
 
-def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
-    """Rebuild a packed weight from its stored tensors."""
-    return pb_llm.restore(tensors, config.stored)
+class Method(TrainingMethod[Config], config=Config):
+    """Training of the binary part of PB-LLM."""
 
+    bits: ClassVar[str] = "about 2 + 7 x share of salient weights"
+    paper: ClassVar[str] = "Shang et al. 2023, PB-LLM: Partially Binarized Large Language Models (arXiv 2310.00034)"
 
-def controls(config: Config) -> dict[str, dict[str, Any]]:
-    """Return no training, PB-LLM after training (equal bytes), equal steps all binary, and in full precision."""
-    arms: dict[str, dict[str, Any]] = {
-        "untrained": config.arm(method="pb_llm_tune", steps=0),
-        "pb_llm": {"method": "pb_llm"} | config.stored.model_dump(include={"salient", "group_size"}),
-        "continued fp32": config.schedule() | {"method": "finetune", "controls": False},
-    }
-    return arms | ({"all binary": config.arm(method="pb_llm_tune", salient=0.0)} if config.salient else {})
+    def transform(self, model: nn.Module, names: Sequence[str], config: Config) -> None:
+        """Binarize every named layer in part while it trains."""
+        import functools
+
+        from models.compression.modules.partly_binary import PartlyBinaryLinear
+
+        rule = functools.partial(quantize, config=config)
+        linear = training_method.linear_layers(model, names)
+        made = {
+            name: PartlyBinaryLinear(layer, begin(layer.weight.detach(), config), rule)
+            for name, layer in linear.items()
+        }
+        training_method.put_layers(model, made)
+
+    def finish(self, model: nn.Module, config: Config) -> dict[str, Packed]:
+        """Return the trained layers as stored."""
+        from models.compression.modules.partly_binary import PartlyBinaryLinear
+
+        found = {name: module for name, module in model.named_modules() if isinstance(module, PartlyBinaryLinear)}
+        return {name: pack(module.weight.detach(), module.start, config) for name, module in found.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:
+        """Rebuild a packed weight from its stored tensors."""
+        return pb_llm.Method().restore(tensors, config.stored)
+
+    def baselines(self, config: Config) -> dict[str, dict[str, Any]]:
+        """Return no training, PB-LLM after training (equal bytes), equal steps all binary, and in full precision."""
+        baselines: dict[str, dict[str, Any]] = {
+            "untrained": config.changed("pb_llm_tune", steps=0),
+            "pb_llm": {"method": "pb_llm"} | config.stored.model_dump(include={"salient", "group_size"}),
+            "continued fp32": config.full_precision(),
+        }
+        return baselines | ({"all binary": config.changed("pb_llm_tune", salient=0.0)} if config.salient else {})

@@ -10,11 +10,11 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field
 
-from models.compression.base import Calibration, Kind, MethodConfig, Packed, Statistics
+from models.compression.base import Calibration, MethodConfig, Packed, Statistics, WeightMethod
 from models.compression.formats import int_grid, quantized_input
 from models.compression.solvers import obs
 from models.lazy import lazy_module
@@ -24,12 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 else:
     torch = lazy_module("torch")
-
-kind: Kind = "weight"
-bits = "4, inputs 4; 8 where the input is wide"
-calibration: Calibration = "inputs"
-paper = "Ashkboos et al. 2023, QUIK: Towards End-to-End 4-Bit Inference (arXiv 2310.09259)"
-not_informative = ""
 
 
 class Config(MethodConfig):
@@ -89,27 +83,6 @@ class QuikPacked(Packed):
         return others(self.index_K, columns)
 
 
-def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
-    """Return the weight with the features of the largest inputs in 16 bits.
-
-    Raises:
-        ValueError: no second moment or no sample of inputs.
-    """
-    rows_NI = statistics.rows("quik", weight_OI.shape[1])
-    return _pack(weight_OI, statistics, config, rows_NI.abs().amax(0))
-
-
-def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:
-    """Rebuild a packed weight from its stored tensors."""
-    return QuikPacked(int_grid.restore(tensors, config.bits), tensors["weight_outliers"], tensors["outlier_index"])
-
-
-def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:
-    """Return as many features at random in 16 bits, everything else the same."""
-    generator = torch.Generator().manual_seed(0)
-    return {"random": _pack(weight_OI, statistics, config, torch.rand(weight_OI.shape[1], generator=generator))}
-
-
 def others(index_K: Tensor, columns: int) -> Tensor:
     """Return the columns that are not in `index_K`, increasing."""
     mask = torch.ones(columns, dtype=torch.bool)
@@ -143,3 +116,29 @@ def _pack(weight_OI: Tensor, statistics: Statistics, config: Config, score_I: Te
     stored = obs.compensate(weight_OI[:, order], hessian_II[order][:, order], _Rounder(fixed, len(kept)))
     rounded = int_grid.nearest(stored[:, : len(kept)].float(), fixed)
     return QuikPacked(rounded, stored[:, len(kept) :].to(torch.bfloat16), index_K.to(torch.int32))
+
+
+class Method(WeightMethod[Config], config=Config):
+    """QUIK."""
+
+    bits: ClassVar[str] = "4, inputs 4; 8 where the input is wide"
+    calibration: ClassVar[Calibration] = "inputs"
+    paper: ClassVar[str] = "Ashkboos et al. 2023, QUIK: Towards End-to-End 4-Bit Inference (arXiv 2310.09259)"
+
+    def compress(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
+        """Return the weight with the features of the largest inputs in 16 bits.
+
+        Raises:
+            ValueError: no second moment or no sample of inputs.
+        """
+        rows_NI = statistics.rows("quik", weight_OI.shape[1])
+        return _pack(weight_OI, statistics, config, rows_NI.abs().amax(0))
+
+    def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:
+        """Rebuild a packed weight from its stored tensors."""
+        return QuikPacked(int_grid.restore(tensors, config.bits), tensors["weight_outliers"], tensors["outlier_index"])
+
+    def baselines(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:
+        """Return as many features at random in 16 bits, everything else the same."""
+        generator = torch.Generator().manual_seed(0)
+        return {"random": _pack(weight_OI, statistics, config, torch.rand(weight_OI.shape[1], generator=generator))}

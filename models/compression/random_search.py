@@ -6,16 +6,13 @@ opponent, and a method that does not beat its median chose no better than chance
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
-from models.compression.base import Calibration, Kind
 from models.compression.solvers import structured
-from models.compression.solvers.structured import Problem, Structure, StructureConfig
-
-kind: Kind = "structure"
-bits = "as the parent; fewer heads and neurons"
-calibration: Calibration = "inputs"
-paper = "Li and Talwalkar 2019, Random Search and Reproducibility for Neural Architecture Search (arXiv 1902.07638)"
+from models.compression.solvers.structured import MaskedModel, Structure, StructureConfig
+from models.compression.structure_method import StructureMethod
 
 
 class Config(StructureConfig):
@@ -24,6 +21,13 @@ class Config(StructureConfig):
     trials: int = Field(16, ge=1, le=10_000, description="random structures drawn; the best becomes the child")
 
 
-def choose(problem: Problem, config: Config) -> Structure:
-    """Return the best of the random structures."""
-    return structured.random_arms(problem, config)[0]
+class Method(StructureMethod[Config], config=Config):
+    """Random search."""
+
+    paper: ClassVar[str] = (
+        "Li and Talwalkar 2019, Random Search and Reproducibility for Neural Architecture Search (arXiv 1902.07638)"
+    )
+
+    def select(self, model: MaskedModel, config: Config) -> Structure:
+        """Return the best of the random structures."""
+        return structured.random_structures(model, config)[0]

@@ -8,13 +8,13 @@ for fine-tuning, SoFT, arXiv 2309.08968). The child is cut at one depth and is a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from models.compression import training_method
-from models.compression.base import Calibration, Kind, Packed
-from models.compression.training_method import Step, TrainedConfig
+from models.compression.base import Packed
+from models.compression.training_method import Step, TrainedConfig, TrainingMethod
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -22,12 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 else:
     torch = lazy_module("torch")
-
-kind: Kind = "training"
-bits = "32, fewer layers"
-calibration: Calibration = "none"
-paper = "Valipour et al. 2023, SortedNet (arXiv 2309.00255) and Sorted LLaMA (arXiv 2309.08968)"
-not_informative = ""
 
 
 class Config(TrainedConfig):
@@ -56,43 +50,6 @@ def exits(config: Config, layers: int, *, seed: int, step: int) -> tuple[int, ..
     return (*sorted(sorted(keys, key=keys.__getitem__)[: config.drawn]), chosen[-1])
 
 
-shape = training_method.same_shape
-source = training_method.same_layer
-
-
-def transform(model: nn.Module, names: Sequence[str], config: Config) -> None:  # noqa: ARG001 - the contract
-    """Check the depths; where one alone is trained, cut there before training.
-
-    Raises:
-        ValueError: a depth that the model does not have.
-    """
-    from models.architectures import predict
-
-    layers = len(predict.stack(model))
-    for depth in (*config.exits, config.depth):
-        if depth > layers:
-            raise ValueError(f"sortednet: depth {depth}, but the model has {layers} layers; valid: 1 to {layers}")
-    if config.exits and 0 in config.exits:
-        raise ValueError(f"sortednet: exits = {list(config.exits)}; a model has at least 1 layer")
-    if config.exits and max(config.exits) < layers:
-        truncate(model, max(config.exits))
-
-
-def loss(step: Step, config: Config) -> Tensor:
-    """Return the mean of the summed nats of the step's depths."""
-    from models.architectures import predict
-
-    asked_BT = step.targets_BT != predict.IGNORED
-    targets_N = step.targets_BT[asked_BT]
-    outputs, last_BTD = predict.layer_outputs(step.student, step.inputs_BT)
-    norm = predict.final_norm(step.student)
-    nats = []
-    for depth in exits(config, len(outputs), seed=step.seed, step=step.number):
-        hidden_BTD = last_BTD if depth == len(outputs) else norm(outputs[depth - 1])
-        nats.append(predict.summed_nats(predict.logits(step.student, hidden_BTD[asked_BT]), targets_N))
-    return torch.stack(nats).mean()
-
-
 def truncate(model: Any, depth: int) -> None:
     """Keep the first layers only, in place."""
     from models.architectures import predict
@@ -103,20 +60,56 @@ def truncate(model: Any, depth: int) -> None:
         model.config.layer_types = list(model.config.layer_types)[:depth]
 
 
-def finish(model: nn.Module, config: Config) -> dict[str, Packed]:
-    """Cut the model; pack nothing."""
-    from models.architectures import predict
+class Method(TrainingMethod[Config], config=Config):
+    """SortedNet."""
 
-    if config.depth and config.depth < len(predict.stack(model)):
-        truncate(model, config.depth)
-    return {}
+    bits: ClassVar[str] = "32, fewer layers"
+    paper: ClassVar[str] = "Valipour et al. 2023, SortedNet (arXiv 2309.00255) and Sorted LLaMA (arXiv 2309.08968)"
 
+    def transform(self, model: nn.Module, names: Sequence[str], config: Config) -> None:  # noqa: ARG002
+        """Check the depths; where one alone is trained, cut there before training.
 
-def controls(config: Config) -> dict[str, dict[str, Any]]:
-    """Return the parent cut without training, and cut first and trained at that depth alone for equal steps."""
-    if not config.depth or not config.steps:
-        return {"continued": config.schedule() | {"method": "finetune", "controls": False}} if config.steps else {}
-    return {
-        "cut": config.arm(method="sortednet", steps=0),
-        "trained alone": config.arm(method="sortednet", exits=(config.depth,)),
-    }
+        Raises:
+            ValueError: a depth that the model does not have.
+        """
+        from models.architectures import predict
+
+        layers = len(predict.stack(model))
+        for depth in (*config.exits, config.depth):
+            if depth > layers:
+                raise ValueError(f"sortednet: depth {depth}, but the model has {layers} layers; valid: 1 to {layers}")
+        if config.exits and 0 in config.exits:
+            raise ValueError(f"sortednet: exits = {list(config.exits)}; a model has at least 1 layer")
+        if config.exits and max(config.exits) < layers:
+            truncate(model, max(config.exits))
+
+    def loss(self, step: Step, config: Config) -> Tensor:
+        """Return the mean of the summed nats of the step's depths."""
+        from models.architectures import predict
+
+        asked_BT = step.targets_BT != predict.IGNORED
+        targets_N = step.targets_BT[asked_BT]
+        outputs, last_BTD = predict.layer_outputs(step.student, step.inputs_BT)
+        norm = predict.final_norm(step.student)
+        nats = []
+        for depth in exits(config, len(outputs), seed=step.seed, step=step.number):
+            hidden_BTD = last_BTD if depth == len(outputs) else norm(outputs[depth - 1])
+            nats.append(predict.summed_nats(predict.logits(step.student, hidden_BTD[asked_BT]), targets_N))
+        return torch.stack(nats).mean()
+
+    def finish(self, model: nn.Module, config: Config) -> dict[str, Packed]:
+        """Cut the model; pack nothing."""
+        from models.architectures import predict
+
+        if config.depth and config.depth < len(predict.stack(model)):
+            truncate(model, config.depth)
+        return {}
+
+    def baselines(self, config: Config) -> dict[str, dict[str, Any]]:
+        """Return the base cut without training, and cut first and trained at that depth alone for equal steps."""
+        if not config.depth or not config.steps:
+            return {"continued": config.full_precision()} if config.steps else {}
+        return {
+            "cut": config.changed("sortednet", steps=0),
+            "trained alone": config.changed("sortednet", exits=(config.depth,)),
+        }

@@ -7,11 +7,12 @@ column's rounding error is compensated together with its pruning error.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from models.compression.base import Calibration, Kind, Packed, Statistics
+from models.compression.base import Calibration, Packed, Statistics, WeightMethod
 from models.compression.formats import int_grid, sparse
 from models.compression.solvers import obs
 from models.compression.wanda import scores
@@ -22,13 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 else:
     torch = lazy_module("torch")
-
-kind: Kind = "weight"
-bits = "4-32, share of zeros or n:m"
-calibration: Calibration = "hessian"
-paper = "Frantar and Alistarh 2023, SparseGPT (arXiv 2301.00774)"
-not_informative = ""
-restore = sparse.restore
 
 
 class Config(sparse.PruneConfig):
@@ -77,35 +71,6 @@ def block_mask(score_OB: Tensor, config: Config) -> Tensor:
     return sparse.keep_share(score_OB.reshape(1, -1), config.sparsity).view(score_OB.shape)
 
 
-def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
-    """Return the pruned and compensated weight.
-
-    Raises:
-        ValueError: no usable second moment, or rows that the pattern does not fit.
-    """
-    hessian_II = statistics.second_moment("sparsegpt", weight_OI.shape[1])
-    _check(weight_OI, config)
-    damped_II = obs.damped(hessian_II, statistics.tokens, config.damp)
-    masker = _Masker(torch.ones_like(weight_OI, dtype=torch.bool), config)
-    stored_OI = obs.compensate(weight_OI, damped_II, masker, block=config.run[1] if config.run else config.block)
-    if config.value_bits > 8:
-        return sparse.pack(stored_OI, masker.mask_OI, config)
-    fixed = sparse.fit((stored_OI * masker.mask_OI).float(), config)
-    stored_OI = obs.compensate(weight_OI, damped_II, _MaskedRounder(masker.mask_OI, fixed))
-    return sparse.pack(stored_OI, masker.mask_OI, config, fixed)
-
-
-def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:
-    """Return masks by Wanda's score, by magnitude and at random, each of the same size, nothing compensated."""
-    hessian_II = statistics.second_moment("sparsegpt", weight_OI.shape[1])
-    arms = {
-        "wanda": scores(weight_OI, hessian_II),
-        "magnitude": weight_OI.abs(),
-        "random": sparse.random_score(weight_OI),
-    }
-    return {name: sparse.pack(weight_OI, _whole_mask(score, config), config) for name, score in arms.items()}
-
-
 def _whole_mask(score_OI: Tensor, config: Config) -> Tensor:
     if config.run:
         return block_mask(score_OI, config)
@@ -116,3 +81,42 @@ def _check(weight_OI: Tensor, config: Config) -> None:
     """Refuse rows that a pattern does not fit before any work is done."""
     if config.run:
         sparse.keep_pattern(weight_OI, *config.run)
+
+
+class Method(WeightMethod[Config], config=Config):
+    """SparseGPT."""
+
+    bits: ClassVar[str] = "4-32, share of zeros or n:m"
+    calibration: ClassVar[Calibration] = "hessian"
+    paper: ClassVar[str] = "Frantar and Alistarh 2023, SparseGPT (arXiv 2301.00774)"
+
+    def compress(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
+        """Return the pruned and compensated weight.
+
+        Raises:
+            ValueError: no usable second moment, or rows that the pattern does not fit.
+        """
+        hessian_II = statistics.second_moment("sparsegpt", weight_OI.shape[1])
+        _check(weight_OI, config)
+        damped_II = obs.damped(hessian_II, statistics.tokens, config.damp)
+        masker = _Masker(torch.ones_like(weight_OI, dtype=torch.bool), config)
+        stored_OI = obs.compensate(weight_OI, damped_II, masker, block=config.run[1] if config.run else config.block)
+        if config.value_bits > 8:
+            return sparse.pack(stored_OI, masker.mask_OI, config)
+        fixed = sparse.fit((stored_OI * masker.mask_OI).float(), config)
+        stored_OI = obs.compensate(weight_OI, damped_II, _MaskedRounder(masker.mask_OI, fixed))
+        return sparse.pack(stored_OI, masker.mask_OI, config, fixed)
+
+    def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:
+        """Rebuild a packed weight from its stored tensors."""
+        return sparse.restore(tensors, config)
+
+    def baselines(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:
+        """Return masks by Wanda's score, by magnitude and at random, each of the same size, nothing compensated."""
+        hessian_II = statistics.second_moment("sparsegpt", weight_OI.shape[1])
+        arms = {
+            "wanda": scores(weight_OI, hessian_II),
+            "magnitude": weight_OI.abs(),
+            "random": sparse.random_score(weight_OI),
+        }
+        return {name: sparse.pack(weight_OI, _whole_mask(score, config), config) for name, score in arms.items()}

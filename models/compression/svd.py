@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from models.compression.base import Calibration, Kind, MethodConfig, Packed, Statistics
+from models.compression.base import Calibration, MethodConfig, Packed, Statistics, WeightMethod
 from models.compression.solvers import obs
 from models.lazy import lazy_module
 
@@ -22,12 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 else:
     torch = lazy_module("torch")
-
-kind: Kind = "weight"
-bits = "value_bits x share of the parameters"
-calibration: Calibration = "hessian"
-paper = "Wang et al. 2024, SVD-LLM (arXiv 2403.07378)"
-not_informative = ""
 
 
 class Config(MethodConfig):
@@ -71,42 +65,6 @@ class LowRankPacked(Packed):
         return x @ self.right_RI.to(x.dtype).T @ self.left_OR.to(x.dtype).T
 
 
-def compress(weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
-    """Return the low-rank weight.
-
-    Raises:
-        ValueError: no usable second moment, unless `metric = "weight"` needs none.
-    """
-    rank, weight_OI = rank_of(weight_OI, config), weight_OI.double()
-    if config.metric == "weight":
-        return _pack(*truncated(weight_OI, rank), config)
-    moment_II = obs.damped(statistics.second_moment("svd", weight_OI.shape[1]), statistics.tokens, config.damp)
-    if config.metric == "diagonal":
-        scale_I = moment_II.diagonal().sqrt()
-        left_OR, right_RI = truncated(weight_OI * scale_I, rank)
-        return _pack(left_OR, right_RI / scale_I, config)
-    root_II = torch.linalg.cholesky(moment_II)
-    left_OR, right_RI = truncated(weight_OI @ root_II, rank)
-    return _pack(left_OR, torch.linalg.solve_triangular(root_II, right_RI, upper=False, left=False), config)
-
-
-def restore(tensors: Mapping[str, Tensor], config: Config) -> Packed:  # noqa: ARG001 - the contract
-    """Rebuild a packed weight from its stored tensors."""
-    return LowRankPacked(tensors["weight_left"], tensors["weight_right"])
-
-
-def nulls(weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:
-    """Return the projection on random inputs, and the SVD that ignores the inputs, of the same rank."""
-    rank = rank_of(weight_OI, config)
-    generator = torch.Generator().manual_seed(0)
-    draw_IR = torch.randn(weight_OI.shape[1], rank, generator=generator, dtype=torch.float64)
-    basis_IR = torch.linalg.qr(draw_IR.to(weight_OI.device)).Q
-    arms = {"random": _pack(weight_OI.double() @ basis_IR, basis_IR.T, config)}
-    if config.metric != "weight":
-        arms["plain"] = compress(weight_OI, statistics, config.model_copy(update={"metric": "weight"}))
-    return arms
-
-
 def rank_of(weight_OI: Tensor, config: Config) -> int:
     """Return the rank of one layer, at least one."""
     rows, columns = weight_OI.shape
@@ -124,3 +82,44 @@ def truncated(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _pack(left_OR: Tensor, right_RI: Tensor, config: Config) -> Packed:
     dtype = torch.bfloat16 if config.value_bits == 16 else torch.float32
     return LowRankPacked(left_OR.to(dtype).contiguous(), right_RI.to(dtype).contiguous())
+
+
+class Method(WeightMethod[Config], config=Config):
+    """Low rank."""
+
+    bits: ClassVar[str] = "value_bits x share of the parameters"
+    calibration: ClassVar[Calibration] = "hessian"
+    paper: ClassVar[str] = "Wang et al. 2024, SVD-LLM (arXiv 2403.07378)"
+
+    def compress(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
+        """Return the low-rank weight.
+
+        Raises:
+            ValueError: no usable second moment, unless `metric = "weight"` needs none.
+        """
+        rank, weight_OI = rank_of(weight_OI, config), weight_OI.double()
+        if config.metric == "weight":
+            return _pack(*truncated(weight_OI, rank), config)
+        moment_II = obs.damped(statistics.second_moment("svd", weight_OI.shape[1]), statistics.tokens, config.damp)
+        if config.metric == "diagonal":
+            scale_I = moment_II.diagonal().sqrt()
+            left_OR, right_RI = truncated(weight_OI * scale_I, rank)
+            return _pack(left_OR, right_RI / scale_I, config)
+        root_II = torch.linalg.cholesky(moment_II)
+        left_OR, right_RI = truncated(weight_OI @ root_II, rank)
+        return _pack(left_OR, torch.linalg.solve_triangular(root_II, right_RI, upper=False, left=False), config)
+
+    def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:  # noqa: ARG002
+        """Rebuild a packed weight from its stored tensors."""
+        return LowRankPacked(tensors["weight_left"], tensors["weight_right"])
+
+    def baselines(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:
+        """Return the projection on random inputs, and the SVD that ignores the inputs, of the same rank."""
+        rank = rank_of(weight_OI, config)
+        generator = torch.Generator().manual_seed(0)
+        draw_IR = torch.randn(weight_OI.shape[1], rank, generator=generator, dtype=torch.float64)
+        basis_IR = torch.linalg.qr(draw_IR.to(weight_OI.device)).Q
+        arms = {"random": _pack(weight_OI.double() @ basis_IR, basis_IR.T, config)}
+        if config.metric != "weight":
+            arms["plain"] = self.compress(weight_OI, statistics, config.model_copy(update={"metric": "weight"}))
+        return arms

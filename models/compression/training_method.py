@@ -1,22 +1,21 @@
-"""What methods that train have in common: how they train, and the functions that a method module supplies.
+"""What methods that train have in common: how they train, and the interface of such a method.
 
-A module of kind "training" defines, besides what `base` asks for, a `Config` that extends `TrainedConfig` and the
-functions of `TrainingMethod`. It trains on the engine of the pretrain stage: parameters that it adds to the model are
-ordinary named parameters, so ZeRO shards them, checkpoints hold them, LISA freezes them with their layer, and tensors
-with one axis (learned scales) are excluded from weight decay and trust ratios. Everything that is not a parameter must
-follow from the starting weights alone, because an interrupted run is put together anew from them.
+They train on the engine of the pretrain stage: parameters that a method adds to the model are ordinary named
+parameters, so ZeRO shards them, checkpoints hold them, LISA freezes them with their layer, and tensors with one axis
+(learned scales) are excluded from weight decay and trust ratios. Everything that is not a parameter must follow from
+the initial weights alone, because an interrupted run is put together anew from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from models.architectures.config import Shape
-from models.compression.base import MethodConfig, Packed
+from models.compression.base import Calibration, Kind, MethodConfig, Packed, PackingMethod
 from models.optim import batch_split
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ _NOT_IDENTITY: dict[str, Any] = {"identity": False}
 class TrainedConfig(MethodConfig):
     """How a compressed model is trained."""
 
-    steps: int = Field(200, ge=0, description="optimizer steps; 0 compresses the parent as it is: the null arm")
+    steps: int = Field(200, ge=0, description="optimizer steps; 0 compresses the base as it is")
     optimizer: Literal["adamw", "lamb", "lars"] = Field("adamw", description="update rule")
     lr: float = Field(1e-3, gt=0.0, le=100.0, description="peak learning rate")
     weight_decay: float = Field(0.0, ge=0.0, le=10.0, description="decoupled weight decay of matrices")
@@ -50,21 +49,25 @@ class TrainedConfig(MethodConfig):
     validate_every: int = Field(50, ge=1, description="steps between validations; one follows the last step")
     validation_sequences: int = Field(64, ge=1, description="validation sequences used each time, at most")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints", json_schema_extra=_NOT_IDENTITY)
-    controls: bool = Field(True, description="also make the null arms (they cost as much as the method itself)")
+    baselines: bool = Field(True, description="also make the baselines (they cost as much as the method itself)")
 
     @property
-    def taught(self) -> bool:
+    def needs_teacher(self) -> bool:
         """Whether training needs the outputs of a teacher."""
         return False
 
     @property
     def from_scratch(self) -> bool:
-        """Whether training starts from random weights, not from the parent's."""
+        """Whether training starts from random weights, not from the base's."""
         return False
 
-    def arm(self, **changes: Any) -> dict[str, Any]:
-        """Return the table of a null arm: these parameters with some changed, and no arms of its own."""
-        return self.model_dump(mode="json") | {"controls": False} | changes
+    def changed(self, method: str, **changes: Any) -> dict[str, Any]:
+        """Return the table of a baseline by the same method: some parameters changed, and no baselines of its own."""
+        return self.model_dump(mode="json") | {"method": method, "baselines": False} | changes
+
+    def full_precision(self, **changes: Any) -> dict[str, Any]:
+        """Return the table of a baseline that trains as long on the same data, but compresses nothing."""
+        return self.schedule() | {"method": "finetune", "baselines": False} | changes
 
     def schedule(self) -> dict[str, Any]:
         """Return the parameters that say how to train, without those of the method."""
@@ -87,7 +90,7 @@ class Step:
 
     student: nn.Module
     teacher: nn.Module | None
-    """Frozen; there if `TrainedConfig.taught`."""
+    """Frozen; there if `TrainedConfig.needs_teacher`."""
     inputs_BT: Tensor
     targets_BT: Tensor
     """`predict.IGNORED` where nothing is asked."""
@@ -96,45 +99,56 @@ class Step:
     seed: int
 
 
-class TrainingMethod(Protocol):
-    """A method module of kind "training"."""
+T = TypeVar("T", bound=TrainedConfig)
 
-    Config: type[TrainedConfig]
 
-    def shape(self, parent: Shape, config: Any) -> Shape:
-        """Return the shape of the model that is trained."""
+class TrainingMethod(PackingMethod[T]):
+    """A method that trains a compressed model; as it stands, one that goes on training an ordinary model."""
 
-    def source(self, layer: int, parent: Shape, config: Any) -> int:
-        """Return the parent's layer that a layer of the model starts from."""
+    kind: ClassVar[Kind] = "training"
+    calibration: ClassVar[Calibration] = "none"
 
-    def transform(self, model: nn.Module, names: Sequence[str], config: Any) -> None:
+    def shape(self, base: Shape, config: T) -> Shape:  # noqa: ARG002
+        """Return the shape of the model that is trained.
+
+        Raises:
+            ValueError: the configuration does not fit the base model.
+        """
+        return base
+
+    def source_layer(self, layer: int, base: Shape, config: T) -> int:  # noqa: ARG002
+        """Return the layer of the base model that a layer starts from."""
+        return layer
+
+    def transform(self, model: nn.Module, names: Sequence[str], config: T) -> None:
         """Replace the named linear layers by ones that can be trained in compressed form, in place.
 
         Raises:
             ValueError: the method does not fit the model.
         """
 
-    def loss(self, step: Step, config: Any) -> Tensor:
+    def loss(self, step: Step, config: T) -> Tensor:  # noqa: ARG002
         """Return the summed nats of a micro batch."""
+        return language_loss(step)
 
-    def finish(self, model: nn.Module, config: Any) -> dict[str, Packed]:
+    def finish(self, model: nn.Module, config: T) -> dict[str, Packed]:  # noqa: ARG002
         """Bring the model into the form of its configuration, in place; return what is stored packed, by name."""
+        return {}
 
-    def controls(self, config: Any) -> dict[str, dict[str, Any]]:
-        """Return the null arms: name -> table of a compressed child."""
+    def restore(self, tensors: Mapping[str, Tensor], config: T) -> Packed:  # noqa: ARG002
+        """Rebuild a packed weight from its stored tensors.
+
+        Raises:
+            ValueError: the method packs nothing.
+        """
+        raise ValueError(f"{self.name} stores ordinary weights; no layer of it is packed")
+
+    def baselines(self, config: T) -> dict[str, dict[str, Any]]:  # noqa: ARG002
+        """Return name -> table of a compress configuration to compare the result with."""
+        return {}
 
 
-def same_shape(parent: Shape, config: TrainedConfig) -> Shape:  # noqa: ARG001 - the contract
-    """Return the parent's shape."""
-    return parent
-
-
-def same_layer(layer: int, parent: Shape, config: TrainedConfig) -> int:  # noqa: ARG001 - the contract
-    """Start each layer from its own."""
-    return layer
-
-
-def language_loss(step: Step, config: TrainedConfig) -> Tensor:  # noqa: ARG001 - the contract
+def language_loss(step: Step) -> Tensor:
     """Return the summed nats of the targets."""
     from models.architectures import predict
 
@@ -150,13 +164,23 @@ def uniform(seed: int, purpose: str, step: int, *place: int) -> float:
 
 
 def linear_layers(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]:
-    """Return linear layers by name."""
-    found: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-    return found
+    """Return linear layers by name.
+
+    Raises:
+        TypeError: one of them is no linear layer.
+    """
+    import torch
+
+    layers = {}
+    for name in names:
+        module = model.get_submodule(name)
+        if not isinstance(module, torch.nn.Linear):
+            raise TypeError(f"{name} is a {type(module).__name__}, not a linear layer")
+        layers[name] = module
+    return layers
 
 
-def replace(model: nn.Module, made: Mapping[str, nn.Module]) -> None:
+def put_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Put modules in the places that their dotted names say."""
-    for name, module in made.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, module)
+    for name, module in layers.items():
+        model.set_submodule(name, module)

@@ -11,13 +11,13 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.compression import gptq, rtn
-from models.compression.base import MethodConfig, Packed, Statistics
+from models.compression.base import MethodConfig, Packed, Statistics, WeightMethod
 from models.compression.formats.int_grid import group_for
 from models.compression.modules import packed_linear
 from pipelines.compression import calibration, quick_eval
@@ -38,7 +38,7 @@ class Arm:
     """One way to spend the bytes."""
 
     name: str
-    method: ModuleType
+    method: WeightMethod[Any]
     config: MethodConfig
     plan: Mapping[str, MethodConfig] = field(default_factory=dict)
     """Parameters of layers that have their own."""
@@ -119,7 +119,8 @@ def plan(
     shapes = [tuple(walker.model.get_parameter(f"{name}.weight").shape) for name in names]
     fitting, taken = nearest_grid(shapes, stored), {child.name}
     if fitting is not None:
-        for name, method in (("rtn", rtn), ("gptq", gptq)):
+        plain: dict[str, WeightMethod[Any]] = {"rtn": rtn.Method(), "gptq": gptq.Method()}
+        for name, method in plain.items():
             if name not in taken:
                 yield Arm(name, method, method.Config.model_validate(fitting))
         taken |= {"rtn", "gptq"}
@@ -127,7 +128,7 @@ def plan(
         yield Arm(name, child.method, child.config, other)
     for name in _null_names(walker, names, child):
         if name not in taken:
-            yield Arm(name, _null_method(child.method, name), child.config, child.plan)
+            yield Arm(name, _Baseline(child.method, name), child.config, child.plan)
 
 
 def put(model: PreTrainedModel, block: Mapping[str, Any]) -> int:
@@ -164,11 +165,14 @@ def _null_names(walker: Walker, names: Sequence[str], child: Arm) -> list[str]:
     return sorted(first[names[0]].null)
 
 
-def _null_method(method: ModuleType, name: str) -> Any:
-    """Return a method that stores one null arm of `method`."""
+class _Baseline(WeightMethod[Any]):
+    """A method that stores one baseline of another."""
 
-    def compress(weight_OI: Any, statistics: Statistics, config: MethodConfig) -> Packed:
-        packed: Packed = method.nulls(weight_OI, statistics, config)[name]
-        return packed
+    def __init__(self, method: WeightMethod[Any], name: str) -> None:
+        self._method, self._baseline = method, name
 
-    return SimpleNamespace(compress=compress, nulls=lambda *_: {})
+    def compress(self, weight_OI: Tensor, statistics: Statistics, config: MethodConfig) -> Packed:
+        return self._method.baselines(weight_OI, statistics, config)[self._baseline]
+
+    def restore(self, tensors: Mapping[str, Tensor], config: MethodConfig) -> Packed:
+        return self._method.restore(tensors, config)

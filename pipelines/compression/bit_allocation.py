@@ -1,13 +1,4 @@
-"""Parameters layer by layer, for methods that share a budget of bits out among layers.
-
-A method that can do this has
-
-    choices(config)                          the parameters that a layer may be given; none: `config` for every layer
-    sees(config)                             what it prices them by: "curvature", "gradients" or "hessian"
-    price(weight_OI, statistics, choice)     (stored bits, predicted loss) of one layer under one of them
-
-and `budget`, the stored bits a weight, in its `Config`.
-"""
+"""Parameters layer by layer, for methods that share a budget of bits out among layers: those with an `allocation`."""
 
 from __future__ import annotations
 
@@ -15,7 +6,6 @@ import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
-from models.compression.base import MethodConfig, Statistics
+from models.compression.base import BitAllocation, MethodConfig, Statistics, WeightMethod
 from pipelines.compression import allocate, calibration, curvature, sensitivity
 from pipelines.modelio import meta_init
 from pipelines.modelio.folder import WeightReader
@@ -70,7 +60,7 @@ class Prices:
 def make(
     model: PreTrainedModel,
     reader: WeightReader,
-    method: ModuleType,
+    method: WeightMethod[Any],
     config: MethodConfig,
     *,
     names: Sequence[str],
@@ -81,12 +71,13 @@ def make(
     Raises:
         ConfigError: no allocation is within the budget.
     """
-    if shown is None or not prices_by(method, config):
+    allocation = method.allocation(config)
+    if shown is None or allocation is None:
         return Plan()
-    options: list[MethodConfig] = method.choices(config)
-    prices = price_all(model, reader, method, config, names=names, shown=shown)
-    budget = int(_budget(config) * prices.weights)
-    chosen = allocate.solve(prices.cost_LC, prices.bits_LC, budget, groups=_groups(prices.names, config))
+    options: list[MethodConfig] = list(allocation.options)
+    prices = price_all(model, reader, method, allocation, names=names, shown=shown)
+    budget = int(allocation.budget * prices.weights)
+    chosen = allocate.solve(prices.cost_LC, prices.bits_LC, budget, groups=_groups(prices.names, allocation))
     parameters = {name: options[choice] for name, choice in zip(prices.names, chosen, strict=True)}
     drawn = allocate.random_choice(prices.bits_LC, budget, 0)
     nulls = {"random allocation": {n: options[choice] for n, choice in zip(prices.names, drawn, strict=True)}}
@@ -95,30 +86,23 @@ def make(
     return Plan(parameters, nulls, _report(prices, chosen, budget, parameters))
 
 
-def prices_by(method: ModuleType, config: MethodConfig) -> str:
-    """Return what a method prices its choices by; empty for methods, or parameters, that share nothing out."""
-    if not hasattr(method, "choices") or not method.choices(config):
-        return ""
-    return str(method.sees(config))
-
-
 def price_all(
     model: PreTrainedModel,
     reader: WeightReader,
-    method: ModuleType,
-    config: MethodConfig,
+    method: WeightMethod[Any],
+    allocation: BitAllocation[Any],
     *,
     names: Sequence[str],
     shown: Shown,
 ) -> Prices:
     """Return what every choice costs every layer, block by block."""
-    options = method.choices(config)
     priced: dict[str, list[tuple[int, float]]] = {}
     weights = 0
-    for name, seen in _statistics(model, reader, method.sees(config), config, names=names, shown=shown):
+    for name, seen in _statistics(model, reader, allocation, names=names, shown=shown):
         weight_OI = reader.dense(f"{name}.weight").float()
         weights += weight_OI.numel()
-        priced[name] = [method.price(weight_OI, seen, option) for option in options]
+        costs = [method.cost(weight_OI, seen, option) for option in allocation.options]
+        priced[name] = [(cost.stored_bits, cost.loss) for cost in costs]
     ordered = [priced[name] for name in names]
     bits_LC = np.array([[bits for bits, _ in row] for row in ordered], dtype=np.int64)
     return Prices(list(names), weights, bits_LC, np.array([[cost for _, cost in row] for row in ordered]))
@@ -127,25 +111,24 @@ def price_all(
 def _statistics(
     model: PreTrainedModel,
     reader: WeightReader,
-    wanted: str,
-    config: MethodConfig,
+    allocation: BitAllocation[Any],
     *,
     names: Sequence[str],
     shown: Shown,
 ) -> Iterator[tuple[str, Statistics]]:
     """Yield each layer's statistics in the original model, one block after another."""
-    if wanted == "curvature":
+    if allocation.sensitivity_source == "curvature":
         found = curvature.traces(
             reader.folder,
             names,
             shown.tokens_NT,
             shown.labels_NT,
-            probes=getattr(config, "probes", 1),
+            probes=allocation.probes,
             seed=shown.seed,
             device=shown.device,
         )
         yield from ((name, Statistics(curvature=value)) for name, value in found.items())
-    elif wanted == "gradients":
+    elif allocation.sensitivity_source == "gradients":
         assert shown.fisher is not None
         for index in range(len(meta_init.blocks(model)[1])):
             squares = sensitivity.read(shown.fisher, index)
@@ -170,14 +153,11 @@ def _second_moments(
         meta_init.release(block)
 
 
-def _groups(names: Sequence[str], config: MethodConfig) -> list[list[int]]:
-    patterns: Sequence[str] = getattr(config, "together", ())
+def _groups(names: Sequence[str], allocation: BitAllocation[Any]) -> list[list[int]]:
+    """Return the numbers of the layers that are tied, for each pattern that ties at least two."""
+    patterns = allocation.tied_layers
     found = [[i for i, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern)] for pattern in patterns]
     return [group for group in found if len(group) > 1]
-
-
-def _budget(config: MethodConfig) -> float:
-    return float(config.budget)  # type: ignore[attr-defined]
 
 
 def _report(

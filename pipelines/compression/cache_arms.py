@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from models.compression.kvquant import rounding, rounding_bytes
+from models.compression.formats.cache_codes import rounding, rounding_bytes
 from models.compression.modules import quantized_cache
 from models.compression.modules.quantized_cache import QuantizedCache, Tables
 from pipelines.compression import quick_eval

@@ -95,7 +95,7 @@ class CompressConfig(Settings):
     @property
     def needs_teacher(self) -> bool:
         """Whether the method learns from the pretrained model beside the one that it starts from."""
-        return isinstance(self.parameters, TrainedConfig) and self.parameters.taught
+        return isinstance(self.parameters, TrainedConfig) and self.parameters.needs_teacher
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that can change a result, the method's resolved parameters beside them."""
@@ -106,7 +106,7 @@ class CompressConfig(Settings):
 def _parameters(method: str, table: dict[str, Any], fields: list[str]) -> MethodConfig:
     """Validate the method's parameters; errors carry the key as their place, so the whole path is shown."""
     try:
-        known: type[MethodConfig] = registry.get(method).Config
+        known = registry.get(method).Config
     except ValueError as error:
         raise _refusal("method", method, str(error)) from None
     valid = [*known.model_fields, *fields]

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from models.compression import registry
+from models.compression.cache_method import CacheBaseline, CacheMethod
 from models.compression.modules.quantized_cache import Tables, rotate
 from pipelines.compression import cache_arms, calibration
 from pipelines.compression.config import CompressConfig
@@ -37,13 +37,6 @@ _ROWS = 16384
 """Tokens that the tables are fitted on; more calibration tokens are thinned evenly."""
 _SEQUENCES = 4
 """Sequences whose gradients are computed together."""
-_ARMS: dict[str, dict[str, Any]] = {
-    "uniform": {"codebook": "uniform", "q_norm": False},
-    "per token": {"keys": "token", "codebook": "uniform", "q_norm": False},
-}
-"""Null arms: the same bits and the same share of outliers, with the plainer choice."""
-ROTATED = "after RoPE"
-"""The null arm whose keys have their ranges per channel after the rotation."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         ConfigError: the model has no cache that this can code.
         NumericError: keys, values or their gradients are not finite.
     """
-    method, source, target = registry.get(config.method), inputs["model"].path / "model", out_dir / "model"
+    method, source, target = registry.kv_cache(config.method), inputs["model"].path / "model", out_dir / "model"
     model = load_weights(source)
     check(config.method, model)
     tokens_NT = calibration.sample_tokens(
@@ -90,14 +83,14 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     )
     parameters: Any = config.parameters
     seen = record(model, tokens_NT, parameters.exact_tokens)
-    arms = {config.method: parameters, **null_arms(parameters)}
+    arms = {config.method: CacheBaseline(parameters), **method.baselines(parameters)}
     fitted: dict[str, list[Tables]] = {name: [] for name in arms}
     rows: dict[str, dict[str, Any]] = {}
     for number, (keys, values) in enumerate(seen):
         errors: dict[str, Any] = {}
         for name, chosen in arms.items():
-            coded = keys.rotated(model) if name == ROTATED else keys
-            table = replace(_fit(method, coded, values, chosen), rotated=name == ROTATED)
+            coded = keys.rotated(model) if chosen.after_rope else keys
+            table = replace(_fit(method, coded, values, chosen.config), rotated=chosen.after_rope)
             fitted[name].append(table)
             errors[name] = _errors(table, coded, values)
         rows[f"layers.{number}"] = errors.pop(config.method) | {"null": errors}
@@ -132,13 +125,6 @@ def check(method: str, model: PreTrainedModel) -> None:
             f"{method} codes the key-value cache of a decoder in the Llama layout; {type(model).__name__} has none",
             hint="leave it out for this family",
         )
-
-
-def null_arms(parameters: Any) -> dict[str, Any]:
-    """Return name -> parameters of the arms that differ from the child."""
-    plainer = {name: parameters.model_copy(update=changed) for name, changed in _ARMS.items()}
-    found = {name: chosen for name, chosen in plainer.items() if chosen != parameters}
-    return found | ({ROTATED: parameters} if parameters.keys == "channel" else {})
 
 
 def record(model: PreTrainedModel, tokens_NT: NDArray[np.int64], skip: int) -> list[tuple[Seen, Seen]]:
@@ -199,7 +185,7 @@ def _passes(
             hook.remove()
 
 
-def _fit(method: ModuleType, keys: Seen, values: Seen, config: Any) -> Tables:
+def _fit(method: CacheMethod[Any], keys: Seen, values: Seen, config: Any) -> Tables:
     try:
         fitted = method.fit_keys(keys.x_NC, keys.fisher_NC, config)
         return Tables(fitted, method.fit_values(values.x_NC, values.fisher_NC, config), config.exact_tokens)

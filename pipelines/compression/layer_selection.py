@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from models.compression.base import MethodConfig, Packed
+from models.compression.base import MethodConfig, Packed, WeightMethod
 from models.compression.modules.packed_linear import PackedLinear
 from pipelines.compression import quick_eval
 from pipelines.compression.config import CompressConfig
@@ -28,7 +27,7 @@ from pipelines.modelio.load import load_model
 def decide(
     config: CompressConfig,
     walker: Walker,
-    method: ModuleType,
+    method: WeightMethod[Any],
     parameters: MethodConfig,
     names: Sequence[str],
     prepare: Path,
@@ -38,7 +37,7 @@ def decide(
     Raises:
         ConfigError: a choice is asked for, and there is no validation text or no answer within the tolerance.
     """
-    candidates = method.candidates(parameters) if hasattr(method, "candidates") else [parameters]
+    candidates = method.candidates(parameters)
     if len(candidates) == 1 and not config.tolerance:
         return parameters, list(names), {}
     text = quick_eval.build(prepare, config.arms_documents, walker.model, walker.device, end="last")
@@ -55,7 +54,7 @@ def decide(
 
 
 def candidate(
-    walker: Walker, method: ModuleType, candidates: Sequence[MethodConfig], names: Sequence[str], text: Yardstick
+    walker: Walker, method: WeightMethod[Any], candidates: Sequence[MethodConfig], names: Sequence[str], text: Yardstick
 ) -> tuple[MethodConfig, dict[str, float]]:
     """Return the candidate with the least loss, and the losses of all in nats per token, by label."""
     model = load_model(walker.folder)
@@ -66,7 +65,7 @@ def candidate(
 
 def partial(
     walker: Walker,
-    method: ModuleType,
+    method: WeightMethod[Any],
     config: MethodConfig,
     names: Sequence[str],
     *,
@@ -106,7 +105,9 @@ def partial(
     return {"kept": sorted(kept), "sensitivity": ordered, "ratio": found, "ratio_of_all": of_all}
 
 
-def everything(walker: Walker, method: ModuleType, config: MethodConfig, names: Sequence[str]) -> dict[str, Packed]:
+def everything(
+    walker: Walker, method: WeightMethod[Any], config: MethodConfig, names: Sequence[str]
+) -> dict[str, Packed]:
     """Return all layers, each compressed behind the compressed ones before it."""
     return {name: layer.packed for block in walker.walk(method, config, names) for name, layer in block.items()}
 

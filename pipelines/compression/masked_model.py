@@ -59,7 +59,7 @@ FAMILIES = {
 
 
 class ModelProblem:
-    """`models.compression.solvers.structured.Problem` over a loaded model.
+    """`models.compression.solvers.structured.MaskedModel` over a loaded model.
 
     Args:
         model: a model of one of `FAMILIES`.

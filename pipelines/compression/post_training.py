@@ -41,7 +41,7 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
         ConfigError: the method does not fit a layer, which is named, or the parent cannot be compressed again.
         NumericError: calibration met activations that are not finite.
     """
-    method, prepare = registry.get(config.method), inputs["prepare"].path
+    method, prepare = registry.weight(config.method), inputs["prepare"].path
     source, target = inputs["model"].path / "model", out_dir / "model"
     model, reader = meta_init.build(source), WeightReader(source)
     refuse_rounded_inputs(config.method, reader)
@@ -49,7 +49,7 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     dense = layout.loads_dense(model, config.parameters.model_dump(), embeddings=config.embeddings == "quantize")
     parameters = config.parameters.fitted(_widths(model, reader, names, config)) if dense else config.parameters
     shown = _shown(config, parameters, prepare, model, reader, names, context)
-    rows_shown = calibration.ROWS if method.calibration == "inputs" else 0
+    rows_shown = calibration.ROWS if method.needs(parameters).inputs else 0
     walker = sequential.Walker(
         model,
         reader,
@@ -116,13 +116,13 @@ def _shown(
     context: StageContext,
 ) -> bit_allocation.Shown | None:
     """Return what calibration shows; None for methods that need none. Squared gradients are recorded here."""
-    method = registry.get(config.method)
-    if method.calibration == "none" and not parameters.block_steps:
+    needs = registry.weight(config.method).needs(parameters)
+    if not needs.sequences:
         return None
     device, masked = torch_device(context.compute), meta_init.is_encoder(model)
     tokens_NT = calibration.sample_tokens(prepare, samples=config.samples, seed=config.seed, masked=masked)
     labels_NT = calibration.labels(prepare, tokens_NT, seed=config.seed, masked=masked)
-    if "gradients" not in (method.calibration, bit_allocation.prices_by(method, parameters)):
+    if not needs.gradients:
         return bit_allocation.Shown(tokens_NT, labels_NT, device, config.seed)
     fisher = context.scratch / "fisher"
     sensitivity.record(model, reader, names, tokens_NT, labels_NT, folder=fisher, device=device)

@@ -81,10 +81,10 @@ def make_worker_spec(config: CompressConfig, inputs: Mapping[str, Artifact], con
         parameters=parameters.model_dump(mode="json"),
         skip=config.skip,
         base=source,
-        teacher=teacher if parameters.taught else None,
+        teacher=teacher if parameters.needs_teacher else None,
     )
     try:
-        shape = method.module.shape(qat_objective.base_shape(source), parameters)
+        shape = method.training_method.shape(qat_objective.base_shape(source), parameters)
         settings = training_settings(parameters, shape, config.seed)
     except ValueError as error:
         raise ConfigError(f"{config.method}: {error}") from error
@@ -134,7 +134,7 @@ def pack(config: CompressConfig, spec: WorkerSpec, target: Path, plain: Path) ->
     model = qat_objective.student(method, spec.architecture, spec.config.seed)
     if parameters.steps:
         qat_objective.load_trained(model, spec.model)
-    packed: Mapping[str, Packed] = method.module.finish(model, parameters)
+    packed: Mapping[str, Packed] = method.training_method.finish(model, parameters)
     _write_plain(cast("PreTrainedModel", model), packed, source, plain)
     bare, reader = meta_init.build(plain), WeightReader(plain)
     dense = layout.loads_dense(bare, parameters.model_dump(), embeddings=False)
@@ -150,7 +150,7 @@ def pack(config: CompressConfig, spec: WorkerSpec, target: Path, plain: Path) ->
         "layout": stored_as,
         "loads_with": "pipelines.modelio.load" if stored_as == layout.LAYOUT_PRIVATE else "transformers",
         "training": {"steps": parameters.steps, "seed": spec.config.seed},
-        "not_informative": method.module.not_informative,
+        "not_informative": method.training_method.not_informative,
         "totals": post_training.totals(rows, parent, target, embedding_bytes=made.embedding_bytes),
         "errors": _errors(rows),
         "layers": rows,
@@ -216,7 +216,7 @@ def _arms(
     if text is None:
         return {"arms": {}}
     parameters = cast("TrainedConfig", config.parameters)
-    made = _made(config, inputs, context) if parameters.controls else {}
+    made = _made(config, inputs, context) if parameters.baselines else {}
     base = text.nats(load_model(parent).to(device), "the parent")
     rows: dict[str, Any] = {}
     for name, path in {config.method: out_dir, **made}.items():
@@ -232,7 +232,7 @@ def _made(config: CompressConfig, inputs: Mapping[str, Artifact], context: Stage
     from pipelines.compression import stage
 
     folders = {}
-    for name, table in registry.get(config.method).controls(config.parameters).items():
+    for name, table in registry.training(config.method).baselines(config.parameters).items():
         place = context.scratch / "arms" / re.sub(r"\W+", "-", name)
         folders[name] = place / "out"
         if (place / "out" / "compression.json").exists():

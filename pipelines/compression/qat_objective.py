@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig, Shape
 from models.architectures.describe import shape_of
 from models.compression import registry
-from models.compression.training_method import Step, TrainedConfig
+from models.compression.training_method import Step, TrainedConfig, TrainingMethod
 from pipelines.compression import sequential
 from pipelines.core.errors import ConfigError
 from pipelines.modelio.folder import WeightReader
@@ -50,15 +49,14 @@ class QatSettings(BaseModel):
     """Model folder of the teacher, where the method wants one."""
 
     @property
-    def module(self) -> ModuleType:
+    def training_method(self) -> TrainingMethod[Any]:
         """The method."""
-        return registry.get(self.method)
+        return registry.training(self.method)
 
     @property
     def config(self) -> TrainedConfig:
         """The method's parameters, validated."""
-        config: TrainedConfig = self.module.Config.model_validate(self.parameters)
-        return config
+        return self.training_method.Config.model_validate(self.parameters)
 
 
 class QatObjective(Objective):
@@ -73,7 +71,7 @@ class QatObjective(Objective):
 
     def __init__(self, settings: QatSettings, student: nn.Module, device: torch.device, seed: int) -> None:
         super().__init__(student)
-        self._method, self._config, self._seed = settings.module, settings.config, seed
+        self._method, self._config, self._seed = settings.training_method, settings.config, seed
         # In a tuple the teacher is no submodule: its weights are neither trained, nor sharded, nor saved.
         self._teacher = () if settings.teacher is None else (_frozen(settings.teacher).to(device),)
 
@@ -83,8 +81,7 @@ class QatObjective(Objective):
             return super().forward(inputs_BT, targets_BT)
         teacher = self._teacher[0] if self._teacher else None
         step = Step(self.model, teacher, inputs_BT, targets_BT, number=self.step, seed=self._seed)
-        loss: Tensor = self._method.loss(step, self._config)
-        return loss
+        return self._method.loss(step, self._config)
 
 
 def qat_objective(spec: WorkerSpec, device: torch.device) -> Objective:
@@ -115,7 +112,7 @@ def student(settings: QatSettings, architecture: ArchitectureConfig, seed: int) 
     if not settings.config.from_scratch:
         copy_base_weights(model, settings)
     try:
-        settings.module.transform(model, sequential.targets(model, settings.skip), settings.config)
+        settings.training_method.transform(model, sequential.targets(model, settings.skip), settings.config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return model
@@ -130,7 +127,9 @@ def copy_base_weights(model: nn.Module, settings: QatSettings) -> None:
     shape, reader = base_shape(settings.base), WeightReader(settings.base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            source = _LAYER.sub(lambda m: str(settings.module.source(int(m[0]), shape, settings.config)), name)
+            source = _LAYER.sub(
+                lambda m: str(settings.training_method.source_layer(int(m[0]), shape, settings.config)), name
+            )
             weight = reader.dense(source)
             if weight.shape != parameter.shape:
                 raise ConfigError(

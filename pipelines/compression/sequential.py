@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.compression.base import MethodConfig, Packed, Statistics, relative_error
+from models.compression.base import MethodConfig, Packed, Statistics, WeightMethod, relative_error
 from models.compression.modules import packed_linear
 from pipelines.compression import block_reconstruction, calibration, sensitivity
 from pipelines.core.errors import ConfigError
@@ -83,7 +83,7 @@ class Walker:
 
     def walk(
         self,
-        method: ModuleType,
+        method: WeightMethod[Any],
         config: MethodConfig,
         names: Sequence[str],
         plan: Mapping[str, MethodConfig] = MappingProxyType({}),
@@ -107,7 +107,7 @@ class Walker:
 def walk(
     model: PreTrainedModel,
     reader: WeightReader,
-    method: ModuleType,
+    method: WeightMethod[Any],
     config: MethodConfig,
     *,
     names: Sequence[str],
@@ -122,7 +122,7 @@ def walk(
     Args:
         model: skeleton from `skeleton.build`; its parameters come and go.
         reader: where the parent's weights are.
-        method: a method module of kind "weight".
+        method: the method.
         config: its parameters.
         names: layers to compress.
         tokens_NT: calibration sequences; None for methods that need none.
@@ -166,12 +166,14 @@ def walk(
         meta_init.release(block)
 
 
-def _compress(model: PreTrainedModel, name: str, seen: Statistics, method: ModuleType, config: MethodConfig) -> Layer:
+def _compress(
+    model: PreTrainedModel, name: str, seen: Statistics, method: WeightMethod[Any], config: MethodConfig
+) -> Layer:
     """Compress one layer and put what it became into the model."""
     weight_OI = model.get_parameter(f"{name}.weight").detach().cpu().float()
     try:
         packed: Packed = method.compress(weight_OI, seen, config)
-        arms: Mapping[str, Packed] = {} if seen.hessian_II is None else method.nulls(weight_OI, seen, config)
+        arms: Mapping[str, Packed] = {} if seen.hessian_II is None else method.baselines(weight_OI, seen, config)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
     dense_OI = packed_linear.put(model, name, packed)

@@ -20,7 +20,7 @@ DRIVERS = {
     "training": "pipelines.compression.qat",
     "weight": "pipelines.compression.post_training",
 }
-"""Kind of a method, or the name of what has none -> module whose `run` makes a child."""
+"""Kind of a method -> module whose `run` makes a variant."""
 
 
 def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
@@ -38,7 +38,5 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
             f"{config.method}: its parent codes its cache already, and the tables fit no other weights",
             hint="compress the cache last: start from the parent of that child",
         )
-    driver: StageFunction = importlib.import_module(
-        DRIVERS[getattr(registry.get(config.method), "kind", config.method)]
-    ).run
+    driver: StageFunction = importlib.import_module(DRIVERS[registry.get(config.method).kind]).run
     return driver(config, inputs, out_dir, context)

@@ -48,7 +48,7 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
             on; the method is named.
         NumericError: a loss is not finite.
     """
-    method, source, target = registry.get(config.method), inputs["model"].path / "model", out_dir / "model"
+    method, source, target = registry.structure(config.method), inputs["model"].path / "model", out_dir / "model"
     model, parameters = load_weights(source), config.parameters
     assert isinstance(parameters, StructureConfig)
     prepared, encoder = inputs["prepare"].path, type(model).__name__.endswith("ForMaskedLM")
@@ -58,10 +58,9 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     refuse_odd_heads(config.method, model, problem.groups, parameters)
     held = held_out_pairs(prepared, masked=encoder)
     refuse_too_few(config.method, len(tokens if held is None else held[0]), held_out=held is not None)
-    chosen: Structure = method.choose(problem, parameters)
+    chosen = method.select(problem, parameters)
     context.report(Progress(context.node, 1, 2, "steps", "units chosen"))
-    best, median = structured.random_arms(problem, parameters)
-    arms = {"magnitude": structured.by_magnitude(problem, parameters), "random best": best, "random median": median}
+    arms = method.baselines(problem, parameters)
     judge = problem if held is None else ModelProblem(model, *held)
     losses = {name: sequence_losses(judge, s) for name, s in {config.method: chosen, **arms}.items()}
     parent_losses = sequence_losses(judge, None)

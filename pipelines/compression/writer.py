@@ -85,7 +85,7 @@ class ChildFolder:
     def _quantize_embedding(self, name: str) -> None:
         grid = {key: getattr(self._parameters, key) for key in GridConfig.model_fields}
         parameters = rtn.Config.model_validate(grid)
-        packed = rtn.compress(self._reader.dense(f"{name}.weight").float(), Statistics(), parameters)
+        packed = rtn.Method().compress(self._reader.dense(f"{name}.weight").float(), Statistics(), parameters)
         self.embedding_bytes += self._pack(name, packed, "rtn", parameters).stored_bits() // 8
 
     def _pack(self, name: str, packed: Packed, method: str, parameters: MethodConfig) -> Packed:

@@ -104,7 +104,7 @@ def taken(packed: IntPacked, *, dynamic: bool) -> Tensor:
 def rounded(weight_OI: Tensor, precision: Precision) -> IntPacked:
     """Return a float matrix [O, I] rounded to the nearest point of the precision's grid."""
     grid: dict[str, Any] = {"bits": 4, "group_size": GROUP} if precision == "int4" else {"bits": 8, "group_size": 0}
-    packed = rtn.compress(weight_OI, Statistics(), rtn.Config.model_validate(grid))
+    packed = rtn.Method().compress(weight_OI, Statistics(), rtn.Config.model_validate(grid))
     codes = integers(packed)
     assert codes is not None
     return codes

@@ -70,7 +70,7 @@ class WeightReader:
 
     def packed(self, module: str) -> Packed:
         """Return one packed layer."""
-        method = registry.get(self._layers[module]["method"])
+        method = registry.packing(self._layers[module]["method"])
         names = [n for n in self._files if n.rpartition(".")[0] == module and not n.endswith(".bias")]
         tensors = {name.rpartition(".")[2]: self._read(name) for name in names}
         return method.restore(tensors, method.Config.model_validate(self._layers[module]["config"]))

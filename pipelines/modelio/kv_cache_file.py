@@ -61,7 +61,7 @@ def read(folder: Path, layers: int) -> list[Tables]:
     if "coding" not in said:
         raise IntegrityError(f"{folder / KV_CACHE_FILE} does not say how it was coded", hint="`ingot verify`")
     coding = json.loads(said["coding"])
-    method = registry.get(coding["method"])
+    method = registry.kv_cache(coding["method"])
     config = method.Config.model_validate(coding["config"])
     made = []
     for number in range(layers):

@@ -75,7 +75,7 @@ def ours(method: str, bits: int, group: int, bench: Any) -> PreTrainedModel:
     model, names = meta_init.build(source), sequential.targets(walker.model, ())
     for name in set(walker.reader.names()) - {f"{name}.weight" for name in names}:
         meta_init.set_parameter(model, name, walker.reader.dense(name))
-    for block in walker.walk(registry.get(method), config.parameters, names):
+    for block in walker.walk(registry.weight(method), config.parameters, names):
         for name in block:
             meta_init.set_parameter(model, f"{name}.weight", walker.model.get_parameter(f"{name}.weight"))
     model.tie_weights()

@@ -40,7 +40,7 @@ from pipelines.training import worker
 
 RESULTS = Path(__file__).with_name("quantized_training_results.jsonl")
 SCHEDULE: dict[str, Any] = {"engine": "plain", "world_size": 1, "zero_stage": 0, "batch_size": 12}
-SCHEDULE |= {"micro_batch_size": 12, "controls": False, "validation_sequences": 16}
+SCHEDULE |= {"micro_batch_size": 12, "baselines": False, "validation_sequences": 16}
 SCHEDULE |= {"validate_every": 100_000, "checkpoint_every": 100_000}
 SCRATCH_STEPS, TUNING_STEPS, LOW_RANK_STEPS, PARENT_STEPS = 250, 100, 60, 1100
 SEEDS = (0, 1)
@@ -75,7 +75,7 @@ def bitnet(seed: int) -> Iterator[Cell]:
     }
     for arm, table in arms.items():
         for lr in (1e-3, 3e-3):
-            yield cell("bitnet", arm, seed, start="scratch", steps=SCRATCH_STEPS, lr=lr, **table)
+            yield cell("bitnet", arm, seed, init_from="scratch", steps=SCRATCH_STEPS, lr=lr, **table)
 
 
 def paretoq(seed: int) -> Iterator[Cell]:
@@ -95,7 +95,7 @@ def low_rank(seed: int) -> Iterator[Cell]:
     factored = {"method": "maestro", "share": 0.25, "value_bits": 32, "lr": 1e-3, "steps": LOW_RANK_STEPS}
     yield cell("maestro", "maestro", seed, **factored)
     yield cell("maestro", "svd, then trained", seed, **factored, cut="start")
-    narrow = {"width": 64, "ffn_width": 192, "start": "scratch", "soft": 0.0, "lr": 3e-3}
+    narrow = {"width": 64, "ffn_width": 192, "init_from": "scratch", "soft": 0.0, "lr": 3e-3}
     yield cell("maestro", "narrower dense", seed, method="distill", steps=PARENT_STEPS + LOW_RANK_STEPS, **narrow)
 
 

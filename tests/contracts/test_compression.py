@@ -6,9 +6,9 @@ Each runs with its defaults on one layer with correlated inputs, and through the
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
 from models.compression import registry
-from models.compression.base import MethodConfig, Packed, Statistics, relative_error
+from models.compression.base import Calibration, Kind, Packed, Statistics, WeightMethod, relative_error
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
 from pipelines.core import artifact
@@ -32,12 +32,13 @@ from pipelines.modelio.load import load_model
 
 IDS = {"bos_id": 60, "eos_id": 61, "pad_id": 62, "mask_id": 63}
 WEIGHT_METHODS = registry.names("weight")
+Method = WeightMethod[Any]
 
 
 @pytest.fixture(params=WEIGHT_METHODS)
-def method(request: pytest.FixtureRequest) -> ModuleType:
+def method(request: pytest.FixtureRequest) -> Method:
     """Every weight method."""
-    return registry.get(request.param)
+    return registry.weight(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -54,28 +55,29 @@ def layer() -> tuple[Tensor, Statistics]:
 
 @pytest.mark.parametrize("name", registry.names())
 def test_a_method_says_what_it_is(name: str) -> None:
-    module = registry.get(name)
-    assert module.kind in {"weight", "structure", "kv_cache", "training"}
-    assert module.calibration in {"none", "hessian", "inputs", "gradients"}
-    assert module.bits
-    assert module.paper
-    assert module.__doc__
+    method = registry.get(name)
+    assert method.name == name
+    assert method.kind in get_args(Kind)
+    assert method.calibration in get_args(Calibration)
+    assert method.bits
+    assert method.paper
+    assert sys.modules[type(method).__module__].__doc__
 
 
 @pytest.mark.parametrize("name", registry.names())
 def test_a_configuration_is_frozen_closed_described_and_json(name: str) -> None:
-    kind: type[MethodConfig] = registry.get(name).Config
+    kind = registry.get(name).Config
     config = kind()
     assert issubclass(kind, BaseModel)
     assert all(field.description for field in kind.model_fields.values())
     assert kind.model_validate(json.loads(config.model_dump_json())) == config
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
-        kind(no_such_parameter=1)  # type: ignore[call-arg]
+        kind(no_such_parameter=1)
     with pytest.raises(ValidationError, match="frozen"):
         setattr(config, next(iter(kind.model_fields)), 1)
 
 
-def test_compression_is_deterministic_and_leaves_its_input_alone(method: ModuleType, layer: Any) -> None:
+def test_compression_is_deterministic_and_leaves_its_input_alone(method: Method, layer: Any) -> None:
     weight, seen = layer
     before = weight.clone()
     one, two = (method.compress(weight, seen, method.Config()).tensors() for _ in range(2))
@@ -84,7 +86,7 @@ def test_compression_is_deterministic_and_leaves_its_input_alone(method: ModuleT
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_the_packed_round_trip_is_bit_exact(method: ModuleType, layer: Any, tmp_path: Path) -> None:
+def test_the_packed_round_trip_is_bit_exact(method: Method, layer: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weight, seen = layer
@@ -95,7 +97,7 @@ def test_the_packed_round_trip_is_bit_exact(method: ModuleType, layer: Any, tmp_
     assert torch.equal(packed.widened().dequantize(), packed.dequantize())
 
 
-def test_counted_bits_are_the_bytes_of_what_is_stored(method: ModuleType, layer: Any) -> None:
+def test_counted_bits_are_the_bytes_of_what_is_stored(method: Method, layer: Any) -> None:
     weight, seen = layer
     packed: Packed = method.compress(weight, seen, method.Config())
     size = sum(len(tensor.contiguous().view(torch.uint8).flatten()) for tensor in packed.tensors().values())
@@ -103,7 +105,7 @@ def test_counted_bits_are_the_bytes_of_what_is_stored(method: ModuleType, layer:
     assert packed.stored_bits() < 0.6 * 32 * weight.numel()
 
 
-def test_the_method_does_something_and_not_too_much(method: ModuleType, layer: Any) -> None:
+def test_the_method_does_something_and_not_too_much(method: Method, layer: Any) -> None:
     weight, seen = layer
     dense = method.compress(weight, seen, method.Config()).dequantize()
     assert dense.shape == weight.shape
@@ -112,10 +114,10 @@ def test_the_method_does_something_and_not_too_much(method: ModuleType, layer: A
     assert 0 < relative_error(weight, dense, seen.hessian_II) < 0.5
 
 
-def test_the_method_is_no_worse_than_its_null_arms_at_equal_bits(method: ModuleType, layer: Any) -> None:
+def test_the_method_is_no_worse_than_its_null_arms_at_equal_bits(method: Method, layer: Any) -> None:
     weight, seen = layer
     config = method.Config()
-    packed, arms = method.compress(weight, seen, config), method.nulls(weight, seen, config)
+    packed, arms = method.compress(weight, seen, config), method.baselines(weight, seen, config)
     assert bool(arms) != bool(method.not_informative), "either arms to compare with, or the reason why there are none"
     error = relative_error(weight, packed.dequantize(), seen.hessian_II)
     for name, arm in arms.items():
@@ -123,13 +125,12 @@ def test_the_method_is_no_worse_than_its_null_arms_at_equal_bits(method: ModuleT
         assert error < relative_error(weight, arm.dequantize(), seen.hessian_II), name
 
 
-def test_missing_calibration_is_refused_by_name(method: ModuleType, layer: Any) -> None:
+def test_missing_calibration_is_refused_by_name(method: Method, layer: Any) -> None:
     weight, _ = layer
     if method.calibration == "none":
         assert method.compress(weight, Statistics(), method.Config()).dequantize().shape == weight.shape
     else:
-        name = method.__name__.rpartition(".")[2]
-        with pytest.raises(ValueError, match=f"{name} needs calibration"):
+        with pytest.raises(ValueError, match=f"{method.name} needs calibration"):
             method.compress(weight, Statistics(), method.Config())
 
 
@@ -160,9 +161,9 @@ def parent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_both_families_are_compressed_or_refused_by_name(
-    method: ModuleType, prepare: Artifact, parent: Artifact, tmp_path: Path
+    method: Method, prepare: Artifact, parent: Artifact, tmp_path: Path
 ) -> None:
-    name = method.__name__.rpartition(".")[2]
+    name = method.name
     context = StageContext(node="compress.x", scratch=tmp_path, compute=ComputeConfig(device="cpu"))
     config = CompressConfig.model_validate({"method": name})
     try:
@@ -186,7 +187,7 @@ def test_a_method_that_trains_packs_the_same_child_twice_and_counts_its_bytes(
     name: str, prepare: Artifact, parent: Artifact, tmp_path: Path
 ) -> None:
     """Without a step of training, which is tested where ranks are: `tests/pipelines/compression/test_training.py`."""
-    config = CompressConfig.model_validate({"method": name, "steps": 0, "controls": False})
+    config = CompressConfig.model_validate({"method": name, "steps": 0, "baselines": False})
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
         context = StageContext(
@@ -206,14 +207,14 @@ def test_a_method_that_trains_packs_the_same_child_twice_and_counts_its_bytes(
 
 @pytest.mark.parametrize("name", registry.names("training"))
 def test_the_null_arms_of_a_method_that_trains_are_children_that_can_be_made(name: str) -> None:
-    module = registry.get(name)
+    method = registry.training(name)
     for changes in ({}, {"depth": 2}) if name == "sortednet" else ({},):
-        config = module.Config.model_validate(changes)
-        arms = module.controls(config)
-        assert bool(arms) != bool(module.not_informative)
+        config = method.Config.model_validate(changes)
+        arms = method.baselines(config)
+        assert bool(arms) != bool(method.not_informative)
         for table in arms.values():
             arm = CompressConfig.model_validate(table).parameters
-            assert not getattr(arm, "controls", False), "an arm has no arms of its own"
+            assert not getattr(arm, "baselines", False), "a baseline has no baselines of its own"
             assert getattr(arm, "steps", 0) in (0, config.steps)
 
 

@@ -32,19 +32,19 @@ class RoundingConfig(GridConfig):
     activations: Choice = Field(
         "none", description="inputs of the layers as they are, or on 8 bits for each token (W4A8)"
     )
-    refine: int = Field(
+    block_reconstruction: int = Field(
         0, ge=0, le=100_000, description="steps that learn scales and codes of a block from its output; 0: none"
     )
 
     @property
     def block_steps(self) -> int:
-        """Steps of block-wise optimisation."""
-        return self.refine
+        """Steps that follow once the layers of a block are compressed."""
+        return self.block_reconstruction
 
     @property
     def label(self) -> str:
-        """As of the grid, with `-a8` where inputs are rounded and `-r100` after 100 steps of refinement."""
-        steps = f"-r{self.refine}" if self.refine else ""
+        """As of the grid, with `-a8` where inputs are rounded and `-r100` after 100 steps of block reconstruction."""
+        steps = f"-r{self.block_reconstruction}" if self.block_reconstruction else ""
         return super().label + ("-a8" if self.activations == "int8" else "") + steps
 
 

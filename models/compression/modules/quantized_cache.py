@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward, rotate_half
 
-from models.compression.kvquant import Quantizer, Rows
+from models.compression.formats.cache_codes import Quantizer, Rows
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Tables:
     values: Quantizer
     exact_tokens: int
     rotated: bool = False
-    """Whether keys are coded after RoPE, as the null arm has it; then `keys` was fitted on such keys."""
+    """Whether keys are coded after RoPE, as one of the baselines has it; then `keys` was fitted on such keys."""
 
 
 class QuantizedLayer(CacheLayerMixin):

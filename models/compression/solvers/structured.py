@@ -31,7 +31,7 @@ class StructureConfig(MethodConfig):
         0.0, ge=0.0, lt=1.0, description="share of attention groups removed: a key head with its query heads (decoder)"
     )
     neurons: float = Field(0.25, ge=0.0, lt=1.0, description="share of feed-forward neurons removed")
-    trials: int = Field(8, ge=1, le=10_000, description="random structures drawn for the neutral arm")
+    trials: int = Field(8, ge=1, le=10_000, description="random structures drawn as baselines")
 
     @property
     def label(self) -> str:
@@ -59,8 +59,8 @@ class Structure:
         return self.groups_LG if kind == "groups" else self.neurons_LF
 
 
-class Problem(Protocol):
-    """What a method may ask about a model and its calibration data."""
+class MaskedModel(Protocol):
+    """A model and its calibration data as a method sees them: losses with some units switched off."""
 
     layers: int
     groups: int
@@ -89,23 +89,23 @@ def keep_best(groups_LG: Tensor, neurons_LF: Tensor, config: StructureConfig) ->
     return Structure(_highest(groups_LG, config.heads), _highest(neurons_LF, config.neurons))
 
 
-def draw(problem: Problem, config: StructureConfig, seed: int) -> Structure:
+def draw(model: MaskedModel, config: StructureConfig, seed: int) -> Structure:
     """Return a random structure, a function of the seed."""
     generator = torch.Generator().manual_seed(seed)
-    groups_LG = torch.rand(problem.layers, problem.groups, generator=generator)
-    return keep_best(groups_LG, torch.rand(problem.layers, problem.neurons, generator=generator), config)
+    groups_LG = torch.rand(model.layers, model.groups, generator=generator)
+    return keep_best(groups_LG, torch.rand(model.layers, model.neurons, generator=generator), config)
 
 
-def by_magnitude(problem: Problem, config: StructureConfig) -> Structure:
-    """Return the structure that keeps the largest weights: the naive arm."""
-    sizes = problem.magnitudes()
+def by_magnitude(model: MaskedModel, config: StructureConfig) -> Structure:
+    """Return the structure that keeps the largest weights: the naive baseline."""
+    sizes = model.magnitudes()
     return keep_best(sizes["groups"], sizes["neurons"], config)
 
 
-def random_arms(problem: Problem, config: StructureConfig) -> tuple[Structure, Structure]:
+def random_structures(model: MaskedModel, config: StructureConfig) -> tuple[Structure, Structure]:
     """Return the best and the median of `config.trials` random structures by calibration loss."""
-    drawn = [draw(problem, config, seed) for seed in range(config.trials)]
-    ranked = sorted(range(len(drawn)), key=lambda n: (problem.loss(drawn[n]), n))
+    drawn = [draw(model, config, seed) for seed in range(config.trials)]
+    ranked = sorted(range(len(drawn)), key=lambda n: (model.loss(drawn[n]), n))
     return drawn[ranked[0]], drawn[ranked[len(ranked) // 2]]
 
 

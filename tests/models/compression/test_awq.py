@@ -37,7 +37,7 @@ def test_outputs_are_closer_than_those_of_rounding_in_the_same_storage(
 ) -> None:
     weight, _, seen = layer(rows=48, columns=96)
     config = awq.Config(input_scales=input_scales, **table)
-    mine, (naive,) = awq.compress(weight, seen, config), awq.nulls(weight, seen, config).values()
+    mine, (naive,) = awq.Method().compress(weight, seen, config), awq.Method().baselines(weight, seen, config).values()
     assert mine.stored_bits() == naive.stored_bits()
     error, base = (relative_error(weight, p.dequantize(), seen.hessian_II) for p in (mine, naive))
     if table.get("clip") == "max" and not input_scales:
@@ -68,17 +68,17 @@ def test_a_channel_with_large_inputs_is_stored_finer(layer: Callable[..., Any]) 
     inputs[:, 7] *= 60
     seen = Statistics(inputs.double().T @ inputs.double(), len(inputs))
     config = awq.Config(bits=3, group_size=0)
-    mine, naive = awq.compress(weight, seen, config), awq.nulls(weight, seen, config)["rtn"]
+    mine, naive = awq.Method().compress(weight, seen, config), awq.Method().baselines(weight, seen, config)["rtn"]
     errors = [(p.dequantize() - weight)[:, 7].norm() for p in (mine, naive)]
     assert errors[0] < 0.5 * errors[1]
 
 
 def test_even_inputs_need_no_scales(layer: Callable[..., Any]) -> None:
     weight, _, _ = layer()
-    packed = awq.compress(weight, Statistics(3 * torch.eye(64), 9), awq.Config())
+    packed = awq.Method().compress(weight, Statistics(3 * torch.eye(64), 9), awq.Config())
     assert isinstance(packed, awq.ScaledPacked)
     assert torch.equal(packed.scale_I, torch.ones(64, dtype=torch.bfloat16))
-    plain = rtn.compress(weight, Statistics(), rtn.Config(bits=4, group_size=32))
+    plain = rtn.Method().compress(weight, Statistics(), rtn.Config(bits=4, group_size=32))
     assert torch.equal(packed.dequantize(), plain.dequantize())
 
 
@@ -86,23 +86,23 @@ def test_an_input_that_is_always_zero_is_no_reason_to_fail(layer: Callable[..., 
     weight, inputs, _ = layer()
     inputs[:, :3] = 0.0
     for moment in (inputs.double().T @ inputs.double(), torch.zeros(64, 64)):
-        dense = awq.compress(weight, Statistics(moment, len(inputs)), awq.Config()).dequantize()
+        dense = awq.Method().compress(weight, Statistics(moment, len(inputs)), awq.Config()).dequantize()
         assert bool(torch.isfinite(dense).all())
         assert relative_error(weight, dense) < 0.1
 
 
 def test_input_scales_are_counted_and_come_back(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer()
-    scaled, plain = (awq.compress(weight, seen, awq.Config(input_scales=s)) for s in (True, False))
+    scaled, plain = (awq.Method().compress(weight, seen, awq.Config(input_scales=s)) for s in (True, False))
     assert scaled.stored_bits() == plain.stored_bits() + 16 * 64
-    assert torch.equal(awq.restore(scaled.tensors(), awq.Config()).dequantize(), scaled.dequantize())
+    assert torch.equal(awq.Method().restore(scaled.tensors(), awq.Config()).dequantize(), scaled.dequantize())
     assert scaled.scheme() is None
 
 
 def test_without_input_scales_any_reader_knows_the_layout(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer()
-    packed = awq.compress(weight, seen, awq.Config(input_scales=False))
-    theirs = rtn.compress(weight, seen, rtn.Config(bits=4, group_size=32))
+    packed = awq.Method().compress(weight, seen, awq.Config(input_scales=False))
+    theirs = rtn.Method().compress(weight, seen, rtn.Config(bits=4, group_size=32))
     assert packed.scheme() == theirs.scheme()
     assert packed.tensors().keys() == theirs.tensors().keys()
 
@@ -111,7 +111,7 @@ def test_the_gain_holds_on_inputs_it_never_saw(layer: Callable[..., Any]) -> Non
     weight, inputs, _ = layer(rows=48, columns=64, tokens=2000)
     shown, held = inputs[:1000].double(), inputs[1000:].double()
     seen, config = Statistics(shown.T @ shown, 1000), awq.Config(bits=3, group_size=0)
-    mine, naive = awq.compress(weight, seen, config), awq.nulls(weight, seen, config)["rtn"]
+    mine, naive = awq.Method().compress(weight, seen, config), awq.Method().baselines(weight, seen, config)["rtn"]
     error, base = (relative_error(weight, p.dequantize(), held.T @ held) for p in (mine, naive))
     assert error < 0.9 * base
 
@@ -129,4 +129,4 @@ def test_more_exponents_are_never_worse(layer: Callable[..., Any]) -> None:
 
 def test_calibration_is_required() -> None:
     with pytest.raises(ValueError, match="awq needs calibration"):
-        awq.compress(torch.randn(2, 4), Statistics(), awq.Config())
+        awq.Method().compress(torch.randn(2, 4), Statistics(), awq.Config())

@@ -53,7 +53,7 @@ def test_statistics_that_overflowed_are_refused(bad: float) -> None:
 
 def test_the_packed_forward_is_the_linear_layer_of_the_dequantized_weight(layer: Callable[..., Any]) -> None:
     weight, inputs, seen = layer()
-    packed = rtn.compress(weight, seen, rtn.Config(bits=4))
+    packed = rtn.Method().compress(weight, seen, rtn.Config(bits=4))
     assert torch.equal(packed.forward(inputs), torch.nn.functional.linear(inputs, packed.dequantize()))
     assert packed.forward(inputs.bfloat16()).dtype == torch.bfloat16
 

@@ -97,7 +97,7 @@ def test_the_exact_correction_leaves_less_error_than_the_released_one(layer: Cal
     errors = [
         relative_error(
             weight,
-            billm.compress(weight, seen, billm.Config(block=16, correction=kind)).dequantize(),
+            billm.Method().compress(weight, seen, billm.Config(block=16, correction=kind)).dequantize(),
             seen.hessian_II,
         )
         for kind in ("exact", "elementwise")
@@ -109,7 +109,7 @@ def test_every_ablation_hurts_at_the_same_bytes(layer: Callable[..., Any]) -> No
     """With few salient columns; the search itself takes nearly all 32 of a block, and then it matters little which."""
     weight, _, seen = layer(rows=48, columns=128, tokens=900)
     config = billm.Config(block=32, most_salient=6)
-    mine, arms = billm.compress(weight, seen, config), billm.nulls(weight, seen, config)
+    mine, arms = billm.Method().compress(weight, seen, config), billm.Method().baselines(weight, seen, config)
     assert set(arms) == {"random_columns", "no_residual", "no_split", "uncompensated"}
     error = relative_error(weight, mine.dequantize(), seen.hessian_II)
     for name, arm in arms.items():
@@ -119,13 +119,13 @@ def test_every_ablation_hurts_at_the_same_bytes(layer: Callable[..., Any]) -> No
 
 def test_one_block_has_nothing_to_compensate(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer()
-    assert "uncompensated" not in billm.nulls(weight, seen, billm.Config(block=64))
+    assert "uncompensated" not in billm.Method().baselines(weight, seen, billm.Config(block=64))
 
 
 @pytest.mark.parametrize("block", [16, 24, 64, 128])
 def test_every_stored_bit_is_counted(block: int, layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=40, columns=64)
-    packed = billm.compress(weight, seen, billm.Config(block=block))
+    packed = billm.Method().compress(weight, seen, billm.Config(block=block))
     assert isinstance(packed, billm.BlocksPacked)
     salient = sum(int(part.salient_B.sum()) for part in packed.blocks)
     planes = 40 * 64 + 40 * salient + 40 * (64 - salient)
@@ -134,7 +134,7 @@ def test_every_stored_bit_is_counted(block: int, layer: Callable[..., Any]) -> N
 
 def test_at_the_block_of_the_paper_about_three_bits_a_weight_are_stored(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=64, columns=256)
-    packed = billm.compress(weight, seen, billm.Config())
+    packed = billm.Method().compress(weight, seen, billm.Config())
     assert packed.stored_bits() / weight.numel() == pytest.approx(3.0, abs=0.03)
 
 
@@ -142,8 +142,8 @@ def test_at_the_block_of_the_paper_about_three_bits_a_weight_are_stored(layer: C
 def test_weights_come_back_bit_for_bit(block: int, layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=7, columns=67)
     config = billm.Config(block=block)
-    packed = billm.compress(weight, seen, config)
-    again = billm.restore(packed.tensors(), config)
+    packed = billm.Method().compress(weight, seen, config)
+    again = billm.Method().restore(packed.tensors(), config)
     assert torch.equal(again.dequantize(), packed.dequantize())
     assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in packed.tensors().items())
 
@@ -155,4 +155,4 @@ def test_labels_name_block_and_correction() -> None:
 
 def test_calibration_is_required() -> None:
     with pytest.raises(ValueError, match="billm needs calibration"):
-        billm.compress(torch.randn(2, 16), Statistics(), billm.Config())
+        billm.Method().compress(torch.randn(2, 16), Statistics(), billm.Config())

@@ -62,10 +62,10 @@ def test_the_stored_layer_computes_what_the_trained_one_does(norm: bool, weight:
     config = Config(norm=norm)
     model = nn.Sequential(nn.Linear(30, 8))
     model[0].weight = nn.Parameter(weight)
-    bitnet.transform(model, ["0"], config)
-    packed = bitnet.finish(model, config)["0"]
+    bitnet.Method().transform(model, ["0"], config)
+    packed = bitnet.Method().finish(model, config)["0"]
     x = torch.randn(5, 30, generator=torch.Generator().manual_seed(1))
-    restored = bitnet.restore(packed.tensors(), config)
+    restored = bitnet.Method().restore(packed.tensors(), config)
     with torch.no_grad():
         expected = model(x)
     bias = model[0].bias.detach()
@@ -80,19 +80,19 @@ def test_a_weight_takes_a_fifth_of_a_byte() -> None:
 
 def test_a_wider_model_keeps_the_size_of_its_heads() -> None:
     parent = Shape(width=64, heads=4, kv_heads=2, ffn_width=96, layers=3)
-    wide = bitnet.shape(parent, Config(start="scratch", widen=2))
+    wide = bitnet.Method().shape(parent, Config(init_from="scratch", widen=2))
     assert (wide.width, wide.heads, wide.kv_heads, wide.ffn_width, wide.layers) == (128, 8, 4, 192, 3)
     assert wide.head_size == parent.head_size
-    assert bitnet.shape(parent, Config()) == parent
+    assert bitnet.Method().shape(parent, Config()) == parent
 
 
 def test_the_weights_of_a_parent_do_not_fit_a_wider_model() -> None:
-    with pytest.raises(ValidationError, match="widen = 2: the parent's weights do not fit; valid: 1, or start = scr"):
+    with pytest.raises(ValidationError, match="widen = 2: the base's weights do not fit; valid: 1, or init_from = scr"):
         Config(widen=2)
 
 
 def test_the_control_starts_where_the_method_starts() -> None:
-    arms = bitnet.controls(Config(start="scratch", steps=9))
-    assert arms["fp32"]["start"] == "scratch"
+    arms = bitnet.Method().baselines(Config(init_from="scratch", steps=9))
+    assert arms["fp32"]["init_from"] == "scratch"
     assert arms["fp32"]["steps"] == 9
-    assert set(bitnet.controls(Config())) == {"fp32", "untrained"}
+    assert set(bitnet.Method().baselines(Config())) == {"fp32", "untrained"}

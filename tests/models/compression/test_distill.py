@@ -83,18 +83,18 @@ def test_the_loss_is_the_weighted_sum_of_its_three_parts(soft: float, features: 
         pairs = [(mine[0], theirs[1]), (mine[1], theirs[3])]
         distances = [float(distill.feature_distance(one, other)) for one, other in pairs]
         expected += features * len(student) * sum(distances) / 2
-    assert float(distill.loss(step, config).detach()) == pytest.approx(expected, rel=1e-4)
+    assert float(distill.Method().loss(step, config).detach()) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_teacher_gets_no_gradient_and_every_weight_of_the_student_does(step: Step) -> None:
-    distill.loss(step, Config(features=1.0)).backward()
+    distill.Method().loss(step, Config(features=1.0)).backward()
     assert all(parameter.grad is None for parameter in step.teacher.parameters())
     assert all(parameter.grad is not None for parameter in step.student.parameters())
 
 
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn_from_it(step: Step) -> None:
     twin = Step(step.student, model(2, seed=0), step.inputs_BT, step.targets_BT, number=0, seed=0)
-    assert float(distill.loss(twin, Config(soft=1.0, features=1.0)).detach()) == pytest.approx(0.0, abs=1e-3)
+    assert float(distill.Method().loss(twin, Config(soft=1.0, features=1.0)).detach()) == pytest.approx(0.0, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -106,31 +106,31 @@ def test_layers_are_spread_evenly_and_the_last_belongs_to_the_last(
 ) -> None:
     assert [distill.same_depth(n, students, teachers) for n in range(students)] == expected
     parent = Shape(layers=teachers)
-    assert [distill.source(n, parent, Config(layers=students)) for n in range(students)] == expected
+    assert [distill.Method().source_layer(n, parent, Config(layers=students)) for n in range(students)] == expected
 
 
 def test_the_student_has_the_sizes_asked_for_and_the_parents_otherwise() -> None:
     parent = Shape(width=64, heads=4, kv_heads=2, ffn_width=96, layers=6)
-    assert distill.shape(parent, Config()) == parent
-    assert distill.shape(parent, Config(layers=2)) == parent.model_copy(update={"layers": 2})
-    narrow = distill.shape(parent, Config(width=32, ffn_width=48, start="scratch"))
+    assert distill.Method().shape(parent, Config()) == parent
+    assert distill.Method().shape(parent, Config(layers=2)) == parent.model_copy(update={"layers": 2})
+    narrow = distill.Method().shape(parent, Config(width=32, ffn_width=48, init_from="scratch"))
     assert (narrow.width, narrow.heads, narrow.head_size, narrow.ffn_width, narrow.layers) == (32, 2, 16, 48, 6)
 
 
-@pytest.mark.parametrize("table", [{"layers": 7}, {"ffn_width": 97, "start": "scratch"}])
+@pytest.mark.parametrize("table", [{"layers": 7}, {"ffn_width": 97, "init_from": "scratch"}])
 def test_a_student_larger_than_its_parent_is_refused(table: dict[str, Any]) -> None:
     parent = Shape(width=64, heads=4, ffn_width=96, layers=6)
     with pytest.raises(ValueError, match="is more than the"):
-        distill.shape(parent, Config.model_validate(table))
+        distill.Method().shape(parent, Config.model_validate(table))
 
 
 def test_a_narrower_student_cannot_start_from_wider_weights() -> None:
-    with pytest.raises(ValidationError, match="need start = scratch"):
+    with pytest.raises(ValidationError, match="need init_from = scratch"):
         Config(width=32)
 
 
 def test_labels_alone_need_no_teacher() -> None:
-    assert not Config(soft=0.0).taught
-    assert Config(soft=0.0, features=0.1).taught
-    assert distill.controls(Config())["labels only"]["soft"] == 0.0
-    assert "labels only" not in distill.controls(Config(soft=0.0))
+    assert not Config(soft=0.0).needs_teacher
+    assert Config(soft=0.0, features=0.1).needs_teacher
+    assert distill.Method().baselines(Config())["labels only"]["soft"] == 0.0
+    assert "labels only" not in distill.Method().baselines(Config(soft=0.0))

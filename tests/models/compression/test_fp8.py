@@ -26,7 +26,7 @@ def layer() -> tuple[Tensor, Statistics]:
 @pytest.mark.parametrize("form", ["e4m3", "e5m2"])
 def test_weights_and_inputs_are_cast_as_torch_casts_them(form: str, layer: tuple[Tensor, Statistics]) -> None:
     weight, seen = layer
-    packed = fp8.compress(weight, seen, fp8.Config.model_validate({"form": form}))
+    packed = fp8.Method().compress(weight, seen, fp8.Config.model_validate({"form": form}))
     stored = packed.tensors()
     scale, input_scale = stored["weight_scale"].float(), stored["input_scale"]
     assert stored["weight"].dtype == DTYPES[form]
@@ -40,10 +40,10 @@ def test_the_largest_value_lands_near_the_largest_of_the_format(
     form: str, largest: int, layer: tuple[Tensor, Statistics]
 ) -> None:
     weight, seen = layer
-    stored = fp8.compress(weight, seen, fp8.Config.model_validate({"form": form})).tensors()
+    stored = fp8.Method().compress(weight, seen, fp8.Config.model_validate({"form": form})).tensors()
     top = float(stored["weight"].float().abs().max())
     assert 0.85 * largest <= top <= largest
-    spare = fp8.compress(weight, seen, fp8.Config.model_validate({"form": form, "margin": 2})).tensors()
+    spare = fp8.Method().compress(weight, seen, fp8.Config.model_validate({"form": form, "margin": 2})).tensors()
     assert torch.equal(spare["input_scale"], stored["input_scale"] * 4)
 
 
@@ -56,8 +56,8 @@ def test_channels_of_very_different_size_suit_floating_point_better_than_integer
     errors = [
         float((packed.forward(rows) - exact).square().mean())
         for packed in (
-            fp8.compress(weight, seen, fp8.Config()),
-            int8.compress(weight, seen, int8.Config(calibrator="max")),
+            fp8.Method().compress(weight, seen, fp8.Config()),
+            int8.Method().compress(weight, seen, int8.Config(calibrator="max")),
         )
     ]
     assert errors[0] < 0.5 * errors[1]
@@ -65,6 +65,8 @@ def test_channels_of_very_different_size_suit_floating_point_better_than_integer
 
 def test_only_e4m3_has_a_public_layout(layer: tuple[Tensor, Statistics]) -> None:
     weight, seen = layer
-    public, private = (fp8.compress(weight, seen, fp8.Config.model_validate({"form": form})) for form in DTYPES)
+    public, private = (
+        fp8.Method().compress(weight, seen, fp8.Config.model_validate({"form": form})) for form in DTYPES
+    )
     assert public.scheme() == public.input_scheme() is not None
     assert private.scheme() is None

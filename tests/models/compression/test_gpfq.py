@@ -47,7 +47,7 @@ def test_each_weight_leaves_the_smallest_error_that_any_level_could(bits: int, s
     config = gpfq.Config(bits=bits)
     most = 2 ** (bits - 1) - 1
     levels = [[code * float(s) for code in range(-most, most + 1)] for s in gpfq.steps(weight, config)]
-    found = gpfq.compress(weight, statistics, config).dequantize().double()
+    found = gpfq.Method().compress(weight, statistics, config).dequantize().double()
     assert torch.allclose(found, slow(weight, statistics.reference_NI, statistics.inputs_NI, levels), atol=1e-6)
 
 
@@ -80,7 +80,10 @@ def test_outputs_are_closer_than_those_of_rounding_on_the_same_alphabet(
 ) -> None:
     weight, statistics = seen(rows=48, columns=96, tokens=600)
     config = gpfq.Config(bits=bits, step=step)
-    mine, (naive,) = gpfq.compress(weight, statistics, config), gpfq.nulls(weight, statistics, config).values()
+    mine, (naive,) = (
+        gpfq.Method().compress(weight, statistics, config),
+        gpfq.Method().baselines(weight, statistics, config).values(),
+    )
     assert mine.stored_bits() == naive.stored_bits()
     error, base = (relative_error(weight, p.dequantize(), statistics.hessian_II) for p in (mine, naive))
     assert error < 0.9 * base
@@ -89,8 +92,10 @@ def test_outputs_are_closer_than_those_of_rounding_on_the_same_alphabet(
 def test_it_aims_at_the_outputs_of_the_original_model(layer: Callable[..., Any]) -> None:
     weight, inputs, statistics = layer(rows=24, columns=64, tokens=300)
     drifted = inputs * 1.1
-    informed = gpfq.compress(weight, replace(statistics, inputs_NI=drifted, reference_NI=inputs), gpfq.Config())
-    blind = gpfq.compress(weight, replace(statistics, inputs_NI=drifted, reference_NI=drifted), gpfq.Config())
+    informed = gpfq.Method().compress(
+        weight, replace(statistics, inputs_NI=drifted, reference_NI=inputs), gpfq.Config()
+    )
+    blind = gpfq.Method().compress(weight, replace(statistics, inputs_NI=drifted, reference_NI=drifted), gpfq.Config())
     wanted = inputs @ weight.T
     errors = [float((drifted @ p.dequantize().T - wanted).norm()) for p in (informed, blind)]
     assert errors[0] < 0.7 * errors[1]
@@ -132,7 +137,7 @@ def test_thresholds_zero_what_is_small_and_only_the_soft_one_shrinks_the_rest(
 def test_thresholds_leave_more_zeros(seen: Callable[..., Any]) -> None:
     weight, statistics = seen()
     zeros = [
-        float((gpfq.compress(weight, statistics, config).dequantize() == 0).float().mean())
+        float((gpfq.Method().compress(weight, statistics, config).dequantize() == 0).float().mean())
         for config in (gpfq.Config(), gpfq.Config(threshold="hard", level=1.5), gpfq.Config(threshold="soft", level=2))
     ]
     assert zeros[0] + 0.05 < min(zeros[1:])
@@ -152,7 +157,7 @@ def test_seeds_change_only_the_stochastic_variant(seen: Callable[..., Any]) -> N
     weight, statistics = seen()
     for rounding, same in (("nearest", True), ("stochastic", False)):
         one, two = (
-            gpfq.compress(weight, statistics, gpfq.Config(rounding=rounding, rounding_seed=seed)).dequantize()
+            gpfq.Method().compress(weight, statistics, gpfq.Config(rounding=rounding, rounding_seed=seed)).dequantize()
             for seed in (0, 1)
         )
         assert torch.equal(one, two) is same
@@ -162,13 +167,13 @@ def test_an_input_that_is_always_zero_is_rounded_alone(seen: Callable[..., Any])
     weight, statistics = seen()
     statistics.inputs_NI[:, 3] = 0.0
     config = gpfq.Config()
-    stored = gpfq.compress(weight, statistics, config).dequantize()[:, 3]
-    assert torch.equal(stored, gpfq.nulls(weight, statistics, config)["rtn"].dequantize()[:, 3])
+    stored = gpfq.Method().compress(weight, statistics, config).dequantize()[:, 3]
+    assert torch.equal(stored, gpfq.Method().baselines(weight, statistics, config)["rtn"].dequantize()[:, 3])
 
 
 def test_two_bits_are_ternary(seen: Callable[..., Any]) -> None:
     weight, statistics = seen()
-    dense = gpfq.compress(weight, statistics, gpfq.Config(bits=2)).dequantize()
+    dense = gpfq.Method().compress(weight, statistics, gpfq.Config(bits=2)).dequantize()
     assert max(len(set(row.tolist())) for row in dense) <= 3
 
 
@@ -176,13 +181,13 @@ def test_two_bits_are_ternary(seen: Callable[..., Any]) -> None:
 def test_recorded_inputs_are_required(missing: str, seen: Callable[..., Any]) -> None:
     weight, statistics = seen()
     with pytest.raises(ValueError, match=f"gpfq needs calibration: statistics.{missing} is None"):
-        gpfq.compress(weight, replace(statistics, **{missing: None}), gpfq.Config())
+        gpfq.Method().compress(weight, replace(statistics, **{missing: None}), gpfq.Config())
 
 
 def test_inputs_of_another_layer_are_refused(seen: Callable[..., Any]) -> None:
     _, statistics = seen()
     with pytest.raises(ValueError, match=r"inputs_NI has shape \(400, 64\); the layer has 8 input features"):
-        gpfq.compress(torch.randn(2, 8), statistics, gpfq.Config())
+        gpfq.Method().compress(torch.randn(2, 8), statistics, gpfq.Config())
 
 
 @pytest.mark.parametrize("values", [{"threshold": "soft"}, {"level": 0.5}])

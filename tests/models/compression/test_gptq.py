@@ -43,7 +43,7 @@ def reference(weight_OI: Tensor, seen: Statistics, config: gptq.Config) -> Tenso
 def test_it_is_the_algorithm_of_the_paper(order: Any, bits: int, size: int, layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=5, columns=32)
     config = gptq.Config(bits=bits, group_size=size, order=order)
-    found = gptq.compress(weight, seen, config).dequantize().double()
+    found = gptq.Method().compress(weight, seen, config).dequantize().double()
     assert torch.allclose(found, reference(weight, seen, config), atol=1e-6)
 
 
@@ -54,8 +54,8 @@ def test_outputs_are_closer_than_those_of_rounding_on_the_same_bits(
 ) -> None:
     weight, _, seen = layer(rows=48, columns=96, tokens=600)
     config = gptq.Config(bits=bits, order=order)
-    mine = gptq.compress(weight, seen, config)
-    (naive,) = gptq.nulls(weight, seen, config).values()
+    mine = gptq.Method().compress(weight, seen, config)
+    (naive,) = gptq.Method().baselines(weight, seen, config).values()
     assert mine.stored_bits() == naive.stored_bits()
     error, base = (relative_error(weight, p.dequantize(), seen.hessian_II) for p in (mine, naive))
     assert error < 0.75 * base
@@ -66,7 +66,7 @@ def test_the_gain_holds_on_inputs_it_never_saw(layer: Callable[..., Any]) -> Non
     shown, held = inputs[:1000].double(), inputs[1000:].double()
     seen = Statistics(shown.T @ shown, 1000)
     config = gptq.Config(bits=3)
-    mine, naive = gptq.compress(weight, seen, config), gptq.nulls(weight, seen, config)["rtn"]
+    mine, naive = gptq.Method().compress(weight, seen, config), gptq.Method().baselines(weight, seen, config)["rtn"]
     held_moment = held.T @ held
     error, base = (relative_error(weight, p.dequantize(), held_moment) for p in (mine, naive))
     assert error < 0.8 * base
@@ -74,8 +74,8 @@ def test_the_gain_holds_on_inputs_it_never_saw(layer: Callable[..., Any]) -> Non
 
 def test_the_null_arm_is_rtn_itself(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer()
-    naive = gptq.nulls(weight, seen, gptq.Config(bits=4, group_size=16))["rtn"]
-    theirs = rtn.compress(weight, seen, rtn.Config(bits=4, group_size=16))
+    naive = gptq.Method().baselines(weight, seen, gptq.Config(bits=4, group_size=16))["rtn"]
+    theirs = rtn.Method().compress(weight, seen, rtn.Config(bits=4, group_size=16))
     assert torch.equal(naive.dequantize(), theirs.dequantize())
 
 
@@ -84,25 +84,26 @@ def test_without_correlations_it_is_rtn(layer: Callable[..., Any]) -> None:
     seen = Statistics(torch.diag(torch.rand(64, generator=torch.Generator().manual_seed(2)) + 0.1), 100)
     config = gptq.Config(bits=4)
     assert torch.equal(
-        gptq.compress(weight, seen, config).dequantize(), gptq.nulls(weight, seen, config)["rtn"].dequantize()
+        gptq.Method().compress(weight, seen, config).dequantize(),
+        gptq.Method().baselines(weight, seen, config)["rtn"].dequantize(),
     )
 
 
 def test_zeros_of_a_pruned_parent_stay_when_asked(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer()
     weight[:, 1::2] = 0.0
-    kept = gptq.compress(weight, seen, gptq.Config(keep_zeros=True)).dequantize()
-    free = gptq.compress(weight, seen, gptq.Config()).dequantize()
+    kept = gptq.Method().compress(weight, seen, gptq.Config(keep_zeros=True)).dequantize()
+    free = gptq.Method().compress(weight, seen, gptq.Config()).dequantize()
     assert bool((kept[:, 1::2] == 0).all())
     assert bool((free[:, 1::2] != 0).any())
-    rounded = rtn.compress(weight, seen, rtn.Config(bits=4, group_size=32)).dequantize()
+    rounded = rtn.Method().compress(weight, seen, rtn.Config(bits=4, group_size=32)).dequantize()
     assert relative_error(weight, kept, seen.hessian_II) < relative_error(weight, rounded, seen.hessian_II)
 
 
 def test_zero_points_work_too(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=32)
     config = gptq.Config(bits=3, symmetric=False)
-    mine, naive = gptq.compress(weight, seen, config), gptq.nulls(weight, seen, config)["rtn"]
+    mine, naive = gptq.Method().compress(weight, seen, config), gptq.Method().baselines(weight, seen, config)["rtn"]
     error, base = (relative_error(weight, p.dequantize(), seen.hessian_II) for p in (mine, naive))
     assert error < 0.8 * base
 
@@ -115,4 +116,4 @@ def test_columns_are_visited_by_falling_activation() -> None:
 
 def test_calibration_is_required(layer: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="gptq needs calibration"):
-        gptq.compress(torch.randn(2, 4), Statistics(), gptq.Config())
+        gptq.Method().compress(torch.randn(2, 4), Statistics(), gptq.Config())

@@ -28,7 +28,7 @@ def layer() -> tuple[Tensor, Statistics]:
 
 def test_weights_are_rounded_to_127_steps_of_their_row(layer: tuple[Tensor, Statistics]) -> None:
     weight, seen = layer
-    packed = int8.compress(weight, seen, int8.Config())
+    packed = int8.Method().compress(weight, seen, int8.Config())
     codes = packed.tensors()["weight"]
     assert codes.dtype == torch.int8
     assert int(codes.abs().amax()) <= 127
@@ -40,7 +40,7 @@ def test_weights_are_rounded_to_127_steps_of_their_row(layer: tuple[Tensor, Stat
 def test_the_scale_of_the_inputs_is_the_calibrators(calibrator: str, layer: tuple[Tensor, Statistics]) -> None:
     weight, seen = layer
     rows = seen.rows("int8", 64)
-    stored = int8.compress(weight, seen, int8.Config.model_validate({"calibrator": calibrator})).tensors()
+    stored = int8.Method().compress(weight, seen, int8.Config.model_validate({"calibrator": calibrator})).tensors()
     wanted = {
         "max": range_calibrators.highest(rows),
         "entropy": range_calibrators.entropy(rows),
@@ -56,7 +56,7 @@ def test_a_lone_outlier_ruins_the_largest_value_and_not_the_others(layer: tuple[
     exact = rows @ weight.T
 
     def error(calibrator: str) -> float:
-        packed = int8.compress(weight, seen, int8.Config.model_validate({"calibrator": calibrator}))
+        packed = int8.Method().compress(weight, seen, int8.Config.model_validate({"calibrator": calibrator}))
         return float((packed.forward(rows) - exact).square().mean())
 
     assert error("p99.9") < 0.1 * error("max")
@@ -65,15 +65,15 @@ def test_a_lone_outlier_ruins_the_largest_value_and_not_the_others(layer: tuple[
 
 def test_best_asks_for_every_calibrator_and_is_refused_on_one_layer(layer: tuple[Tensor, Statistics]) -> None:
     best = int8.Config(calibrator="best")
-    assert [config.calibrator for config in int8.candidates(best)] == FIXED
-    assert int8.candidates(int8.Config(calibrator="max")) == [int8.Config(calibrator="max")]
+    assert [config.calibrator for config in int8.Method().candidates(best)] == FIXED
+    assert int8.Method().candidates(int8.Config(calibrator="max")) == [int8.Config(calibrator="max")]
     with pytest.raises(ValueError, match="whole model"):
-        int8.compress(*layer, best)
+        int8.Method().compress(*layer, best)
 
 
 def test_a_sample_of_inputs_is_needed(layer: tuple[Tensor, Statistics]) -> None:
     weight, seen = layer
     with pytest.raises(ValueError, match=r"int8 needs calibration: statistics\.inputs_NI"):
-        int8.compress(weight, Statistics(seen.hessian_II, 500), int8.Config())
+        int8.Method().compress(weight, Statistics(seen.hessian_II, 500), int8.Config())
     with pytest.raises(ValueError, match="3 features; the layer has 64"):
-        int8.compress(weight, Statistics(seen.hessian_II, 500, inputs_NI=torch.ones(2, 3)), int8.Config())
+        int8.Method().compress(weight, Statistics(seen.hessian_II, 500, inputs_NI=torch.ones(2, 3)), int8.Config())

@@ -11,7 +11,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from models.compression import kvquant
-from models.compression.kvquant import Codebook, Config, Quantizer, Rows
+from models.compression.formats import cache_codes
+from models.compression.formats.cache_codes import Codebook, Quantizer, Rows
+from models.compression.kvquant import Config
 
 
 def data(rows: int = 300, channels: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -26,20 +28,20 @@ def data(rows: int = 300, channels: int = 16, seed: int = 0) -> tuple[Tensor, Te
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_packed_codes_come_back_and_fill_every_bit(bits: int) -> None:
     codes = torch.randint(0, 1 << bits, (5, 24), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
-    packed = kvquant.pack(codes, bits)
+    packed = cache_codes.pack(codes, bits)
     assert packed.shape == (5, 24 * bits // 8)
-    assert torch.equal(kvquant.unpack(packed, bits, 24), codes)
+    assert torch.equal(cache_codes.unpack(packed, bits, 24), codes)
     text = "".join(format(code, f"0{bits}b")[::-1] for code in codes[0].tolist())
     assert packed[0].tolist() == [int(text[place : place + 8][::-1], 2) for place in range(0, len(text), 8)]
 
 
 def test_codes_that_leave_a_byte_unfilled_are_refused() -> None:
     with pytest.raises(ValueError, match="5 codes of 3 bits do not fill whole bytes"):
-        kvquant.pack(torch.zeros(1, 5, dtype=torch.uint8), 3)
+        cache_codes.pack(torch.zeros(1, 5, dtype=torch.uint8), 3)
 
 
 def test_encoding_finds_the_nearest_level() -> None:
-    book = kvquant.uniform(3)
+    book = cache_codes.uniform(3)
     unit = torch.linspace(-1, 1, 101)
     nearest = (unit.unsqueeze(1) - book.levels_L).abs().amin(1)
     assert torch.allclose((book.decode(book.encode(unit)) - unit).abs(), nearest, atol=1e-7)
@@ -117,13 +119,15 @@ def slow_values(x_NC: Tensor, book: Codebook, share: float) -> Tensor:
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.2])
 def test_values_are_coded_per_token_as_the_slow_statement_says(share: float) -> None:
     x, _ = data(20)
-    quantizer = Quantizer(3, kvquant.uniform(3), share)
-    assert torch.allclose(quantizer.decode(quantizer.encode(x)), slow_values(x, kvquant.uniform(3), share), atol=1e-5)
+    quantizer = Quantizer(3, cache_codes.uniform(3), share)
+    assert torch.allclose(
+        quantizer.decode(quantizer.encode(x)), slow_values(x, cache_codes.uniform(3), share), atol=1e-5
+    )
 
 
 def test_keys_are_coded_per_channel_on_the_calibrated_range() -> None:
     x, w = data()
-    quantizer = kvquant.fit_keys(x, w, Config(bits=3, outliers=0.0, codebook="uniform"))
+    quantizer = kvquant.Method().fit_keys(x, w, Config(bits=3, outliers=0.0, codebook="uniform"))
     assert quantizer.range_2C is not None
     assert torch.equal(quantizer.range_2C, torch.stack([x.amin(0), x.amax(0)]))
     step = (x.amax(0) - x.amin(0)) / 7
@@ -134,7 +138,7 @@ def test_keys_are_coded_per_channel_on_the_calibrated_range() -> None:
 
 def test_the_outliers_of_keys_are_what_lies_beyond_the_range_and_stay_exact() -> None:
     x, w = data()
-    quantizer = kvquant.fit_keys(x, w, Config(bits=2, outliers=0.02))
+    quantizer = kvquant.Method().fit_keys(x, w, Config(bits=2, outliers=0.02))
     assert quantizer.range_2C is not None
     apart = (x < quantizer.range_2C[0]) | (x > quantizer.range_2C[1])
     assert 0.01 < float(apart.float().mean()) <= 0.03
@@ -160,7 +164,8 @@ def test_no_entry_lies_on_the_end_of_a_range_that_has_outliers_beyond() -> None:
 @pytest.mark.parametrize("bits", [2, 3])
 def test_each_step_of_the_method_lowers_the_weighted_error(side: str, bits: Any) -> None:
     x, w = data(1500)
-    fit = getattr(kvquant, f"fit_{side}")
+    method = kvquant.Method()
+    fit = method.fit_keys if side == "keys" else method.fit_values
 
     def error(**options: Any) -> float:
         quantizer = fit(x, w, Config(bits=bits, q_norm=False, **options))
@@ -175,7 +180,7 @@ def test_each_step_of_the_method_lowers_the_weighted_error(side: str, bits: Any)
 @pytest.mark.parametrize("config", [Config(bits=3), Config(bits=2, keys="token", outliers=0.0)])
 def test_rows_are_coded_alone_so_a_stream_equals_the_batch(config: Config) -> None:
     x, w = data(40)
-    quantizer = kvquant.fit_keys(x, w, config)
+    quantizer = kvquant.Method().fit_keys(x, w, config)
     whole = quantizer.encode(x)
     stream = quantizer.encode(x[:0])
     for row in x:
@@ -186,7 +191,7 @@ def test_rows_are_coded_alone_so_a_stream_equals_the_batch(config: Config) -> No
 
 def test_picked_rows_are_those_rows() -> None:
     x, w = data(30)
-    quantizer = kvquant.fit_values(x, w, Config(bits=3, outliers=0.2))
+    quantizer = kvquant.Method().fit_values(x, w, Config(bits=3, outliers=0.2))
     rows, index = quantizer.encode(x), torch.tensor([3, 3, 29, 0])
     assert torch.equal(quantizer.decode(rows.take(index)), quantizer.decode(rows)[index])
     assert rows.take(index[:0]).counts_N.numel() == 0
@@ -194,23 +199,23 @@ def test_picked_rows_are_those_rows() -> None:
 
 def test_stored_bytes_are_codes_ranges_and_outliers() -> None:
     x, w = data(100, 16)
-    dense = kvquant.fit_values(x, w, Config(bits=3, outliers=0.0)).encode(x)
+    dense = kvquant.Method().fit_values(x, w, Config(bits=3, outliers=0.0)).encode(x)
     assert dense.bytes == 100 * (16 * 3 // 8 + 4 + 2)
-    sparse = kvquant.fit_values(x, w, Config(bits=3, outliers=0.2)).encode(x)
+    sparse = kvquant.Method().fit_values(x, w, Config(bits=3, outliers=0.2)).encode(x)
     assert sparse.bytes - dense.bytes == 4 * sparse.values_S.numel() == 4 * 100 * 4
 
 
 def test_tables_survive_storage() -> None:
     x, w = data()
     for config in (Config(), Config(bits=2, keys="token")):
-        quantizer = kvquant.fit_keys(x, w, config)
-        again = kvquant.restore(quantizer.tensors(), config)
+        quantizer = kvquant.Method().fit_keys(x, w, config)
+        again = kvquant.Method().restore(quantizer.tensors(), config)
         assert torch.equal(again.decode(again.encode(x)), quantizer.decode(quantizer.encode(x)))
 
 
 def test_a_vector_without_spread_and_numbers_beyond_float16_survive() -> None:
     flat = torch.full((4, 16), 2.5)
-    quantizer = kvquant.fit_values(flat, torch.ones(4, 16), Config(outliers=0.0))
+    quantizer = kvquant.Method().fit_values(flat, torch.ones(4, 16), Config(outliers=0.0))
     assert torch.equal(quantizer.decode(quantizer.encode(flat)), flat)
     assert bool(torch.isfinite(quantizer.decode(quantizer.encode(torch.full((1, 16), 1e9)))).all())
 
@@ -218,10 +223,10 @@ def test_a_vector_without_spread_and_numbers_beyond_float16_survive() -> None:
 def test_what_cannot_work_is_refused() -> None:
     x, w = data(10, 12)
     with pytest.raises(ValueError, match="12 channels of 3 bits do not fill whole bytes"):
-        kvquant.fit_keys(x, w, Config(bits=3))
+        kvquant.Method().fit_keys(x, w, Config(bits=3))
     x[0, 0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
-        kvquant.fit_values(x, w, Config(bits=2))
+        kvquant.Method().fit_values(x, w, Config(bits=2))
     with pytest.raises(ValidationError, match="'uniform' has none"):
         Config(codebook="uniform", q_norm=True)
     with pytest.raises(ValidationError, match="Input should be 2, 3 or 4"):

@@ -32,8 +32,11 @@ def test_it_is_closer_than_rounding_alone_and_than_one_turn_at_the_same_bytes(
 ) -> None:
     weight, _, seen = layer(rows=48, columns=64)
     config = lq_lora.Config(bits=bits, **PLAIN)
-    mine, (qlora,) = lq_lora.compress(weight, seen, config), lq_lora.nulls(weight, seen, config).values()
-    loftq = lq_lora.compress(weight, seen, config.model_copy(update={"iterations": 1}))
+    mine, (qlora,) = (
+        lq_lora.Method().compress(weight, seen, config),
+        lq_lora.Method().baselines(weight, seen, config).values(),
+    )
+    loftq = lq_lora.Method().compress(weight, seen, config.model_copy(update={"iterations": 1}))
     assert mine.stored_bits() == qlora.stored_bits() == loftq.stored_bits()
     errors = [relative_error(weight, p.dequantize()) for p in (mine, loftq, qlora)]
     assert errors[0] < errors[1] < errors[2]
@@ -45,7 +48,7 @@ def test_one_turn_is_loftq(layer: Callable[..., Any]) -> None:
     rounded = normal_float.quantize(weight, config).dequantize()
     left, right = truncated(weight - rounded, 4)
     expected = rounded + left.bfloat16().float() @ right.bfloat16().float()
-    assert torch.allclose(lq_lora.compress(weight, seen, config).dequantize(), expected, atol=2e-3)
+    assert torch.allclose(lq_lora.Method().compress(weight, seen, config).dequantize(), expected, atol=2e-3)
 
 
 def test_no_later_turn_would_have_been_better(layer: Callable[..., Any]) -> None:
@@ -59,7 +62,7 @@ def test_no_later_turn_would_have_been_better(layer: Callable[..., Any]) -> None
         product = left.float() @ right.float()
         errors.append(float((quantized.dequantize() + product - weight).double().square().sum()))
         quantized = normal_float.quantize(weight - product, config)
-    kept = lq_lora.compress(weight, seen, config).dequantize()
+    kept = lq_lora.Method().compress(weight, seen, config).dequantize()
     assert float((kept - weight).double().square().sum()) == pytest.approx(errors[-2], rel=1e-6)
     assert len(errors) > 2, "more than one turn was worth taking"
 
@@ -82,7 +85,8 @@ def test_gradients_draw_the_error_to_where_it_costs_little(rank_one: bool, layer
     seen = replace(seen, fisher_OI=importance)
     errors = [
         lq_lora.weighted_error(
-            lq_lora.compress(weight, seen, lq_lora.Config(bits=2, weighting=w)).dequantize() - weight, importance
+            lq_lora.Method().compress(weight, seen, lq_lora.Config(bits=2, weighting=w)).dequantize() - weight,
+            importance,
         )
         for w in ("fisher", "none")
     ]
@@ -99,7 +103,9 @@ def test_the_hessian_variant_weighs_columns_by_their_inputs(layer: Callable[...,
 
 def test_the_adapter_is_counted(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=48, columns=64)
-    bits = [lq_lora.compress(weight, seen, lq_lora.Config(rank=r, weighting="none")).stored_bits() for r in (0, 8)]
+    bits = [
+        lq_lora.Method().compress(weight, seen, lq_lora.Config(rank=r, weighting="none")).stored_bits() for r in (0, 8)
+    ]
     assert bits[1] - bits[0] == 8 * 16 * (48 + 64)
 
 
@@ -109,36 +115,39 @@ def test_importances_of_zero_are_no_reason_to_fail(layer: Callable[..., Any]) ->
     importance[:, :5] = 0.0
     importance[3] = 0.0
     for given in (importance, torch.zeros_like(weight)):
-        dense = lq_lora.compress(weight, replace(seen, fisher_OI=given), lq_lora.Config()).dequantize()
+        dense = lq_lora.Method().compress(weight, replace(seen, fisher_OI=given), lq_lora.Config()).dequantize()
         assert bool(torch.isfinite(dense).all())
 
 
 def test_a_budget_offers_every_storage_once() -> None:
-    offered = lq_lora.choices(lq_lora.Config(budget=3.0, rank=4))
+    allocation = lq_lora.Method().allocation(lq_lora.Config(budget=3.0, rank=4))
+    assert allocation is not None
+    offered = allocation.options
     assert len(offered) == len({config.model_dump_json() for config in offered}) == 4 * 4 * 3 * 3 * 3
     assert all(config.rank == 4 and config.budget == 0 for config in offered)
-    assert lq_lora.choices(lq_lora.Config()) == []
 
 
 @pytest.mark.parametrize("number", [0, 77, 200, 431])
-def test_the_price_of_a_storage_is_to_the_bit_what_it_stores(number: int, layer: Callable[..., Any]) -> None:
+def test_the_cost_of_a_storage_is_to_the_bit_what_it_stores(number: int, layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=20, columns=48)
     seen = replace(seen, fisher_OI=fisher(weight))
-    choice = lq_lora.choices(lq_lora.Config(budget=3.0, rank=3))[number]
-    bits, cost = lq_lora.price(weight, seen, choice)
-    assert bits == lq_lora.compress(weight, seen, choice).stored_bits()
+    allocation = lq_lora.Method().allocation(lq_lora.Config(budget=3.0, rank=3))
+    assert allocation is not None
+    choice = allocation.options[number]
+    cost = lq_lora.Method().cost(weight, seen, choice)
+    assert cost.stored_bits == lq_lora.Method().compress(weight, seen, choice).stored_bits()
     error = normal_float.quantize(weight, choice).dequantize() - weight
-    assert cost == pytest.approx(float((fisher(weight) * error.square()).sum()), rel=1e-4)
+    assert cost.loss == pytest.approx(float((fisher(weight) * error.square()).sum()), rel=1e-4)
 
 
 def test_predicted_losses_rank_storages_as_the_whole_method_does(layer: Callable[..., Any]) -> None:
-    """The price leaves the adapter out; over the widths the order must be that of the finished decompositions."""
+    """The cost leaves the adapter out; over the widths the order must be that of the finished decompositions."""
     weight, _, seen = layer(rows=48)
     seen = replace(seen, fisher_OI=fisher(weight, rank_one=False))
     widths = [lq_lora.Config(bits=bits) for bits in (2, 3, 4, 8)]
-    predicted = [lq_lora.price(weight, seen, config)[1] for config in widths]
+    predicted = [lq_lora.Method().cost(weight, seen, config).loss for config in widths]
     finished = [
-        lq_lora.weighted_error(lq_lora.compress(weight, seen, config).dequantize() - weight, seen.fisher_OI)
+        lq_lora.weighted_error(lq_lora.Method().compress(weight, seen, config).dequantize() - weight, seen.fisher_OI)
         for config in widths
     ]
     assert predicted == sorted(predicted, reverse=True)
@@ -146,9 +155,13 @@ def test_predicted_losses_rank_storages_as_the_whole_method_does(layer: Callable
     assert all(done < start for done, start in zip(finished[:2], predicted[:2], strict=True))
 
 
-def test_prices_are_by_gradients_only_where_those_are_the_weights() -> None:
-    assert lq_lora.sees(lq_lora.Config()) == "gradients"
-    assert lq_lora.sees(lq_lora.Config(weighting="hessian")) == "hessian"
+def test_costs_are_by_gradients_only_where_those_are_the_weights() -> None:
+    method = lq_lora.Method()
+    for config, source in (({}, "gradients"), ({"weighting": "hessian"}, "hessian")):
+        allocation = method.allocation(lq_lora.Config.model_validate(config | {"budget": 3.0}))
+        assert allocation is not None
+        assert allocation.sensitivity_source == source
+    assert method.allocation(lq_lora.Config()) is None
 
 
 @pytest.mark.parametrize(
@@ -162,4 +175,4 @@ def test_labels_name_storage_and_rank(values: dict[str, Any], label: str) -> Non
 @pytest.mark.parametrize("weighting", ["fisher", "hessian"])
 def test_what_the_weighting_needs_is_required(weighting: Any) -> None:
     with pytest.raises(ValueError, match="lq_lora needs calibration"):
-        lq_lora.compress(torch.randn(2, 4), Statistics(), lq_lora.Config(weighting=weighting))
+        lq_lora.Method().compress(torch.randn(2, 4), Statistics(), lq_lora.Config(weighting=weighting))

@@ -38,9 +38,9 @@ def stored(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("start", ["lq", "zero"])
 def test_training_moves_the_adapters_only_and_lowers_the_loss(start: str) -> None:
-    model, config = model_of(), lq_lora_tune.Config.model_validate({"bits": 2, "rank": 4, "start": start})
+    model, config = model_of(), lq_lora_tune.Config.model_validate({"bits": 2, "rank": 4, "init_from": start})
     ids_BT = torch.randint(4, 40, (8, 16), generator=torch.Generator().manual_seed(0))
-    lq_lora_tune.transform(model, NAMES, config)
+    lq_lora_tune.Method().transform(model, NAMES, config)
     assert {name.rpartition(".")[2] for name, _ in model.named_parameters()} == {"left_OR", "right_RI"}
     before, losses = stored(model), []
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -58,8 +58,8 @@ def test_training_moves_the_adapters_only_and_lowers_the_loss(start: str) -> Non
 def test_what_was_frozen_comes_back_as_it_was_tied_embeddings_included() -> None:
     original, model = model_of(), model_of()
     config = lq_lora_tune.Config(bits=4)
-    lq_lora_tune.transform(model, NAMES, config)
-    packed = lq_lora_tune.finish(model, config)
+    lq_lora_tune.Method().transform(model, NAMES, config)
+    packed = lq_lora_tune.Method().finish(model, config)
     assert set(packed) == set(NAMES)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     wanted = {n: p for n, p in original.named_parameters() if n.rpartition(".")[0] not in packed}
@@ -78,14 +78,14 @@ def test_the_start_is_that_of_lq_lora_and_computes_what_is_stored() -> None:
     assert torch.equal(start.dequantize(), theirs.dequantize())
     layer, x = AdaptedLinear(linear, start), torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(layer(x), x @ start.dequantize().T + linear.bias, atol=1e-5)
-    back = lq_lora_tune.restore(layer.pack().tensors(), config)
+    back = lq_lora_tune.Method().restore(layer.pack().tensors(), config)
     assert torch.equal(back.dequantize(), start.dequantize())
 
 
 def test_the_zero_start_is_the_rounded_weight_and_costs_as_many_bits() -> None:
     weight_OI = torch.randn(48, 64, generator=torch.Generator().manual_seed(2))
     zero, split = (
-        lq_lora_tune.begin(weight_OI, lq_lora_tune.Config.model_validate({"bits": 2, "start": start}))
+        lq_lora_tune.begin(weight_OI, lq_lora_tune.Config.model_validate({"bits": 2, "init_from": start}))
         for start in ("zero", "lq")
     )
     assert torch.equal(zero.dequantize(), zero.quantized.dequantize())

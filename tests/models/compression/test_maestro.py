@@ -98,9 +98,9 @@ def test_the_whole_share_leaves_layers_dense(weight: Tensor) -> None:
     model = nn.Sequential(nn.Linear(20, 12))
     model[0].weight = nn.Parameter(weight)
     config = Config(share=1.0, allocation="uniform", cut="start")
-    maestro.transform(model, ["0"], config)
+    maestro.Method().transform(model, ["0"], config)
     assert isinstance(model[0], nn.Linear)
-    assert maestro.finish(model, config) == {}
+    assert maestro.Method().finish(model, config) == {}
     torch.testing.assert_close(model[0].weight.detach(), weight, atol=1e-5, rtol=0)
 
 
@@ -109,9 +109,9 @@ def test_stored_factors_come_back_and_compute_the_product(bits: int, dtype: torc
     model = nn.Sequential(nn.Linear(20, 12, bias=False))
     model[0].weight = nn.Parameter(weight)
     config = Config.model_validate({"share": 0.5, "value_bits": bits, "steps": 0})
-    maestro.transform(model, ["0"], config)
-    packed = maestro.finish(model, config)["0"]
-    again = maestro.restore(packed.tensors(), config)
+    maestro.Method().transform(model, ["0"], config)
+    packed = maestro.Method().finish(model, config)["0"]
+    again = maestro.Method().restore(packed.tensors(), config)
     assert torch.equal(again.dequantize(), packed.dequantize())
     assert all(tensor.dtype == dtype for tensor in packed.tensors().values())
     rank = packed.tensors()["weight_right"].shape[0]

@@ -149,7 +149,7 @@ def test_what_is_stored_is_what_the_layer_computes_with(
     packed = paretoq.pack(layer, chosen)
     inputs = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     assert torch.equal(layer(inputs), nn.functional.linear(inputs, packed.dequantize()))
-    assert torch.equal(paretoq.restore(packed.tensors(), chosen).dequantize(), packed.dequantize())
+    assert torch.equal(paretoq.Method().restore(packed.tensors(), chosen).dequantize(), packed.dequantize())
     public = storage == "public" or quantizer == "lsq" or (bits > 1 and bits != 2 and storage == "smallest")
     assert isinstance(packed, IntPacked if public else LevelPacked)
     assert (packed.scheme() is not None) == public
@@ -208,9 +208,9 @@ def test_parameters_that_cannot_work_are_refused(table: dict[str, object], messa
 
 
 def test_the_arms_share_the_schedule_and_the_bits() -> None:
-    arms = paretoq.controls(Config(bits=3, steps=77, lr=0.002))
+    arms = paretoq.Method().baselines(Config(bits=3, steps=77, lr=0.002))
     assert arms["continued fp32"]["steps"] == 77
     assert arms["continued fp32"]["lr"] == 0.002
     assert arms["untrained"]["steps"] == 0
     assert {arms[name]["bits"] for name in ("rtn", "gptq")} == {3}
-    assert "rtn" not in paretoq.controls(Config(bits=1))
+    assert "rtn" not in paretoq.Method().baselines(Config(bits=1))

@@ -40,7 +40,7 @@ def reference(weight_OI: Tensor, seen: Statistics, config: pb_llm.Config) -> Ten
 def test_it_is_gptq_with_the_mixed_quantizer(salience: Any, group_size: int, layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=5, columns=32)
     config = pb_llm.Config(salience=salience, group_size=group_size)
-    found = pb_llm.compress(weight, seen, config).dequantize().double()
+    found = pb_llm.Method().compress(weight, seen, config).dequantize().double()
     assert torch.allclose(found, reference(weight, seen, config), atol=1e-5)
 
 
@@ -48,7 +48,7 @@ def test_it_is_gptq_with_the_mixed_quantizer(salience: Any, group_size: int, lay
 def test_its_choice_and_its_compensation_beat_chance_and_rounding(salience: Any, layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=48, columns=96, tokens=900)
     config = pb_llm.Config(salience=salience)
-    mine, arms = pb_llm.compress(weight, seen, config), pb_llm.nulls(weight, seen, config)
+    mine, arms = pb_llm.Method().compress(weight, seen, config), pb_llm.Method().baselines(weight, seen, config)
     assert set(arms) == {"random", "rtn"}
     error = relative_error(weight, mine.dequantize(), seen.hessian_II)
     for arm in arms.values():
@@ -58,7 +58,9 @@ def test_its_choice_and_its_compensation_beat_chance_and_rounding(salience: Any,
 
 def test_more_salient_weights_cost_bits_and_buy_accuracy(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=48, columns=96, tokens=900)
-    packed = [pb_llm.compress(weight, seen, pb_llm.Config(salient=share)) for share in (0.0, 0.05, 0.1, 0.3, 0.6)]
+    packed = [
+        pb_llm.Method().compress(weight, seen, pb_llm.Config(salient=share)) for share in (0.0, 0.05, 0.1, 0.3, 0.6)
+    ]
     errors = [relative_error(weight, p.dequantize(), seen.hessian_II) for p in packed]
     bits = [p.stored_bits() for p in packed]
     assert errors == sorted(errors, reverse=True)
@@ -71,7 +73,7 @@ def test_bits_are_codes_signs_bitmap_and_three_numbers_a_group(
     share: float, group_size: int, layer: Callable[..., Any]
 ) -> None:
     weight, _, seen = layer(rows=40, columns=64)
-    packed = pb_llm.compress(weight, seen, pb_llm.Config(salient=share, group_size=group_size))
+    packed = pb_llm.Method().compress(weight, seen, pb_llm.Config(salient=share, group_size=group_size))
     salient, groups = round(share * 40 * 64), 64 // group_size if group_size else 1
     signs = -(-(40 * 64 - salient) // 8) * 8
     assert packed.stored_bits() == 8 * salient + signs + 40 * 64 + 3 * 16 * 40 * groups + 2 * 64
@@ -80,8 +82,8 @@ def test_bits_are_codes_signs_bitmap_and_three_numbers_a_group(
 def test_weights_come_back_bit_for_bit(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=7, columns=24)
     config = pb_llm.Config(group_size=8, salient=0.2)
-    packed = pb_llm.compress(weight, seen, config)
-    again = pb_llm.restore(packed.tensors(), config)
+    packed = pb_llm.Method().compress(weight, seen, config)
+    again = pb_llm.Method().restore(packed.tensors(), config)
     assert torch.equal(again.dequantize(), packed.dequantize())
     assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in packed.tensors().items())
 
@@ -106,7 +108,7 @@ def test_hessian_salience_is_the_cost_of_removing_a_weight(layer: Callable[..., 
 def test_others_of_a_row_take_two_values_for_each_group(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=6)
     config = pb_llm.Config(group_size=16, salience="magnitude")
-    dense = pb_llm.compress(weight, seen, config).dequantize()
+    dense = pb_llm.Method().compress(weight, seen, config).dequantize()
     others = ~pb_llm.highest(weight.abs(), config.salient)
     for row in range(6):
         for start in range(0, 64, 16):
@@ -118,7 +120,7 @@ def test_the_gain_holds_on_inputs_it_never_saw(layer: Callable[..., Any]) -> Non
     weight, inputs, _ = layer(rows=48, columns=64, tokens=2000)
     shown, held = inputs[:1000].double(), inputs[1000:].double()
     seen, config = Statistics(shown.T @ shown, 1000), pb_llm.Config()
-    mine, arms = pb_llm.compress(weight, seen, config), pb_llm.nulls(weight, seen, config)
+    mine, arms = pb_llm.Method().compress(weight, seen, config), pb_llm.Method().baselines(weight, seen, config)
     error = relative_error(weight, mine.dequantize(), held.T @ held)
     assert all(error < 0.85 * relative_error(weight, arm.dequantize(), held.T @ held) for arm in arms.values())
 
@@ -152,4 +154,4 @@ def test_labels_name_share_and_salience(values: dict[str, Any], label: str) -> N
 
 def test_calibration_is_required() -> None:
     with pytest.raises(ValueError, match="pb_llm needs calibration"):
-        pb_llm.compress(torch.randn(2, 4), Statistics(), pb_llm.Config())
+        pb_llm.Method().compress(torch.randn(2, 4), Statistics(), pb_llm.Config())

@@ -74,7 +74,7 @@ def test_the_gradient_passes_the_signs_and_stops_at_the_frozen() -> None:
 def test_the_start_is_pb_llm_without_compensation() -> None:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(3))
     config = Config(salient=0.2)
-    alone = pb_llm.nulls(weight, Statistics(torch.eye(64), 1), config.stored)["rtn"]
+    alone = pb_llm.Method().baselines(weight, Statistics(torch.eye(64), 1), config.stored)["rtn"]
     mine = pb_llm_tune.begin(weight, config)
     assert torch.equal(mine.dequantize(), alone.dequantize())
     assert mine.stored_bits() == alone.stored_bits()
@@ -84,11 +84,11 @@ def test_the_start_is_pb_llm_without_compensation() -> None:
 def test_training_lowers_the_loss_and_keeps_every_frozen_code(decay: float) -> None:
     """Also where an optimizer's weight decay moves the parameters behind them."""
     model, config = model_of(), Config(salient=0.2)
-    pb_llm_tune.transform(model, NAMES, config)
+    pb_llm_tune.Method().transform(model, NAMES, config)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, PartlyBinaryLinear)}
     assert set(layers) == set(NAMES)
     ids_BT = torch.randint(4, 40, (8, 16), generator=torch.Generator().manual_seed(0))
-    before, losses = pb_llm_tune.finish(model, config), []
+    before, losses = pb_llm_tune.Method().finish(model, config), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=decay)
     for _ in range(12):
         nats = predict.language_nats(model, ids_BT[:, :-1], ids_BT[:, 1:]) / ids_BT[:, 1:].numel()
@@ -97,7 +97,7 @@ def test_training_lowers_the_loss_and_keeps_every_frozen_code(decay: float) -> N
         optimizer.step()
         losses.append(float(nats.detach()))
     assert losses[-1] < losses[0] - 0.05
-    after = pb_llm_tune.finish(model, config)
+    after = pb_llm_tune.Method().finish(model, config)
     for name in NAMES:
         one, two = before[name].tensors(), after[name].tensors()
         same = {key for key in one if torch.equal(one[key], two[key])}
@@ -108,22 +108,22 @@ def test_what_is_stored_computes_what_was_trained() -> None:
     linear, config = nn.Linear(64, 48), Config(salient=0.1, group_size=16)
     start = pb_llm_tune.begin(linear.weight.detach(), config)
     owner = nn.ModuleDict({"a": linear})
-    pb_llm_tune.transform(owner, ["a"], config)
+    pb_llm_tune.Method().transform(owner, ["a"], config)
     layer = owner["a"]
     assert isinstance(layer, PartlyBinaryLinear)
     layer.weight.data += 0.1 * torch.randn(48, 64, generator=torch.Generator().manual_seed(4))
-    packed = pb_llm_tune.finish(owner, config)["a"]
+    packed = pb_llm_tune.Method().finish(owner, config)["a"]
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(5))
-    again = pb_llm_tune.restore(packed.tensors(), config)
+    again = pb_llm_tune.Method().restore(packed.tensors(), config)
     assert torch.equal(layer(x), nn.functional.linear(x, again.dequantize(), linear.bias))
     assert not torch.equal(again.dequantize(), start.dequantize())
     assert packed.stored_bits() == start.stored_bits()
 
 
 def test_arms_at_equal_bytes_and_an_all_binary_one() -> None:
-    arms = pb_llm_tune.controls(Config(salient=0.3, group_size=32, steps=7))
+    arms = pb_llm_tune.Method().baselines(Config(salient=0.3, group_size=32, steps=7))
     assert set(arms) == {"untrained", "pb_llm", "continued fp32", "all binary"}
     assert arms["pb_llm"] == {"method": "pb_llm", "salient": 0.3, "group_size": 32}
     assert (arms["all binary"]["salient"], arms["all binary"]["steps"]) == (0.0, 7)
-    assert "all binary" not in pb_llm_tune.controls(Config(salient=0.0))
+    assert "all binary" not in pb_llm_tune.Method().baselines(Config(salient=0.0))
     assert Config(salient=0.3, group_size=32).label == "30-g32"

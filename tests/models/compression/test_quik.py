@@ -33,7 +33,7 @@ def output_error(packed: Packed, layer: tuple[Tensor, Statistics]) -> float:
 
 
 def test_the_features_with_the_largest_inputs_stay_in_16_bits(layer: tuple[Tensor, Statistics]) -> None:
-    packed = quik.compress(*layer, quik.Config())
+    packed = quik.Method().compress(*layer, quik.Config())
     assert packed.tensors()["outlier_index"].tolist() == LARGE
     x = layer[1].rows("quik", 64)
     rounded = packed.inputs(x)
@@ -45,9 +45,9 @@ def test_the_features_with_the_largest_inputs_stay_in_16_bits(layer: tuple[Tenso
 
 def test_outlier_features_rescue_four_bit_inputs_and_random_ones_do_not(layer: tuple[Tensor, Statistics]) -> None:
     weight, seen = layer
-    mine = output_error(quik.compress(weight, seen, quik.Config()), layer)
-    none = output_error(quik.compress(weight, seen, quik.Config(outliers=0.0)), layer)
-    random = output_error(quik.nulls(weight, seen, quik.Config())["random"], layer)
+    mine = output_error(quik.Method().compress(weight, seen, quik.Config()), layer)
+    none = output_error(quik.Method().compress(weight, seen, quik.Config(outliers=0.0)), layer)
+    random = output_error(quik.Method().baselines(weight, seen, quik.Config())["random"], layer)
     assert mine < 0.03
     assert none > 10 * mine
     assert random > 10 * mine
@@ -56,7 +56,7 @@ def test_outlier_features_rescue_four_bit_inputs_and_random_ones_do_not(layer: t
 def test_errors_are_pushed_into_the_columns_that_stay(layer: tuple[Tensor, Statistics]) -> None:
     """The outlier columns of the stored weight are moved to make up for the rounding of the others."""
     weight, seen = layer
-    packed = quik.compress(weight, seen, quik.Config())
+    packed = quik.Method().compress(weight, seen, quik.Config())
     dense = packed.dequantize()
     assert not torch.equal(dense[:, LARGE], weight[:, LARGE].to(torch.bfloat16).float())
     unmoved = dense.clone()
@@ -75,8 +75,8 @@ def test_wide_layers_get_more_bits() -> None:
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_stored_tensors_rebuild_the_layer(bits: int, layer: tuple[Tensor, Statistics]) -> None:
     config = quik.Config(bits=bits, outliers=0.1)
-    packed = quik.compress(*layer, config)
-    again = quik.restore(packed.tensors(), config)
+    packed = quik.Method().compress(*layer, config)
+    again = quik.Method().restore(packed.tensors(), config)
     assert torch.equal(again.dequantize(), packed.dequantize())
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
     assert torch.equal(again.inputs(x), packed.inputs(x))

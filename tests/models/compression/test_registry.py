@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -28,16 +29,37 @@ def test_the_first_methods_are_there_and_helpers_are_not() -> None:
 
 def test_names_can_be_asked_by_kind() -> None:
     assert {"rtn", "gptq", "wanda"} <= set(registry.names("weight"))
-    assert registry.names("nothing") == []
+    assert registry.names("kv_cache") == ["kvquant"]
 
 
-def test_what_makes_children_with_methods_is_found_but_is_none() -> None:
+def test_the_search_is_an_entry_of_its_own_kind() -> None:
     assert registry.get("search").Config().methods == ("rtn", "gptq")
-    assert "search" not in registry.names()
+    assert registry.names("search") == ["search"]
 
 
 def test_a_name_is_its_module() -> None:
-    assert registry.get("gptq").__name__ == "models.compression.gptq"
+    for name in registry.names():
+        assert registry.get(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("lookup", "name"),
+    [
+        (registry.weight, "finetune"),
+        (registry.training, "rtn"),
+        (registry.structure, "gptq"),
+        (registry.kv_cache, "wanda"),
+        (registry.packing, "optin"),
+    ],
+)
+def test_a_method_of_another_kind_is_refused_with_those_of_the_kind(lookup: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"there is no compression method \w+.*{name!r}.*\(known: \w+"):
+        lookup(name)
+
+
+def test_layers_of_both_weight_and_training_methods_are_restored_by_name() -> None:
+    for name in [*registry.names("weight"), *registry.names("training")]:
+        assert registry.packing(name) is registry.get(name)
 
 
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:

@@ -38,14 +38,14 @@ def test_the_loss_is_the_mean_over_the_models_cut_at_each_exit(family: str, exit
         short = model(family)
         sortednet.truncate(short, depth)
         expected.append(float(predict.language_nats(short, step.inputs_BT, step.targets_BT).detach()))
-    loss = float(sortednet.loss(step, Config(exits=exits)).detach())
+    loss = float(sortednet.Method().loss(step, Config(exits=exits)).detach())
     assert loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("drawn", [0, 1])
 def test_no_layer_is_ever_without_a_gradient(drawn: int) -> None:
     network = model()
-    sortednet.loss(one_step(network), Config(drawn=drawn)).backward()
+    sortednet.Method().loss(one_step(network), Config(drawn=drawn)).backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
@@ -74,7 +74,7 @@ def test_without_draws_every_chosen_depth_counts() -> None:
 @pytest.mark.parametrize("family", ["decoder", "encoder"])
 def test_a_cut_keeps_the_first_layers_and_says_so_in_its_configuration(family: str) -> None:
     network, whole = model(family), model(family)
-    assert sortednet.finish(network, Config(depth=2)) == {}
+    assert sortednet.Method().finish(network, Config(depth=2)) == {}
     assert network.config.num_hidden_layers == len(predict.stack(network)) == 2
     if family == "encoder":
         assert len(network.config.layer_types) == 2
@@ -86,24 +86,24 @@ def test_a_cut_keeps_the_first_layers_and_says_so_in_its_configuration(family: s
 
 def test_training_one_depth_alone_leaves_the_layers_above_out() -> None:
     network = model()
-    sortednet.transform(network, [], Config(exits=(2,)))
+    sortednet.Method().transform(network, [], Config(exits=(2,)))
     assert len(predict.stack(network)) == 2
 
 
 @pytest.mark.parametrize("table", [{"depth": 5}, {"exits": (1, 9)}])
 def test_a_depth_beyond_the_model_is_refused(table: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"depth \d, but the model has 4 layers; valid: 1 to 4"):
-        sortednet.transform(model(), [], Config.model_validate(table))
+        sortednet.Method().transform(model(), [], Config.model_validate(table))
 
 
 def test_an_empty_model_is_refused() -> None:
     with pytest.raises(ValueError, match="a model has at least 1 layer"):
-        sortednet.transform(model(), [], Config(exits=(0, 2)))
+        sortednet.Method().transform(model(), [], Config(exits=(0, 2)))
 
 
 def test_the_arms_are_a_plain_cut_and_the_depth_trained_alone() -> None:
-    arms = sortednet.controls(Config(depth=2, steps=30))
+    arms = sortednet.Method().baselines(Config(depth=2, steps=30))
     assert arms["cut"]["steps"] == 0
     assert arms["trained alone"]["exits"] == (2,)
     assert arms["trained alone"]["steps"] == 30
-    assert sortednet.controls(Config(depth=2, steps=0)) == {}
+    assert sortednet.Method().baselines(Config(depth=2, steps=0)) == {}

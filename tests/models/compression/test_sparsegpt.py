@@ -51,7 +51,7 @@ def reference(weight_OI: Tensor, seen: Statistics, config: sparsegpt.Config) -> 
 def test_it_is_the_algorithm_of_the_paper(table: dict[str, Any], layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=5, columns=32)
     config = sparsegpt.Config(**EXACT, **table)
-    found = sparsegpt.compress(weight, seen, config).dequantize().double()
+    found = sparsegpt.Method().compress(weight, seen, config).dequantize().double()
     assert torch.allclose(found, reference(weight, seen, config), atol=1e-5)
 
 
@@ -62,7 +62,7 @@ def test_compensation_beats_every_mask_without_it_at_the_same_bytes(
 ) -> None:
     weight, _, seen = layer(rows=48, columns=128, tokens=900)
     config = sparsegpt.Config(pattern=pattern, **storage)
-    mine, arms = sparsegpt.compress(weight, seen, config), sparsegpt.nulls(weight, seen, config)
+    mine, arms = sparsegpt.Method().compress(weight, seen, config), sparsegpt.Method().baselines(weight, seen, config)
     assert {p.stored_bits() for p in arms.values()} == {mine.stored_bits()}
     errors = {name: relative_error(weight, p.dequantize(), seen.hessian_II) for name, p in arms.items()}
     error = relative_error(weight, mine.dequantize(), seen.hessian_II)
@@ -74,15 +74,15 @@ def test_the_gain_holds_on_inputs_it_never_saw(layer: Callable[..., Any]) -> Non
     weight, inputs, _ = layer(rows=48, columns=64, tokens=2000)
     shown, held = inputs[:1000].double(), inputs[1000:].double()
     seen, config = Statistics(shown.T @ shown, 1000), sparsegpt.Config()
-    mine, arms = sparsegpt.compress(weight, seen, config), sparsegpt.nulls(weight, seen, config)
+    mine, arms = sparsegpt.Method().compress(weight, seen, config), sparsegpt.Method().baselines(weight, seen, config)
     error, base = (relative_error(weight, p.dequantize(), held.T @ held) for p in (mine, arms["wanda"]))
     assert error < 0.95 * base
 
 
 def test_codes_absorb_the_rounding_error_as_well(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=48)
-    exact = sparsegpt.compress(weight, seen, sparsegpt.Config(**EXACT)).dequantize()
-    joint = sparsegpt.compress(weight, seen, sparsegpt.Config(value_bits=4)).dequantize()
+    exact = sparsegpt.Method().compress(weight, seen, sparsegpt.Config(**EXACT)).dequantize()
+    joint = sparsegpt.Method().compress(weight, seen, sparsegpt.Config(value_bits=4)).dequantize()
     mask = joint != 0
     rounded = sparse.pack(exact, exact != 0, sparsegpt.Config(value_bits=4)).dequantize()
     assert bool((exact != 0)[mask].all()), "the mask is the one of the first pass"
@@ -93,23 +93,23 @@ def test_codes_absorb_the_rounding_error_as_well(layer: Callable[..., Any]) -> N
 @pytest.mark.parametrize(("pattern", "kept", "of"), [("2:4", 2, 4), ("4:8", 4, 8)])
 def test_a_pattern_holds_in_every_run(pattern: Any, kept: int, of: int, layer: Callable[..., Any]) -> None:
     weight, _, seen = layer()
-    dense = sparsegpt.compress(weight, seen, sparsegpt.Config(pattern=pattern)).dequantize()
+    dense = sparsegpt.Method().compress(weight, seen, sparsegpt.Config(pattern=pattern)).dequantize()
     assert bool(((dense != 0).reshape(-1, of).sum(1) <= kept).all())
 
 
 def test_rows_that_a_pattern_does_not_fit_are_refused(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(columns=18)
     with pytest.raises(ValueError, match="2:4 pattern does not fit rows of 18"):
-        sparsegpt.compress(weight, seen, sparsegpt.Config(pattern="2:4"))
+        sparsegpt.Method().compress(weight, seen, sparsegpt.Config(pattern="2:4"))
 
 
 def test_without_correlations_survivors_keep_their_values(layer: Callable[..., Any]) -> None:
     weight, _, _ = layer()
-    dense = sparsegpt.compress(weight, Statistics(torch.eye(64), 10), sparsegpt.Config(**EXACT)).dequantize()
+    dense = sparsegpt.Method().compress(weight, Statistics(torch.eye(64), 10), sparsegpt.Config(**EXACT)).dequantize()
     assert torch.allclose(dense[dense != 0], weight[dense != 0])
     assert weight[dense == 0].abs().max() < weight[dense != 0].abs().min()
 
 
 def test_calibration_is_required() -> None:
     with pytest.raises(ValueError, match="sparsegpt needs calibration"):
-        sparsegpt.compress(torch.randn(2, 4), Statistics(), sparsegpt.Config())
+        sparsegpt.Method().compress(torch.randn(2, 4), Statistics(), sparsegpt.Config())

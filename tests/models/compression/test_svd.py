@@ -15,7 +15,7 @@ from models.compression.solvers import obs
 
 def test_the_plain_error_is_the_sum_of_the_singular_values_left_out(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=24, columns=40)
-    packed = svd.compress(weight, seen, svd.Config(rank=9, metric="weight", value_bits=32))
+    packed = svd.Method().compress(weight, seen, svd.Config(rank=9, metric="weight", value_bits=32))
     values = torch.linalg.svdvals(weight.double())
     assert relative_error(weight, packed.dequantize()) == pytest.approx(
         float(values[9:].square().sum() / values.square().sum()), rel=1e-4
@@ -25,7 +25,7 @@ def test_the_plain_error_is_the_sum_of_the_singular_values_left_out(layer: Calla
 def test_no_step_away_from_the_whitened_solution_lowers_the_output_error(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=12, columns=24)
     config = svd.Config(rank=5, value_bits=32, damp=1e-9)
-    packed = svd.compress(weight, seen, config)
+    packed = svd.Method().compress(weight, seen, config)
     assert isinstance(packed, svd.LowRankPacked)
     best = relative_error(weight, packed.dequantize(), seen.hessian_II)
     generator = torch.Generator().manual_seed(1)
@@ -38,7 +38,7 @@ def test_no_step_away_from_the_whitened_solution_lowers_the_output_error(layer: 
 
 def test_the_whitened_error_is_the_tail_of_the_whitened_weight(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=16, columns=24)
-    packed = svd.compress(weight, seen, svd.Config(rank=6, value_bits=32))
+    packed = svd.Method().compress(weight, seen, svd.Config(rank=6, value_bits=32))
     damped = obs.damped(seen.hessian_II, seen.tokens, 0.01)
     values = torch.linalg.svdvals(weight.double() @ torch.linalg.cholesky(damped))
     expected = float(values[6:].square().sum() / values.square().sum())
@@ -48,7 +48,9 @@ def test_the_whitened_error_is_the_tail_of_the_whitened_weight(layer: Callable[.
 def test_the_more_a_metric_knows_the_smaller_the_output_error(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=48, columns=64, tokens=900)
     errors = [
-        relative_error(weight, svd.compress(weight, seen, svd.Config(metric=metric)).dequantize(), seen.hessian_II)
+        relative_error(
+            weight, svd.Method().compress(weight, seen, svd.Config(metric=metric)).dequantize(), seen.hessian_II
+        )
         for metric in ("hessian", "diagonal", "weight")
     ]
     assert errors == sorted(errors)
@@ -59,7 +61,7 @@ def test_the_more_a_metric_knows_the_smaller_the_output_error(layer: Callable[..
 def test_a_random_projection_of_the_same_rank_is_far_worse(metric: Any, layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=48, columns=64, tokens=900)
     config = svd.Config(metric=metric)
-    mine, arms = svd.compress(weight, seen, config), svd.nulls(weight, seen, config)
+    mine, arms = svd.Method().compress(weight, seen, config), svd.Method().baselines(weight, seen, config)
     assert set(arms) == ({"random"} if metric == "weight" else {"random", "plain"})
     error = relative_error(weight, mine.dequantize(), seen.hessian_II)
     assert all(arm.stored_bits() == mine.stored_bits() for arm in arms.values())
@@ -70,19 +72,19 @@ def test_a_random_projection_of_the_same_rank_is_far_worse(metric: Any, layer: C
 def test_the_rank_is_the_largest_within_the_share(share: float, expected: int) -> None:
     weight = torch.randn(40, 80)
     assert svd.rank_of(weight, svd.Config(share=share)) == expected
-    packed = svd.compress(weight, Statistics(), svd.Config(share=share, metric="weight"))
+    packed = svd.Method().compress(weight, Statistics(), svd.Config(share=share, metric="weight"))
     assert packed.stored_bits() == 16 * expected * 120
 
 
 def test_full_rank_is_the_weight(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=16, columns=24)
-    dense = svd.compress(weight, seen, svd.Config(rank=16, value_bits=32)).dequantize()
+    dense = svd.Method().compress(weight, seen, svd.Config(rank=16, value_bits=32)).dequantize()
     assert torch.allclose(dense, weight, atol=1e-5)
 
 
 def test_the_two_thin_products_are_the_layer(layer: Callable[..., Any]) -> None:
     weight, inputs, seen = layer()
-    packed = svd.compress(weight, seen, svd.Config(value_bits=32))
+    packed = svd.Method().compress(weight, seen, svd.Config(value_bits=32))
     assert torch.allclose(packed.forward(inputs), inputs @ packed.dequantize().T, atol=1e-4)
     assert packed.forward(inputs.bfloat16()).dtype == torch.bfloat16
 
@@ -103,5 +105,5 @@ def test_calibration_is_required_by_the_metrics_that_use_it() -> None:
     weight = torch.randn(4, 8)
     for metric in ("hessian", "diagonal"):
         with pytest.raises(ValueError, match="svd needs calibration"):
-            svd.compress(weight, Statistics(), svd.Config(metric=metric))
-    assert svd.compress(weight, Statistics(), svd.Config(metric="weight")).dequantize().shape == weight.shape
+            svd.Method().compress(weight, Statistics(), svd.Config(metric=metric))
+    assert svd.Method().compress(weight, Statistics(), svd.Config(metric="weight")).dequantize().shape == weight.shape

@@ -25,7 +25,7 @@ def test_the_score_is_weight_times_input_norm(layer: Callable[..., Any]) -> None
 
 def test_survivors_are_the_original_weights(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer()
-    dense = wanda.compress(weight, seen, wanda.Config(**EXACT)).dequantize()
+    dense = wanda.Method().compress(weight, seen, wanda.Config(**EXACT)).dequantize()
     assert bool(((dense == 0) | (dense == weight)).all())
     assert bool(((dense == 0).sum(1) == 32).all())
 
@@ -36,7 +36,7 @@ def test_a_pattern_holds_in_every_run(
     pattern: Any, kept: int, of: int, storage: dict[str, Any], layer: Callable[..., Any]
 ) -> None:
     weight, _, seen = layer()
-    dense = wanda.compress(weight, seen, wanda.Config(pattern=pattern, **storage)).dequantize()
+    dense = wanda.Method().compress(weight, seen, wanda.Config(pattern=pattern, **storage)).dequantize()
     assert bool(((dense != 0).reshape(-1, of).sum(1) <= kept).all())
 
 
@@ -47,7 +47,7 @@ def test_outputs_are_closer_than_those_of_magnitude_and_random_masks(
 ) -> None:
     weight, _, seen = layer(rows=64)
     config = wanda.Config(pattern=pattern, **storage)
-    mine, arms = wanda.compress(weight, seen, config), wanda.nulls(weight, seen, config)
+    mine, arms = wanda.Method().compress(weight, seen, config), wanda.Method().baselines(weight, seen, config)
     assert {p.stored_bits() for p in arms.values()} == {mine.stored_bits()}
     errors = {name: relative_error(weight, p.dequantize(), seen.hessian_II) for name, p in arms.items()}
     mine_error = relative_error(weight, mine.dequantize(), seen.hessian_II)
@@ -58,29 +58,29 @@ def test_even_inputs_make_it_magnitude_pruning(layer: Callable[..., Any]) -> Non
     weight, _, _ = layer()
     seen = Statistics(torch.eye(64) * 7, 100)
     config = wanda.Config(**EXACT)
-    magnitude = wanda.nulls(weight, seen, config)["magnitude"].dequantize()
-    assert torch.equal(wanda.compress(weight, seen, config).dequantize(), magnitude)
+    magnitude = wanda.Method().baselines(weight, seen, config)["magnitude"].dequantize()
+    assert torch.equal(wanda.Method().compress(weight, seen, config).dequantize(), magnitude)
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(32, 1 + 16), (16, 1 + 8)])
 def test_a_bitmask_saves_the_bytes_of_the_zeros(bits: Any, expected: float, layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=128, columns=128)
-    packed = wanda.compress(weight, seen, wanda.Config(value_bits=bits, storage="bitmask"))
+    packed = wanda.Method().compress(weight, seen, wanda.Config(value_bits=bits, storage="bitmask"))
     assert packed.stored_bits() == expected * weight.numel() + 128
 
 
 def test_a_bitmask_of_int8_stores_about_five_bits(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer(rows=128, columns=128)
-    packed = wanda.compress(weight, seen, wanda.Config(value_bits=8, storage="bitmask"))
+    packed = wanda.Method().compress(weight, seen, wanda.Config(value_bits=8, storage="bitmask"))
     assert packed.stored_bits() == 5 * weight.numel() + 16 * 128 + 128
 
 
 def test_the_same_codes_in_either_storage_stand_for_the_same_weight(layer: Callable[..., Any]) -> None:
     weight, _, seen = layer()
-    both = [wanda.compress(weight, seen, wanda.Config(storage=s)).dequantize() for s in ("packed", "bitmask")]
+    both = [wanda.Method().compress(weight, seen, wanda.Config(storage=s)).dequantize() for s in ("packed", "bitmask")]
     assert torch.equal(both[0], both[1])
 
 
 def test_calibration_is_required() -> None:
     with pytest.raises(ValueError, match="wanda needs calibration"):
-        wanda.compress(torch.randn(2, 4), Statistics(), wanda.Config())
+        wanda.Method().compress(torch.randn(2, 4), Statistics(), wanda.Config())

@@ -21,7 +21,7 @@ SHAPES = [(24, 96), (24, 88), (88, 24), (7, 33)]
 def test_counted_bytes_are_those_of_the_packed_matrix(bits: int, group: int) -> None:
     for rows, columns in SHAPES:
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-        packed = rtn.compress(weight, Statistics(), rtn.Config(bits=bits, group_size=group, clip="max"))
+        packed = rtn.Method().compress(weight, Statistics(), rtn.Config(bits=bits, group_size=group, clip="max"))
         assert baselines.grid_bytes(rows, columns, bits, group) == packed.stored_bits() // 8, (rows, columns)
 
 
@@ -86,6 +86,6 @@ def test_a_null_method_stores_that_arm() -> None:
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     seen = Statistics(torch.eye(16, dtype=torch.float64), 16)
     config = wanda.Config()
-    packed = baselines._null_method(wanda, "random").compress(weight, seen, config)
-    assert torch.equal(packed.dequantize(), wanda.nulls(weight, seen, config)["random"].dequantize())
+    packed = baselines._Baseline(wanda.Method(), "random").compress(weight, seen, config)
+    assert torch.equal(packed.dequantize(), wanda.Method().baselines(weight, seen, config)["random"].dequantize())
     assert int_grid.group_for(96, 64) == 32

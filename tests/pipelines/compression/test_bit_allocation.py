@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.compression import gptq, hawq
+from models.compression import hawq
 from models.compression.base import Statistics
 from pipelines.compression import bit_allocation, sequential
 from pipelines.core.errors import ConfigError
@@ -57,7 +57,7 @@ def test_every_width_is_recorded_and_read_back(small: Any, compress: Callable[..
 
 
 def test_layers_that_belong_together_share_a_width(small: Any, compress: Callable[..., Any]) -> None:
-    _, report = compress(small(), MIXED | {"together": ["*layers.0.self_attn.*", "*.down_proj"]})
+    _, report = compress(small(), MIXED | {"tied_layers": ["*layers.0.self_attn.*", "*.down_proj"]})
     found = widths(report)
     for pattern in ("layers.0.self_attn.", "down_proj"):
         assert len({width for name, width in found.items() if pattern in name}) == 1
@@ -97,13 +97,13 @@ def test_a_budget_that_is_too_small_is_refused(small: Any, compress: Callable[..
         compress(small(), MIXED | {"budget": 1.5})
 
 
-def test_methods_that_share_nothing_out_are_not_priced(small: Any) -> None:
-    assert bit_allocation.prices_by(gptq, gptq.Config()) == ""
-    assert bit_allocation.prices_by(hawq, hawq.Config(budget=0)) == ""
-    assert bit_allocation.prices_by(hawq, hawq.Config(sensitivity="gradients")) == "gradients"
+def test_nothing_is_shared_out_where_nothing_is_shown(small: Any) -> None:
     model, reader = meta_init.build(small().parent.path / "model"), WeightReader(small().parent.path / "model")
     names = sequential.targets(model, ())
-    assert bit_allocation.make(model, reader, hawq, hawq.Config(), names=names, shown=None) == bit_allocation.Plan()
+    assert (
+        bit_allocation.make(model, reader, hawq.Method(), hawq.Config(), names=names, shown=None)
+        == bit_allocation.Plan()
+    )
 
 
 def test_prices_are_those_of_the_method_on_each_layer(small: Any) -> None:
@@ -113,7 +113,9 @@ def test_prices_are_those_of_the_method_on_each_layer(small: Any) -> None:
     names = sequential.targets(model, ())[:4]
     tokens = bench.held_BT.numpy()
     shown = bit_allocation.Shown(tokens, tokens, torch.device("cpu"))
-    prices = bit_allocation.price_all(model, reader, hawq, config, names=names, shown=shown)
+    allocation = hawq.Method().allocation(config)
+    assert allocation is not None
+    prices = bit_allocation.price_all(model, reader, hawq.Method(), allocation, names=names, shown=shown)
     assert prices.weights == sum(reader.dense(f"{name}.weight").numel() for name in names)
     whole, seen = load_model(source), dict[str, torch.Tensor]()
     for name in names:
@@ -123,7 +125,7 @@ def test_prices_are_those_of_the_method_on_each_layer(small: Any) -> None:
     whole(input_ids=bench.held_BT)
     for row, name in enumerate(names):
         weight, moment = reader.dense(f"{name}.weight"), seen[name].T @ seen[name]
-        for column, width in enumerate(hawq.choices(config)):
-            bits, cost = hawq.price(weight, Statistics(moment, len(seen[name])), width)
-            assert prices.bits_LC[row, column] == bits
-            assert prices.cost_LC[row, column] == pytest.approx(cost, rel=1e-3)
+        for column, option in enumerate(allocation.options):
+            cost = hawq.Method().cost(weight, Statistics(moment, len(seen[name])), option)
+            assert prices.bits_LC[row, column] == cost.stored_bits
+            assert prices.cost_LC[row, column] == pytest.approx(cost.loss, rel=1e-3)

@@ -55,7 +55,7 @@ def learned(block: Block, **table: Any) -> dict[str, block_reconstruction.Learna
     for name in ("up", "down"):
         layer = block.get_submodule(name)
         weight = layer.get_parameter("weight").clone()
-        packed = rtn.compress(weight, Statistics(), rtn.Config.model_validate(table))
+        packed = rtn.Method().compress(weight, Statistics(), rtn.Config.model_validate(table))
         made = block_reconstruction.learnable(weight, packed)
         assert made is not None
         layer.get_parameter("weight").data = packed.dequantize()
@@ -126,7 +126,7 @@ def test_a_loss_that_is_not_finite_stops(block: Any) -> None:
 def test_refined_children_are_reported_and_stored_as_the_others(small: Any, compress: Callable[..., Any]) -> None:
     bench = small()
     plain, first = compress(bench, {"method": "rtn", "bits": 2, "samples": 8})
-    out, report = compress(bench, {"method": "rtn", "bits": 2, "samples": 8, "refine": 8})
+    out, report = compress(bench, {"method": "rtn", "bits": 2, "samples": 8, "block_reconstruction": 8})
     assert report["totals"]["stored_bits"] == first["totals"]["stored_bits"]
     assert report["loads_with"] == "transformers"
     assert report["calibration"]["sequences"] == 8
@@ -138,7 +138,7 @@ def test_refined_children_are_reported_and_stored_as_the_others(small: Any, comp
 
 def test_inputs_stay_rounded_after_refinement(small: Any) -> None:
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
-    packed = rtn.compress(weight, Statistics(), rtn.Config(bits=4, activations="int8"))
+    packed = rtn.Method().compress(weight, Statistics(), rtn.Config(bits=4, activations="int8"))
     layer = block_reconstruction.learnable(weight, packed)
     assert layer is not None
     again = layer.pack()
@@ -158,12 +158,12 @@ def test_learned_blocks_beat_analytic_ones_on_held_out_text(bench: Any, compress
         out, _ = compress(bench, table | more)
         return float(bench.loss(load_model(Path(out) / "model"))) - base
 
-    analytic, refined = lost(method="rtn"), lost(method="rtn", refine=48)
+    analytic, refined = lost(method="rtn"), lost(method="rtn", block_reconstruction=48)
     assert analytic > 0.03, "two bits must hurt, or nothing is compared"
     assert refined < 0.6 * analytic
     assert refined < lost(method="gptq")
 
 
 def test_names_tell_refined_children_apart() -> None:
-    assert rtn.Config(bits=2, refine=48, activations="int8").label == "int2-channel-a8-r48"
+    assert rtn.Config(bits=2, block_reconstruction=48, activations="int8").label == "int2-channel-a8-r48"
     assert gptq.Config().block_steps == 0

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from models.compression import kvquant
-from models.compression.kvquant import Config, Rows, rounding, rounding_bytes
+from models.compression.formats.cache_codes import Rows, rounding, rounding_bytes
+from models.compression.kvquant import Config
 from models.compression.modules import quantized_cache
 from models.compression.modules.quantized_cache import QuantizedLayer, Tables
 from pipelines.compression import cache_arms, calibration, kv_cache
@@ -145,7 +146,7 @@ def test_a_layer_on_its_device_still_knows_whether_keys_come_rotated() -> None:
 )
 def test_an_arm_that_would_be_the_child_itself_is_left_out(table: dict[str, Any], names: set[str]) -> None:
     parameters = Config.model_validate({"q_norm": False} | table)
-    assert kv_cache.null_arms(parameters).keys() == names
+    assert kvquant.Method().baselines(parameters).keys() == names
 
 
 def test_without_validation_documents_there_are_no_arms(small: Any, compress: Callable[..., Any]) -> None:
@@ -200,8 +201,8 @@ def test_tables_of_an_arm_keep_everything_else(small: Any) -> None:
     tokens = calibration.sample_tokens(bench.prepare.path, samples=4, seed=0, masked=False)
     keys, values = kv_cache.record(model, tokens, skip=1)[0]
     config = Config()
-    child = kv_cache._fit(kvquant, keys, values, config)
-    after = kv_cache._fit(kvquant, keys.rotated(model), values, config)
+    child = kv_cache._fit(kvquant.Method(), keys, values, config)
+    after = kv_cache._fit(kvquant.Method(), keys.rotated(model), values, config)
     assert torch.equal(child.values.codebook.levels_L, after.values.codebook.levels_L)
     assert child.keys.range_2C is not None
     assert after.keys.range_2C is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,20 +49,17 @@ def test_each_layer_sees_the_outputs_of_the_compressed_prefix(family: str, small
     names = sequential.targets(model, ())
     seen: dict[str, Any] = {}
 
-    class Spy:
-        @staticmethod
-        def compress(weight: Tensor, statistics: Any, config: Any) -> Any:
+    class Spy(rtn.Method):
+        def compress(self, weight: Tensor, statistics: Any, config: Any) -> Any:
             seen[names[len(seen)]] = statistics
-            return rtn.compress(weight, statistics, config)
-
-        nulls = staticmethod(rtn.nulls)
+            return super().compress(weight, statistics, config)
 
     replay = load_model(source)
     config = rtn.Config(bits=2)
     steps = sequential.walk(
         model,
         reader,
-        Spy,  # type: ignore[arg-type]
+        Spy(),
         config,
         names=names,
         tokens_NT=tokens,
@@ -88,14 +84,15 @@ def test_sampled_rows_come_from_the_compressed_prefix_and_from_the_original(fami
     tokens = calibration.sample_tokens(bench.prepare.path, samples=10, seed=0, masked=False)
     names, seen = sequential.targets(model, ()), dict[str, Statistics]()
 
-    def spy(weight: Tensor, statistics: Statistics, config: rtn.Config) -> Packed:
-        seen[names[len(seen)]] = statistics
-        return rtn.compress(weight, statistics, config)
+    class Spy(rtn.Method):
+        def compress(self, weight: Tensor, statistics: Statistics, config: rtn.Config) -> Packed:
+            seen[names[len(seen)]] = statistics
+            return super().compress(weight, statistics, config)
 
     steps = sequential.walk(
         model,
         WeightReader(source),
-        SimpleNamespace(compress=spy, nulls=rtn.nulls),  # type: ignore[arg-type]
+        Spy(),
         rtn.Config(bits=2),
         names=names,
         tokens_NT=tokens,

@@ -47,7 +47,11 @@ def measure(bench: Any, seen: Any) -> Callable[..., tuple[float, float]]:
     def go(**options: Any) -> tuple[float, float]:
         config = Config(**options)
         made = [
-            Tables(kvquant.fit_keys(k.x_NC, k.fisher_NC, config), kvquant.fit_values(v.x_NC, v.fisher_NC, config), 1)
+            Tables(
+                kvquant.Method().fit_keys(k.x_NC, k.fisher_NC, config),
+                kvquant.Method().fit_values(v.x_NC, v.fisher_NC, config),
+                1,
+            )
             for k, v in seen
         ]
         model = quantized_cache.attach(load_weights(source), made)

@@ -85,7 +85,7 @@ def test_outliers_change_nothing_until_inputs_are_rounded_with_one_scale(
     ratios = []
     for one in (plain, walker):
         model, names = load_model(one.folder), sequential.targets(one.model, ())
-        packed = layer_selection.everything(one, int8, int8.Config(calibrator="max"), names)
+        packed = layer_selection.everything(one, int8.Method(), int8.Config(calibrator="max"), names)
         ratios.append(math.exp(layer_selection.loss(model, packed, text, "x") - text.loss(model, "parent")))
     assert ratios[0] < 1.01
     assert ratios[1] > 1.08
@@ -97,12 +97,12 @@ def test_leaving_the_most_sensitive_layers_recovers_what_random_ones_do_not(
 ) -> None:
     """Chosen on four documents, checked on others: to 1.02 with a quarter of the layers, random layers do not."""
     names, config = sequential.targets(walker.model, ()), int8.Config(calibrator="max")
-    found = layer_selection.partial(walker, int8, config, names, tolerance=TOLERANCE, text=text)
+    found = layer_selection.partial(walker, int8.Method(), config, names, tolerance=TOLERANCE, text=text)
     assert found["ratio_of_all"] > 1.08
     assert found["ratio"] <= 1 + TOLERANCE
     assert 1 <= len(found["kept"]) <= len(names) / 4
     assert all("layers.0" in name for name in found["kept"]), "where the outliers are"
-    model, packed = load_model(walker.folder), layer_selection.everything(walker, int8, config, names)
+    model, packed = load_model(walker.folder), layer_selection.everything(walker, int8.Method(), config, names)
     base = text.loss(model, "parent")
 
     def ratio(kept: list[str]) -> float:
@@ -137,7 +137,7 @@ def test_the_best_calibrator_is_the_one_with_the_least_loss(
 ) -> None:
     names = sequential.targets(walker.model, ())
     configs = [int8.Config.model_validate({"calibrator": name}) for name in ("max", "p99.9", "entropy")]
-    best, losses = layer_selection.candidate(walker, int8, configs, names, text)
+    best, losses = layer_selection.candidate(walker, int8.Method(), configs, names, text)
     assert losses[best.label] == min(losses.values())
     assert losses["max"] > min(losses.values()) + 0.02, "with outliers the largest value is a bad range"
 
@@ -162,8 +162,8 @@ def test_a_tolerance_that_no_layer_meets_is_refused(small: Any) -> None:
 
     judge: Any = SimpleNamespace(loss=judged)
     with pytest.raises(ConfigError, match=r"2\.0000 times the parent's with one layer left"):
-        layer_selection.partial(walker, rtn, rtn.Config(), names, tolerance=0.1, text=judge)
-    found = layer_selection.partial(walker, rtn, rtn.Config(), names, tolerance=1.0, text=judge)
+        layer_selection.partial(walker, rtn.Method(), rtn.Config(), names, tolerance=0.1, text=judge)
+    found = layer_selection.partial(walker, rtn.Method(), rtn.Config(), names, tolerance=1.0, text=judge)
     assert len(found["kept"]) == len(names) - 1
 
 
@@ -172,7 +172,7 @@ def test_measuring_a_choice_leaves_the_model_as_it_was(small: Any, bench: Any) -
 
     source = small().parent.path / "model"
     walker = sequential.Walker(meta_init.build(source), WeightReader(source), torch.device("cpu"))
-    packed = layer_selection.everything(walker, rtn, rtn.Config(bits=2), sequential.targets(walker.model, ()))
+    packed = layer_selection.everything(walker, rtn.Method(), rtn.Config(bits=2), sequential.targets(walker.model, ()))
     model, tokens = load_model(source), small().held_BT
     with torch.no_grad():
         before = model(input_ids=tokens).logits

@@ -29,7 +29,7 @@ from pipelines.modelio.load import load_model
 from pipelines.training import worker
 from pipelines.training.config import PretrainConfig
 
-PLAIN = {"engine": "plain", "world_size": 1, "zero_stage": 0, "micro_batch_size": 4, "controls": False}
+PLAIN = {"engine": "plain", "world_size": 1, "zero_stage": 0, "micro_batch_size": 4, "baselines": False}
 TINY = {"steps": 4, "batch_size": 8, "checkpoint_every": 2, "validate_every": 4, "validation_sequences": 7}
 PRIVATE = {"method": "paretoq", "bits": 2}
 TABLES: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "int3": {"method": "paretoq", "bits": 3},
     "bitnet": {"method": "bitnet"},
     "bitnet-norm": {"method": "bitnet", "norm": True, "scale": "median"},
-    "bitnet-wide": {"method": "bitnet", "start": "scratch", "widen": 2},
+    "bitnet-wide": {"method": "bitnet", "init_from": "scratch", "widen": 2},
     "maestro": {"method": "maestro", "value_bits": 32, "penalty": 1e-3, "drawn": "one"},
     "maestro-all": {"method": "maestro", "value_bits": 32, "drawn": "all", "allocation": "uniform"},
     "maestro-svd": {"method": "maestro", "value_bits": 32, "cut": "start"},
@@ -161,9 +161,9 @@ def test_the_stored_child_computes_exactly_what_was_trained(name: str, family: s
     """Bit for bit; cut children are compared with a cut of the student."""
     child = make(TABLES[name], family=family)
     student = trained_student(TABLES[name], tmp_path / "child")
-    method = registry.get(TABLES[name]["method"])
+    method = registry.training(TABLES[name]["method"])
     config = CompressConfig.model_validate({**PLAIN, **TINY, **TABLES[name]}).parameters
-    if method.__name__.endswith("sortednet"):
+    if method.name == "sortednet":
         method.finish(student, config)
     loaded = load_model(child.out / "model")
     loaded = load_model(child.out / "model")
@@ -239,7 +239,7 @@ def test_without_steps_nothing_is_trained(make: Make, parents: Callable[[str], A
 
 
 def test_a_child_stands_beside_its_null_arms_in_the_report(make: Make) -> None:
-    child = make({"method": "paretoq", "bits": 3, "controls": True, "steps": 0}, here=False)
+    child = make({"method": "paretoq", "bits": 3, "baselines": True, "steps": 0}, here=False)
     rows, parent = child.report["arms"], child.report["parent"]
     assert set(rows) == {"paretoq", "continued fp32", "untrained", "rtn", "gptq"}
     assert parent["ratio"]["value"] == parent["perplexity_ratio"]["value"] == 1.0
@@ -289,7 +289,7 @@ def test_two_ranks_under_zero_2_killed_and_resumed_train_what_one_process_does(
     make: Make, faults: Callable[..., None], tmp_path: Path
 ) -> None:
     """LAMB, LISA and 2-bit QAT together: the sharded weights are the plain ones, and a kill changes no byte."""
-    table = PRIVATE | LAMB_LISA | {"controls": False}
+    table = PRIVATE | LAMB_LISA | {"baselines": False}
     make(table, name="plain")
     quiet = make(table, name="quiet", here=False)
     faults(point="train.after_step", rank=1, step=3, action="SIGKILL")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,13 +68,17 @@ def test_gptq_reports_its_gain_over_rtn_layer_by_layer(bench: Any, compress: Cal
     assert report["errors"]["output"] < 0.5 * report["errors"]["null"]["rtn"]
 
 
-def _arm(name: str) -> SimpleNamespace:
-    """A method module that prunes like one null arm of Wanda."""
+class Baseline(wanda.Method):
+    """Prunes like one baseline of Wanda."""
 
-    def prune(weight: torch.Tensor, seen: Statistics, config: wanda.Config) -> Packed:
-        return wanda.nulls(weight, seen, config)[name]
+    def __init__(self, name: str) -> None:
+        self._baseline = name
 
-    return SimpleNamespace(compress=prune, nulls=lambda *_: {})
+    def compress(self, weight: torch.Tensor, seen: Statistics, config: wanda.Config) -> Packed:
+        return super().baselines(weight, seen, config)[self._baseline]
+
+    def baselines(self, *_: Any) -> dict[str, Packed]:
+        return {}
 
 
 def _pruned_loss(bench: Any, source: Path, method: Any, config: wanda.Config) -> float:
@@ -106,7 +109,7 @@ def test_wanda_loses_far_less_than_a_random_mask(pattern: Any, bench: Any, base:
     """At 2:4 the held-out loss was no better than magnitude's here (0.175 against 0.173): that is not asserted."""
     config, source = wanda.Config(pattern=pattern, **EXACT), bench.parent.path / "model"
     mine = _pruned_loss(bench, source, wanda, config) - base
-    assert 0.01 < mine < 0.4 * (_pruned_loss(bench, source, _arm("random"), config) - base)
+    assert 0.01 < mine < 0.4 * (_pruned_loss(bench, source, Baseline("random"), config) - base)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +138,7 @@ def test_outlier_channels_mislead_magnitude_but_not_wanda(bench: Any, outliers: 
     config = wanda.Config(**EXACT)
     plain = _pruned_loss(bench, bench.parent.path / "model", wanda, config) - base
     mine = _pruned_loss(bench, outliers, wanda, config) - base
-    magnitude = _pruned_loss(bench, outliers, _arm("magnitude"), config) - base
+    magnitude = _pruned_loss(bench, outliers, Baseline("magnitude"), config) - base
     assert mine == pytest.approx(plain, rel=0.05)
     assert mine < 0.6 * magnitude, (mine, magnitude)
 

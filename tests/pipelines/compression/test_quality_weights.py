@@ -22,7 +22,6 @@ import fnmatch
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,8 +29,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.compression import awq, billm, gpfq, hawq, lq_lora, pb_llm, sparsegpt, svd
-from models.compression.base import MethodConfig, Packed, Statistics
+from models.compression import awq, billm, gpfq, hawq, lq_lora, pb_llm, rtn, sparsegpt, svd
+from models.compression.base import MethodConfig, Packed, Statistics, WeightMethod
 from models.compression.formats import int_grid
 from pipelines.compression import allocate, bit_allocation, calibration, sensitivity, sequential
 from pipelines.modelio import meta_init
@@ -78,7 +77,7 @@ def compare(bench: Any, shown: bit_allocation.Shown, lost: Callable[..., float])
     """Return a function: method and parameters, to what the child loses (under "") and each arm, at equal bytes."""
 
     def run(
-        method: ModuleType,
+        method: WeightMethod[Any],
         config: MethodConfig,
         *,
         arms: Callable[..., dict[str, Packed]] | None = None,
@@ -88,19 +87,19 @@ def compare(bench: Any, shown: bit_allocation.Shown, lost: Callable[..., float])
         model, sizes = meta_init.build(source), dict[str, int]()
         found: dict[str, list[Tensor]] = {}
 
-        def compress(weight: Tensor, seen: Statistics, parameters: Any) -> Packed:
-            packed: Packed = method.compress(weight, seen, parameters)
-            for name, arm in {"": packed, **(arms or method.nulls)(weight, seen, parameters)}.items():
-                found.setdefault(name, []).append(arm.dequantize())
-                sizes[name] = sizes.get(name, 0) + arm.stored_bits()
-            return packed
+        class Recording(rtn.Method):
+            def compress(self, weight: Tensor, seen: Statistics, parameters: Any) -> Packed:
+                packed = method.compress(weight, seen, parameters)
+                for name, arm in {"": packed, **(arms or method.baselines)(weight, seen, parameters)}.items():
+                    found.setdefault(name, []).append(arm.dequantize())
+                    sizes[name] = sizes.get(name, 0) + arm.stored_bits()
+                return packed
 
         names = fnmatch.filter(sequential.targets(model, ()), layers)
-        quiet = SimpleNamespace(compress=compress, nulls=lambda *_: {})
         blocks = sequential.walk(
             model,
             WeightReader(source),
-            quiet,  # type: ignore[arg-type]
+            Recording(),
             config,
             names=names,
             tokens_NT=shown.tokens_NT,
@@ -116,23 +115,23 @@ def compare(bench: Any, shown: bit_allocation.Shown, lost: Callable[..., float])
 
 
 def test_sparsegpt_loses_less_than_masks_without_compensation(compare: Callable[..., Losses]) -> None:
-    found = compare(sparsegpt, sparsegpt.Config(sparsity=0.6))
+    found = compare(sparsegpt.Method(), sparsegpt.Config(sparsity=0.6))
     assert 0.002 < found[""] < 0.8 * found["wanda"] < found["magnitude"] < 0.2 * found["random"]
 
 
 def test_sparsegpt_pays_most_where_the_pattern_is_strict(compare: Callable[..., Losses]) -> None:
-    found = compare(sparsegpt, sparsegpt.Config(pattern="2:4"))
+    found = compare(sparsegpt.Method(), sparsegpt.Config(pattern="2:4"))
     assert found[""] < 0.7 * min(found["wanda"], found["magnitude"])
     assert max(found["wanda"], found["magnitude"]) < 0.3 * found["random"]
 
 
 def test_awq_loses_less_than_rounding_without_scales(compare: Callable[..., Losses]) -> None:
-    found = compare(awq, awq.Config(bits=2, group_size=32))
+    found = compare(awq.Method(), awq.Config(bits=2, group_size=32))
     assert 0.02 < found[""] < 0.7 * found["rtn"]
 
 
 def test_gpfq_loses_less_than_rounding_on_the_same_alphabet(compare: Callable[..., Losses]) -> None:
-    found = compare(gpfq, gpfq.Config(bits=3))
+    found = compare(gpfq.Method(), gpfq.Config(bits=3))
     assert 0.005 < found[""] < 0.8 * found["rtn"]
 
 
@@ -140,10 +139,12 @@ def test_pb_llm_needs_its_choice_and_its_compensation_and_loses_less_the_more_it
     compare: Callable[..., Losses],
 ) -> None:
     """Salience by the Hessian is no better than by magnitude here (1.125 against 1.100): nothing is said of that."""
-    found = compare(pb_llm, pb_llm.Config())
+    found = compare(pb_llm.Method(), pb_llm.Config())
     assert 0.02 < found[""] < 0.8 * found["rtn"]
     assert found[""] < 0.25 * found["random"]
-    none, many = (compare(pb_llm, pb_llm.Config(salient=share), arms=lambda *_: {})[""] for share in (0.0, 0.3))
+    none, many = (
+        compare(pb_llm.Method(), pb_llm.Config(salient=share), arms=lambda *_: {})[""] for share in (0.0, 0.3)
+    )
     assert many < 0.3 * found[""] < 0.3 * 0.2 * none
 
 
@@ -155,21 +156,21 @@ def test_billm_needs_its_second_signs_and_its_split(compare: Callable[..., Losse
     """
 
     def arms(*shown: Any) -> dict[str, Packed]:
-        return {name: arm for name, arm in billm.nulls(*shown).items() if name != "uncompensated"}
+        return {name: arm for name, arm in billm.Method().baselines(*shown).items() if name != "uncompensated"}
 
-    found = compare(billm, billm.Config(), arms=arms, layers="model.layers.1.*")
+    found = compare(billm.Method(), billm.Config(), arms=arms, layers="model.layers.1.*")
     assert 0.005 < found[""] < 0.5 * found["no_residual"]
     assert found[""] < 0.5 * found["no_split"]
 
 
 def test_low_rank_needs_the_right_subspace(compare: Callable[..., Losses]) -> None:
-    found = compare(svd, svd.Config())
+    found = compare(svd.Method(), svd.Config())
     assert 0.01 < found[""] < 0.8 * found["plain"] < 0.2 * found["random"]
 
 
 @pytest.mark.parametrize("bits", [3, 2])
 def test_lq_lora_starts_nearer_than_qlora(bits: Any, compare: Callable[..., Losses]) -> None:
-    found = compare(lq_lora, lq_lora.Config(bits=bits))
+    found = compare(lq_lora.Method(), lq_lora.Config(bits=bits))
     assert 0.002 < found[""] < 0.7 * found["qlora"]
 
 
@@ -178,18 +179,20 @@ def prices(bench: Any, shown: bit_allocation.Shown) -> bit_allocation.Prices:
     """Bits and predicted losses of widths 2, 3, 4 and 8, rows rounded to nearest."""
     source, config = bench.parent.path / "model", hawq.Config(budget=3.5, group_size=0, rounding="nearest")
     model = meta_init.build(source)
-    return bit_allocation.price_all(
-        model, WeightReader(source), hawq, config, names=sequential.targets(model, ()), shown=shown
-    )
+    method, names = hawq.Method(), sequential.targets(model, ())
+    allocation = method.allocation(config)
+    assert allocation is not None
+    return bit_allocation.price_all(model, WeightReader(source), method, allocation, names=names, shown=shown)
 
 
 @pytest.fixture(scope="module")
 def rounded(bench: Any, prices: bit_allocation.Prices) -> dict[str, list[Tensor]]:
     """Every layer at every width."""
     reader = WeightReader(bench.parent.path / "model")
-    widths = hawq.choices(hawq.Config(group_size=0, rounding="nearest"))
+    allocation = hawq.Method().allocation(hawq.Config(group_size=0, rounding="nearest"))
+    assert allocation is not None
     return {
-        name: [int_grid.nearest(w, int_grid.fit(w, width)).dequantize() for width in widths]
+        name: [int_grid.nearest(w, int_grid.fit(w, width)).dequantize() for width in allocation.options]
         for name in prices.names
         for w in [reader.dense(f"{name}.weight")]
     }

@@ -156,15 +156,15 @@ def halves(bench: Any) -> dict[str, float]:
     tokens, targets = structured_pruning.calibration_pairs(bench.prepare.path, 16, 0, masked=False)
     problem = ModelProblem(load_weights(source), tokens, targets)
     shape = {"heads": 0.25, "neurons": 0.5}
-    best, median = structured.random_arms(problem, StructureConfig(**shape, trials=8))
+    best, median = structured.random_structures(problem, StructureConfig(**shape, trials=8))
     chosen = {
-        "optin": optin.choose(problem, optin.Config(**shape, together=8)),
+        "optin": optin.Method().select(problem, optin.Config(**shape, neurons_at_once=8)),
         "magnitude": structured.by_magnitude(problem, StructureConfig(**shape)),
         "random median": median,
         "random best": best,
     }
     assert torch.equal(
-        best.neurons_LF, random_search.choose(problem, random_search.Config(**shape, trials=8)).neurons_LF
+        best.neurons_LF, random_search.Method().select(problem, random_search.Config(**shape, trials=8)).neurons_LF
     )
     held = bench.held_BT[:96].numpy().astype(np.int64)
     judge = ModelProblem(problem.model, held, structured_pruning._next_tokens(held))

@@ -38,7 +38,7 @@ from pipelines.training import worker
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SCHEDULE: dict[str, Any] = {"engine": "plain", "world_size": 1, "zero_stage": 0, "batch_size": 12}
-SCHEDULE |= {"micro_batch_size": 12, "steps": 100, "lr": 1e-3, "controls": False, "validation_sequences": 16}
+SCHEDULE |= {"micro_batch_size": 12, "steps": 100, "lr": 1e-3, "baselines": False, "validation_sequences": 16}
 SCHEDULE |= {"validate_every": 1000, "checkpoint_every": 1000}
 
 

@@ -139,7 +139,7 @@ def test_rounded_inputs_are_those_of_the_child(exports: dict[str, Export], trans
 def test_a_layer_with_rounded_inputs_multiplies_as_the_childs_layer_does() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(96, 64, generator=generator), torch.randn(2, 12, 64, generator=generator)
-    packed = rtn.compress(weight, Statistics(), rtn.Config(bits=8, group_size=0, activations="int8"))
+    packed = rtn.Method().compress(weight, Statistics(), rtn.Config(bits=8, group_size=0, activations="int8"))
     codes = torchao.integers(packed)
     assert codes is not None
     assert torchao.says(packed, "int8-dynamic")
@@ -154,7 +154,7 @@ def test_codes_scales_and_what_is_left_alone_are_in_the_file(model_artifact: Mak
     torchao.write(parent.path / "model", tmp_path, "int8")
     held, original = load_file(tmp_path / "model.safetensors"), load_file(parent.path / "model" / "model.safetensors")
     name = "model.layers.1.mlp.up_proj"
-    packed = rtn.compress(original[f"{name}.weight"], Statistics(), rtn.Config(bits=8, group_size=0))
+    packed = rtn.Method().compress(original[f"{name}.weight"], Statistics(), rtn.Config(bits=8, group_size=0))
     codes = torchao.integers(packed)
     assert codes is not None
     assert torch.equal(held[f"{name}._weight_qdata"], codes.codes_OI)
@@ -170,7 +170,7 @@ def test_codes_scales_and_what_is_left_alone_are_in_the_file(model_artifact: Mak
 def test_a_tensor_stands_for_what_its_codes_do(bits: int, group: int, symmetric: bool) -> None:
     weight = torch.randn(24, 48, generator=torch.Generator().manual_seed(0))
     config = rtn.Config(bits=bits, group_size=group, symmetric=symmetric)
-    packed = torchao.integers(rtn.compress(weight, Statistics(), config))
+    packed = torchao.integers(rtn.Method().compress(weight, Statistics(), config))
     assert packed is not None
     tensor: Any = torchao.taken(packed, dynamic=False)
     assert torch.equal(tensor.dequantize(), packed.dequantize())

@@ -117,7 +117,7 @@ def test_a_compressed_model_starts_from_the_weights_that_it_computes_with(
     assert dense.keys() == original.keys()
     assert all(tensor.dtype == torch.float32 for tensor in dense.values())
     name = "model.layers.0.mlp.up_proj.weight"
-    packed_weight = registry.get("rtn").compress(original[name], Statistics(), registry.get("rtn").Config(bits=8))
+    packed_weight = registry.weight("rtn").compress(original[name], Statistics(), registry.get("rtn").Config(bits=8))
     assert not torch.equal(dense[name], original[name])
     assert torch.equal(dense[name], packed_weight.dequantize())
     rest = [other for other in original if not other.endswith("up_proj.weight")]
@@ -128,7 +128,7 @@ def quantized(model: Path, target: Path) -> Path:
     """Write the model with one layer rounded to 8 bits, in the layout of the compress stage."""
     from pipelines.modelio import folder as layout
 
-    method = registry.get("rtn")
+    method = registry.weight("rtn")
     config = method.Config.model_validate({"bits": 8})
     layout.copy_companions(model, target)
     config_json = target / "config.json"

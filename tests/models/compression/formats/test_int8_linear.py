@@ -24,9 +24,9 @@ def pair(rows: Tensor) -> tuple[DyadicPacked, Packed]:
     """The same layer [80, 96] with integer and with real outputs."""
     weight = torch.randn(80, 96, generator=RANDOM) / 96**0.5
     seen = Statistics(rows.double().T @ rows.double(), len(rows), inputs_NI=rows)
-    packed = int8.compress(weight, seen, int8.Config(rescale="dyadic"))
+    packed = int8.Method().compress(weight, seen, int8.Config(rescale="dyadic"))
     assert isinstance(packed, DyadicPacked)
-    return packed, int8.compress(weight, seen, int8.Config())
+    return packed, int8.Method().compress(weight, seen, int8.Config())
 
 
 def test_a_layer_in_integers_is_within_one_code_of_real_rescaling(
@@ -54,7 +54,7 @@ def test_sums_are_exact_integers(pair: tuple[DyadicPacked, Packed], rows: Tensor
 def test_it_costs_one_scale_more_and_comes_back_as_it_was(pair: tuple[DyadicPacked, Packed], rows: Tensor) -> None:
     layer, plain = pair
     assert layer.stored_bits() == plain.stored_bits() + 32
-    again = int8.restore(layer.tensors(), int8.Config(rescale="dyadic"))
+    again = int8.Method().restore(layer.tensors(), int8.Config(rescale="dyadic"))
     assert torch.equal(again.forward(rows), layer.forward(rows))
     assert torch.equal(layer.widened().forward(rows), layer.forward(rows))
     assert again.scheme() is None, "no public layout computes so"
@@ -66,4 +66,4 @@ def test_it_costs_one_scale_more_and_comes_back_as_it_was(pair: tuple[DyadicPack
 def test_the_name_carries_the_choice_and_so_does_every_calibrator_tried() -> None:
     best = int8.Config(calibrator="best", rescale="dyadic")
     assert best.label == "best-dyadic"
-    assert {config.rescale for config in int8.candidates(best)} == {"dyadic"}
+    assert {config.rescale for config in int8.Method().candidates(best)} == {"dyadic"}

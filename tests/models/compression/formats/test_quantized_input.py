@@ -27,7 +27,7 @@ def x() -> Tensor:
 def packed() -> Packed:
     """A packed weight [32, 64]."""
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
-    return rtn.compress(weight, Statistics(), rtn.Config(bits=4))
+    return rtn.Method().compress(weight, Statistics(), rtn.Config(bits=4))
 
 
 def test_tokens_are_rounded_as_compressed_tensors_rounds_them(x: Tensor, packed: Packed) -> None:

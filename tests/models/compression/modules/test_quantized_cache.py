@@ -30,7 +30,7 @@ def tables(config: Config, layers: int = 3, channels: int = HEADS * SIZE, spread
     """Tables fitted on noise."""
     generator = torch.Generator().manual_seed(0)
     x, w = spread * torch.randn(400, channels, generator=generator), torch.ones(400, channels)
-    fitted = kvquant.fit_keys(x, w, config), kvquant.fit_values(x, w, config)
+    fitted = kvquant.Method().fit_keys(x, w, config), kvquant.Method().fit_values(x, w, config)
     return [Tables(*fitted, config.exact_tokens) for _ in range(layers)]
 
 

@@ -102,7 +102,7 @@ def test_importance_adds_the_layers_and_weighs_the_predictions() -> None:
 
 def test_optin_measures_every_unit_once_and_removes_equal_shares() -> None:
     problem = Sums()
-    structure = optin.choose(problem, optin.Config(heads=0.5, neurons=0.5))
+    structure = optin.Method().select(problem, optin.Config(heads=0.5, neurons=0.5))
     assert problem.calls == LAYERS * (GROUPS + NEURONS)
     assert structure.groups_LG.sum(1).tolist() == [2, 2]
     assert structure.neurons_LF.sum(1).tolist() == [3, 3]
@@ -110,8 +110,8 @@ def test_optin_measures_every_unit_once_and_removes_equal_shares() -> None:
 
 def test_optin_beats_magnitude_and_the_median_draw_where_size_misleads() -> None:
     problem, config = Sums(), optin.Config(heads=0.5, neurons=0.5, trials=15)
-    chosen = problem.loss(optin.choose(problem, config))
-    best, median = structured.random_arms(problem, config)
+    chosen = problem.loss(optin.Method().select(problem, config))
+    best, median = structured.random_structures(problem, config)
     assert chosen < 0.7 * problem.loss(median)
     assert chosen < 0.7 * problem.loss(structured.by_magnitude(problem, config))
     assert problem.loss(best) <= problem.loss(median)
@@ -119,7 +119,7 @@ def test_optin_beats_magnitude_and_the_median_draw_where_size_misleads() -> None
 
 def test_neurons_measured_together_cost_less() -> None:
     problem = Sums()
-    structure = optin.choose(problem, optin.Config(neurons=1 / 3, together=2))
+    structure = optin.Method().select(problem, optin.Config(neurons=1 / 3, neurons_at_once=2))
     assert problem.calls == LAYERS * NEURONS / 2
     assert structure.neurons_LF.sum(1).tolist() == [4, 4]
     assert structure.groups_LG.all()
@@ -127,23 +127,23 @@ def test_neurons_measured_together_cost_less() -> None:
 
 def test_random_search_returns_the_best_of_its_draws_and_the_same_ones_every_time() -> None:
     problem, config = Sums(), random_search.Config(neurons=0.5, trials=7)
-    chosen = random_search.choose(problem, config)
+    chosen = random_search.Method().select(problem, config)
     drawn = [structured.draw(problem, config, seed) for seed in range(7)]
     assert problem.loss(chosen) == min(problem.loss(structure) for structure in drawn)
-    assert torch.equal(chosen.neurons_LF, random_search.choose(Sums(), config).neurons_LF)
+    assert torch.equal(chosen.neurons_LF, random_search.Method().select(Sums(), config).neurons_LF)
     assert len({structure.neurons_LF.numpy().tobytes() for structure in drawn}) > 4
 
 
 def test_more_draws_never_do_worse() -> None:
     problem = Sums()
-    losses = [problem.loss(random_search.choose(problem, random_search.Config(trials=n))) for n in (1, 4, 16)]
+    losses = [problem.loss(random_search.Method().select(problem, random_search.Config(trials=n))) for n in (1, 4, 16)]
     assert losses == sorted(losses, reverse=True)
 
 
 def test_the_median_arm_lies_in_the_middle_of_the_draws() -> None:
     problem, config = Sums(), StructureConfig(neurons=0.5, trials=9)
     losses = sorted(problem.loss(structured.draw(problem, config, seed)) for seed in range(9))
-    assert problem.loss(structured.random_arms(problem, config)[1]) == losses[4]
+    assert problem.loss(structured.random_structures(problem, config)[1]) == losses[4]
 
 
 def test_magnitude_keeps_the_largest() -> None:
