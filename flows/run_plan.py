@@ -104,6 +104,6 @@ def _resolve(name: str, overrides: list[str]) -> tuple[RunConfig, list[str]]:
     config = recipe.resolve(name, overrides)
     if not config.pretrain.from_:
         return config, overrides
-    cut_off = Runs(Store(CHECKOUT / config.store.path).root).unfinished(name, overrides)
+    cut_off = Runs(Store(CHECKOUT / config.store.path).root).cut_off(name, overrides)
     pinned = overrides if cut_off is None else cut_off.pin(overrides)
     return recipe.resolve(name, pinned), pinned

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import itertools
 import json
-import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,15 @@ from pydantic import BaseModel, Field
 
 from pipelines.core.artifact import write_text
 from pipelines.core.errors import ConfigError
+from pipelines.core.processes import ProcessName, this_process
 
 RECORD = "run.json"
 REPORT = "report.html"
 PARETO = "pareto.json"
-"""Every child by method and bits, as rows: what the report shows of compression."""
+"""Every variant by method and bits, as rows: what the report shows of compression."""
+
+_CAME_TO_ITS_END = ("done", "refused")
+"""A run that the gate refused has done all there was to do; running it again would only refuse again."""
 
 
 class NodeRecord(BaseModel):
@@ -50,8 +54,8 @@ class RunRecord(BaseModel):
     finished_at: str | None = None
     exit_code: int | None = None
     error: str | None = None
-    pid: int
-    host: str
+    process: ProcessName | None = None
+    """Who executes it."""
     nodes: dict[str, NodeRecord]
     init_weights: str | None = None
     """What `pretrain.from` led to when the run began; an alias may name other weights by now."""
@@ -63,11 +67,20 @@ class RunRecord(BaseModel):
         pinned = f"pretrain.from={self.init_weights}"
         return overrides if self.init_weights is None or pinned in overrides else [*overrides, pinned]
 
-    def alive(self) -> bool:
-        """Return whether the process of a running record still exists (on this host)."""
-        if self.status != "running" or self.host != socket.gethostname():
-            return self.status == "running"
-        return Path(f"/proc/{self.pid}").exists()
+    @property
+    def at_work(self) -> bool:
+        """Whether the process that executes it still exists, as far as this host can tell."""
+        return self.status == "running" and self.process is not None and self.process.alive()
+
+    @property
+    def state(self) -> str:
+        """The status, or `killed` where a run that says it is running has lost its process."""
+        return "killed" if self.status == "running" and not self.at_work else self.status
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether it stopped before its end, so that `ingot resume` has something to go on with."""
+        return self.status not in _CAME_TO_ITS_END and not self.at_work
 
 
 class Runs:
@@ -91,22 +104,28 @@ class Runs:
     ) -> RunRecord:
         """Create the record of a run that begins now."""
         now = dt.datetime.now(dt.UTC)
-        run_id = f"{now:%Y%m%d-%H%M%S}-{Path(recipe).stem}"
-        while (self.root / run_id).exists():
-            run_id += "x"
         record = RunRecord(
-            id=run_id,
+            id=self._claim(f"{now:%Y%m%d-%H%M%S}-{Path(recipe).stem}"),
             recipe=recipe,
             overrides=overrides,
             config=dict(config),
             data_hash=data_hash,
             started_at=now.isoformat(timespec="seconds"),
-            pid=os.getpid(),
-            host=socket.gethostname(),
+            process=this_process(),
             nodes=nodes,
         )
         self.save(record)
         return record
+
+    def _claim(self, wanted: str) -> str:
+        """Return an id that no other run has: whoever creates the folder owns it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            run_id = wanted if number == 1 else f"{wanted}-{number}"
+            with contextlib.suppress(FileExistsError):
+                (self.root / run_id).mkdir()
+                return run_id
+        raise AssertionError
 
     def save(self, record: RunRecord) -> None:
         """Write the record; a reader sees the old or the new one."""
@@ -131,28 +150,34 @@ class Runs:
             for path in sorted(self.root.glob(f"*/{RECORD}"))
         ]
 
-    def unfinished(self, recipe: str, overrides: list[str]) -> RunRecord | None:
-        """Return the newest run of this very command, if it did not come to an end."""
+    def cut_off(self, recipe: str, overrides: list[str]) -> RunRecord | None:
+        """Return the newest run of this very command, if it has not come to its end (it may be at work)."""
         same = [run for run in self.all() if run.recipe == recipe and run.overrides in (overrides, run.pin(overrides))]
-        return same[-1] if same and same[-1].status not in {"done", "refused"} else None
+        return same[-1] if same and same[-1].status not in _CAME_TO_ITS_END else None
 
     def pareto(self, run_id: str) -> list[dict[str, Any]]:
-        """Return the rows of a run's children by method and bits, as its report shows them; empty without a report."""
+        """Return the rows of a run's variants by method and bits, as its report shows them; empty without a report."""
         path = self.folder(run_id) / PARETO
         rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         return rows
 
-    def get(self, prefix: str | None = None) -> RunRecord:
-        """Return the run whose id starts with `prefix`, the newest when None.
+    def named(self, name: str) -> list[RunRecord]:
+        """Return the run with this id; if there is none, those whose ids begin so."""
+        runs = self.all()
+        return [run for run in runs if run.id == name] or [run for run in runs if run.id.startswith(name)]
+
+    def get(self, name: str | None = None) -> RunRecord:
+        """Return the run with this id, or the only one whose id begins so; the newest when None.
 
         Raises:
             ConfigError: there is no such run, or more than one.
         """
-        found = [run for run in self.all() if prefix is None or run.id.startswith(prefix)]
-        if not found:
+        runs = self.all() if name is None else self.named(name)
+        if not runs:
             raise ConfigError(
-                f"there is no run {prefix!r}" if prefix else "there is no run yet", hint="`ingot list runs` shows them"
+                "there is no run yet" if name is None else f"there is no run {name!r}",
+                hint="`ingot list runs` shows them",
             )
-        if prefix is not None and len(found) > 1 and found[-1].id != prefix:
-            raise ConfigError(f"{prefix!r} names {len(found)} runs", hint="`ingot list runs` shows their full ids")
-        return found[-1]
+        if name is not None and len(runs) > 1:
+            raise ConfigError(f"{name!r} names {len(runs)} runs", hint="`ingot list runs` shows their full ids")
+        return runs[-1]

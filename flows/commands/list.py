@@ -50,7 +50,7 @@ def _runs() -> Rows:
         {
             "id": run.id,
             "recipe": run.recipe,
-            "status": "killed" if run.status == "running" and not run.alive() else run.status,
+            "status": run.state,
             "started_at": run.started_at,
             "finished_at": run.finished_at,
             "overrides": run.overrides,

@@ -39,16 +39,15 @@ def find(target: str) -> RunRecord | Artifact:
     """Return the run or the artifact that `target` names.
 
     Raises:
-        ConfigError: nothing has that name; the message offers the nearest.
+        ConfigError: nothing has that name (the message offers the nearest), or several runs begin so.
     """
-    runs = Runs(store().root).all()
-    matching = [run for run in runs if run.id == target] or [run for run in runs if run.id.startswith(target)]
-    if matching:
-        return matching[-1]
+    runs = Runs(store().root)
+    if runs.named(target):
+        return runs.get(target)
     found = find_artifact(target)
     if found is not None:
         return found
-    names = {run.id for run in runs} | {name for run in runs for name in run.nodes}
+    names = {run.id for run in runs.all()} | {name for run in runs.all() for name in run.nodes}
     near = difflib.get_close_matches(target, sorted(names), n=1)
     raise ConfigError(
         f"nothing here is called {target!r}" + (f"; did you mean {near[0]!r}?" if near else ""),

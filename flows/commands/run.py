@@ -75,13 +75,15 @@ def resume(run_id: str | None, *, as_json: bool, quiet: bool) -> None:
     """
     runs = Runs(lookup.store().root)
     if run_id is None:
-        unfinished = [r for r in runs.all() if r.status != "done"]
+        unfinished = [run.id for run in runs.all() if run.unfinished]
         if not unfinished:
             raise ConfigError("there is no unfinished run", hint="`ingot list runs` shows all of them")
-        run_id = unfinished[-1].id
+        run_id = unfinished[-1]
     record = runs.get(run_id)
-    if record.status == "running" and record.alive():
-        raise ConfigError(f"{record.id} is at work (process {record.pid} on {record.host})", hint="`ingot status`")
+    if record.at_work:
+        raise ConfigError(f"{record.id} is at work ({record.process})", hint="`ingot status`")
+    if not record.unfinished:
+        raise ConfigError(f"{record.id} is finished ({record.status})", hint=f"`ingot run -r {record.recipe}`")
     run(record.recipe, record.pin(record.overrides), None, None, [], wait_s=None, as_json=as_json, quiet=quiet)
 
 

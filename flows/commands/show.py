@@ -17,18 +17,13 @@ def status(run_id: str | None, *, as_json: bool) -> None:
     """Print how far a run is."""
     record = Runs(store().root).get(run_id)
     if as_json:
-        print(json.dumps(record.model_dump() | {"status": _state(record)}, indent=1))
+        print(json.dumps(record.model_dump() | {"status": record.state}, indent=1))
     else:
         _show_status(record)
 
 
-def _state(record: RunRecord) -> str:
-    return "killed" if record.status == "running" and not record.alive() else record.status
-
-
 def _show_status(record: RunRecord) -> None:
-    state = _state(record)
-    print(f"{record.id}  {state}  started {record.started_at}  recipe {record.recipe}")
+    print(f"{record.id}  {record.state}  started {record.started_at}  recipe {record.recipe}")
     console.table(
         [_node_row(name, node) for name, node in record.nodes.items()],
         ["stage", "state", "took", "result"],
@@ -36,7 +31,7 @@ def _show_status(record: RunRecord) -> None:
     )
     if record.error:
         print(f"error: {record.error}")
-    if state not in {"done", "running"}:
+    if record.unfinished:
         print(f"Go on with: ingot resume {record.id}")
 
 
@@ -70,7 +65,7 @@ def _show_run(record: RunRecord, *, as_json: bool) -> None:
     """Print how far a run is, and its children from the smallest to the largest."""
     children = Runs(store().root).pareto(record.id)
     if as_json:
-        print(json.dumps(record.model_dump() | {"status": _state(record), "pareto": children}, indent=1))
+        print(json.dumps(record.model_dump() | {"status": record.state, "pareto": children}, indent=1))
         return
     _show_status(record)
     if children:

@@ -7,16 +7,13 @@ no heartbeat, no stale file. It therefore needs a file system with working `floc
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from pipelines.core.errors import LockedError
+from pipelines.core.processes import ProcessName, this_process
 
 _POLL_S = 0.2
 
@@ -42,9 +39,7 @@ def hold(path: Path, *, what: str, wait_s: float | None = None) -> Iterator[None
             f"{what} is locked by {_holder(path)}", hint="wait for that run, or stop it, then run again"
         ) from None
     try:
-        _holder_file(path).write_text(
-            json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time())}), encoding="utf-8"
-        )
+        _holder_file(path).write_text(this_process().model_dump_json(), encoding="utf-8")
         yield
     finally:
         _holder_file(path).unlink(missing_ok=True)
@@ -57,8 +52,9 @@ def _holder_file(path: Path) -> Path:
 
 def _holder(path: Path) -> str:
     try:
-        holder = json.loads(_holder_file(path).read_text(encoding="utf-8"))
-        return f"process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError, KeyError):
+        holder = ProcessName.model_validate_json(_holder_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         # The holder writes its name just after it takes the lock; a reader in between knows only that there is one.
         return "another process"
+    # A killed holder leaves its name behind, which the next one has not yet replaced.
+    return str(holder) if holder.alive() else "another process"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 from flows.run_record import PARETO, NodeRecord, RunRecord, Runs
 from pipelines.core.errors import ConfigError
+from pipelines.core.processes import ProcessName, start_of, this_process
+from pipelines.core.provenance import CHECKOUT
 
 
 def start(runs: Runs, recipe: str = "smoke") -> RunRecord:
@@ -22,7 +25,7 @@ def test_a_started_run_is_running_and_alive(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     record = start(runs)
     assert runs.get() == record
-    assert record.alive()
+    assert record.at_work
     assert record.id.endswith("-smoke")
 
 
@@ -42,19 +45,69 @@ def test_a_finished_run_says_how_it_ended(tmp_path: Path) -> None:
     found = runs.get(record.id)
     assert (found.status, found.exit_code, found.error) == ("refused", 7, "too large")
     assert found.finished_at is not None
-    assert not found.alive()
+    assert not found.at_work
 
 
-def test_a_run_whose_process_is_gone_is_not_alive(tmp_path: Path) -> None:
+def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
+    name = this_process().model_copy(update={"pid": ended.pid, "start": start_of(ended.pid) or "ended"})
     ended.wait()
-    record = start(Runs(tmp_path)).model_copy(update={"pid": ended.pid})
+    record = start(Runs(tmp_path)).model_copy(update={"process": name})
     assert record.status == "running"
-    assert not record.alive()
+    assert not record.at_work
+    assert (record.state, record.unfinished) == ("killed", True)
+
+
+def test_a_process_id_that_was_given_to_another_process_is_not_the_run(tmp_path: Path) -> None:
+    """The same id lives, but it started at another time."""
+    record = start(Runs(tmp_path))
+    assert record.process is not None
+    earlier = record.process.model_copy(update={"start": "another boot:1"})
+    assert record.process.pid == os.getpid()
+    assert not record.model_copy(update={"process": earlier}).at_work
 
 
 def test_a_run_on_another_host_is_believed(tmp_path: Path) -> None:
-    assert start(Runs(tmp_path)).model_copy(update={"host": "elsewhere", "pid": 1}).alive()
+    elsewhere = ProcessName(pid=1, host="elsewhere", start="?")
+    assert start(Runs(tmp_path)).model_copy(update={"process": elsewhere}).at_work
+
+
+def test_a_record_without_a_process_is_of_no_run_at_work(tmp_path: Path) -> None:
+    assert start(Runs(tmp_path)).model_copy(update={"process": None}).state == "killed"
+
+
+@pytest.mark.parametrize(
+    ("status", "unfinished"), [("done", False), ("refused", False), ("preempted", True), ("failed", True)]
+)
+def test_a_run_is_unfinished_unless_it_came_to_its_end(status: str, unfinished: bool, tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    record = start(runs)
+    assert not record.unfinished  # at work
+    runs.finish(record, status, 1)
+    assert runs.get().unfinished == unfinished
+    assert runs.get().state == status
+
+
+def test_processes_that_start_in_the_same_second_never_share_a_run(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from flows.run_record import Runs\n"
+        "for _ in range(20):\n"
+        "    print(Runs(Path(sys.argv[1])).start(recipe='smoke', overrides=[], config={}, data_hash='d', nodes={}).id)"
+    )
+    crowd = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    ids = [line for process in crowd for line in process.communicate(timeout=60)[0].split()]
+    assert len(ids) == len(set(ids)) == 60
+    assert {run.id for run in Runs(tmp_path).all()} == set(ids)
+
+
+def test_an_exact_id_is_meant_although_it_begins_others(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    first = start(runs)
+    runs.save(first.model_copy(update={"id": first.id + "-2"}))
+    assert runs.get(first.id) == first
 
 
 def test_a_run_is_found_by_the_beginning_of_its_id(tmp_path: Path) -> None:
@@ -77,7 +130,7 @@ def test_no_run_is_a_clear_error(tmp_path: Path, asked: str | None) -> None:
         Runs(tmp_path).get(asked)
 
 
-def test_the_children_of_a_run_are_read_where_its_report_put_them(tmp_path: Path) -> None:
+def test_the_variants_of_a_run_are_read_where_its_report_put_them(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     record = start(runs)
     assert runs.pareto(record.id) == []
@@ -97,20 +150,20 @@ def test_a_command_that_was_cut_off_goes_on_from_the_weights_it_began_with(tmp_p
     record = start(runs)
     record.init_weights = "models:/x/3"
     runs.save(record)
-    found = runs.unfinished("smoke", ["a=1"])
+    found = runs.cut_off("smoke", ["a=1"])
     assert found is not None
     assert found.pin(["a=1"]) == ["a=1", "pretrain.from=models:/x/3"]
     assert found.pin(found.pin(["a=1"])) == found.pin(["a=1"])
     again = record.model_copy(update={"id": record.id + "-again", "overrides": found.pin(["a=1"])})
     runs.save(again)
-    assert runs.unfinished("smoke", ["a=1"]) == again
-    assert runs.unfinished("smoke", ["a=2"]) is None
-    assert runs.unfinished("demo", ["a=1"]) is None
+    assert runs.cut_off("smoke", ["a=1"]) == again
+    assert runs.cut_off("smoke", ["a=2"]) is None
+    assert runs.cut_off("demo", ["a=1"]) is None
 
 
 @pytest.mark.parametrize("status", ["done", "refused"])
 def test_a_command_that_came_to_its_end_begins_anew(status: str, tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     runs.finish(start(runs), status, 0)
-    assert runs.unfinished("smoke", ["a=1"]) is None
+    assert runs.cut_off("smoke", ["a=1"]) is None
     assert start(runs).pin(["a=1"]) == ["a=1"]

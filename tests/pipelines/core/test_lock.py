@@ -15,6 +15,7 @@ import pytest
 
 from pipelines.core.errors import LockedError
 from pipelines.core.lock import hold
+from pipelines.core.processes import this_process
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 DEADLINE_S = 60.0
@@ -100,8 +101,21 @@ def test_the_name_of_a_dead_holder_is_not_kept(tmp_path: Path) -> None:
     process.kill()
     process.communicate(timeout=DEADLINE_S)
     with hold(tmp_path / "x.lock", what="stage x", wait_s=0):
-        assert f'"pid": {os.getpid()}' in (tmp_path / "x.holder").read_text()
+        assert f'"pid":{os.getpid()}' in (tmp_path / "x.holder").read_text()
     assert not (tmp_path / "x.holder").exists()
+
+
+def test_a_process_that_got_the_id_of_a_dead_holder_is_not_accused(tmp_path: Path) -> None:
+    """The holder writes its name just after it takes the lock; until then the name is that of the one before."""
+    process = holder(tmp_path / "x.lock")
+    reused = this_process().model_copy(update={"start": "another boot:1"})
+    (tmp_path / "x.holder").write_text(reused.model_dump_json())
+    with (
+        pytest.raises(LockedError, match="stage x is locked by another process"),
+        hold(tmp_path / "x.lock", what="stage x", wait_s=0),
+    ):
+        pass
+    process.communicate("\n", timeout=DEADLINE_S)
 
 
 def test_a_lease_is_given_back_when_the_body_fails(tmp_path: Path) -> None:
