@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from pipelines.core.settings import NOT_IDENTITY, Settings
+from pipelines.core.settings import Settings
+from pipelines.evaluation import probe
+from pipelines.evaluation.probe import ProbeSettings
 from pipelines.measure.config import BatchSettings
 
 TaskName = Literal["next_line", "cloze", "addition"]
 BaselineName = Literal["gzip", "xz", "order1", "order2", "order3", "unigram"]
+DEFAULT_PROBES: dict[str, Any] = {"relative": {}, "latency": {}}
+"""Probes that run unless they are switched off; a new file in `probes/` changes no evaluation that does not name it."""
 
 
 class TaskConfig(Settings):
@@ -22,16 +28,6 @@ class TaskConfig(Settings):
     items: int = Field(default=64, ge=2, le=10_000, description="Items per task.")
     seed: int = Field(default=0, ge=0, description="Seed of the choice of items.")
     batch_size: int = Field(default=32, ge=1, le=4096, description="Sequences per forward pass in lm-eval.")
-
-
-class LatencyConfig(Settings):
-    """The probe of latency and memory, run in a process of its own; it measures and never changes a result."""
-
-    enabled: bool = Field(default=True, description="Measure latency and peak memory.")
-    prompt_tokens: int = Field(default=128, ge=2, le=1 << 20, description="Tokens of the prompt (prefill).")
-    new_tokens: int = Field(default=16, ge=1, le=1 << 16, description="Tokens generated one by one (decode).")
-    repeats: int = Field(default=5, ge=1, le=1000, description="Repeats; the median is reported.")
-    timeout_s: float = Field(default=300.0, gt=0, description="Seconds after which the probe is given up.")
 
 
 class EvaluateConfig(BatchSettings):
@@ -58,13 +54,52 @@ class EvaluateConfig(BatchSettings):
         default=8192, ge=0, description="Tokens on which a variant's predictions are compared with its base model's."
     )
     tasks: TaskConfig = Field(default_factory=TaskConfig, description="lm-eval tasks.")
-    latency: LatencyConfig = Field(
-        default_factory=LatencyConfig,
-        description="Probe of latency and memory.",
-        json_schema_extra=NOT_IDENTITY,
+    probes: dict[str, SerializeAsAny[ProbeSettings]] = Field(
+        default_factory=dict,
+        description="What else is measured, one table a probe: `relative` (embedding spaces of encoders) and `latency` "
+        "unless their `enabled` is false, and every other probe that is named here.",
     )
 
     @property
     def measures_time(self) -> bool:
-        """Whether the stage measures latency, which other work would disturb."""
-        return self.latency.enabled
+        """Whether the stage measures time, which other work would disturb."""
+        return any(settings.enabled and probe.get(name).observes for name, settings in self.probes.items())
+
+    @field_validator("probes", mode="before")
+    @classmethod
+    def _settings_of_probes(cls, tables: Any) -> Any:
+        """Give every table to the settings of its probe; a table of errors keeps the whole path of each."""
+        if not isinstance(tables, Mapping):
+            return tables
+        return {name: _probe_settings(name, table) for name, table in (DEFAULT_PROBES | dict(tables)).items()}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that can change a result: of the probes, those that run and give one."""
+        return super().identity() | {"probes": self._identity_of_probes()}
+
+    def resume_key(self) -> dict[str, Any]:
+        """Return the identity without elastic fields."""
+        return super().resume_key() | {"probes": self._identity_of_probes()}
+
+    def _identity_of_probes(self) -> dict[str, Any]:
+        chosen = {n: settings for n, settings in self.probes.items() if settings.enabled and not probe.get(n).observes}
+        return {name: settings.identity() for name, settings in chosen.items()}
+
+
+def _probe_settings(name: str, table: Any) -> ProbeSettings:
+    try:
+        known = probe.get(name)
+    except ValueError as error:
+        detail = PydanticCustomError("probe", "{reason}", {"reason": str(error)})
+        raise ValidationError.from_exception_data(
+            "EvaluateConfig", [InitErrorDetails(type=detail, loc=(name,), input=table)]
+        ) from None
+    try:
+        settings: ProbeSettings = known.Settings.model_validate(table)
+    except ValidationError as error:
+        details = [
+            InitErrorDetails(type=e["type"], loc=(name, *e["loc"]), input=e["input"], ctx=e.get("ctx", {}))
+            for e in error.errors()
+        ]
+        raise ValidationError.from_exception_data("EvaluateConfig", details) from None
+    return settings

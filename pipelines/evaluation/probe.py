@@ -1,146 +1,151 @@
-"""Latency and peak memory of one model, measured in a process that does nothing else.
+"""What a probe is, and how it is found: a module of `pipelines/evaluation/probes` is one, under its own file name.
 
-`python -m pipelines.evaluation.probe MODEL_DIR` prints one JSON object. `measure` starts it from the stage.
+A probe looks at one loaded model and the held-out documents and says something of it that likelihoods and tasks do not.
+It gives rows of two kinds, never mixed up: a *result* is the same bytes for the same inputs and stands in
+evaluation.json; an *observation* (time, memory) stands in observations.json, and no fingerprint knows of it.
+
+Nothing here imports torch or numpy, nor may a probe's module: `ingot plan` reads the settings of every probe in use.
 """
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import functools
-import json
-import os
-import resource
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+import importlib
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from pipelines.core.errors import TransientError
-from pipelines.core.provenance import CHECKOUT
-from pipelines.evaluation.config import LatencyConfig
+from pydantic import Field
 
-_GUARD = CHECKOUT / "pipelines" / "core" / "parent_guard.py"
+from models.architectures.config import Family
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError
+from pipelines.core.settings import Settings
+from pipelines.evaluation import probes
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pipelines.measure.heldout import Heldout
+    from pipelines.measure.scoring import Scorer
 
 
-def measure(model: Path, config: LatencyConfig, device: str = "cpu") -> dict[str, Any]:
-    """Measure a model in a fresh process.
+class ProbeSettings(Settings):
+    """Settings of one probe."""
 
-    Returns:
-        `latency` {"prefill_ms_per_token", "decode_ms_per_token"} (medians over repeats; decode is None for an encoder),
-        `peak_memory_bytes` of the process, `model_memory_bytes` (the part of the peak above what the libraries took
-        before the model was loaded), `load_s` and `threads`.
+    enabled: bool = Field(default=True, description="Run this probe.")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a probe sees of the model under evaluation."""
+
+    scorer: Scorer
+    folder: Path
+    """The model folder."""
+    documents: Heldout
+    window: int
+    """Tokens that the model is shown at once."""
+    bootstrap: Mapping[str, Any]
+    """`samples`, `seed` and `confidence` of the intervals of this evaluation."""
+    base: Artifact | None = None
+    """Evaluation of the base model, where this one is a variant."""
+
+    def base_array(self, probe: str) -> NDArray[np.float64] | None:
+        """Return the array that a probe has kept of the base model; None where there is no base model, or no array."""
+        import numpy as np
+
+        if self.base is None or f"{probe}.npy" not in self.base.manifest.files:
+            return None
+        array: NDArray[np.float64] = np.load(self.base.path / f"{probe}.npy", allow_pickle=False)
+        return array
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a probe found, as JSON values under its own name."""
+
+    result: Mapping[str, Any] = field(default_factory=dict)
+    """Stands in evaluation.json under `probes`."""
+    versus_base: Mapping[str, Any] = field(default_factory=dict)
+    """A variant beside its base model; stands in evaluation.json under `versus_base`."""
+    observation: Mapping[str, Any] = field(default_factory=dict)
+    """Stands in observations.json."""
+    array: NDArray[np.float64] | None = None
+    """Kept as NAME.npy, a part of the result: what later evaluations are compared with."""
+
+
+S = TypeVar("S", bound=ProbeSettings)
+
+
+class Probe(ABC, Generic[S]):
+    """One probe; a module of `probes` defines exactly one subclass."""
+
+    families: ClassVar[frozenset[Family]]
+    """Which models it measures."""
+    observes: ClassVar[bool] = False
+    """Whether all that it gives is observation: then its settings are no part of an evaluation's identity."""
+    Settings: type[S]
+
+    @property
+    def name(self) -> str:
+        """The name of its module."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def refusal(self, subject: Subject) -> str | None:
+        """Return why this model cannot be measured; None where it can."""
+        if subject.scorer.family not in self.families:
+            return f"it measures {' and '.join(sorted(self.families))} models; this is a {subject.scorer.family}"
+        return None
+
+    def measure(self, subject: Subject, settings: S) -> Measurement:
+        """Measure a model.
+
+        Raises:
+            ConfigError: it cannot be measured; names the probe and the reason.
+        """
+        if reason := self.refusal(subject):
+            raise ConfigError(f"the probe {self.name!r} does not measure {subject.scorer.name}: {reason}")
+        return self._measure(subject, settings)
+
+    @abstractmethod
+    def _measure(self, subject: Subject, settings: S) -> Measurement:
+        """Measure a model that is not refused."""
+
+
+# ---- registry ---------------------------------------------------------------------------------------------------
+
+
+def names() -> list[str]:
+    """Return the names of all probes, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(probes.__path__))
+
+
+@functools.cache
+def get(name: str) -> Probe[Any]:
+    """Return a probe by name.
 
     Raises:
-        TransientError: the process failed or did not end in time.
+        ValueError: no probe has this name; the message lists the known ones and the nearest.
+        TypeError: its module does not define exactly one `Probe`.
     """
-    # The guard lets the kernel end the probe when this process is killed.
-    command = [sys.executable, "-I", "-S", str(_GUARD), "exec", str(os.getpid())]
-    command += [sys.executable, "-m", "pipelines.evaluation.probe", str(model.resolve()), "--device", device]
-    command += ["--prompt-tokens", str(config.prompt_tokens), "--new-tokens", str(config.new_tokens)]
-    command += ["--repeats", str(config.repeats)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=config.timeout_s, cwd=CHECKOUT)
-    except subprocess.TimeoutExpired:
-        raise TransientError(
-            f"the latency probe of {model} did not end in {config.timeout_s:g} s",
-            hint="raise evaluate.latency.timeout_s, or set evaluate.latency.enabled = false",
-        ) from None
-    if done.returncode:
-        raise TransientError(
-            f"the latency probe of {model} ended with exit code {done.returncode}: {done.stderr.strip()[-500:]}",
-            hint="run again; set evaluate.latency.enabled = false to do without it",
-        )
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
-# ---- inside the process -----------------------------------------------------------------------------------------
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
-    print(json.dumps(_probe(parser.parse_args(arguments))), flush=True)
-
-
-def _probe(options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    from pipelines.measure import scoring
-
-    libraries = peak_memory()
-    started = time.perf_counter()
-    scorer = scoring.load(options.model, options.device)
-    loaded_s = time.perf_counter() - started
-    with torch.inference_mode():
-        prefill_s, decode_s = _time(scorer, options)
-    peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else peak_memory()
-    return {
-        "latency": {
-            "prefill_ms_per_token": 1000.0 * prefill_s / options.prompt_tokens,
-            "decode_ms_per_token": None if decode_s is None else 1000.0 * decode_s / options.new_tokens,
-        },
-        "peak_memory_bytes": peak,
-        "model_memory_bytes": peak if options.device == "cuda" else peak - libraries,
-        "load_s": loaded_s,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _time(scorer: Any, options: argparse.Namespace) -> tuple[float, float | None]:
-    """Return the median seconds of one prefill and of one decode of all new tokens."""
-    import torch
-
-    def wait() -> None:
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-
-    vocabulary = scorer.model.config.vocab_size
-    prompt = (torch.arange(options.prompt_tokens, device=options.device) * 7919 % vocabulary)[None]
-    encoder = scorer.family == "encoder"
-    options_of_prefill = {} if encoder else {"use_cache": True, "logits_to_keep": 1}
-    prefills, decodes = [], []
-    for _ in range(options.repeats + 1):
-        seconds, output = _timed(functools.partial(scorer.model, input_ids=prompt, **options_of_prefill), wait)
-        prefills.append(seconds)
-        if not encoder:
-            decodes.append(_timed(functools.partial(_decode, scorer.model, output, options.new_tokens), wait)[0])
-    # The first round warms up caches and lazily unpacked weights.
-    return statistics.median(prefills[1:]), None if encoder else statistics.median(decodes[1:])
-
-
-def _decode(model: Any, output: Any, tokens: int) -> Any:
-    for _ in range(tokens):
-        ids = output.logits[:, -1:].argmax(dim=-1)
-        output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
-    return output
-
-
-def _timed(call: Callable[[], Any], wait: Callable[[], None]) -> tuple[float, Any]:
-    wait()
-    started = time.perf_counter()
-    result = call()
-    wait()
-    return time.perf_counter() - started, result
-
-
-def peak_memory() -> int:
-    """Return the highest resident memory of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage: after fork and exec it still holds the peak of the parent.
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-if __name__ == "__main__":
-    main()
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no probe {name!r}{meant} (known: {', '.join(names())})")
+    module = importlib.import_module(f"{probes.__name__}.{name}")
+    defined = [
+        member
+        for member in vars(module).values()
+        if inspect.isclass(member) and issubclass(member, Probe) and member.__module__ == module.__name__
+    ]
+    if len(defined) != 1:
+        raise TypeError(f"{module.__name__} defines {len(defined)} probes; a module is one probe")
+    probe: Probe[Any] = defined[0]()
+    return probe

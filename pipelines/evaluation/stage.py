@@ -1,11 +1,11 @@
-"""The evaluate stage: held-out bits per byte, tasks, size, latency, and a variant against its base model.
+"""The evaluate stage: held-out bits per byte, tasks, size, probes, and a variant against its base model.
 
 evaluation.json        the numbers; the same inputs give the same bytes
 document_nats.npy      negative log likelihood of each document, for paired comparison with any other model
 document_bytes.npy     bytes of each document (of its masked tokens for an encoder)
-relative.npy           an encoder's documents seen from anchor documents; see `relative.py`
 task_outcomes.json     0 or 1 for each item of each task, for paired comparison
 tasks/                 the tasks as lm-eval reads them
+PROBE.npy              what a probe keeps for later comparisons, as `relative.npy`
 observations.json      latency, memory and time: not part of the result
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,16 +26,15 @@ from models.architectures.config import Family
 from pipelines.core.artifact import Artifact
 from pipelines.core.compute import resolve_device
 from pipelines.core.stage import Progress, StageContext, Summary
-from pipelines.evaluation import baselines, probe, relative, tasks
+from pipelines.evaluation import baselines, probe, tasks
 from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.probe import Subject
 from pipelines.measure import heldout, intervals, scoring, windows
 from pipelines.measure.batches import EvaluationBatches, plan_batches, window_tokens
 from pipelines.measure.heldout import Heldout
 from pipelines.measure.scoring import Scorer
 
-RELATIVE = "relative.npy"
-_PROBING = threading.Lock()
-"""Two probes at once would measure each other."""
+Json = dict[str, Any]
 
 
 def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
@@ -51,28 +49,36 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     started = time.monotonic()
     prepared, model = inputs["prepare"].path, inputs["model"].path / "model"
     heldout.check_tokenizer(prepared, model)
-    held = heldout.load(prepared, config.max_documents)
-    device = resolve_device(context.compute.device)
-    scorer = scoring.load(model, device)
-    plan = plan_batches(config, held, scorer.family, prepared)
+    documents = heldout.load(prepared, config.max_documents)
+    scorer = scoring.load(model, resolve_device(context.compute.device))
+    planned = plan_batches(config, documents, scorer.family, prepared)
 
     def report(done: int, total: int) -> None:
         context.report(Progress(context.node, done, total, "tokens", "held-out documents"))
 
-    nats = scoring.document_nats(scorer, plan.batches, len(held.documents), report)
-    evaluation = _headline(config, held, scorer, plan, nats, model)
+    nats = scoring.document_nats(scorer, planned.batches, len(documents.documents), report)
+    evaluation = _headline(config, documents, scorer, planned, nats, model)
     if "base_model" not in inputs:
-        evaluation["baselines"] = _baselines(config, prepared, held, scorer.family, plan)
-        train_tokens = int(held.index["splits"]["train"]["tokens"])
-        evaluation["baseline_train_tokens"] = min(train_tokens, config.baseline_tokens)
-        evaluation["baselines_truncated"] = train_tokens > config.baseline_tokens
-    outcomes = _run_tasks(config, held, scorer, model, out_dir, context, evaluation)
+        evaluation |= _baselines(config, prepared, documents, scorer.family, planned)
+    rows, outcomes = _run_tasks(config, documents, scorer, model, out_dir, context)
+    evaluation |= rows
     if "base_model" in inputs:
-        evaluation["versus_base"] = _versus_base(config, inputs, scorer, plan, nats, outcomes)
-    _relate(config, inputs, held, scorer, out_dir, evaluation)
-    observed = _probe(config, model, device, context)
-    _write(out_dir, evaluation, outcomes, nats, plan.sizes, observed | {"wall_s": round(time.monotonic() - started, 3)})
-    return _summary(evaluation, observed)
+        evaluation["versus_base"] = _versus_base(config, inputs, scorer, planned, nats, outcomes)
+    subject = Subject(
+        scorer=scorer,
+        folder=model,
+        documents=documents,
+        window=window_tokens(config, documents),
+        bootstrap=_bootstrap(config),
+        base=inputs.get("base_evaluation"),
+    )
+    observations = _run_probes(config, subject, out_dir, context, evaluation)
+    np.save(out_dir / "document_nats.npy", nats, allow_pickle=False)
+    np.save(out_dir / "document_bytes.npy", planned.sizes, allow_pickle=False)
+    _write(out_dir / "evaluation.json", evaluation)
+    _write(out_dir / "task_outcomes.json", outcomes)
+    _write(out_dir / "observations.json", observations | {"wall_s": round(time.monotonic() - started, 3)})
+    return _summary(evaluation, observations)
 
 
 # ---- parts of evaluation.json -----------------------------------------------------------------------------------
@@ -80,143 +86,131 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
 
 def _headline(
     config: EvaluateConfig,
-    held: Heldout,
+    documents: Heldout,
     scorer: Scorer,
-    plan: EvaluationBatches,
+    planned: EvaluationBatches,
     nats: NDArray[np.float64],
     model: Path,
-) -> dict[str, Any]:
+) -> Json:
     return {
-        "format": 1,
+        "format": 2,
         "family": scorer.family,
-        "bits_per_byte": intervals.bits_per_byte(nats, plan.sizes, **_bootstrap(config)).to_json(),
-        "bits_per_token": float(nats.sum()) / (plan.scored * math.log(2.0)),
-        "scored_tokens": plan.scored,
-        "scored_bytes": int(plan.sizes.sum()),
-        "documents": len(held.documents),
-        "documents_total": held.total,
-        "truncated": held.truncated,
+        "bits_per_byte": intervals.bits_per_byte(nats, planned.sizes, **_bootstrap(config)).to_json(),
+        "bits_per_token": float(nats.sum()) / (planned.scored * math.log(2.0)),
+        "scored_tokens": planned.scored,
+        "scored_bytes": int(planned.sizes.sum()),
+        "documents": len(documents.documents),
+        "documents_total": documents.total,
+        "truncated": documents.truncated,
         "confidence": config.confidence,
         "size_bytes": _bytes_of(model, "*"),
         "weights_bytes": _bytes_of(model, "*.safetensors"),
-        "cache_bytes_per_token": scoring.cache_bytes_per_token(scorer, plan.batches[0]),
+        "cache_bytes_per_token": scoring.cache_bytes_per_token(scorer, planned.batches[0]),
         "baselines": {},
         "versus_base": None,
     }
 
 
 def _baselines(
-    config: EvaluateConfig, prepared: Path, held: Heldout, family: Family, plan: EvaluationBatches
-) -> dict[str, float]:
+    config: EvaluateConfig, prepared: Path, documents: Heldout, family: Family, planned: EvaluationBatches
+) -> Json:
     if family == "decoder":
-        return baselines.for_decoder(config, prepared, held)
-    return baselines.for_encoder(config, prepared, held, plan.masked, int(plan.sizes.sum()))
+        bits = baselines.for_decoder(config, prepared, documents)
+    else:
+        bits = baselines.for_encoder(config, prepared, documents, planned.masked, int(planned.sizes.sum()))
+    train_tokens = int(documents.index["splits"]["train"]["tokens"])
+    return {
+        "baselines": bits,
+        "baseline_train_tokens": min(train_tokens, config.baseline_tokens),
+        "baselines_truncated": train_tokens > config.baseline_tokens,
+    }
 
 
 def _run_tasks(
-    config: EvaluateConfig,
-    held: Heldout,
-    scorer: Scorer,
-    model: Path,
-    out_dir: Path,
-    context: StageContext,
-    evaluation: dict[str, Any],
-) -> dict[str, list[int]]:
-    """Generate, write and run the tasks, enter their rows into `evaluation`, and return the outcome of every item."""
-    made, skipped = tasks.generate(config.tasks, held.documents, scorer.family)
-    evaluation |= {"tasks": {}, "skipped_tasks": skipped, "harness": None}
-    if not made:
-        return {}
+    config: EvaluateConfig, documents: Heldout, scorer: Scorer, model: Path, out_dir: Path, context: StageContext
+) -> tuple[Json, dict[str, list[int]]]:
+    """Generate, write and run the tasks; return their part of evaluation.json and the outcome of every item."""
+    generated, skipped = tasks.generate(config.tasks, documents.documents, scorer.family)
+    if not generated:
+        return {"tasks": {}, "skipped_tasks": skipped, "harness": None}, {}
     # lm-eval takes seconds to import: only a run with tasks pays for it.
     from pipelines.evaluation import harness
 
-    tasks.write(made, out_dir / "tasks")
+    tasks.write(generated, out_dir / "tasks")
     outcomes = harness.run(
         scorer,
         AutoTokenizer.from_pretrained(model, local_files_only=True),
-        made,
+        generated,
         folder=out_dir / "tasks",
         cache=context.scratch / "datasets",
         batch_size=config.tasks.batch_size,
     )
-    evaluation["tasks"] = {name: outcome.to_json() for name, outcome in outcomes.items()}
-    evaluation["harness"] = f"lm-eval {harness.VERSION}"
-    return {name: list(outcome.correct) for name, outcome in outcomes.items()}
+    rows = {name: outcome.to_json() for name, outcome in outcomes.items()}
+    part = {"tasks": rows, "skipped_tasks": skipped, "harness": f"lm-eval {harness.VERSION}"}
+    return part, {name: list(outcome.correct) for name, outcome in outcomes.items()}
 
 
 def _versus_base(
     config: EvaluateConfig,
     inputs: Mapping[str, Artifact],
     scorer: Scorer,
-    plan: EvaluationBatches,
+    planned: EvaluationBatches,
     nats: NDArray[np.float64],
     outcomes: dict[str, list[int]],
-) -> dict[str, Any]:
-    evaluated = inputs["base_evaluation"]
+) -> Json:
+    evaluated, options = inputs["base_evaluation"], _bootstrap(config)
     base_nats = np.load(evaluated.path / "document_nats.npy", allow_pickle=False)
     base_outcomes = evaluated.read_json("task_outcomes.json")
     base_size = evaluated.read_json("evaluation.json")["size_bytes"]
     model = inputs["model"].path / "model"
-    result: dict[str, Any] = {
-        "bits_per_byte_ratio": intervals.paired_ratio(nats, base_nats, plan.sizes, **_bootstrap(config)).to_json(),
+    result: Json = {
+        "bits_per_byte_ratio": intervals.paired_ratio(nats, base_nats, planned.sizes, **options).to_json(),
         "size_ratio": _bytes_of(model, "*") / base_size,
         "task_accuracy_difference": {
-            name: intervals.paired_difference(correct, base_outcomes[name], **_bootstrap(config)).to_json()
+            name: intervals.paired_difference(correct, base_outcomes[name], **options).to_json()
             for name, correct in outcomes.items()
             if name in base_outcomes
         },
     }
     if config.kl_tokens:
         base = scoring.load(inputs["base_model"].path / "model", scorer.device)
-        result |= scoring.divergence(base, scorer, windows.take(plan.batches, config.kl_tokens))
+        result |= scoring.divergence(base, scorer, windows.take(planned.batches, config.kl_tokens))
     return result
 
 
-def _relate(
-    config: EvaluateConfig,
-    inputs: Mapping[str, Artifact],
-    held: Heldout,
-    scorer: Scorer,
-    out_dir: Path,
-    evaluation: dict[str, Any],
-) -> None:
-    """Write an encoder's relative representations, and enter how far a variant's space is from its base model's."""
-    mine = relative.measure(scorer, held, window_tokens(config, held))
-    if mine is None:
-        return
-    np.save(out_dir / RELATIVE, mine, allow_pickle=False)
-    if "base_evaluation" in inputs:
-        theirs = np.load(inputs["base_evaluation"].path / RELATIVE, allow_pickle=False)
-        evaluation["versus_base"]["relative"] = relative.compare(mine, theirs, **_bootstrap(config))
-
-
-def _probe(config: EvaluateConfig, model: Path, device: str, context: StageContext) -> dict[str, Any]:
-    if not config.latency.enabled:
-        return {}
-    context.report(Progress(context.node, 0, 1, "probe", "latency and memory"))
-    with _PROBING:
-        return probe.measure(model, config.latency, device)
+def _run_probes(
+    config: EvaluateConfig, subject: Subject, out_dir: Path, context: StageContext, evaluation: Json
+) -> Json:
+    """Run every probe that is switched on; enter its results into `evaluation`, and return the observations."""
+    evaluation |= {"probes": {}, "skipped_probes": {}}
+    observations: Json = {}
+    chosen = {name: settings for name, settings in config.probes.items() if settings.enabled}
+    for number, (name, settings) in enumerate(chosen.items()):
+        member = probe.get(name)
+        if reason := member.refusal(subject):
+            evaluation["skipped_probes"][name] = reason
+            continue
+        context.report(Progress(context.node, number, len(chosen), "probe", name))
+        measured = member.measure(subject, settings)
+        if measured.result:
+            evaluation["probes"][name] = dict(measured.result)
+        if measured.versus_base:
+            evaluation["versus_base"][name] = dict(measured.versus_base)
+        if measured.observation:
+            observations[name] = dict(measured.observation)
+        if measured.array is not None:
+            np.save(out_dir / f"{name}.npy", measured.array, allow_pickle=False)
+    return observations
 
 
 # ---- output -----------------------------------------------------------------------------------------------------
 
 
-def _write(
-    out_dir: Path,
-    evaluation: dict[str, Any],
-    outcomes: dict[str, list[int]],
-    nats: NDArray[np.float64],
-    sizes: NDArray[np.int64],
-    observed: dict[str, Any],
-) -> None:
-    for name, value in (("evaluation", evaluation), ("task_outcomes", outcomes), ("observations", observed)):
-        text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
-        (out_dir / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    np.save(out_dir / "document_nats.npy", nats, allow_pickle=False)
-    np.save(out_dir / "document_bytes.npy", sizes, allow_pickle=False)
+def _write(path: Path, value: Json) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _summary(evaluation: dict[str, Any], observed: dict[str, Any]) -> Summary:
+def _summary(evaluation: Json, observations: Json) -> Summary:
     versus = evaluation["versus_base"] or {}
     return {
         "family": evaluation["family"],
@@ -231,11 +225,12 @@ def _summary(evaluation: dict[str, Any], observed: dict[str, Any]) -> Summary:
         "baselines": evaluation["baselines"],
         "ratio": versus.get("bits_per_byte_ratio", {}).get("value"),
         "kl_nats_per_token": versus.get("kl_nats_per_token"),
-        **observed.get("latency", {}),
+        "probes": evaluation["probes"],
+        **observations,
     }
 
 
-def _bootstrap(config: EvaluateConfig) -> dict[str, Any]:
+def _bootstrap(config: EvaluateConfig) -> Json:
     return {
         "samples": config.bootstrap_samples,
         "seed": config.bootstrap_seed,

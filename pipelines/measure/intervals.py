@@ -170,7 +170,7 @@ def _row(name: str, evaluation: Mapping[str, Any], tasks: list[str]) -> dict[str
         "cache_bytes_per_token": evaluation.get("cache_bytes_per_token"),
         "prefill_ms": latency.get("prefill_ms_per_token"),
         "decode_ms": latency.get("decode_ms_per_token"),
-        "peak_memory_bytes": observed.get("peak_memory_bytes"),
+        "peak_memory_bytes": latency.get("peak_memory_bytes"),
     }
 
 

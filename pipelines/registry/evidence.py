@@ -70,7 +70,7 @@ class Evidence:
     cache_bytes: float | None = None
     """Bytes of attention cache for each token; None for an encoder."""
     relative: NDArray[np.float64] | None = None
-    """An encoder's documents seen from anchors [documents, anchors]; see `pipelines.evaluation.relative`."""
+    """An encoder's documents seen from anchors [documents, anchors]; see `pipelines.evaluation.probes.relative`."""
     truncated: bool = False
     method: str = "none"
     bits: float | None = None

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.evaluation import relative
+from pipelines.evaluation.probes import relative
 from pipelines.measure.intervals import Interval, paired_difference, paired_ratio
 from pipelines.registry.config import PromoteConfig
 from pipelines.registry.evidence import PARENT, Evidence, footprint
@@ -50,7 +50,7 @@ class Decision:
     versus_champion: Mapping[str, float] | None = None
     """Candidate's bits per byte over the champion's: value, low, high."""
     relative: Mapping[str, Any] | None = None
-    """How far the candidate's embedding space is from the champion's; see `pipelines.evaluation.relative`."""
+    """How far the candidate's embedding space is from the champion's; see `pipelines.evaluation.probes.relative`."""
 
     @property
     def broken(self) -> list[str]:
@@ -252,7 +252,7 @@ def _compatible(moved: Mapping[str, Any] | None, champion: Evidence, limit: floa
             name, f"not measured: only for encoders, on {relative.FEWEST} documents or more", required, passed=False
         )
     distance = Interval(**moved["distance"])
-    found = f"{distance} (chance {moved['null_distance']:.4f})"
+    found = f"{distance} (chance {moved['baseline_distance']:.4f})"
     return Check(name, found, required, distance.high <= limit)
 
 

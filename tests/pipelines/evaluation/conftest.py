@@ -182,7 +182,7 @@ def encoder_artifact(encoder: ModernBertForMaskedLM, save_model: Callable[[Any],
 def small() -> EvaluateConfig:
     """Few items and no latency probe; everything else as in a real run."""
     return EvaluateConfig.model_validate(
-        {"tasks": {"items": 24}, "latency": {"enabled": False}, "bootstrap_samples": 500, "kl_tokens": 2000}
+        {"tasks": {"items": 24}, "probes": {"latency": {"enabled": False}}, "bootstrap_samples": 500, "kl_tokens": 2000}
     )
 
 

@@ -82,7 +82,7 @@ def test_a_trained_decoder_beats_the_unigram_and_an_untrained_one_does_not(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     torch.manual_seed(1)
-    config = EvaluateConfig.model_validate({"tasks": {"names": []}, "latency": {"enabled": False}})
+    config = EvaluateConfig.model_validate({"tasks": {"names": []}, "probes": {"latency": {"enabled": False}}})
     blank = save_model(type(decoder)(decoder.config))
     untrained = _evaluate(config, {"prepare": prepared, "model": blank}, tmp_path, context)
     trained, null = base.read_json("evaluation.json"), untrained.read_json("evaluation.json")
@@ -137,7 +137,9 @@ def test_a_variant_is_compared_with_its_base_document_by_document(
 def test_a_model_compared_with_itself_differs_by_exactly_nothing(
     base: Artifact, prepared: Artifact, decoder_artifact: Artifact, context: StageContext, tmp_path: Path
 ) -> None:
-    config = EvaluateConfig.model_validate({"tasks": {"items": 24, "names": []}, "latency": {"enabled": False}})
+    config = EvaluateConfig.model_validate(
+        {"tasks": {"items": 24, "names": []}, "probes": {"latency": {"enabled": False}}}
+    )
     inputs = {"prepare": prepared, "model": decoder_artifact, "base_model": decoder_artifact}
     found = _evaluate(config, inputs | {"base_evaluation": base}, tmp_path, context)
     versus = found.read_json("evaluation.json")["versus_base"]
@@ -168,7 +170,7 @@ def test_a_truncated_evaluation_says_so_in_result_summary_and_table(
     prepared: Artifact, decoder_artifact: Artifact, context: StageContext, tmp_path: Path
 ) -> None:
     config = EvaluateConfig.model_validate(
-        {"max_documents": 3, "baseline_tokens": 1000, "tasks": {"names": []}, "latency": {"enabled": False}}
+        {"max_documents": 3, "baseline_tokens": 1000, "tasks": {"names": []}, "probes": {"latency": {"enabled": False}}}
     )
     found = _evaluate(config, {"prepare": prepared, "model": decoder_artifact}, tmp_path, context)
     evaluation = found.read_json("evaluation.json")
@@ -183,15 +185,15 @@ def test_latency_and_memory_are_observations_only(
     prepared: Artifact, decoder_artifact: Artifact, context: StageContext, tmp_path: Path
 ) -> None:
     latency = {"prompt_tokens": 16, "new_tokens": 2, "repeats": 1}
-    config = EvaluateConfig.model_validate({"max_documents": 2, "tasks": {"names": []}, "latency": latency})
+    config = EvaluateConfig.model_validate({"max_documents": 2, "tasks": {"names": []}, "probes": {"latency": latency}})
     reports: list[Progress] = []
     reporting = replace(context, report=reports.append)
     found = _evaluate(config, {"prepare": prepared, "model": decoder_artifact}, tmp_path, reporting)
     observed = found.read_json("observations.json")
     assert observed["latency"]["decode_ms_per_token"] > 0.0
-    assert observed["peak_memory_bytes"] > 0
+    assert observed["latency"]["peak_memory_bytes"] > 0
     assert observed["wall_s"] > 0.0
-    assert found.manifest.summary["prefill_ms_per_token"] == observed["latency"]["prefill_ms_per_token"]
+    assert found.manifest.summary["latency"]["prefill_ms_per_token"] == observed["latency"]["prefill_ms_per_token"]
     assert not any("latency" in json.dumps(found.read_json(n)) for n in ("evaluation.json", "task_outcomes.json"))
     assert {report.unit for report in reports} == {"tokens", "probe"}
 

@@ -138,7 +138,7 @@ def test_the_table_has_parent_children_and_null_arms_with_the_same_columns() -> 
         tasks={"cloze": {"accuracy": 0.4}, "addition": {"accuracy": 0.1}},
         truncated=True,
     )
-    observed = {"latency": {"prefill_ms_per_token": 0.1, "decode_ms_per_token": 2.0}, "peak_memory_bytes": 7}
+    observed = {"latency": {"prefill_ms_per_token": 0.1, "decode_ms_per_token": 2.0, "peak_memory_bytes": 7}}
     rows = intervals.table({"pretrain": _evaluation(observations=observed), "int8": child})
     assert [(row["model"], row["kind"]) for row in rows] == [
         ("pretrain", "base"), ("int8", "variant"), ("gzip", "baseline"), ("order1", "baseline"),

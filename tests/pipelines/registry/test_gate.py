@@ -291,7 +291,7 @@ def test_an_embedding_space_too_far_from_the_champions_is_refused_when_there_is_
     bound = decide(better, {"pretrain": better}, champion, PromoteConfig(max_relative_distance=0.1))
     assert bound.accepted is accepted
     assert bound.broken == ([] if accepted else ["embedding distance to champion v3"])
-    assert f"chance {free.relative['null_distance']:.4f}" in table(bound)
+    assert f"chance {free.relative['baseline_distance']:.4f}" in table(bound)
 
 
 def test_a_limit_on_the_embedding_space_needs_a_measurement() -> None:

@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError
 from pipelines.core.stage import StageContext
-from pipelines.evaluation import relative, stage
+from pipelines.evaluation import stage
 from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.probe import ProbeSettings, Subject
+from pipelines.evaluation.probes import relative
 from pipelines.measure import heldout
 from pipelines.measure.scoring import Scorer
 
@@ -25,6 +28,10 @@ def space(seed: int = 0, documents: int = 60, width: int = 12) -> np.ndarray:
 
 def represented(points: np.ndarray) -> np.ndarray:
     return relative.representation(points[20:], points[:20])
+
+
+def subject(scorer: Scorer, prepared: Artifact, documents: int | None = None) -> Subject:
+    return Subject(scorer, prepared.path, heldout.load(prepared.path, documents), window=64, bootstrap={})
 
 
 def test_rotation_scale_and_shift_change_nothing() -> None:
@@ -56,9 +63,9 @@ def test_a_space_is_at_no_distance_from_itself_and_others_as_far_as_chance() -> 
     same = relative.compare(mine, mine)
     assert same["distance"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert same["overlap"]["value"] == 1.0
-    assert same["null_overlap"] < 0.4
+    assert same["baseline_overlap"] < 0.4
     far = relative.compare(mine, other)
-    assert far["distance"]["value"] == pytest.approx(far["null_distance"], rel=0.1)
+    assert far["distance"]["value"] == pytest.approx(far["baseline_distance"], rel=0.1)
     assert far["overlap"]["low"] < 0.2
 
 
@@ -92,13 +99,14 @@ def test_an_embedding_is_the_mean_of_the_last_hidden_states(encoder: Any) -> Non
 
 
 def test_decoders_and_handfuls_of_documents_are_not_described(decoder: Any, encoder: Any, prepared: Artifact) -> None:
-    held = heldout.load(prepared.path)
-    assert relative.measure(Scorer(decoder, "decoder", "x", "cpu"), held, 64) is None
-    few = heldout.load(prepared.path, relative.FEWEST - 1)
-    assert relative.measure(Scorer(encoder, "encoder", "x", "cpu"), few, 64) is None
+    probe = relative.Relative()
+    with pytest.raises(ConfigError, match="'relative' does not measure x: it measures encoder models; this is a dec"):
+        probe.measure(subject(Scorer(decoder, "decoder", "x", "cpu"), prepared), ProbeSettings())
+    few = subject(Scorer(encoder, "encoder", "x", "cpu"), prepared, relative.FEWEST - 1)
+    assert probe.refusal(few) == "it needs 12 held-out documents or more; there are 11"
 
 
-def test_a_rounded_child_stays_near_its_parent_and_other_weights_do_not(
+def test_a_rounded_variant_stays_near_its_base_model_and_other_weights_do_not(
     encoder: Any,
     encoder_artifact: Artifact,
     save_model: Callable[[Any], Artifact],
@@ -107,7 +115,7 @@ def test_a_rounded_child_stays_near_its_parent_and_other_weights_do_not(
     context: StageContext,
     tmp_path: Path,
 ) -> None:
-    """The null arm is a model of the same shape with other weights: drawn anew, as another seed would."""
+    """The baseline is a model of the same shape with other weights: drawn anew, as another seed would."""
     from transformers import AutoModelForMaskedLM
 
     config = small.model_copy(update={"max_documents": None, "kl_tokens": 0})
@@ -117,21 +125,18 @@ def test_a_rounded_child_stays_near_its_parent_and_other_weights_do_not(
             if isinstance(module, torch.nn.Linear):
                 scale = module.weight.abs().amax(dim=1, keepdim=True) / 31
                 module.weight.copy_((module.weight / scale).round() * scale)
-    folders = {name: tmp_path / name for name in ("parent", "rounded", "other")}
-    for folder in folders.values():
-        folder.mkdir()
-    stage.run(config, {"prepare": prepared, "model": encoder_artifact}, folders["parent"], context)
-    whole = np.load(folders["parent"] / stage.RELATIVE)
+    stage.run(config, {"prepare": prepared, "model": encoder_artifact}, tmp_path, context)
+    whole = np.load(tmp_path / "relative.npy")
     assert whole.shape == (
         len(relative.roles([d.id for d in heldout.load(prepared.path).documents])[1]),
         whole.shape[1],
     )
-    held = heldout.load(prepared.path)
-    length = config.context or int(held.index["sequence_length"])
-    near, far = (
-        relative.compare(relative.measure(Scorer(model.eval(), "encoder", "x", "cpu"), held, length), whole)  # type: ignore[arg-type]
-        for model in (rounded, other)
-    )
+    probe, rows = relative.Relative(), []
+    for model in (rounded, other):
+        found = probe.measure(subject(Scorer(model.eval(), "encoder", "x", "cpu"), prepared), ProbeSettings())
+        assert found.array is not None
+        rows.append(relative.compare(found.array, whole))
+    near, far = rows
     assert 0 < near["distance"]["high"] < 0.5 * far["distance"]["low"]
     assert near["overlap"]["value"] > far["overlap"]["value"]
-    assert near["distance"]["high"] < near["null_distance"]
+    assert near["distance"]["high"] < near["baseline_distance"]

@@ -6,7 +6,7 @@ changes (embeddings are centred on the anchors' mean, because pooled embeddings 
 held-out documents of the prepare artifact, picked by the hash of their ids: the same corpus gives the same anchors.
 
 Two measures, both with intervals over documents and beside what chance gives: the mean absolute difference of cosines
-(null arm: the anchors of one side shuffled), and the share of common nearest neighbours (null arm: documents shuffled).
+(baseline: the anchors of one side shuffled), and the share of common nearest neighbours (baseline: documents shuffled).
 
 Shapes: Q documents, A anchors, D width, K neighbours.
 """
@@ -17,16 +17,20 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pipelines.measure import intervals
-from pipelines.measure.heldout import Heldout
+from models.lazy import lazy_module
+from pipelines.evaluation.probe import Measurement, Probe, ProbeSettings, Subject
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pipelines.measure.intervals import Interval
     from pipelines.measure.scoring import Scorer
 
-Floats = NDArray[np.float64]
+    Floats = NDArray[np.float64]
+else:
+    np = lazy_module("numpy")
+
 MAX_ANCHORS, MAX_DOCUMENTS = 64, 512
 NEIGHBOURS = 5
 FEWEST = 12
@@ -67,7 +71,7 @@ def compare(one_QA: Floats, other_QA: Floats, **options: Any) -> dict[str, Any]:
         options: of the bootstrap: samples, seed, confidence.
 
     Returns:
-        `distance` and `overlap` (value, low, high), and `null_distance` and `null_overlap`, what chance gives.
+        `distance` and `overlap` (value, low, high), and what chance gives: `baseline_distance`, `baseline_overlap`.
     """
     shuffle = np.random.default_rng(0)
     columns, rows = shuffle.permutation(one_QA.shape[1]), shuffle.permutation(len(one_QA))
@@ -75,8 +79,8 @@ def compare(one_QA: Floats, other_QA: Floats, **options: Any) -> dict[str, Any]:
     return {
         "distance": _mean(np.abs(one_QA - other_QA).mean(axis=1), options).to_json(),
         "overlap": _mean(_common(*nearest), options).to_json(),
-        "null_distance": float(np.abs(one_QA - other_QA[:, columns]).mean()),
-        "null_overlap": float(_common(nearest[0], nearest[1][rows]).mean()),
+        "baseline_distance": float(np.abs(one_QA - other_QA[:, columns]).mean()),
+        "baseline_overlap": float(_common(nearest[0], nearest[1][rows]).mean()),
         "documents": len(one_QA),
         "anchors": one_QA.shape[1],
     }
@@ -87,7 +91,9 @@ def _common(one_QK: NDArray[np.int64], other_QK: NDArray[np.int64]) -> Floats:
     return np.array([len(np.intersect1d(a, b)) / len(a) for a, b in zip(one_QK, other_QK, strict=True)])
 
 
-def _mean(values_Q: Floats, options: dict[str, Any]) -> intervals.Interval:
+def _mean(values_Q: Floats, options: dict[str, Any]) -> Interval:
+    from pipelines.measure import intervals
+
     return intervals.bootstrap(lambda total, count: total / count, (values_Q, np.ones_like(values_Q)), **options)
 
 
@@ -98,15 +104,28 @@ def _unit(x: Floats) -> Floats:
 # ---- models -----------------------------------------------------------------------------------------------------
 
 
-def measure(scorer: Scorer, held: Heldout, context: int) -> Floats | None:
-    """Return the representations [Q, A] of the held-out documents; None for a decoder, or too few documents."""
-    if scorer.family != "encoder" or len(held.documents) < FEWEST:
-        return None
-    anchors, documents = roles([document.id for document in held.documents])
-    embedded = {place: embed(scorer, held.tokens[place][:context]) for place in (*anchors, *documents)}
-    return representation(
-        np.stack([embedded[place] for place in documents]), np.stack([embedded[place] for place in anchors])
-    )
+class Relative(Probe[ProbeSettings]):
+    """An encoder's held-out documents seen from anchor documents, and how far a variant's space is from its base's."""
+
+    families = frozenset({"encoder"})
+    Settings = ProbeSettings
+
+    def refusal(self, subject: Subject) -> str | None:
+        """Return why this model cannot be measured; None where it can."""
+        few = f"it needs {FEWEST} held-out documents or more; there are {len(subject.documents.documents)}"
+        return super().refusal(subject) or (few if len(subject.documents.documents) < FEWEST else None)
+
+    def _measure(self, subject: Subject, settings: ProbeSettings) -> Measurement:  # noqa: ARG002 - it has none
+        documents = subject.documents
+        anchors, described = roles([document.id for document in documents.documents])
+        embedded = {n: embed(subject.scorer, documents.tokens[n][: subject.window]) for n in (*anchors, *described)}
+        found_QA = representation(np.stack([embedded[n] for n in described]), np.stack([embedded[n] for n in anchors]))
+        base_QA = subject.base_array(self.name)
+        return Measurement(
+            result={"documents": len(described), "anchors": len(anchors)},
+            versus_base={} if base_QA is None else compare(found_QA, base_QA, **subject.bootstrap),
+            array=found_QA,
+        )
 
 
 def embed(scorer: Scorer, tokens_T: NDArray[np.int64]) -> Floats:
