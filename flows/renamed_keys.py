@@ -12,6 +12,7 @@ from typing import Any
 from pipelines.core.errors import ConfigError
 
 KEYS: dict[str, str] = {
+    "evaluate.latency": "evaluate.probes.latency",
     "compress.*.refine": "compress.*.block_reconstruction",
     "compress.*.controls": "compress.*.baselines",
     "compress.*.start": "compress.*.init_from",

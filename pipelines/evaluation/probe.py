@@ -12,7 +12,6 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-import inspect
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -101,7 +100,8 @@ class Probe(ABC, Generic[S]):
     def refusal(self, subject: Subject) -> str | None:
         """Return why this model cannot be measured; None where it can."""
         if subject.scorer.family not in self.families:
-            return f"it measures {' and '.join(sorted(self.families))} models; this is a {subject.scorer.family}"
+            wanted = " and ".join(sorted(self.families))
+            return f"it measures {wanted} models; the family of this one is {subject.scorer.family}"
         return None
 
     def measure(self, subject: Subject, settings: S) -> Measurement:
@@ -140,11 +140,9 @@ def get(name: str) -> Probe[Any]:
         meant = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"there is no probe {name!r}{meant} (known: {', '.join(names())})")
     module = importlib.import_module(f"{probes.__name__}.{name}")
-    defined = [
-        member
-        for member in vars(module).values()
-        if inspect.isclass(member) and issubclass(member, Probe) and member.__module__ == module.__name__
-    ]
+    # Not `isinstance(member, type)`: asking a module that is loaded when first used for its class would load it.
+    classes = [member for member in vars(module).values() if issubclass(type(member), type)]
+    defined = [c for c in classes if issubclass(c, Probe) and c.__module__ == module.__name__]
     if len(defined) != 1:
         raise TypeError(f"{module.__name__} defines {len(defined)} probes; a module is one probe")
     probe: Probe[Any] = defined[0]()

@@ -100,7 +100,7 @@ def test_an_embedding_is_the_mean_of_the_last_hidden_states(encoder: Any) -> Non
 
 def test_decoders_and_handfuls_of_documents_are_not_described(decoder: Any, encoder: Any, prepared: Artifact) -> None:
     probe = relative.Relative()
-    with pytest.raises(ConfigError, match="'relative' does not measure x: it measures encoder models; this is a dec"):
+    with pytest.raises(ConfigError, match="'relative' does not measure x: it measures encoder models; the family"):
         probe.measure(subject(Scorer(decoder, "decoder", "x", "cpu"), prepared), ProbeSettings())
     few = subject(Scorer(encoder, "encoder", "x", "cpu"), prepared, relative.FEWEST - 1)
     assert probe.refusal(few) == "it needs 12 held-out documents or more; there are 11"
