@@ -18,6 +18,7 @@ KEYS: dict[str, str] = {
     "compress.*.start": "compress.*.init_from",
     "compress.*(hawq).together": "compress.*.tied_layers",
     "compress.*(optin).together": "compress.*.neurons_at_once",
+    "promote.register_children": "promote.register_variants",
 }
 """Old dotted path -> new dotted path."""
 

@@ -54,7 +54,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "promote",
-            version=1,
+            version=2,
             entry="pipelines.registry.stage:run",
             sources=("pipelines/registry",),
             observations=("observations.json", "decision.json", "model_card.md"),

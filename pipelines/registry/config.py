@@ -32,35 +32,36 @@ class PromoteConfig(Settings):
     candidate: str = Field(
         "smallest",
         min_length=1,
-        description="`pretrain`, the name of a child, or `smallest`: the smallest child within budget, else pretrain.",
+        description="`pretrain`, the name of a variant, or `smallest`: the smallest variant within budget, or else "
+        "`pretrain`.",
     )
     confidence: float = Field(0.95, gt=0.5, lt=1.0, description="Confidence of every interval of the gate.")
     max_bits_per_byte_ratio: float = Field(
         1.02,
         ge=1.0,
         le=10.0,
-        description="A child's bits per byte over its parent's: the upper end of the interval must stay below.",
+        description="A variant's bits per byte over its base's: the upper end of the interval must stay below.",
     )
     max_task_accuracy_drop: float = Field(
         0.05,
         ge=0.0,
         le=1.0,
-        description="Accuracy that a child may lose on any task; only a loss beyond the task's noise counts.",
+        description="Accuracy that a variant may lose on any task; only a loss beyond the task's noise counts.",
     )
     max_bytes_ratio: float = Field(
-        1.0, gt=0.0, le=10.0, description="A child's bytes on disk over its parent's must stay below."
+        1.0, gt=0.0, le=10.0, description="A variant's bytes on disk over its base's must stay below."
     )
     cache_tokens: int = Field(
         0,
         ge=0,
         description="Tokens whose attention cache counts as part of a model's size (sequences served at once times "
-        "their length): the bytes that a child of a kv_cache method saves are there, not on disk.",
+        "their length): the bytes that a variant of a kv_cache method saves are there, not on disk.",
     )
     max_kl_nats: float | None = Field(
-        None, gt=0.0, description="Mean KL divergence of a child from its parent, nats a token; None sets no limit."
+        None, gt=0.0, description="Mean KL divergence of a variant from its base, nats a token; None sets no limit."
     )
     max_latency_ratio: float | None = Field(
-        None, gt=0.0, description="A child's decode time over its parent's; None sets no limit (timings vary)."
+        None, gt=0.0, description="A variant's decode time over its base's; None sets no limit (timings vary)."
     )
     max_relative_distance: float | None = Field(
         None,
@@ -71,11 +72,11 @@ class PromoteConfig(Settings):
         "the champion's embeddings.",
     )
     must_beat: tuple[str, ...] = Field(
-        (), description="Null arms (gzip, xz, order1, ...) whose bits per byte the candidate must be below."
+        (), description="Baselines (gzip, xz, order1, ...) whose bits per byte the candidate must be below."
     )
     allow_new_test_set: bool = Field(
         False, description="Accept a candidate measured on other held-out text than the champion, without a comparison."
     )
-    register_children: bool = Field(
-        False, description="Register the other children that are within budget too, without the alias `champion`."
+    register_variants: bool = Field(
+        False, description="Register the other variants that are within budget too, without the alias `champion`."
     )

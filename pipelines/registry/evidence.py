@@ -23,7 +23,7 @@ SIZES_FILE = "document_bytes.npy"
 RELATIVE_FILE = "relative.npy"
 OUTCOMES_FILE = "task_outcomes.json"
 TEST_SPLIT = "documents/test.jsonl.zst"
-PARENT = "pretrain"
+BASE = "pretrain"
 _PRECISION = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
 """Bits per weight of a model that is not compressed, by the `dtype` of its config.json."""
 
@@ -45,11 +45,11 @@ class Evidence:
     """One model's identity and measurements."""
 
     name: str
-    """`pretrain` or the name of a child."""
+    """`pretrain` or the name of a variant."""
     fingerprint: str
     digest: str
     base: str | None
-    """Fingerprint of the pretrained model that it descends from, through however many children; None for that one."""
+    """Fingerprint of the pretrained model that it descends from, through however many variants; None for that one."""
     family: str
     test_digest: str
     """sha256 of the held-out documents: equal for two models measured on the same text."""
@@ -87,7 +87,7 @@ class Evidence:
 
 
 def read(inputs: Mapping[str, Artifact]) -> dict[str, Evidence]:
-    """Return the evidence on every model among the inputs of the promote stage, the parent first.
+    """Return the evidence on every model among the inputs of the promote stage, the base first.
 
     Args:
         inputs: `prepare`, `model:<name>` and `evaluation:<name>` artifacts.
@@ -105,7 +105,7 @@ def read(inputs: Mapping[str, Artifact]) -> dict[str, Evidence]:
     by_digest = {model.digest: model for model in models.values()}
     return {
         name: of_artifacts(name, models[name], inputs[f"evaluation:{name}"], inputs["prepare"], by_digest)
-        for name in sorted(models, key=lambda name: name != PARENT)
+        for name in sorted(models, key=lambda name: name != BASE)
     }
 
 
@@ -172,12 +172,12 @@ def test_digest(prepare: Artifact) -> str:
 
 
 def _base(model: Artifact, by_digest: Mapping[str, Artifact]) -> str | None:
-    """Follow a child up to the pretrained model, which its evaluation compares it with."""
+    """Follow a variant up to the pretrained model, which its evaluation compares it with."""
     above = model.manifest.parents.get("model")
     if above is None:
         return None
-    parent = by_digest.get(above)
-    return above if parent is None else _base(parent, by_digest) or parent.manifest.fingerprint
+    base = by_digest.get(above)
+    return above if base is None else _base(base, by_digest) or base.manifest.fingerprint
 
 
 def _load(path: Path) -> NDArray[Any]:

@@ -1,7 +1,7 @@
 """The gate: pure functions from evidence to a decision, with every number that it rests on.
 
 A model passes when its numbers are sane and it beats the champion beyond the noise of the choice of documents. A
-compressed child must stay within its budget against its own parent; it may then replace that parent, or another child
+compressed variant must stay within its budget against its own base; it may then replace that base, or another variant
 of it, and must beat any other champion beyond noise.
 """
 
@@ -19,13 +19,13 @@ import numpy as np
 from pipelines.evaluation.probes import relative
 from pipelines.measure.intervals import Interval, paired_difference, paired_ratio
 from pipelines.registry.config import PromoteConfig
-from pipelines.registry.evidence import PARENT, Evidence, footprint
+from pipelines.registry.evidence import BASE, Evidence, footprint
 
 UNIFORM_BITS_PER_BYTE = 8.0
 """What guessing every byte with equal probability costs: a model above it knows less than nothing."""
 
 _SAME_SIZE = 1.001
-"""Children whose sizes differ by less hold the same bits, packed beside a longer or shorter description."""
+"""Variants whose sizes differ by less hold the same bits, packed beside a longer or shorter description."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class Decision:
 
 
 def choose(models: Mapping[str, Evidence], config: PromoteConfig) -> tuple[Evidence, list[str]]:
-    """Return the candidate, and a line for each smaller child that was passed over.
+    """Return the candidate, and a line for each smaller variant that was passed over.
 
     Args:
-        models: name -> evidence, the parent among them.
+        models: name -> evidence, the base among them.
         config: `candidate` names the rule or the model.
     """
     if config.candidate != "smallest":
@@ -74,24 +74,24 @@ def choose(models: Mapping[str, Evidence], config: PromoteConfig) -> tuple[Evide
     passed_over: list[str] = []
     within: list[Evidence] = []
     size = functools.partial(footprint, cache_tokens=config.cache_tokens)
-    for child in sorted((m for m in models.values() if m.base is not None), key=size):
-        broken = [check.name for check in _own_checks(child, _parent_of(child, models), config) if not check.passed]
+    for variant in sorted((m for m in models.values() if m.base is not None), key=size):
+        broken = [check.name for check in _own_checks(variant, _base_of(variant, models), config) if not check.passed]
         if not broken:
-            within.append(child)
+            within.append(variant)
         elif not within:
-            passed_over.append(f"{child.name} ({size(child):.0f} bytes): {', '.join(broken)}")
+            passed_over.append(f"{variant.name} ({size(variant):.0f} bytes): {', '.join(broken)}")
     if not within:
-        return models[PARENT], passed_over
-    as_small = [child for child in within if size(child) <= _SAME_SIZE * size(within[0])]
-    return min(as_small, key=lambda child: child.bits_per_byte["value"]), passed_over
+        return models[BASE], passed_over
+    as_small = [variant for variant in within if size(variant) <= _SAME_SIZE * size(within[0])]
+    return min(as_small, key=lambda variant: variant.bits_per_byte["value"]), passed_over
 
 
 def within_budget(models: Mapping[str, Evidence], config: PromoteConfig) -> list[Evidence]:
-    """Return the children that pass every check against their own parent."""
+    """Return the variants that pass every check against their own base."""
     return [
-        child
-        for child in models.values()
-        if child.base is not None and all(c.passed for c in _own_checks(child, _parent_of(child, models), config))
+        variant
+        for variant in models.values()
+        if variant.base is not None and all(c.passed for c in _own_checks(variant, _base_of(variant, models), config))
     ]
 
 
@@ -102,12 +102,12 @@ def decide(
 
     Args:
         candidate: who is put forward.
-        models: every model of the run, among them the candidate's parent.
+        models: every model of the run, among them the candidate's base.
         champion: who holds the title; None when nobody does.
         config: budgets and confidence.
     """
-    parent = _parent_of(candidate, models) if candidate.base is not None else None
-    checks = _own_checks(candidate, parent, config)
+    base = _base_of(candidate, models) if candidate.base is not None else None
+    checks = _own_checks(candidate, base, config)
     if not all(check.passed for check in checks):
         return Decision(accepted=False, candidate=candidate.name, rule="own measurements", checks=tuple(checks))
     if champion is None:
@@ -131,13 +131,13 @@ def table(decision: Decision) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _own_checks(model: Evidence, parent: Evidence | None, config: PromoteConfig) -> list[Check]:
+def _own_checks(model: Evidence, base: Evidence | None, config: PromoteConfig) -> list[Check]:
     """Return the checks that need no champion; a model whose numbers are not sane is compared with nothing."""
     checks = _sanity(model)
     if all(check.passed for check in checks):
-        checks += _null_arms(model, parent, config)
-        if parent is not None:
-            checks += _budget(model, parent, config)
+        checks += _baselines(model, base, config)
+        if base is not None:
+            checks += _budget(model, base, config)
     return checks
 
 
@@ -153,9 +153,9 @@ def _sanity(model: Evidence) -> list[Check]:
     ]
 
 
-def _null_arms(model: Evidence, parent: Evidence | None, config: PromoteConfig) -> Iterable[Check]:
-    """Compare with compressors and count models; a child's are those measured beside its parent."""
-    baselines = {**(parent.baselines if parent else {}), **model.baselines}
+def _baselines(model: Evidence, base: Evidence | None, config: PromoteConfig) -> Iterable[Check]:
+    """Compare with compressors and count models; a variant's are those measured beside its base."""
+    baselines = {**(base.baselines if base else {}), **model.baselines}
     bits = model.bits_per_byte["value"]
     for name in config.must_beat:
         if name not in baselines:
@@ -164,47 +164,47 @@ def _null_arms(model: Evidence, parent: Evidence | None, config: PromoteConfig) 
             yield Check(f"beats {name}", f"{bits:.4f}", f"below {baselines[name]:.4f}", bits < baselines[name])
 
 
-def _budget(child: Evidence, parent: Evidence, config: PromoteConfig) -> Iterable[Check]:
-    """Compare a child with its own parent."""
-    yield _quality(child, parent, config)
-    for task in parent.tasks:
-        yield _task(task, child, parent, config)
-    size = footprint(child, config.cache_tokens) / footprint(parent, config.cache_tokens)
+def _budget(variant: Evidence, base: Evidence, config: PromoteConfig) -> Iterable[Check]:
+    """Compare a variant with its own base."""
+    yield _quality(variant, base, config)
+    for task in base.tasks:
+        yield _task(task, variant, base, config)
+    size = footprint(variant, config.cache_tokens) / footprint(base, config.cache_tokens)
     counted = f" (with the cache of {config.cache_tokens} tokens)" if config.cache_tokens else ""
     allowed = f"at most {config.max_bytes_ratio:g}{counted}"
-    yield Check("bytes / parent", f"{size:.3f}", allowed, size <= config.max_bytes_ratio)
+    yield Check("bytes / base", f"{size:.3f}", allowed, size <= config.max_bytes_ratio)
     if config.max_kl_nats is not None:
-        yield _limit("KL to parent, nats/token", child.kl_nats, config.max_kl_nats)
+        yield _limit("KL to base, nats/token", variant.kl_nats, config.max_kl_nats)
     if config.max_latency_ratio is not None:
-        timed = child.decode_ms is not None and parent.decode_ms is not None and parent.decode_ms > 0
-        ratio = child.decode_ms / parent.decode_ms if timed and child.decode_ms and parent.decode_ms else None
-        yield _limit("decode time / parent", ratio, config.max_latency_ratio)
+        timed = variant.decode_ms is not None and base.decode_ms is not None and base.decode_ms > 0
+        ratio = variant.decode_ms / base.decode_ms if timed and variant.decode_ms and base.decode_ms else None
+        yield _limit("decode time / base", ratio, config.max_latency_ratio)
 
 
-def _quality(child: Evidence, parent: Evidence, config: PromoteConfig) -> Check:
-    name, required = "bits per byte / parent", f"upper end at most {config.max_bits_per_byte_ratio:g}"
-    if difference := _incomparable(child, parent):
+def _quality(variant: Evidence, base: Evidence, config: PromoteConfig) -> Check:
+    name, required = "bits per byte / base", f"upper end at most {config.max_bits_per_byte_ratio:g}"
+    if difference := _incomparable(variant, base):
         return Check(name, difference, required, passed=False)
-    ratio = paired_ratio(child.nats, parent.nats, child.sizes, confidence=config.confidence)
+    ratio = paired_ratio(variant.nats, base.nats, variant.sizes, confidence=config.confidence)
     return Check(name, str(ratio), required, ratio.high <= config.max_bits_per_byte_ratio)
 
 
-def _task(task: str, child: Evidence, parent: Evidence, config: PromoteConfig) -> Check:
-    """Compare an accuracy with the parent's: only a loss beyond budget and beyond the noise of the items counts."""
+def _task(task: str, variant: Evidence, base: Evidence, config: PromoteConfig) -> Check:
+    """Compare an accuracy with the base's: only a loss beyond budget and beyond the noise of the items counts."""
     name, required = f"accuracy lost, {task}", f"lower end at most {config.max_task_accuracy_drop:g}"
-    if task not in child.tasks:
+    if task not in variant.tasks:
         return Check(name, "not measured", required, passed=False)
-    lost = _accuracy_lost(task, child, parent, config.confidence)
+    lost = _accuracy_lost(task, variant, base, config.confidence)
     return Check(name, str(lost), required, lost.low <= config.max_task_accuracy_drop)
 
 
-def _accuracy_lost(task: str, child: Evidence, parent: Evidence, confidence: float) -> Interval:
-    """Return parent's minus child's accuracy: paired by item where outcomes are known, else from standard errors."""
-    before, after = parent.outcomes.get(task, ()), child.outcomes.get(task, ())
+def _accuracy_lost(task: str, variant: Evidence, base: Evidence, confidence: float) -> Interval:
+    """Return base's minus variant's accuracy: paired by item where outcomes are known, else from standard errors."""
+    before, after = base.outcomes.get(task, ()), variant.outcomes.get(task, ())
     if len(before) == len(after) > 1:
         return paired_difference(before, after, confidence=confidence)
-    lost = parent.tasks[task]["accuracy"] - child.tasks[task]["accuracy"]
-    errors = (parent.tasks[task]["stderr"], child.tasks[task]["stderr"])
+    lost = base.tasks[task]["accuracy"] - variant.tasks[task]["accuracy"]
+    errors = (base.tasks[task]["stderr"], variant.tasks[task]["stderr"])
     noise = NormalDist().inv_cdf(0.5 + confidence / 2) * math.hypot(*errors)
     return Interval(lost, lost - noise, lost + noise)
 
@@ -261,12 +261,12 @@ def _against_champion(
 ) -> Decision:
     beats = ratio.high < 1.0
     related = candidate.base is not None and candidate.base in {champion.fingerprint, champion.base}
-    required = "any: a child within budget of the champion's model" if related and not beats else "upper end below 1"
+    required = "any: a variant within budget of the champion's model" if related and not beats else "upper end below 1"
     check = Check(f"bits per byte / champion v{champion.version}", str(ratio), required, beats or related)
     rule = (
         "beats the champion beyond noise"
         if beats
-        else "child within budget of the champion's own model"
+        else "variant within budget of the champion's own model"
         if related
         else "must beat the champion beyond noise"
     )
@@ -278,8 +278,8 @@ def _accept(candidate: Evidence, rule: str, checks: list[Check]) -> Decision:
     return Decision(accepted=True, candidate=candidate.name, rule=rule, checks=tuple(checks))
 
 
-def _parent_of(child: Evidence, models: Mapping[str, Evidence]) -> Evidence:
-    return next((m for m in models.values() if m.fingerprint == child.base), models[PARENT])
+def _base_of(variant: Evidence, models: Mapping[str, Evidence]) -> Evidence:
+    return next((m for m in models.values() if m.fingerprint == variant.base), models[BASE])
 
 
 def _finite(value: float | None) -> bool:

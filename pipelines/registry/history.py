@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 def append(store_root: Path, model: str, action: str, *, version: str | None, why: str, **facts: Any) -> Record:
     """Add one record, durably; a record that a power cut left unfinished is closed off, never merged with ours."""
-    record: Record = signature() | {
+    record: Record = who_and_when() | {
         "model": model,
         "action": action,
         "version": version,
@@ -42,7 +42,7 @@ def append(store_root: Path, model: str, action: str, *, version: str | None, wh
     return record
 
 
-def signature() -> dict[str, str]:
+def who_and_when() -> dict[str, str]:
     """Return who acts, and when."""
     now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     return {"time": now, "who": f"{_user()}@{socket.gethostname()}"}
@@ -60,23 +60,23 @@ def read(store_root: Path, model: str | None = None) -> list[Record]:
 
 def champion(store_root: Path, model: str) -> Record | None:
     """Return the record that made the present champion, or None when there is none."""
-    standing = line(store_root, model)
-    return standing[-1] if standing else None
+    succession = champions(store_root, model)
+    return succession[-1] if succession else None
 
 
-def line(store_root: Path, model: str) -> list[Record]:
-    """Return the line of champions, the present one last: each rollback removes the one it took back."""
-    standing: list[Record] = []
+def champions(store_root: Path, model: str) -> list[Record]:
+    """Return the succession of champions, the present one last; a rollback removes the one that it took back."""
+    succession: list[Record] = []
     for record in read(store_root, model):
         if record["action"] not in _MOVES:
             continue
         if record["version"] is None:
-            standing.clear()
-        elif len(standing) > 1 and record["action"] != PROMOTE and record["version"] == standing[-2]["version"]:
-            standing.pop()
-        elif not standing or standing[-1]["version"] != record["version"]:
-            standing.append(record)
-    return standing
+            succession.clear()
+        elif len(succession) > 1 and record["action"] != PROMOTE and record["version"] == succession[-2]["version"]:
+            succession.pop()
+        elif not succession or succession[-1]["version"] != record["version"]:
+            succession.append(record)
+    return succession
 
 
 def models(store_root: Path) -> list[str]:

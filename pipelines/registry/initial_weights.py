@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.core import artifact, fingerprint
 from pipelines.core.errors import ConfigError, IntegrityError
-from pipelines.registry.package import MODEL_FOLDER, OURS
+from pipelines.registry.package import MODEL_FOLDER, OURS, downloaded
 from pipelines.tracking.client import connect, reachable
 from pipelines.tracking.config import TrackingConfig, resolve_uri
 
@@ -87,7 +85,7 @@ def opened(place: str, config: TrackingConfig, store_root: Path) -> Iterator[Pat
         return
     with _connected(config, store_root) as (client, uri):
         found = _version(client, place, parts)
-        with _fetched(client, uri, found, MODEL_FOLDER, store_root) as folder:
+        with downloaded(client, uri, found, MODEL_FOLDER, store_root) as folder:
             yield folder
 
 
@@ -178,7 +176,7 @@ def _manifest(client: MlflowClient, uri: str, version: ModelVersion, store_root:
     from mlflow.exceptions import MlflowException
 
     try:
-        with _fetched(client, uri, version, f"{OURS}/{artifact.MANIFEST}", store_root) as file:
+        with downloaded(client, uri, version, f"{OURS}/{artifact.MANIFEST}", store_root) as file:
             return artifact.Manifest.model_validate(json.loads(file.read_bytes()))
     except (MlflowException, OSError) as error:
         raise ConfigError(
@@ -187,18 +185,3 @@ def _manifest(client: MlflowClient, uri: str, version: ModelVersion, store_root:
         ) from error
     except ValueError as error:
         raise IntegrityError(f"the manifest of {version.name} version {version.version} is damaged: {error}") from error
-
-
-@contextlib.contextmanager
-def _fetched(client: MlflowClient, uri: str, version: ModelVersion, part: str, store_root: Path) -> Iterator[Path]:
-    """Download a part of a registered version for the length of the block."""
-    from mlflow.artifacts import download_artifacts
-
-    place = client.get_model_version_download_uri(version.name, str(version.version))
-    root = store_root / "scratch"
-    root.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="fetched-", dir=root))
-    try:
-        yield Path(download_artifacts(artifact_uri=f"{place}/{part}", dst_path=str(scratch), tracking_uri=uri))
-    finally:
-        shutil.rmtree(scratch)

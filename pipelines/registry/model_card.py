@@ -62,7 +62,7 @@ _PAGE = jinja2.Environment(autoescape=False, trim_blocks=True, lstrip_blocks=Tru
 | {{ row.name }} | {{ row.bits }} | {{ row.interval }} | {{ row.size }} | {{ row.cache }} |
 {% endfor %}
 {% for name, bits in baselines %}
-| {{ name }} (null arm) | {{ bits }} | | | |
+| {{ name }} (baseline) | {{ bits }} | | | |
 {% endfor %}
 {% if tasks %}
 
@@ -170,9 +170,9 @@ def _front_matter(
         front |= {"license_name": "licences-of-the-corpus", "license_details": "; ".join(licences) or "unknown"}
     front |= {"library_name": "transformers", "pipeline_tag": _PIPELINE[facts.family], "tags": ["ingot", facts.method]}
     front["datasets"] = [row["source"] for row in sources]
-    parent = next((one for one in models.values() if one.fingerprint == facts.base), None)
-    if parent is not None:
-        front["base_model"] = f"{config.model_name}/{parent.name}-{parent.fingerprint[:_KEY_DIGITS]}"
+    base = next((one for one in models.values() if one.fingerprint == facts.base), None)
+    if base is not None:
+        front["base_model"] = f"{config.model_name}/{base.name}-{base.fingerprint[:_KEY_DIGITS]}"
         front["base_model_relation"] = "quantized"
     front["model-index"] = [{"name": f"{config.model_name}-{facts.name}", "results": [_index_entry(facts)]}]
     return yaml.safe_dump(redact_value("", front), sort_keys=False, allow_unicode=True)

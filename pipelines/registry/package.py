@@ -11,18 +11,25 @@ transformers, not this checkout, and no pickle.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import shutil
+import tempfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.core.artifact import MANIFEST, Artifact
 from pipelines.core.errors import IntegrityError
 from pipelines.registry import evidence as evidence_of
 from pipelines.registry.evidence import Evidence
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 MODEL_FOLDER = "model"
 OURS = "ingot"
@@ -56,6 +63,29 @@ def build(model: Artifact, evidence: Evidence, card: str, folder: Path) -> None:
     shutil.copyfile(model.path / MANIFEST, ours / MANIFEST)
     (ours / CARD).write_text(card, encoding="utf-8")
     _describe(folder, source, evidence)
+
+
+@contextlib.contextmanager
+def downloaded(client: MlflowClient, uri: str, version: ModelVersion, part: str, store_root: Path) -> Iterator[Path]:
+    """Download a part of a registered version into the store's scratch for the length of the block.
+
+    Args:
+        client: connection to MLflow.
+        uri: where MLflow is.
+        version: the registered version.
+        part: file or folder below what `build` wrote.
+        store_root: root of the store.
+    """
+    from mlflow.artifacts import download_artifacts
+
+    source = client.get_model_version_download_uri(version.name, str(version.version))
+    scratch_root = store_root / "scratch"
+    scratch_root.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="fetched-", dir=scratch_root))
+    try:
+        yield Path(download_artifacts(artifact_uri=f"{source}/{part}", dst_path=str(scratch), tracking_uri=uri))
+    finally:
+        shutil.rmtree(scratch)
 
 
 def hashes_of(model: Artifact) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 A version is found again by fingerprint and digest before one is made; its bytes are fetched back and hashed before an
 alias moves; aliases move under a lock, and only from the champion that the decision was about. So a promotion that is
-cut anywhere ends, when repeated, with one version, one champion and one line of champions.
+cut anywhere ends, when repeated, with one version, one champion and one entry in the succession of champions.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +19,7 @@ from pipelines.core.errors import ConfigError, IntegrityError
 from pipelines.core.fault_injection import fault_point
 from pipelines.core.redaction import redact
 from pipelines.registry import evidence as evidence_of
-from pipelines.registry import history, listing, registry_lock
+from pipelines.registry import history, listing, package, registry_lock
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.package import MODEL_FOLDER, OURS
 from pipelines.tracking.client import connect, experiment_id, reachable
@@ -32,9 +30,11 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+"""Aliases; MLflow's documentation calls a candidate challenger."""
 _LEASE_WAIT_S = 900.0
 _PROMOTES = "ingot.promotes"
-_CROWNED = "ingot.crowned"
+_PROMOTED_BY = "ingot.promoted_by"
+"""Tag of a version that was champion: who made it so, when and why."""
 _KEY_DIGITS = 16
 
 
@@ -66,7 +66,7 @@ class Registry:
 
     def evidence(self, version: ModelVersion) -> Evidence:
         """Fetch what a registered version was judged by."""
-        with self._fetched(version, OURS) as folder:
+        with self._downloaded(version, OURS) as folder:
             return evidence_of.load(folder, str(version.version))
 
     def find(self, facts: Evidence) -> ModelVersion | None:
@@ -110,7 +110,7 @@ class Registry:
         Raises:
             IntegrityError: naming the file and both hashes; the version, if no alias names it, is removed.
         """
-        with self._fetched(version, MODEL_FOLDER) as folder:
+        with self._downloaded(version, MODEL_FOLDER) as folder:
             fault_point("promote.after_fetch", path=folder / "model.safetensors")
             found = {
                 f"{MODEL_FOLDER}/{path.relative_to(folder).as_posix()}": fingerprint.hash_file(path)
@@ -130,7 +130,7 @@ class Registry:
             hint="the version was not promoted; check the registry's storage, then run `ingot promote` again",
         )
 
-    def crown(self, version: ModelVersion, why: str, facts: Mapping[str, Any], *, over: ModelVersion | None) -> bool:
+    def promote(self, version: ModelVersion, why: str, facts: Mapping[str, Any], *, over: ModelVersion | None) -> bool:
         """Make a verified version the champion, and write it into the history once.
 
         Args:
@@ -148,25 +148,25 @@ class Registry:
         holder = str(previous.version) if previous is not None else None
         if holder not in {str(over.version) if over is not None else None, number}:
             return False
-        signed: dict[str, str] = {}
+        promoter: dict[str, str] = {}
         if holder != number:
-            signed = self._sign(number, why)
+            promoter = self._tag_promoter(number, why)
             self._client.set_registered_model_alias(self.model, CHAMPION, number)
         fault_point("promote.after_alias")
         self.release(CHALLENGER, number)
         known = history.champion(self.store_root, self.model)
         if known is None or known["version"] != number or known["action"] == history.OBSERVED:
-            self._note(history.PROMOTE, number, why, version.tags, previous=holder, **signed, **facts)
+            self._note(history.PROMOTE, number, why, version.tags, previous=holder, **promoter, **facts)
         return True
 
     def note_registered(self, version: ModelVersion) -> None:
         """Write a version that did not become champion into the history, once."""
         number = str(version.version)
         if all(record["version"] != number for record in history.read(self.store_root, self.model)):
-            self._note(history.REGISTERED, number, "child within budget", version.tags)
+            self._note(history.REGISTERED, number, "variant within budget", version.tags)
 
-    def challenge(self, version: ModelVersion) -> None:
-        """Name a version the challenger: registered, under examination, not champion."""
+    def mark_candidate(self, version: ModelVersion) -> None:
+        """Give a version the alias `challenger`: a candidate, registered and under examination, not champion."""
         if CHAMPION not in self._aliases(version):
             self._client.set_registered_model_alias(self.model, CHALLENGER, str(version.version))
 
@@ -183,18 +183,18 @@ class Registry:
             ConfigError: there was none before.
         """
         current = self.champion()
-        standing = history.line(self.store_root, self.model)
-        if current is None or len(standing) < 2:
+        succession = history.champions(self.store_root, self.model)
+        if current is None or len(succession) < 2:
             raise ConfigError(
                 f"{self.model} has no earlier champion to go back to", hint="`ingot list models` shows its versions"
             )
-        number = standing[-2]["version"]
+        number = succession[-2]["version"]
         tags = self._client.get_model_version(self.model, number).tags
         before = str(current.version)
         why = why or f"rollback from version {before}"
-        signed = self._sign(number, why)
+        promoter = self._tag_promoter(number, why)
         self._client.set_registered_model_alias(self.model, CHAMPION, number)
-        return self._note(history.ROLLBACK, number, why, tags, previous=before, **signed)
+        return self._note(history.ROLLBACK, number, why, tags, previous=before, **promoter)
 
     def run_for(self, facts: Evidence, experiment: str) -> str:
         """Return the MLflow run that carries a model's files when tracking names none."""
@@ -206,30 +206,15 @@ class Registry:
         self._client.set_terminated(created)
         return str(created)
 
-    @contextlib.contextmanager
-    def _fetched(self, version: ModelVersion, part: str) -> Iterator[Path]:
-        """Download one folder of a registered version for the length of the block."""
-        from mlflow.artifacts import download_artifacts
+    def _downloaded(self, version: ModelVersion, part: str) -> contextlib.AbstractContextManager[Path]:
+        return package.downloaded(self._client, self._uri, version, part, self.store_root)
 
-        uri = self._client.get_model_version_download_uri(self.model, str(version.version))
-        scratch = Path(tempfile.mkdtemp(prefix="fetched-", dir=self._scratch()))
-        try:
-            place = download_artifacts(artifact_uri=f"{uri}/{part}", dst_path=str(scratch), tracking_uri=self._uri)
-            yield Path(place)
-        finally:
-            shutil.rmtree(scratch)
-
-    def _sign(self, number: str, why: str) -> dict[str, str]:
+    def _tag_promoter(self, number: str, why: str) -> dict[str, str]:
         """Tag a version with who gives it the title, when and why: other stores see the registry, not our history."""
-        signature = history.signature()
-        text = json.dumps(signature | {"why": redact(why)}, sort_keys=True)
-        self._client.set_model_version_tag(self.model, number, _CROWNED, text)
-        return signature
-
-    def _scratch(self) -> Path:
-        folder = self.store_root / "scratch"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        promoter = history.who_and_when()
+        text = json.dumps(promoter | {"why": redact(why)}, sort_keys=True)
+        self._client.set_model_version_tag(self.model, number, _PROMOTED_BY, text)
+        return promoter
 
     def _by_alias(self, alias: str) -> ModelVersion | None:
         from mlflow.exceptions import MlflowException
@@ -269,10 +254,10 @@ class Registry:
 
 def _moved_by(tags: Mapping[str, str]) -> str:
     """Say what is known about an alias that another store, or somebody, moved."""
-    if _CROWNED not in tags:
+    if _PROMOTED_BY not in tags:
         return "alias found moved by hand"
-    signed = json.loads(tags[_CROWNED])
-    return f"alias found moved; {signed['who']} at {signed['time']}: {signed['why']}"
+    promoter = json.loads(tags[_PROMOTED_BY])
+    return f"alias found moved; {promoter['who']} at {promoter['time']}: {promoter['why']}"
 
 
 @contextlib.contextmanager
@@ -280,7 +265,7 @@ def opened(config: TrackingConfig, store_root: Path, model: str) -> Iterator[tup
     """Hold the right to change one registered model, and connect to it.
 
     It holds between all stores of a SQLite or PostgreSQL registry. For any other it holds within this store, and
-    `Registry.crown` looks once more at the champion before it moves the alias.
+    `Registry.promote` looks once more at the champion before it moves the alias.
 
     Yields:
         The registry and the id of the experiment.

@@ -3,7 +3,7 @@
 A SQLite registry is a file, and the file lock lies beside it, where every store that shares it looks. PostgreSQL lends
 advisory locks: the session that holds one loses it when its process, its host or its connection ends, so a dead holder
 blocks nobody. Other databases and MLflow's own server have nothing to lend: there promotions of two stores are only
-re-checked (see `Registry.crown`).
+re-checked (see `Registry.promote`).
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def run(config: PromoteConfig, inputs: Mapping[str, Artifact], out_dir: Path, co
     models = evidence.read(inputs)
     candidate, passed_over = gate.choose(models, config)
     with opened(config_of(context.tracking), context.store, config.model_name) as (registry, experiment):
-        crowned = False
-        while not crowned:  # again when another champion took over while this one was being registered
+        promoted = False
+        while not promoted:  # again when another champion took over while this one was being registered
             holder = registry.champion()
             champion = registry.evidence(holder) if holder is not None and "fingerprint" in holder.tags else None
             decision = gate.decide(candidate, models, champion, config)
@@ -56,10 +56,10 @@ def run(config: PromoteConfig, inputs: Mapping[str, Artifact], out_dir: Path, co
             job = _Promotion(registry, inputs, models, run_id, context)
             version = job.register(candidate, text)
             facts = {"versus_champion": decision.versus_champion, "run_id": run_id}
-            crowned = registry.crown(version, decision.rule, facts, over=holder)
-        if config.register_children:
-            for child in gate.within_budget(models, config):
-                extra = job.register(child, model_card.render(child, models, inputs, decision, config))
+            promoted = registry.promote(version, decision.rule, facts, over=holder)
+        if config.register_variants:
+            for variant in gate.within_budget(models, config):
+                extra = job.register(variant, model_card.render(variant, models, inputs, decision, config))
                 registry.release(CHALLENGER, str(extra.version))
                 registry.note_registered(extra)
     return {
@@ -98,7 +98,7 @@ class _Promotion:
             facts, folder, version_tags(facts, model, self._inputs["prepare"]), run_id=self._run_id, description=text
         )
         shutil.rmtree(folder, ignore_errors=True)
-        self._registry.challenge(version)
+        self._registry.mark_candidate(version)
         self._registry.verify(version, package.hashes_of(model))
         return version
 

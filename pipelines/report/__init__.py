@@ -32,17 +32,17 @@ def write(run_record: dict[str, Any], artifacts: Mapping[str, Artifact], path: P
 
 
 def write_pareto(run_record: Mapping[str, Any], artifacts: Mapping[str, Artifact], path: Path) -> bool:
-    """Write the children of a run by method and bits as JSON rows; return whether there are any."""
+    """Write the variants of a run by method and bits as JSON rows; return whether there are any."""
     evaluations = {
         name.removeprefix("evaluate."): intervals.read(found.path)
         for name, found in artifacts.items()
         if name.startswith("evaluate.")
     }
     tokens = compression.counted_tokens(run_record, artifacts)
-    children = compression.rows(intervals.table(evaluations), artifacts, tokens)
-    if children:
-        write_text(path, json.dumps(children, indent=1) + "\n")
-    return bool(children)
+    variants = compression.rows(intervals.table(evaluations), artifacts, tokens)
+    if variants:
+        write_text(path, json.dumps(variants, indent=1) + "\n")
+    return bool(variants)
 
 
 @functools.cache

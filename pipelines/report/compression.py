@@ -1,9 +1,9 @@
-"""Compression in the report: every child by method and bits, against its own parent and the null arms at its bytes.
+"""Compression in the report: every variant by method and bits, against its own base and the baselines at its bytes.
 
-The picture shows the ratio of bits per byte to the parent's, whose paired interval tells two models apart, where the
+The picture shows the ratio of bits per byte to the base's, whose paired interval tells two models apart, where the
 interval of the bits per byte themselves only tells how hard the documents are.
 
-Where attention caches count, a size is the bytes on disk and those of a cache: a child of a `kv_cache` method saves
+Where attention caches count, a size is the bytes on disk and those of a cache: a variant of a `kv_cache` method saves
 nothing on disk.
 """
 
@@ -21,13 +21,13 @@ from pipelines.report.charts import Axis
 Facts = dict[str, Any]
 _COMPRESS = "compress."
 CACHE_TOKENS = 4096
-"""Tokens whose cache counts where a child codes its cache and the recipe names no number."""
+"""Tokens whose cache counts where a variant codes its cache and the recipe names no number."""
 
 
 def counted_tokens(record: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> int:
     """Return the tokens of a run whose attention cache counts as part of a model's size.
 
-    `promote.cache_tokens`, as at the gate; where that is 0 and a child codes its cache, `CACHE_TOKENS`, else none.
+    `promote.cache_tokens`, as at the gate; where that is 0 and a variant codes its cache, `CACHE_TOKENS`, else none.
     """
     promote = (record.get("config") or {}).get("promote") or {}
     coded = any(node.startswith(_COMPRESS) and load_instructions.of(found).cache for node, found in artifacts.items())
@@ -46,34 +46,34 @@ def size_axis(cache_tokens: int) -> Axis:
 
 
 def rows(models: Sequence[Mapping[str, Any]], artifacts: Mapping[str, Artifact], cache_tokens: int = 0) -> list[Facts]:
-    """Return one row per child, from the smallest to the largest.
+    """Return one row per variant, from the smallest to the largest.
 
     Args:
-        models: rows of `comparison.table`, the parent's among them.
+        models: rows of `comparison.table`, the base's among them.
         artifacts: node name -> artifact.
         cache_tokens: tokens whose attention cache counts as part of a size.
 
     Returns:
-        The child's row of the comparison with `method`, `bits_per_weight`, `layer_bytes` (compressed layers), `arms`
+        The variant's row of the comparison with `method`, `bits_per_weight`, `layer_bytes` (compressed layers), `arms`
         (name -> ratio on validation text, bytes of the compressed layers or of a token's cache), `cache_tokens`,
         `footprint_bytes` (disk and cache), `size_ratio`, `footprint_ratio`, `prefill_ratio`, `decode_ratio`,
-        `memory_ratio` (to the parent's) and `best`: no other child is smaller and better.
+        `memory_ratio` (to the base's) and `best`: no other variant is smaller and better.
     """
-    parent = next((row for row in models if row["kind"] == "base"), None)
+    base = next((row for row in models if row["kind"] == "base"), None)
     measured = {row["model"]: row for row in models if row["kind"] == "variant"}
     found = []
     for node, artifact in artifacts.items():
         name = node.removeprefix(_COMPRESS)
         if node.startswith(_COMPRESS) and name in measured:
             report = artifact.read_json("compression.json")
-            found.append({**measured[name], **_stored(report), **_versus(measured[name], parent, cache_tokens)})
+            found.append({**measured[name], **_stored(report), **_versus(measured[name], base, cache_tokens)})
     best = pareto.frontier([_point(row) for row in found])
     return sorted(({**row, "best": row["model"] in best} for row in found), key=lambda row: row["footprint_bytes"])
 
 
-def picture(children: Sequence[Mapping[str, Any]], candidate: str | None = None) -> str:
-    """Return the picture: children of one method joined in order of size, null arms as diamonds; empty without any."""
-    shown = [row for row in children if row["ratio"] is not None]
+def picture(variants: Sequence[Mapping[str, Any]], candidate: str | None = None) -> str:
+    """Return the picture: variants of one method joined in order of size, baselines as diamonds; empty without any."""
+    shown = [row for row in variants if row["ratio"] is not None]
     if not shown:
         return ""
     by_method = sorted(shown, key=lambda row: (row["method"], row["footprint_bytes"]))
@@ -85,12 +85,12 @@ def picture(children: Sequence[Mapping[str, Any]], candidate: str | None = None)
         if name != row["method"]
     ]
     models = [_point(row, candidate) for row in shown]
-    x, y = size_axis(shown[0]["cache_tokens"]), Axis("bits per byte, ratio to the parent")
+    x, y = size_axis(shown[0]["cache_tokens"]), Axis("bits per byte, ratio to the base")
     return pareto.draw(models, [("parent", 1.0)], x, y, "Size against quality lost", joined=joined, arms=arms)
 
 
 def _size_with(arm: Mapping[str, Any], row: Mapping[str, Any]) -> float:
-    """Return the size of a child whose compressed layers, or whose cache, took an arm's bytes instead of their own."""
+    """Return a variant's size if its compressed layers, or its cache, took a baseline's bytes instead of their own."""
     size: float = row["footprint_bytes"]
     if "cache_bytes_per_token" in arm:
         own = row["arms"][row["method"]]["cache_bytes_per_token"]
@@ -112,16 +112,16 @@ def _stored(report: Mapping[str, Any]) -> Facts:
     }
 
 
-def _versus(child: Mapping[str, Any], parent: Mapping[str, Any] | None, cache_tokens: int) -> Facts:
+def _versus(variant: Mapping[str, Any], base: Mapping[str, Any] | None, cache_tokens: int) -> Facts:
     def ratio(key: str) -> float | None:
-        before = parent[key] if parent else None
-        return child[key] / before if before and child[key] is not None else None
+        before = base[key] if base else None
+        return variant[key] / before if before and variant[key] is not None else None
 
-    size = footprint(child, cache_tokens)
+    size = footprint(variant, cache_tokens)
     return {
         "cache_tokens": cache_tokens,
         "footprint_bytes": size,
-        "footprint_ratio": size / footprint(parent, cache_tokens) if parent else None,
+        "footprint_ratio": size / footprint(base, cache_tokens) if base else None,
         "size_ratio": ratio("size_bytes"),
         "prefill_ratio": ratio("prefill_ms"),
         "decode_ratio": ratio("decode_ms"),

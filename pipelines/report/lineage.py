@@ -35,17 +35,17 @@ def edges(names: Sequence[str], config: Mapping[str, Any]) -> list[tuple[str, st
 
     Args:
         names: nodes of the run.
-        config: the run's configuration; `compress[].from` tells which model a child was made from.
+        config: the run's configuration; `compress[].from` tells which model a variant was made from.
     """
-    bases = {child.get("name"): child.get("from") for child in config.get("compress") or []}
+    bases = {variant.get("name"): variant.get("from") for variant in config.get("compress") or []}
     pairs = [(CORPUS, "prepare"), ("prepare", "pretrain"), ("fetch", "pretrain")]
     for name in names:
-        stage, _, child = name.partition(".")
+        stage, _, variant = name.partition(".")
         if stage == "compress":
-            base = bases.get(child)
+            base = bases.get(variant)
             pairs.append((f"compress.{base}" if base in bases else "pretrain", name))
         elif stage == "evaluate":
-            pairs.append((child if child == "pretrain" else f"compress.{child}", name))
+            pairs.append((variant if variant == "pretrain" else f"compress.{variant}", name))
             pairs.append((name, "promote"))
     known = {*names, CORPUS}
     return [(a, b) for a, b in pairs if a in known and b in known]
@@ -97,7 +97,7 @@ def _places(nodes: Sequence[Node], rows: int) -> dict[str, tuple[float, float]]:
 def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
     """Return a curve from the right side of one box to the left side of another."""
     y1, y2 = start[1] + _HIGH / 2, end[1] + _HIGH / 2
-    if start[0] == end[0]:  # a child of a child: around the left side of the column
+    if start[0] == end[0]:  # a variant of a variant: around the left side of the column
         bend = start[0] - _GAP * 0.7
         return f'<path d="M{start[0]} {y1}C{bend} {y1} {bend} {y2} {end[0]} {y2}" class="edge" marker-end="url(#tip)"/>'
     x1, x2 = start[0] + _BOX, end[0]
@@ -113,8 +113,8 @@ def _heads() -> str:
 
 def _draw(node: Node, place: tuple[float, float]) -> str:
     x, y = place
-    child = node.name.partition(".")[2] or node.name  # the column says the stage
-    name = child if len(child) <= _LETTERS else child[: _LETTERS - 1] + "…"
+    variant = node.name.partition(".")[2] or node.name  # the column says the stage
+    name = variant if len(variant) <= _LETTERS else variant[: _LETTERS - 1] + "…"
     parts = [f'<g><title>{escape(node.name)}</title><rect x="{x}" y="{y}" width="{_BOX}" height="{_HIGH}" rx="5" ']
     parts.append(f'class="node {node.state}"/><text x="{x + 10}" y="{y + 19}" class="name">{escape(name)}</text>')
     for index, line in enumerate(node.lines):

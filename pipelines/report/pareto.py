@@ -1,4 +1,4 @@
-"""The picture of size against quality: models as points with error bars, null arms as lines or diamonds. Pure."""
+"""The picture of size against quality: models as points with error bars, baselines as lines or diamonds. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Model:
     size: float
     """Bytes on disk."""
     value: float
-    """Bits per byte, or their ratio to the parent's."""
+    """Bits per byte, or their ratio to the base's."""
     low: float
     high: float
     chosen: bool = False
@@ -57,7 +57,7 @@ def draw(
         y: quality axis.
         title: what the picture shows, for readers that cannot see it.
         joined: models that a line connects: one method at several sizes.
-        arms: null arms that have a size: diamonds, named when pointed at.
+        arms: baselines that have a size: diamonds, named when pointed at.
         width: of the view box, pixels.
     """
     shown = [m for m in models if finite(m.value)]
@@ -105,7 +105,7 @@ def _diamond(model: Model, frame: Frame) -> str:
 
 
 def _null_lines(nulls: Sequence[tuple[str, float]], frame: Frame) -> str:
-    """Return one line per null arm, its label right of the plot, moved down where it would lie on another."""
+    """Return one line per baseline, its label right of the plot, moved down where it would lie on another."""
     right, parts, last = frame.x.end, [], float("-inf")
     for name, value in sorted((n for n in nulls if finite(n[1])), key=lambda null: -null[1]):
         y = frame.y(value)

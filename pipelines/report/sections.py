@@ -13,7 +13,7 @@ from pipelines.report import axes, charts, compression, lineage, pareto
 from pipelines.report.charts import Axis, Series
 
 Facts = dict[str, Any]
-_PARENT = "pretrain"
+_BASE = "pretrain"
 _EVALUATE = "evaluate."
 
 
@@ -43,18 +43,18 @@ def page(record: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> Facts:
 def _headline(record: Mapping[str, Any], rows: list[Facts], gate: Facts) -> Facts:
     """Return the decision in a sentence, and the few numbers that a reader came for."""
     models = [row for row in rows if row["kind"] != "baseline"]
-    parent = next((row for row in models if row["model"] == _PARENT), None)
-    children = sorted((row for row in models if row is not parent), key=lambda row: row["size_bytes"])
+    base = next((row for row in models if row["model"] == _BASE), None)
+    variants = sorted((row for row in models if row is not base), key=lambda row: row["size_bytes"])
     shown = next((row for row in models if row["model"] == gate["candidate"]), None)
-    shown = shown or (children[0] if children else parent)
+    shown = shown or (variants[0] if variants else base)
     saved = None
-    if shown and parent and shown is not parent and parent["size_bytes"]:
-        saved = 1.0 - shown["size_bytes"] / parent["size_bytes"]
+    if shown and base and shown is not base and base["size_bytes"]:
+        saved = 1.0 - shown["size_bytes"] / base["size_bytes"]
     seconds = [entry["seconds"] for entry in record["nodes"].values() if entry.get("seconds")]
     return {
         "sentence": _sentence(record, gate),
         "model": shown,
-        "parent": parent,
+        "base": base,
         "saved": saved,
         "seconds": sum(seconds) if seconds else None,
     }
@@ -212,13 +212,13 @@ def _splits(report: Facts, index: Facts) -> list[Facts]:
 
 
 def _evaluations(artifacts: Mapping[str, Artifact]) -> dict[str, Facts]:
-    """Return name -> evaluation, the parent first."""
+    """Return name -> evaluation, the base first."""
     found = {
         name.removeprefix(_EVALUATE): intervals.read(artifact.path)
         for name, artifact in artifacts.items()
         if name.startswith(_EVALUATE)
     }
-    return dict(sorted(found.items(), key=lambda item: item[0] != _PARENT))
+    return dict(sorted(found.items(), key=lambda item: item[0] != _BASE))
 
 
 def _evaluation(
@@ -254,9 +254,9 @@ def _evaluation(
 def _compression(
     rows: list[Facts], artifacts: Mapping[str, Artifact], candidate: str | None, cache_tokens: int
 ) -> Facts | None:
-    """Return the children by method and bits; None where none was measured."""
-    children = compression.rows(rows, artifacts, cache_tokens)
-    return {"rows": children, "picture": compression.picture(children, candidate)} if children else None
+    """Return the variants by method and bits; None where none was measured."""
+    variants = compression.rows(rows, artifacts, cache_tokens)
+    return {"rows": variants, "picture": compression.picture(variants, candidate)} if variants else None
 
 
 # ---- lineage, configuration, environment ------------------------------------------------------------------------

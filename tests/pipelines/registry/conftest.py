@@ -87,24 +87,24 @@ class World:
         self,
         name: str,
         *,
-        parent: Artifact | None = None,
+        base: Artifact | None = None,
         seed: int = 0,
         prepare: Artifact | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> Artifact:
-        """Publish a model, with more files in its folder if wanted; with a parent it is a compressed child."""
+        """Publish a model, with more files in its folder if wanted; with a base it is a compressed variant."""
         build = self._build()
         shutil.copytree(self.model_folder, build / "model")
         for file, content in (files or {}).items():
             (build / "model" / file).write_bytes(content)
         (build / "note.txt").write_text(f"{name} {seed}")
         parents = {"prepare": (prepare or self.prepare).digest}
-        if parent is not None:
-            parents["model"] = parent.digest
+        if base is not None:
+            parents["model"] = base.digest
             facts = {"method": "rtn", "totals": {"bits_per_weight": 8.5}}
             (build / "compression.json").write_text(json.dumps(facts))
-        kind = "pretrain" if parent is None else "compress"
-        node = "pretrain" if parent is None else f"compress.{name}"
+        kind = "pretrain" if base is None else "compress"
+        node = "pretrain" if base is None else f"compress.{name}"
         return self._publish(build, kind, node, {"name": name, "seed": seed}, parents, {"steps": 600})
 
     def evaluation(

@@ -12,13 +12,13 @@ from pipelines.registry import evidence
 
 
 def test_evidence_holds_what_the_artifacts_say(world: Any) -> None:
-    parent = world.model("pretrain")
-    child = world.model("int8", parent=parent)
-    measured = world.evaluation(child, 2.1, size=321)
-    found = evidence.read(world.inputs((parent, world.evaluation(parent, 2.0)), (child, measured)))
+    base = world.model("pretrain")
+    variant = world.model("int8", base=base)
+    measured = world.evaluation(variant, 2.1, size=321)
+    found = evidence.read(world.inputs((base, world.evaluation(base, 2.0)), (variant, measured)))
     assert list(found) == ["pretrain", "int8"]
     facts = found["int8"]
-    assert (facts.fingerprint, facts.digest) == (child.manifest.fingerprint, child.digest)
+    assert (facts.fingerprint, facts.digest) == (variant.manifest.fingerprint, variant.digest)
     assert facts.bits_per_byte["value"] == measured.read_json("evaluation.json")["bits_per_byte"]["value"]
     assert np.array_equal(facts.nats, np.load(measured.path / "document_nats.npy"))
     assert (facts.size_bytes, facts.decode_ms, facts.kl_nats) == (321, 3.21, 0.01)
@@ -32,13 +32,13 @@ def test_an_uncompressed_model_has_the_bits_of_its_precision(world: Any) -> None
 
 
 def test_a_chain_of_children_descends_from_the_pretrained_model(world: Any) -> None:
-    parent = world.model("pretrain")
-    pruned = world.model("pruned", parent=parent)
-    quantized = world.model("quantized", parent=pruned)
-    pairs = [(model, world.evaluation(model, 2.0)) for model in (parent, pruned, quantized)]
+    base = world.model("pretrain")
+    pruned = world.model("pruned", base=base)
+    quantized = world.model("quantized", base=pruned)
+    pairs = [(model, world.evaluation(model, 2.0)) for model in (base, pruned, quantized)]
     found = evidence.read(world.inputs(*pairs))
     assert found["pretrain"].base is None
-    assert found["pruned"].base == found["quantized"].base == parent.manifest.fingerprint
+    assert found["pruned"].base == found["quantized"].base == base.manifest.fingerprint
 
 
 def test_two_corpora_with_the_same_held_out_text_compare(world: Any) -> None:

@@ -1,4 +1,4 @@
-"""The gate's truth table: better, worse, within noise, a child over each budget, not finite, not comparable."""
+"""The gate's truth table: better, worse, within noise, a variant over each budget, not finite, not comparable."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def model(name: str, bits: float, *, base: str | None = None, scatter: float = 0
     return Evidence(**(facts | changes))
 
 
-PARENT = model("pretrain", 2.0)
+BASE = model("pretrain", 2.0)
 CHAMPION = model("old", 2.05, version="3")
 
 
-def family(child: Evidence) -> dict[str, Evidence]:
-    """Return a parent and its child by name."""
-    return {"pretrain": PARENT, child.name: child}
+def family(variant: Evidence) -> dict[str, Evidence]:
+    """Return a base and its variant by name."""
+    return {"pretrain": BASE, variant.name: variant}
 
 
-def child_of_parent(bits: float = 2.002, **changes: Any) -> Evidence:
-    """Return a child of PARENT."""
-    return model("child", bits, base=PARENT.fingerprint, **changes)
+def variant_of_base(bits: float = 2.002, **changes: Any) -> Evidence:
+    """Return a variant of BASE."""
+    return model("variant", bits, base=BASE.fingerprint, **changes)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def child_of_parent(bits: float = 2.002, **changes: Any) -> Evidence:
     ],
     ids=["better", "worse", "equal", "within noise", "better beyond noise"],
 )
-def test_a_parent_must_beat_the_champion_beyond_noise(bits: float, scatter: float, accepted: bool) -> None:
+def test_a_base_must_beat_the_champion_beyond_noise(bits: float, scatter: float, accepted: bool) -> None:
     candidate = model("pretrain", bits, scatter=scatter)
     decision = decide(candidate, {"pretrain": candidate}, CHAMPION, CONFIG)
     assert decision.accepted is accepted
@@ -91,49 +91,49 @@ def test_the_noise_band_is_the_paired_bootstrap_done_by_hand() -> None:
 @pytest.mark.parametrize(
     ("changes", "limits", "broken"),
     [
-        ({"bits": 2.1}, {}, "bits per byte / parent"),
-        ({"size_bytes": 1001}, {}, "bytes / parent"),
+        ({"bits": 2.1}, {}, "bits per byte / base"),
+        ({"size_bytes": 1001}, {}, "bytes / base"),
         ({"tasks": {"cloze": {"accuracy": 0.3, "stderr": 0.05, "n": 64, "chance": 0.25}}}, {}, "accuracy lost, cloze"),
         ({"tasks": {}}, {}, "accuracy lost, cloze"),
-        ({"kl_nats": 0.3}, {"max_kl_nats": 0.1}, "KL to parent, nats/token"),
-        ({"kl_nats": None}, {"max_kl_nats": 0.1}, "KL to parent, nats/token"),
-        ({"decode_ms": 9.0}, {"max_latency_ratio": 1.5}, "decode time / parent"),
-        ({"decode_ms": None}, {"max_latency_ratio": 1.5}, "decode time / parent"),
+        ({"kl_nats": 0.3}, {"max_kl_nats": 0.1}, "KL to base, nats/token"),
+        ({"kl_nats": None}, {"max_kl_nats": 0.1}, "KL to base, nats/token"),
+        ({"decode_ms": 9.0}, {"max_latency_ratio": 1.5}, "decode time / base"),
+        ({"decode_ms": None}, {"max_latency_ratio": 1.5}, "decode time / base"),
         ({"bits": 3.3, "baselines": {}}, {"must_beat": ("gzip",), "max_bits_per_byte_ratio": 2.0}, "beats gzip"),
         ({}, {"must_beat": ("order9",)}, "beats order9"),
-        ({"test_digest": "u" * 64}, {}, "bits per byte / parent"),
+        ({"test_digest": "u" * 64}, {}, "bits per byte / base"),
     ],
 )
-def test_a_child_over_one_budget_is_refused_and_that_budget_is_named(
+def test_a_variant_over_one_budget_is_refused_and_that_budget_is_named(
     changes: dict[str, Any], limits: dict[str, Any], broken: str
 ) -> None:
-    child = child_of_parent(**changes)
-    decision = decide(child, family(child), None, PromoteConfig(**limits))
+    variant = variant_of_base(**changes)
+    decision = decide(variant, family(variant), None, PromoteConfig(**limits))
     assert not decision.accepted
     assert decision.broken == [broken]
     assert any(line.startswith(broken) and line.endswith("BROKEN") for line in table(decision).splitlines())
 
 
-def test_a_child_within_all_budgets_is_accepted() -> None:
-    child = child_of_parent()
+def test_a_variant_within_all_budgets_is_accepted() -> None:
+    variant = variant_of_base()
     limits = PromoteConfig(max_kl_nats=0.1, max_latency_ratio=1.5, must_beat=("gzip", "order1"))
-    assert decide(child, family(child), None, limits).accepted
+    assert decide(variant, family(variant), None, limits).accepted
 
 
 def test_a_loss_of_accuracy_within_its_noise_is_no_reason_to_refuse() -> None:
     tasks = {"cloze": {"accuracy": 0.66, "stderr": 0.06, "n": 64, "chance": 0.25}}
-    child = child_of_parent(tasks=tasks)
-    assert decide(child, family(child), None, CONFIG).accepted
+    variant = variant_of_base(tasks=tasks)
+    assert decide(variant, family(variant), None, CONFIG).accepted
 
 
 def test_paired_outcomes_show_a_loss_that_standard_errors_hide() -> None:
     right, wrong = [1] * 128, [0] * 20 + [1] * 108
     row = {"accuracy": 1.0, "stderr": 0.08, "n": 128, "chance": 0.25}
-    parent = replace(PARENT, tasks={"cloze": row}, outcomes={"cloze": right})
-    worse = child_of_parent(tasks={"cloze": row | {"accuracy": 108 / 128}})
-    unpaired = decide(worse, {"pretrain": parent, "child": worse}, None, CONFIG)
-    paired_child = replace(worse, outcomes={"cloze": wrong})
-    paired = decide(paired_child, {"pretrain": parent, "child": paired_child}, None, CONFIG)
+    base = replace(BASE, tasks={"cloze": row}, outcomes={"cloze": right})
+    worse = variant_of_base(tasks={"cloze": row | {"accuracy": 108 / 128}})
+    unpaired = decide(worse, {"pretrain": base, "variant": worse}, None, CONFIG)
+    paired_variant = replace(worse, outcomes={"cloze": wrong})
+    paired = decide(paired_variant, {"pretrain": base, "variant": paired_variant}, None, CONFIG)
     assert unpaired.accepted
     assert paired.broken == ["accuracy lost, cloze"]
 
@@ -141,24 +141,26 @@ def test_paired_outcomes_show_a_loss_that_standard_errors_hide() -> None:
 @pytest.mark.parametrize(
     ("champion", "accepted"),
     [
-        (replace(PARENT, version="1"), True),
-        (model("sibling", 1.99, base=PARENT.fingerprint, version="1"), True),
+        (replace(BASE, version="1"), True),
+        (model("sibling", 1.99, base=BASE.fingerprint, version="1"), True),
         (model("stranger", 1.99, version="1"), False),
         (model("stranger", 2.1, version="1"), True),
         (None, True),
     ],
-    ids=["its parent", "a sibling", "a better stranger", "a worse stranger", "nobody"],
+    ids=["its base", "a sibling", "a better stranger", "a worse stranger", "nobody"],
 )
-def test_a_child_may_replace_its_own_family_and_must_beat_strangers(champion: Evidence | None, accepted: bool) -> None:
-    child = child_of_parent()
-    assert decide(child, family(child), champion, CONFIG).accepted is accepted
+def test_a_variant_may_replace_its_family_and_must_beat_strangers(
+    champion: Evidence | None, accepted: bool
+) -> None:
+    variant = variant_of_base()
+    assert decide(variant, family(variant), champion, CONFIG).accepted is accepted
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_are_refused_before_any_comparison(poison: float) -> None:
-    nats = PARENT.nats.copy()
+    nats = BASE.nats.copy()
     nats[3] = poison
-    candidate = replace(PARENT, nats=nats)
+    candidate = replace(BASE, nats=nats)
     decision = decide(candidate, {"pretrain": candidate}, CHAMPION, CONFIG)
     assert decision.broken == ["finite numbers"]
     assert decision.versus_champion is None
@@ -166,7 +168,7 @@ def test_numbers_that_are_not_finite_are_refused_before_any_comparison(poison: f
 
 @pytest.mark.parametrize("bits", [math.nan, 0.0, -1.0, 8.0, 50.0])
 def test_bits_per_byte_that_no_model_has_are_refused(bits: float) -> None:
-    candidate = replace(PARENT, bits_per_byte={"value": bits, "low": 1.0, "high": 2.0})
+    candidate = replace(BASE, bits_per_byte={"value": bits, "low": 1.0, "high": 2.0})
     assert "bits per byte" in decide(candidate, {"pretrain": candidate}, None, CONFIG).broken
 
 
@@ -175,13 +177,13 @@ def test_bits_per_byte_that_no_model_has_are_refused(bits: float) -> None:
     [
         ({"test_digest": "u" * 64}, "held-out text differs"),
         ({"family": "encoder"}, "count different bits"),
-        ({"sizes": SIZES[:-1], "nats": PARENT.nats[:-1]}, "different documents"),
+        ({"sizes": SIZES[:-1], "nats": BASE.nats[:-1]}, "different documents"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_with_the_reason_unless_allowed(
     changes: dict[str, Any], reason: str
 ) -> None:
-    candidate = replace(PARENT, **changes)
+    candidate = replace(BASE, **changes)
     decision = decide(candidate, {"pretrain": candidate}, CHAMPION, CONFIG)
     assert not decision.accepted
     assert reason in decision.rule
@@ -191,83 +193,83 @@ def test_what_cannot_be_compared_is_refused_with_the_reason_unless_allowed(
 
 def test_the_champion_itself_passes_again() -> None:
     again = replace(CHAMPION, version=None)
-    assert decide(again, {"old": again, "pretrain": PARENT}, CHAMPION, CONFIG).rule == "is the champion already"
+    assert decide(again, {"old": again, "pretrain": BASE}, CHAMPION, CONFIG).rule == "is the champion already"
 
 
 def test_problems_with_the_evaluation_are_refused_by_their_words() -> None:
-    candidate = replace(PARENT, problems=("the evaluation is of another model",))
+    candidate = replace(BASE, problems=("the evaluation is of another model",))
     decision = decide(candidate, {"pretrain": candidate}, None, CONFIG)
     assert "the evaluation is of another model" in table(decision)
     assert not decision.accepted
 
 
-def test_smallest_takes_the_smallest_child_within_budget_and_says_whom_it_passed_over() -> None:
-    good = child_of_parent()
-    small = replace(child_of_parent(2.3), name="tiny", fingerprint="print of tiny", size_bytes=50)
-    models = {"pretrain": PARENT, "tiny": small, "child": good}
+def test_smallest_takes_the_smallest_variant_within_budget_and_says_whom_it_passed_over() -> None:
+    good = variant_of_base()
+    small = replace(variant_of_base(2.3), name="tiny", fingerprint="print of tiny", size_bytes=50)
+    models = {"pretrain": BASE, "tiny": small, "variant": good}
     chosen, passed_over = choose(models, CONFIG)
     assert chosen is good
-    assert passed_over == ["tiny (50 bytes): bits per byte / parent"]
+    assert passed_over == ["tiny (50 bytes): bits per byte / base"]
     assert within_budget(models, CONFIG) == [good]
 
 
 def test_among_children_of_the_same_bits_the_better_one_is_taken() -> None:
-    better = replace(child_of_parent(2.001), name="better", fingerprint="print of better", size_bytes=300_100)
-    shorter = replace(child_of_parent(2.004), name="shorter", fingerprint="print of shorter", size_bytes=300_000)
+    better = replace(variant_of_base(2.001), name="better", fingerprint="print of better", size_bytes=300_100)
+    shorter = replace(variant_of_base(2.004), name="shorter", fingerprint="print of shorter", size_bytes=300_000)
     config = PromoteConfig(max_bytes_ratio=10.0)
-    parent = replace(PARENT, size_bytes=1_000_000)
-    assert choose({"pretrain": parent, "better": better, "shorter": shorter}, config)[0] is better
+    base = replace(BASE, size_bytes=1_000_000)
+    assert choose({"pretrain": base, "better": better, "shorter": shorter}, config)[0] is better
 
 
-def test_smallest_falls_back_to_the_parent() -> None:
-    bad = child_of_parent(2.5)
+def test_smallest_falls_back_to_the_base() -> None:
+    bad = variant_of_base(2.5)
     chosen, passed_over = choose(family(bad), CONFIG)
-    assert chosen is PARENT
+    assert chosen is BASE
     assert len(passed_over) == 1
-    assert choose({"pretrain": PARENT}, CONFIG) == (PARENT, [])
+    assert choose({"pretrain": BASE}, CONFIG) == (BASE, [])
 
 
 def test_a_named_candidate_is_taken_whatever_it_measures() -> None:
-    bad = child_of_parent(2.5)
-    assert choose(family(bad), PromoteConfig(candidate="child"))[0] is bad
+    bad = variant_of_base(2.5)
+    assert choose(family(bad), PromoteConfig(candidate="variant"))[0] is bad
 
 
 def test_evidence_survives_the_registry(tmp_path: Any) -> None:
-    child = child_of_parent(outcomes={"cloze": [1, 0, 1]})
-    save(child, tmp_path)
+    variant = variant_of_base(outcomes={"cloze": [1, 0, 1]})
+    save(variant, tmp_path)
     again = load(tmp_path, "7")
-    assert again.facts() == child.facts()
+    assert again.facts() == variant.facts()
     assert again.version == "7"
-    assert np.array_equal(again.nats, child.nats)
-    assert decide(replace(again, version=None), family(child), again, CONFIG).rule == "is the champion already"
+    assert np.array_equal(again.nats, variant.nats)
+    assert decide(replace(again, version=None), family(variant), again, CONFIG).rule == "is the champion already"
 
 
-def test_a_child_that_saves_cache_alone_passes_when_the_cache_counts() -> None:
-    parent = replace(PARENT, cache_bytes=100.0)
-    child = child_of_parent(size_bytes=1010, cache_bytes=20.0)
-    models = {"pretrain": parent, "child": child}
-    on_disk = decide(child, models, None, CONFIG)
-    assert on_disk.broken == ["bytes / parent"]
+def test_a_variant_that_saves_cache_alone_passes_when_the_cache_counts() -> None:
+    base = replace(BASE, cache_bytes=100.0)
+    variant = variant_of_base(size_bytes=1010, cache_bytes=20.0)
+    models = {"pretrain": base, "variant": variant}
+    on_disk = decide(variant, models, None, CONFIG)
+    assert on_disk.broken == ["bytes / base"]
     served = PromoteConfig(cache_tokens=100, max_bytes_ratio=0.3)
-    decision = decide(child, models, None, served)
+    decision = decide(variant, models, None, served)
     assert decision.accepted
-    check = next(check for check in decision.checks if check.name == "bytes / parent")
+    check = next(check for check in decision.checks if check.name == "bytes / base")
     assert check.found == f"{(1010 + 2000) / (1000 + 10_000):.3f}"
     assert check.required == "at most 0.3 (with the cache of 100 tokens)"
 
 
-def test_the_smallest_child_is_that_which_needs_the_fewest_bytes_in_service() -> None:
-    parent = replace(PARENT, cache_bytes=100.0)
-    light = child_of_parent(size_bytes=300, cache_bytes=100.0)
-    cached = replace(child_of_parent(size_bytes=400, cache_bytes=10.0), name="cached", fingerprint="print of cached")
-    models = {"pretrain": parent, "child": light, "cached": cached}
+def test_the_smallest_variant_is_that_which_needs_the_fewest_bytes_in_service() -> None:
+    base = replace(BASE, cache_bytes=100.0)
+    light = variant_of_base(size_bytes=300, cache_bytes=100.0)
+    cached = replace(variant_of_base(size_bytes=400, cache_bytes=10.0), name="cached", fingerprint="print of cached")
+    models = {"pretrain": base, "variant": light, "cached": cached}
     assert choose(models, CONFIG)[0] is light
     assert choose(models, PromoteConfig(cache_tokens=10))[0] is cached
 
 
 def test_models_without_a_cache_count_their_bytes_on_disk() -> None:
-    child = child_of_parent()
-    assert decide(child, family(child), None, PromoteConfig(cache_tokens=10_000)).accepted
+    variant = variant_of_base()
+    assert decide(variant, family(variant), None, PromoteConfig(cache_tokens=10_000)).accepted
 
 
 def spaces(noise: float) -> tuple[np.ndarray, np.ndarray]:
@@ -307,9 +309,9 @@ def test_a_limit_on_the_embedding_space_needs_a_measurement() -> None:
 
 def test_the_description_of_a_space_survives_the_registry(tmp_path: Any) -> None:
     mine, _ = spaces(0.0)
-    save(replace(PARENT, relative=mine), tmp_path)
+    save(replace(BASE, relative=mine), tmp_path)
     again = load(tmp_path, "7")
     assert again.relative is not None
     assert np.array_equal(again.relative, mine)
-    save(PARENT, tmp_path / "plain")
+    save(BASE, tmp_path / "plain")
     assert load(tmp_path / "plain", "7").relative is None

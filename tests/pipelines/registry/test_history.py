@@ -41,7 +41,7 @@ def test_the_line_of_champions_follows_every_move(
     tmp_path: Path, moves: list[tuple[str, str | None]], line: list[str]
 ) -> None:
     write(tmp_path, *moves)
-    assert [record["version"] for record in history.line(tmp_path, "m")] == line
+    assert [record["version"] for record in history.champions(tmp_path, "m")] == line
 
 
 def test_a_record_cut_short_is_left_out_and_the_next_one_stays_whole(tmp_path: Path) -> None:

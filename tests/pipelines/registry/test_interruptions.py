@@ -36,7 +36,7 @@ def check_completed(world: Any, better: Mapping[str, Artifact]) -> None:
     champion = world.client().get_model_version_by_alias("ingot", "champion")
     assert champion.tags["fingerprint"] == better["model:pretrain"].manifest.fingerprint
     assert aliases(world) == {"champion": str(champion.version)}
-    assert [record["version"] for record in history.line(world.root, "ingot")] == ["1", str(champion.version)]
+    assert [record["version"] for record in history.champions(world.root, "ingot")] == ["1", str(champion.version)]
 
 
 @pytest.mark.parametrize("point", ["after_upload", "after_version", "after_fetch", "before_alias", "after_alias"])
@@ -109,7 +109,7 @@ def test_a_promotion_cut_at_every_call_to_the_registry_is_completed_by_the_next(
         if len(cuts) <= number:
             break
     assert sorted(v.tags["fingerprint"] for v in versions(world)) == sorted(prints), "one version a model"
-    line = [record["fingerprint"] for record in history.line(world.root, "ingot")]
+    line = [record["fingerprint"] for record in history.champions(world.root, "ingot")]
     assert line == prints, "one line of history a champion"
     changes = {"create_model_version", "set_model_version_tag", "set_registered_model_alias", "log_artifacts"}
     assert changes | {"delete_registered_model_alias", "create_run"} <= set(cuts)
@@ -124,14 +124,14 @@ def test_a_champion_that_took_over_meanwhile_is_met_by_a_new_decision(
     world.promote(best)
     client = world.client()
     client.set_registered_model_alias("ingot", "champion", "1")
-    crown = Registry.crown
+    promote = Registry.promote
 
     def overtaken(self: Registry, *args: Any, **kwargs: Any) -> bool:
-        monkeypatch.setattr(Registry, "crown", crown)
+        monkeypatch.setattr(Registry, "promote", promote)
         client.set_registered_model_alias("ingot", "champion", "2")
-        return crown(self, *args, **kwargs)
+        return promote(self, *args, **kwargs)
 
-    monkeypatch.setattr(Registry, "crown", overtaken)
+    monkeypatch.setattr(Registry, "promote", overtaken)
     with pytest.raises(GateRefused, match="champion v2"):
         world.promote(good)
     assert aliases(world) == {"champion": "2"}

@@ -29,12 +29,12 @@ def test_a_pretrained_model_names_no_base_model(world: Any) -> None:
     assert "pretrained from scratch" in page
 
 
-def test_a_child_names_its_parent_its_method_and_its_bits(world: Any) -> None:
-    parent = world.model("pretrain")
-    child = world.model("int8", parent=parent)
-    pairs = [(parent, world.evaluation(parent, 2.0)), (child, world.evaluation(child, 2.002, size=300))]
+def test_a_variant_names_its_base_its_method_and_its_bits(world: Any) -> None:
+    base = world.model("pretrain")
+    variant = world.model("int8", base=base)
+    pairs = [(base, world.evaluation(base, 2.0)), (variant, world.evaluation(variant, 2.002, size=300))]
     front, page = rendered(world.inputs(*pairs), "int8")
-    assert front["base_model"] == f"ingot/pretrain-{parent.manifest.fingerprint[:16]}"
+    assert front["base_model"] == f"ingot/pretrain-{base.manifest.fingerprint[:16]}"
     assert "compressed with rtn to 8.5 bits per weight" in page
     assert "| int8 |" in page
     assert "| pretrain |" in page
@@ -47,14 +47,14 @@ def test_a_child_names_its_parent_its_method_and_its_bits(world: Any) -> None:
         ("packed.safetensors", "a layout that no public loader reads"),
     ],
 )
-def test_a_child_that_plain_transformers_does_not_compute_is_told_to_be_loaded_with_ours(
+def test_a_variant_that_plain_transformers_does_not_compute_is_told_to_be_loaded_with_ours(
     file: str, said: str, world: Any
 ) -> None:
-    parent = world.model("pretrain")
-    child = world.model("coded", parent=parent, files={file: b"tables"})
+    base = world.model("pretrain")
+    variant = world.model("coded", base=base, files={file: b"tables"})
     pairs = [
-        (parent, world.evaluation(parent, 2.0, extra={"cache_bytes_per_token": 4096.0})),
-        (child, world.evaluation(child, 2.002, extra={"cache_bytes_per_token": 512.5})),
+        (base, world.evaluation(base, 2.0, extra={"cache_bytes_per_token": 4096.0})),
+        (variant, world.evaluation(variant, 2.002, extra={"cache_bytes_per_token": 512.5})),
     ]
     _, page = rendered(world.inputs(*pairs), "coded")
     assert said in page
@@ -67,9 +67,9 @@ def test_a_child_that_plain_transformers_does_not_compute_is_told_to_be_loaded_w
     assert "no code of Ingot is needed" in page
 
 
-def test_null_arms_and_tasks_stand_beside_the_model(world: Any) -> None:
+def test_baselines_and_tasks_stand_beside_the_model(world: Any) -> None:
     _, page = rendered(world.candidate(2.0))
-    assert "| gzip (null arm) | 3.2400 |" in page
+    assert "| gzip (baseline) | 3.2400 |" in page
     assert "| cloze | 0.75 |" in page
 
 
@@ -114,12 +114,12 @@ def test_the_licence_is_the_corpus_licence_or_spelt_out(
 
 def test_no_card_opens_the_documents_of_the_corpus(world: Any, opened_files: list[str]) -> None:
     """A card that streamed the training split would read the whole corpus once for each registered model."""
-    parent = world.model("pretrain")
-    child = world.model("int8", parent=parent)
-    pairs = [(parent, world.evaluation(parent, 2.0)), (child, world.evaluation(child, 2.002, size=300))]
+    base = world.model("pretrain")
+    variant = world.model("int8", base=base)
+    pairs = [(base, world.evaluation(base, 2.0)), (variant, world.evaluation(variant, 2.002, size=300))]
     inputs = world.inputs(*pairs)
     opened_files.clear()
-    world.promote(inputs, register_children=True)
+    world.promote(inputs, register_variants=True)
     reports = [name for name in opened_files if name.endswith("prepare/1/report.json")]
     assert 1 <= len(reports) <= 4
     assert not [name for name in opened_files if "/documents/" in name]

@@ -138,8 +138,8 @@ def test_a_failure_inside_frees_the_model(postgres: str, tmp_path: Path) -> None
 
 def test_a_killed_holder_blocks_nobody(postgres: str, tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom pipelines.registry import alone\n"
-        f"with alone.hold({postgres!r}, Path({str(tmp_path / 'one')!r}), 'model', wait_s=5):\n"
+        "import sys\nfrom pathlib import Path\nfrom pipelines.registry import registry_lock\n"
+        f"with registry_lock.hold({postgres!r}, Path({str(tmp_path / 'one')!r}), 'model', wait_s=5):\n"
         "    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     holder = subprocess.Popen(

@@ -66,7 +66,7 @@ def test_a_better_model_replaces_the_champion_and_a_worse_one_is_refused(world: 
         ({"bits": 9.0}, "bits per byte"),
         ({"bits": 3.2}, "beats order1"),
     ],
-    ids=["NaN", "worse than guessing", "below a null arm"],
+    ids=["NaN", "worse than guessing", "below a baseline"],
 )
 def test_an_insane_first_model_is_refused_and_leaves_nothing(world: Any, numbers: dict[str, Any], named: str) -> None:
     numbers = {"bits": 2.0} | numbers
@@ -101,28 +101,28 @@ def test_a_model_with_another_tokenizer_is_refused(world: Any) -> None:
         world.promote(inputs)
 
 
-def test_the_smallest_child_within_budget_is_chosen(world: Any) -> None:
-    parent = world.model("pretrain")
-    pairs = [(parent, world.evaluation(parent, 2.0, size=1000))]
+def test_the_smallest_variant_within_budget_is_chosen(world: Any) -> None:
+    base = world.model("pretrain")
+    pairs = [(base, world.evaluation(base, 2.0, size=1000))]
     for name, bits, size in (("int8", 2.002, 300), ("int4", 2.01, 160), ("int2", 2.4, 90)):
-        child = world.model(name, parent=parent)
-        pairs.append((child, world.evaluation(child, bits, size=size)))
+        variant = world.model(name, base=base)
+        pairs.append((variant, world.evaluation(variant, bits, size=size)))
     summary = world.promote(world.inputs(*pairs))
     assert (summary["candidate"], summary["size_bytes"]) == ("int4", 160)
     version = world.client().get_model_version("ingot", "1")
     assert (version.tags["method"], version.tags["bits"]) == ("rtn", "8.5")
-    assert version.tags["base"] == parent.manifest.fingerprint
+    assert version.tags["base"] == base.manifest.fingerprint
 
 
-def test_a_child_may_replace_its_parent_within_budget_but_no_stranger(world: Any) -> None:
-    parent = world.model("pretrain")
-    measured = world.evaluation(parent, 2.0, size=1000)
-    world.promote(world.inputs((parent, measured)))
-    child = world.model("int8", parent=parent)
-    inputs = world.inputs((parent, measured), (child, world.evaluation(child, 2.01, size=300)))
-    assert world.promote(inputs)["rule"] == "child within budget of the champion's own model"
+def test_a_variant_may_replace_its_base_within_budget_but_no_stranger(world: Any) -> None:
+    base = world.model("pretrain")
+    measured = world.evaluation(base, 2.0, size=1000)
+    world.promote(world.inputs((base, measured)))
+    variant = world.model("int8", base=base)
+    inputs = world.inputs((base, measured), (variant, world.evaluation(variant, 2.01, size=300)))
+    assert world.promote(inputs)["rule"] == "variant within budget of the champion's own model"
     stranger = world.model("pretrain", seed=5)
-    cousin = world.model("int8", parent=stranger, seed=5)
+    cousin = world.model("int8", base=stranger, seed=5)
     pairs = [(stranger, world.evaluation(stranger, 2.02)), (cousin, world.evaluation(cousin, 2.021, size=300))]
     with pytest.raises(GateRefused, match="broken: bits per byte / champion"):
         world.promote(world.inputs(*pairs))
@@ -130,12 +130,12 @@ def test_a_child_may_replace_its_parent_within_budget_but_no_stranger(world: Any
 
 
 def test_other_children_are_registered_when_asked(world: Any) -> None:
-    parent = world.model("pretrain")
-    pairs = [(parent, world.evaluation(parent, 2.0, size=1000))]
+    base = world.model("pretrain")
+    pairs = [(base, world.evaluation(base, 2.0, size=1000))]
     for name, size in (("int8", 300), ("int4", 160)):
-        child = world.model(name, parent=parent)
-        pairs.append((child, world.evaluation(child, 2.001, size=size)))
-    world.promote(world.inputs(*pairs), register_children=True)
+        variant = world.model(name, base=base)
+        pairs.append((variant, world.evaluation(variant, 2.001, size=size)))
+    world.promote(world.inputs(*pairs), register_variants=True)
     rows = list_models(world.root)
     assert {(row["tags"]["size_bytes"], tuple(row["aliases"])) for row in rows} == {("160", ("champion",)), ("300", ())}
     assert history.fingerprints(world.root) == {row["tags"]["fingerprint"] for row in rows}
@@ -233,9 +233,9 @@ def test_an_empty_store_lists_no_model_and_makes_no_database(tmp_path: Path, mon
 
 
 def test_the_card_has_front_matter_that_parses_and_every_section(world: Any, tmp_path: Path) -> None:
-    parent = world.model("pretrain")
-    child = world.model("int8", parent=parent)
-    pairs = [(parent, world.evaluation(parent, 2.0)), (child, world.evaluation(child, 2.002, size=300))]
+    base = world.model("pretrain")
+    variant = world.model("int8", base=base)
+    pairs = [(base, world.evaluation(base, 2.0)), (variant, world.evaluation(variant, 2.002, size=300))]
     out = tmp_path / "out"
     out.mkdir()
     world.promote(world.inputs(*pairs), out)
@@ -249,7 +249,7 @@ def test_the_card_has_front_matter_that_parses_and_every_section(world: Any, tmp
     assert metrics[0]["value"] == pytest.approx(2.0, rel=0.05)
     headings = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
     assert headings == ["Data", "Training", "Evaluation", "Gate", "Limits", "Lineage"]
-    assert child.digest[:16] in page
+    assert variant.digest[:16] in page
     assert "| shakespeare | public domain | 50 | 45 |" in page
     assert "0123456789abcdef0123456789abcdef.dir" in page
 

@@ -25,7 +25,7 @@ MADE = Provenance(
     python="3.11.7 linux",
     data_hash="abcdef0123456789.dir",
 )
-CHECK = {"name": "bytes / parent", "found": "0.250", "required": "at most 1", "passed": True}
+CHECK = {"name": "bytes / base", "found": "0.250", "required": "at most 1", "passed": True}
 
 
 def evaluation(bits: float, size: int, ratio: float | None, baselines: dict[str, float]) -> dict[str, Any]:

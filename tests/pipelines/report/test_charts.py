@@ -145,7 +145,7 @@ def test_labels_of_a_crowd_lie_apart(count: int) -> None:
         assert all(abs(y - b) >= 12 or abs(x - a) >= 6 * len("gptq-int0-group64") for a, b in boxes[:index])
 
 
-def test_null_arms_are_lines_with_labels_apart() -> None:
+def test_baselines_are_lines_with_labels_apart() -> None:
     nulls = [("gzip", 3.0), ("xz", 3.001), ("order1", 3.002), ("order2", NAN)]
     root = parse(pareto.draw([Model("a", 1e6, 2.0, 1.9, 2.1)], nulls, Axis("size", log=True), Axis("bits"), "t"))
     heights = sorted(float(e.get("y", "")) for e in root.iter("text") if e.get("class") == "key")

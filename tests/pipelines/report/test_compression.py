@@ -1,4 +1,4 @@
-"""Children by method and bits: ratios to the parent, the frontier, null arms at a child's bytes, and the picture."""
+"""Variants by method and bits: ratios to the base, the frontier, baselines at a variant's bytes, and the picture."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MODELS = [
 
 
 @pytest.fixture
-def children(tmp_path: Path) -> Callable[..., dict[str, Artifact]]:
+def variants(tmp_path: Path) -> Callable[..., dict[str, Artifact]]:
     """Return a function that makes compress artifacts of name -> further keys of compression.json."""
 
     def make(**reports: dict[str, Any]) -> dict[str, Artifact]:
@@ -63,8 +63,8 @@ def children(tmp_path: Path) -> Callable[..., dict[str, Artifact]]:
     return make
 
 
-def test_a_row_holds_method_bits_and_ratios_to_the_parent(children: Any) -> None:
-    found = compression.rows(MODELS, children(rtn8={}, rtn4={}, gptq4={}))
+def test_a_row_holds_method_bits_and_ratios_to_the_base(variants: Any) -> None:
+    found = compression.rows(MODELS, variants(rtn8={}, rtn4={}, gptq4={}))
     assert [row["model"] for row in found] == ["rtn4", "gptq4", "rtn8"]
     eight = found[-1]
     assert (eight["method"], eight["bits_per_weight"]) == ("rtn", 8.25)
@@ -74,35 +74,37 @@ def test_a_row_holds_method_bits_and_ratios_to_the_parent(children: Any) -> None
     assert found[0]["decode_ratio"] is None, "not measured is not zero"
 
 
-def test_only_children_that_nothing_equals_in_both_are_best(children: Any) -> None:
-    found = compression.rows(MODELS, children(rtn8={}, rtn4={}, gptq4={}))
+def test_only_variants_that_nothing_equals_in_both_are_best(variants: Any) -> None:
+    found = compression.rows(MODELS, variants(rtn8={}, rtn4={}, gptq4={}))
     assert {row["model"] for row in found if row["best"]} == {"gptq4", "rtn8"}
 
 
-def test_a_child_that_was_not_measured_has_no_row(children: Any) -> None:
-    assert compression.rows(MODELS, children(hqq4={})) == []
+def test_a_variant_that_was_not_measured_has_no_row(variants: Any) -> None:
+    assert compression.rows(MODELS, variants(hqq4={})) == []
     assert compression.picture([]) == ""
 
 
-def test_sizes_of_one_method_are_joined_and_others_are_not(children: Any) -> None:
-    svg = compression.picture(compression.rows(MODELS, children(rtn8={}, rtn4={}, gptq4={})))
+def test_sizes_of_one_method_are_joined_and_others_are_not(variants: Any) -> None:
+    svg = compression.picture(compression.rows(MODELS, variants(rtn8={}, rtn4={}, gptq4={})))
     (line,) = re.findall(r'<polyline points="([^"]+)" class="method"', svg)
     xs = [float(point.split(",")[0]) for point in line.split()]
     assert len(xs) == 2
     assert xs[0] < xs[1], "from the smaller to the larger"
 
 
-def test_null_arms_are_diamonds_where_the_child_would_lie_with_their_bytes(children: Any) -> None:
-    """An arm of as many layer bytes stands straight above its child; one of more bytes to the right of it."""
+def test_baselines_are_diamonds_where_the_variant_would_lie_with_their_bytes(variants: Any) -> None:
+    """An arm of as many layer bytes stands straight above its variant; one of more bytes to the right of it."""
     arms = {"rtn": {"ratio": INTERVAL, "bytes": 500}, "random": {"ratio": INTERVAL, "bytes": 700}}
-    found = compression.rows(MODELS, children(gptq4={"arms": arms}, rtn8={}))
+    found = compression.rows(MODELS, variants(gptq4={"arms": arms}, rtn8={}))
     svg = compression.picture(found, "gptq4")
     diamonds = {
         tip.split()[0]: float(x) for x, tip in re.findall(r'<path d="M([\d.]+) [^"]*" class="arm"><title>([^<]+)', svg)
     }
-    child = next(float(x) for x, tip in re.findall(r'<circle cx="([\d.]+)"[^>]*><title>([^<]+)', svg) if "gptq4" in tip)
-    assert diamonds["rtn"] == pytest.approx(child, abs=0.11)
-    assert diamonds["random"] > child + 5
+    variant = next(
+        float(x) for x, tip in re.findall(r'<circle cx="([\d.]+)"[^>]*><title>([^<]+)', svg) if "gptq4" in tip
+    )
+    assert diamonds["rtn"] == pytest.approx(variant, abs=0.11)
+    assert diamonds["random"] > variant + 5
     assert svg.count('class="ring"') == 1, "the candidate"
 
 
@@ -113,17 +115,17 @@ ARMS = {
 }
 
 
-def coded(children: Any) -> tuple[list[dict[str, Any]], dict[str, Artifact]]:
-    """A parent, a child with small weights and one with a coded cache, which is no smaller on disk."""
+def coded(variants: Any) -> tuple[list[dict[str, Any]], dict[str, Artifact]]:
+    """A base, a variant with small weights and one with a coded cache, which is no smaller on disk."""
     models = [*MODELS[:2], model("kvq4", "variant", 4010, 1.01, None)]
     models = [row | {"cache_bytes_per_token": CACHES[row["model"]]} for row in models]
     totals = {"bits_per_weight": None, "bits_per_cached_number": 3.4}
-    return models, children(rtn8={}, kvq4={"arms": ARMS, "totals": totals})
+    return models, variants(rtn8={}, kvq4={"arms": ARMS, "totals": totals})
 
 
-def test_a_coded_cache_counts_where_caches_count(children: Any) -> None:
+def test_a_coded_cache_counts_where_caches_count(variants: Any) -> None:
     """On disk it is the largest and dominated; with the cache of 400 tokens it is the smallest."""
-    models, artifacts = coded(children)
+    models, artifacts = coded(variants)
     disk, both = (compression.rows(models, artifacts, tokens) for tokens in (0, 400))
     assert [row["model"] for row in disk] == ["rtn8", "kvq4"]
     assert [row["footprint_bytes"] for row in disk] == [1200, 4010]
@@ -134,8 +136,8 @@ def test_a_coded_cache_counts_where_caches_count(children: Any) -> None:
     assert {row["model"] for row in both if row["best"]} == {"kvq4", "rtn8"}
 
 
-def test_an_arm_of_a_coded_cache_stands_where_its_cache_puts_it(children: Any) -> None:
-    models, artifacts = coded(children)
+def test_an_arm_of_a_coded_cache_stands_where_its_cache_puts_it(variants: Any) -> None:
+    models, artifacts = coded(variants)
     found = compression.rows(models, artifacts, 400)
     assert compression._size_with(ARMS["rtn"], found[0]) == 12010 + 400 * 10
     svg = compression.picture(found)
@@ -153,7 +155,7 @@ def test_an_arm_of_a_coded_cache_stands_where_its_cache_puts_it(children: Any) -
         (["kv_cache.safetensors"], 300, 300),
     ],
 )
-def test_the_cache_counts_at_the_gates_tokens_or_where_a_child_codes_it(
+def test_the_cache_counts_at_the_gates_tokens_or_where_a_variant_codes_it(
     files: list[str], wanted: int, counted: int, tmp_path: Path
 ) -> None:
     for file in files:
@@ -165,13 +167,13 @@ def test_the_cache_counts_at_the_gates_tokens_or_where_a_child_codes_it(
     assert compression.counted_tokens(record, made) == counted
 
 
-def test_the_arm_that_is_the_child_itself_is_not_drawn_twice(children: Any) -> None:
+def test_the_arm_that_is_the_variant_itself_is_not_drawn_twice(variants: Any) -> None:
     arms = {"gptq": {"ratio": INTERVAL, "bytes": 500}}
-    svg = compression.picture(compression.rows(MODELS, children(gptq4={"arms": arms})))
+    svg = compression.picture(compression.rows(MODELS, variants(gptq4={"arms": arms})))
     assert 'class="arm"' not in svg
 
 
-def test_the_page_and_the_logged_table_show_the_child_and_its_arms(
+def test_the_page_and_the_logged_table_show_the_variant_and_its_arms(
     artifacts: dict[str, Artifact], record: dict[str, Any], tmp_path: Path
 ) -> None:
     node = "compress.<b>int4"

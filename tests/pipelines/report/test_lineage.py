@@ -1,4 +1,4 @@
-"""The lineage picture: edges follow the configuration, a child of a child included."""
+"""The lineage picture: edges follow the configuration, a variant of a variant included."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_edges_lead_from_the_corpus_to_promote() -> None:
     }
 
 
-def test_a_child_of_a_child_hangs_on_its_own_parent() -> None:
+def test_a_variant_of_a_variant_hangs_on_its_own_base() -> None:
     config = {"compress": [{"name": "low-rank", "from": ""}, {"name": "int8", "from": "low-rank"}]}
     edges = lineage.edges(["pretrain", "compress.low-rank", "compress.int8"], config)
     assert ("compress.low-rank", "compress.int8") in edges

@@ -120,14 +120,14 @@ def test_names_and_messages_of_users_are_text_never_markup(
 def test_a_refused_gate_shows_its_reason_in_full(
     render: Render, record: dict[str, Any], artifacts: dict[str, Artifact]
 ) -> None:
-    reason = "the gate refused <b>int4\ncheck           found\nbytes / parent  1.5    BROKEN"
+    reason = "the gate refused <b>int4\ncheck           found\nbytes / base  1.5    BROKEN"
     record |= {"status": "refused", "error": reason}
     record["nodes"]["promote"]["state"] = "failed"
     del artifacts["promote"]
     text = Page(render(record, artifacts)).text
     assert "The gate refused: no new champion" in text
     assert reason in text
-    assert "75.0 %" in text  # the smallest child is shown where nobody was put forward
+    assert "75.0 %" in text  # the smallest variant is shown where nobody was put forward
 
 
 @pytest.mark.parametrize("kept", [(), ("prepare",), ("prepare", "pretrain"), ("evaluate.<b>int4",), ("promote",)])

@@ -86,7 +86,7 @@ def test_every_setting_is_listed_under_its_dotted_name(value: dict[str, Any], ex
     assert list(sections.flatten(value)) == wanted
 
 
-def test_the_parent_stands_first_and_null_arms_last(record: dict[str, Any], artifacts: dict[str, Artifact]) -> None:
+def test_the_base_stands_first_and_baselines_last(record: dict[str, Any], artifacts: dict[str, Artifact]) -> None:
     backwards = dict(reversed(artifacts.items()))
     facts = sections.page(record, backwards)["evaluation"]
     assert [(row["model"], row["kind"]) for row in facts["rows"]] == [
