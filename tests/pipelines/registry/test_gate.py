@@ -149,9 +149,7 @@ def test_paired_outcomes_show_a_loss_that_standard_errors_hide() -> None:
     ],
     ids=["its base", "a sibling", "a better stranger", "a worse stranger", "nobody"],
 )
-def test_a_variant_may_replace_its_family_and_must_beat_strangers(
-    champion: Evidence | None, accepted: bool
-) -> None:
+def test_a_variant_may_replace_its_family_and_must_beat_strangers(champion: Evidence | None, accepted: bool) -> None:
     variant = variant_of_base()
     assert decide(variant, family(variant), champion, CONFIG).accepted is accepted
 
