@@ -1,6 +1,8 @@
 """Line charts and bars as SVG text: points in, markup out. Pure.
 
-Colours come from the page's style sheet, so that they follow light and dark; names are escaped here.
+Colours come from the page's style sheet, so that they follow light and dark; names are escaped here. matplotlib was
+tried instead: the same page took 4.4 s of processor time instead of 0.3 s at the end of every run, also a cached one,
+was half as large again, and its check for tensors imports torch.
 """
 
 from __future__ import annotations
