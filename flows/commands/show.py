@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from flows import console, recipe
@@ -128,7 +129,7 @@ def _show_artifact(found: Artifact, *, as_json: bool) -> None:
         for key, value in manifest.provenance.model_dump().items():
             print(f"  {key:<12}{value}")
     print("lineage:")
-    for line in _lineage(found):
+    for line in _lineage(found, {stored.manifest.fingerprint: stored for stored in store().artifacts()}):
         print(f"  {line}")
     print("result:")
     for key, value in manifest.summary.items():
@@ -138,19 +139,24 @@ def _show_artifact(found: Artifact, *, as_json: bool) -> None:
         print(f"  {record.sha256[:12]}  {console.size(record.size):>9}  {name}")
 
 
-def _lineage(found: Artifact, depth: int = 0) -> list[str]:
-    """Return the ancestors of an artifact, one line each, corpus last."""
-    by_digest = {a.digest: a for a in store().artifacts()}
+def _lineage(found: Artifact, stored: Mapping[str, Artifact], depth: int = 0) -> list[str]:
+    """Return the ancestors of an artifact, one line each, corpus last; `stored` is the store by fingerprint.
+
+    Digests do not name ancestors: two stages whose results have the same bytes share one.
+    """
+    keys = found.manifest.identity.get("inputs", {})
     lines = []
     for name, digest in found.manifest.parents.items():
-        parent = by_digest.get(digest)
+        parent = stored.get(keys.get(name, ""))
+        if parent is not None and parent.digest != digest:
+            parent = None  # it was made again since, with other bytes
         node = parent.manifest.node if parent else "(not in this store)"
         lines.append("  " * depth + f"{name}: {node} {digest[:12]}")
         if parent is not None:
-            lines += _lineage(parent, depth + 1)
+            lines += _lineage(parent, stored, depth + 1)
     if found.manifest.stage == "fetch":
         made_by = found.manifest.summary.get("origin")
         lines.append("  " * depth + f"from: {found.manifest.summary['source']} {(made_by or '')[:12]}".rstrip())
-    elif "data" in found.manifest.identity.get("inputs", {}) or not found.manifest.parents:
-        lines.append("  " * depth + f"corpus: data.dvc {found.manifest.identity.get('inputs', {}).get('data', '?')}")
+    elif "data" in keys or not found.manifest.parents:
+        lines.append("  " * depth + f"corpus: data.dvc {keys.get('data', '?')}")
     return lines

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -91,10 +91,10 @@ class Artifact:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
     def verify(self) -> None:
-        """Hash every file again.
+        """Hash every file again, whatever is known of it; readers inside a run use `Store.verify`.
 
         Raises:
-            IntegrityError: naming the file, the expected and the found sha256.
+            IntegrityError: naming the file, the expected and the actual sha256.
         """
         for name, record in self.manifest.files.items():
             verify_file(self.path / name, record)
@@ -238,15 +238,15 @@ def _observed(name: str, observations: Collection[str]) -> bool:
     return any(name == o or (o.endswith("/") and name.startswith(o)) for o in observations)
 
 
-def verify_file(path: Path, record: FileRecord) -> None:
-    """Hash one file again.
+def verify_file(path: Path, record: FileRecord, hash_file: Callable[[Path], str] = fingerprint.hash_file) -> None:
+    """Compare the hash of one file with its record.
 
     Raises:
-        IntegrityError: naming the file, the expected and the found sha256.
+        IntegrityError: naming the file, the expected and the actual sha256.
     """
-    found = fingerprint.hash_file(path) if path.is_file() else "(missing)"
-    if found != record.sha256:
+    actual = hash_file(path) if path.is_file() else "(missing)"
+    if actual != record.sha256:
         raise IntegrityError(
-            f"{path} does not match its manifest: expected sha256 {record.sha256}, found {found}",
+            f"{path} does not match its manifest: expected sha256 {record.sha256}, found {actual}",
             hint="`ingot verify` lists every damaged artifact; delete this one and run again to rebuild it",
         )

@@ -125,7 +125,7 @@ def materialize(
         if not force and (cached := store.find(stage.name, key)):
             return cached
         for used in inputs.values():
-            used.verify()
+            store.verify(used)
         scratch = store.scratch(stage.name, resume_key)
         scratch.mkdir(parents=True, exist_ok=True)
         build = store.build_folder(stage.name, resume_key)

@@ -2,6 +2,7 @@
 
 .ingot/artifacts/<stage>/<fingerprint>/   published artifacts
 .ingot/scratch/<stage>-<resume key>/      what an unfinished stage keeps between attempts (checkpoints)
+.ingot/verified/                          hashes of files that a run has verified, while they stay as they are
 .ingot/leases/                            who works on what
 .ingot/runs/<run id>/                     record and report of each run
 """
@@ -13,11 +14,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.core import artifact, lock
+from pipelines.core import artifact, fingerprint, lock
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import IntegrityError
+from pipelines.core.hash_memo import HashMemo
 
 _KEY_DIGITS = 32
+_VERIFIED_S = 24 * 3600.0
+"""How long a verification counts: longer than the nodes of most runs are apart, shorter than disks take to rot."""
 
 
 class Store:
@@ -30,17 +34,35 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
 
-    def path(self, stage: str, fingerprint: str) -> Path:
-        """Return where the artifact with this fingerprint lives or would live."""
-        return self.root / "artifacts" / stage / fingerprint[:_KEY_DIGITS]
+    def path(self, stage: str, key: str) -> Path:
+        """Return where the artifact with the fingerprint `key` lives or would live."""
+        return self.root / "artifacts" / stage / key[:_KEY_DIGITS]
 
-    def find(self, stage: str, fingerprint: str) -> Artifact | None:
-        """Return the published artifact, or None; a damaged manifest counts as none."""
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """Return the published artifact with the fingerprint `key`, or None; a damaged manifest counts as none."""
         try:
-            found = artifact.load(self.path(stage, fingerprint))
+            stored = artifact.load(self.path(stage, key))
         except IntegrityError:
             return None
-        return found if found.manifest.fingerprint == fingerprint else None
+        return stored if stored.manifest.fingerprint == key else None
+
+    def verify(self, used: Artifact) -> None:
+        """Verify an artifact before it is read; files that were verified lately and have not changed are not read.
+
+        What is known is kept in the store, so that the nodes of a run verify an input once, whichever process they
+        run in. `Artifact.verify` hashes every byte.
+
+        Raises:
+            IntegrityError: naming the file, the expected and the actual sha256.
+        """
+        record = self._verified(used.path)
+        memo = HashMemo(record, fingerprint.hash_file, max_age_s=_VERIFIED_S)
+        for name, file in used.manifest.files.items():
+            artifact.verify_file(used.path / name, file, memo.hash)
+        memo.save()
+
+    def _verified(self, folder: Path) -> Path:
+        return self.root / "verified" / f"{folder.parent.name}-{folder.name}.json"
 
     def artifacts(self) -> Iterator[Artifact]:
         """Yield every published artifact, oldest first, without those whose manifest is damaged."""
@@ -61,23 +83,23 @@ class Store:
         manifests = self.root.glob("artifacts/*/[!.]*/" + artifact.MANIFEST)
         return [path.parent for path in sorted(manifests, key=lambda p: (p.stat().st_mtime, p))]
 
-    def scratch(self, stage: str, fingerprint: str) -> Path:
+    def scratch(self, stage: str, resume_key: str) -> Path:
         """Return the scratch folder of a stage execution: the same one at every attempt."""
-        return self.root / "scratch" / f"{stage}-{fingerprint[:_KEY_DIGITS]}"
+        return self.root / "scratch" / f"{stage}-{resume_key[:_KEY_DIGITS]}"
 
     @contextlib.contextmanager
-    def lease(self, stage: str, fingerprint: str, *, wait_s: float | None) -> Iterator[None]:
+    def lease(self, stage: str, resume_key: str, *, wait_s: float | None) -> Iterator[None]:
         """Hold the right to build one artifact; see `pipelines.core.lock.hold`."""
-        key = f"{stage}-{fingerprint[:_KEY_DIGITS]}"
+        key = f"{stage}-{resume_key[:_KEY_DIGITS]}"
         with lock.hold(self.root / "leases" / f"{key}.lock", what=f"stage {key}", wait_s=wait_s):
             yield
 
-    def build_folder(self, stage: str, fingerprint: str) -> Path:
+    def build_folder(self, stage: str, resume_key: str) -> Path:
         """Return an empty folder on the store's file system to build in; the lease must be held.
 
         What an earlier, killed attempt left there is removed.
         """
-        folder = self.root / "artifacts" / stage / f".building-{fingerprint[:_KEY_DIGITS]}"
+        folder = self.root / "artifacts" / stage / f".building-{resume_key[:_KEY_DIGITS]}"
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)

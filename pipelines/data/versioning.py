@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from pipelines.core.errors import ConfigError, IntegrityError, TransientError
+from pipelines.core.hash_memo import HashMemo
 from pipelines.core.provenance import CHECKOUT
 from pipelines.data import dvc
 from pipelines.data.config import DataConfig
@@ -105,15 +106,26 @@ def hash_tree(md5: Mapping[str, str]) -> str:
     return hashlib.md5(json.dumps(entries, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + _DIRECTORY
 
 
-def hash_files(path: Path) -> dict[str, str]:
-    """Return relative path -> md5 of every file under a folder, or of the one file that `path` is."""
+def hash_files(path: Path, memo: HashMemo | None = None) -> dict[str, str]:
+    """Return relative path -> md5 of every file under a folder, or of the one file that `path` is.
+
+    With a memo, files that have not changed since they were hashed are not read.
+    """
+    md5_of = _md5 if memo is None else memo.hash
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     root = path.parent if path.is_file() else path
-    return {file.relative_to(root).as_posix(): _md5(file) for file in files}
+    return {file.relative_to(root).as_posix(): md5_of(file) for file in files}
 
 
-def verify(config: DataConfig, checkout: Path = CHECKOUT) -> Corpus:
-    """Hash the corpus in the work tree and compare it with what data.dvc says.
+def verify(config: DataConfig, checkout: Path = CHECKOUT, *, reread: bool = False) -> Corpus:
+    """Compare the corpus in the work tree with what data.dvc says.
+
+    Args:
+        config: which corpus.
+        checkout: the folder with data.dvc.
+        reread: read every byte, also of files that have not changed since they were hashed. The rule for "not
+            changed" is that of DVC's own state (size, inode, times), kept here because importing DVC alone takes
+            longer than a cached run may.
 
     Raises:
         IntegrityError: missing or different; the message names the file, both hashes and the repair.
@@ -122,11 +134,15 @@ def verify(config: DataConfig, checkout: Path = CHECKOUT) -> Corpus:
     if not path.exists():
         raise IntegrityError(f"{path} does not exist", hint="`ingot data pull` brings it from the DVC remote")
     expected = data_hash(config.model_copy(update={"rev": None}), checkout)
-    return _verified(path, expected, checkout, _REPAIR.format(dvc_file=config.dvc_file))
+    return _verified(path, expected, checkout, _REPAIR.format(dvc_file=config.dvc_file), reread=reread)
 
 
-def _verified(path: Path, expected: str, checkout: Path, hint: str) -> Corpus:
-    found = hash_files(path)
+def _verified(path: Path, expected: str, checkout: Path, hint: str, *, reread: bool = False) -> Corpus:
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    memo = None if reread else HashMemo(checkout / ".dvc" / "tmp" / f"ingot-md5-{place}.json", _md5)
+    found = hash_files(path, memo)
+    if memo is not None:
+        memo.save()
     total = hash_tree(found) if path.is_dir() else next(iter(found.values()))
     if total != expected:
         difference = _first_difference(path, found, _listing(expected, checkout))
@@ -229,7 +245,7 @@ def status(config: DataConfig, checkout: Path = CHECKOUT) -> dict[str, Any]:
     """Return the recorded hash, whether the work tree matches it, and whether the remote has it."""
     tracked = _tracked(config, checkout)
     try:
-        verify(config, checkout)
+        verify(config, checkout, reread=True)
         work_tree = "matches"
     except IntegrityError as error:
         work_tree = error.message
@@ -258,7 +274,7 @@ def pull(config: DataConfig, checkout: Path = CHECKOUT, *, force: bool = False) 
         raise
     # DVC trusts its cache without hashing it again.
     hint = f"the DVC cache is damaged: delete .dvc/cache/files, then `dvc pull --force {config.dvc_file}`"
-    corpus = _verified(checkout / config.path, data_hash(config, checkout), checkout, hint)
+    corpus = _verified(checkout / config.path, data_hash(config, checkout), checkout, hint, reread=True)
     return {"hash": corpus.hash, "files": len(corpus.md5), "path": str(corpus.path)}
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from flows.commands import list as list_command
 from flows.commands import lookup
+from flows.commands import show as show_command
 from flows.commands import store as store_command
 from flows.run_record import NodeRecord, Runs
 from pipelines.core import artifact
@@ -143,6 +144,20 @@ def test_a_name_is_found_as_run_node_path_and_fingerprint_and_a_near_miss_is_off
     with pytest.raises(ConfigError, match=r"nothing here is called 'compress.rtm'; did you mean 'compress.rtn'\?"):
         lookup.find("compress.rtm")
     assert lookup.find_artifact(found.manifest.fingerprint[:5]) is None
+
+
+def test_show_reads_each_manifest_a_few_times_however_many_ancestors_there_are(
+    store: Store, made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = made("prepare")
+    for number in range(8):
+        newest = made(f"compress.{number}", newest)
+    loaded: list[Path] = []
+    load = artifact.load
+    monkeypatch.setattr(artifact, "load", lambda path: loaded.append(path) or load(path))
+    show_command.show(str(newest.path), "demo", [], as_json=False)
+    assert capsys.readouterr().out.count("compress.") > 7
+    assert len(loaded) <= 10  # the artifact itself, then each of nine once
 
 
 def test_a_model_is_exported_only_where_there_is_one(store: Store, made: Made, tmp_path: Path) -> None:

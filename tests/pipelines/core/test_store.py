@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.core import artifact
+from pipelines.core import artifact, fingerprint, hash_memo
 from pipelines.core.artifact import Artifact
-from pipelines.core.errors import LockedError
+from pipelines.core.errors import IntegrityError, LockedError
 from pipelines.core.fingerprint import digest
 from pipelines.core.store import Store
 
@@ -91,3 +91,22 @@ def test_the_lease_of_one_artifact_leaves_the_others_free(tmp_path: Path) -> Non
             store.lease("prepare", "ab" * 32, wait_s=0),
         ):
             pass
+
+
+def test_an_input_is_read_once_for_all_nodes_of_a_run_and_a_changed_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hash_memo, "_GRAIN_NS", -(10**12))
+    read: list[Path] = []
+    hash_file = fingerprint.hash_file
+    made = publish(Store(tmp_path), "prepare", 1)
+    monkeypatch.setattr(fingerprint, "hash_file", lambda path: read.append(path) or hash_file(path))
+    for _node in range(3):
+        Store(tmp_path).verify(made)
+    assert read == [made.path / "n.txt"]
+    (made.path / "n.txt").write_text("2")
+    with pytest.raises(IntegrityError, match=r"n\.txt does not match its manifest"):
+        Store(tmp_path).verify(made)
+    (made.path / "n.txt").unlink()
+    with pytest.raises(IntegrityError, match=r"found \(missing\)"):
+        Store(tmp_path).verify(made)

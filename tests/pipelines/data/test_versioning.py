@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.core import hash_memo
 from pipelines.core.errors import ConfigError, IntegrityError, LockedError, TransientError
 from pipelines.core.provenance import CHECKOUT
 from pipelines.data import dvc, reader, versioning
@@ -98,6 +99,24 @@ def test_a_flipped_byte_is_refused_naming_the_file_both_hashes_and_the_repair(ch
     assert f"{victim}: expected md5 {right}, found {md5(victim)}" in caught.value.message
     assert "bible" not in caught.value.message
     assert "dvc pull --force data.dvc" in str(caught.value.hint)
+
+
+def test_a_corpus_is_read_once_until_a_file_changes(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rerun over 20 GB must not read them: the second verification reads no byte."""
+    monkeypatch.setattr(hash_memo, "_GRAIN_NS", -(10**12))
+    read: list[Path] = []
+    hash_file = versioning._md5
+    monkeypatch.setattr(versioning, "_md5", lambda path: read.append(path) or hash_file(path))
+    first = versioning.verify(HERE, checkout)
+    assert {path.name for path in read if path.parent == first.path} == set(first.md5)
+    read.clear()
+    assert versioning.verify(HERE, checkout) == first
+    assert read == []
+    assert versioning.verify(HERE, checkout, reread=True) == first
+    assert len(read) == len(first.md5)
+    flip(checkout / "data" / "milton.jsonl.zst")
+    with pytest.raises(IntegrityError, match=r"milton\.jsonl\.zst: expected md5"):
+        versioning.verify(HERE, checkout)
 
 
 def test_missing_and_unknown_files_are_named(checkout: Path) -> None:
