@@ -14,9 +14,9 @@ import math
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from models.architectures.config import ArchitectureConfig
+from models.architectures.transformers_internals import without_initialization
 
 _RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "Wo.weight")
 """Matrices that write into the residual stream."""
@@ -48,7 +48,7 @@ def initial_tensor(name: str, shape: torch.Size, *, seed: int, std: float, layer
 def build(config: ArchitectureConfig, *, seed: int) -> PreTrainedModel:
     """Return the model of `config` in float32 on the CPU, initialised from `seed`."""
     family = importlib.import_module(f"models.architectures.{config.family}")
-    with no_init_weights():
+    with without_initialization():
         model: PreTrainedModel = family.construct(config)
     model.tie_weights()
     with torch.no_grad():

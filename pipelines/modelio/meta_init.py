@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers.initialization import no_init_weights
 
+from models.architectures.transformers_internals import without_initialization
 from pipelines.core.errors import ConfigError, IntegrityError
 from pipelines.modelio.folder import WeightReader
 
@@ -24,10 +24,10 @@ def build(folder: Path) -> transformers.PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with no_init_weights(), parameters_on_meta():
+    with without_initialization(), parameters_on_meta():
         model = architecture(config, folder)(config)
     model.tie_weights()
-    return model.eval()
+    return model.eval().requires_grad_(requires_grad=False)
 
 
 def architecture(config: transformers.PretrainedConfig, folder: Path) -> type[transformers.PreTrainedModel]:
@@ -43,20 +43,12 @@ def is_encoder(model: transformers.PreTrainedModel) -> bool:
     return type(model).__name__.endswith("ForMaskedLM")
 
 
-@contextlib.contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Create parameters on the meta device inside the block, one at a time; buffers stay real."""
-    register = nn.Module.register_parameter
+def parameters_on_meta() -> AbstractContextManager[None]:
+    """Return a context in which parameters are created on the meta device; buffers stay real and hold their values.
 
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        light = parameter if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, light)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    Buffers such as the frequencies of rotary positions are computed while a model is built and stand in no file.
+    """
+    return init_empty_weights(include_buffers=False)
 
 
 def blocks(model: transformers.PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -66,12 +58,12 @@ def blocks(model: transformers.PreTrainedModel) -> tuple[str, nn.ModuleList]:
         ConfigError: the model has no single stack of `num_hidden_layers` layers.
     """
     depth = getattr(model.config, "num_hidden_layers", 0)
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if len(found) != 1:
+    stacks = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if len(stacks) != 1:
         raise ConfigError(
-            f"{type(model).__name__} has {len(found)} stacks of {depth} layers; compression walks models with one"
+            f"{type(model).__name__} has {len(stacks)} stacks of {depth} layers; compression walks models with one"
         )
-    return found[0]
+    return stacks[0]
 
 
 def load(module: nn.Module, prefix: str, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
@@ -82,13 +74,13 @@ def load(module: nn.Module, prefix: str, reader: WeightReader, device: torch.dev
 
 def load_rest(model: transformers.PreTrainedModel, stack: str, reader: WeightReader, device: torch.device) -> None:
     """Load every parameter outside the stack of layers; tied ones that the folder does not hold stay on meta."""
-    held = set(reader.names())
+    stored = set(reader.names())
     for name, _ in list(model.named_parameters()):
-        if name in held and not name.startswith(f"{stack}."):
+        if name in stored and not name.startswith(f"{stack}."):
             set_parameter(model, name, reader.dense(name).to(device, model.dtype))
-    for child in model.modules():
-        for name, buffer in child.named_buffers(recurse=False):
-            setattr(child, name, buffer.to(device))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
 def release(module: nn.Module) -> None:

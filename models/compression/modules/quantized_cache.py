@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward, rotate_half
 
+from models.architectures import transformers_internals
 from models.compression.formats.cache_codes import Quantizer, Rows
 
 
@@ -221,6 +221,10 @@ class QuantizedCache(Cache):
             self._positions_BT = self._positions_BT[indices.to(self._positions_BT.device)]
 
 
+_READ = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "scaling", "config")
+"""Attributes of `LlamaAttention` that `QuantizedCacheAttention` computes with."""
+
+
 class QuantizedCacheAttention(LlamaAttention):
     """Llama attention over decoded keys and values; made from a `LlamaAttention` by `attach`."""
 
@@ -250,7 +254,7 @@ class QuantizedCacheAttention(LlamaAttention):
             past_key_values.finished(self.layer_idx)
         else:
             raise TypeError(f"this model needs the cache that its `new_cache()` makes; got {type(past_key_values)}")
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)  # noqa: SLF001 - as transformers does
+        attend = transformers_internals.attention_function(self.config, eager_attention_forward)
         output, weights = attend(
             self,
             rotate(query, position_embeddings),
@@ -291,13 +295,16 @@ def attach(model: PreTrainedModel, tables: Sequence[Tables]) -> QuantizedCacheLl
 
     Raises:
         ValueError: it is no plain Llama decoder; keys and values have other places in every other family.
+        NotImplementedError: Llama's attention is another one in the installed transformers.
     """
     if type(model) is not LlamaForCausalLM:
         raise ValueError(f"kvquant quantizes the cache of LlamaForCausalLM; {type(model).__name__} is another family")
     for layer, table in zip(model.model.layers, tables, strict=True):
-        layer.self_attn.__class__ = QuantizedCacheAttention
+        transformers_internals.become(layer.self_attn, QuantizedCacheAttention, _READ, overrides=("forward",))
         layer.self_attn.tables = table
-    model.__class__ = QuantizedCacheLlama
+    transformers_internals.become(
+        model, QuantizedCacheLlama, ("model", "config"), overrides=("forward", "_prepare_cache_for_generation")
+    )
     return model
 
 
