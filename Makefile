@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt
 
-.PHONY: run test test-tensors test-pipelines setup check exactness faults bench bench-gpu bench-large-batch bench-lisa clean
+.PHONY: run test test-tensors test-pipelines setup check quick quick-tensors quick-pipelines docs exactness faults bench bench-gpu bench-large-batch bench-lisa clean
 
 run: $(VENV)/.installed
 	@$(BIN)/ingot run --recipe demo
@@ -23,7 +23,22 @@ test-tensors: $(VENV)/.installed-dev
 test-pipelines: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(TENSORS))
 
-# Formatting, types and layers: half a minute, no training.
+# Unit tests that train nothing, in two halves side by side. What trains, starts ranks or services, or is marked `slow`, is
+# left to `make test`. The selection is this list and that mark, nothing else.
+QUICK_TENSORS = tests/models
+QUICK_PIPELINES = tests/style tests/docs tests/flows tests/pipelines/core tests/pipelines/measure tests/pipelines/report
+QUICK = -q -m "not slow and not exactness and not faults_full" --timeout 60
+
+quick: $(VENV)/.installed-dev
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 quick-tensors quick-pipelines
+
+quick-tensors: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(QUICK) $(QUICK_TENSORS)
+
+quick-pipelines: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(QUICK) $(QUICK_PIPELINES)
+
+# Lint, formatting, types and layers; no test runs. Under a minute, less once mypy has its cache.
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,6 +68,10 @@ bench-large-batch: $(VENV)/.installed-dev
 # LISA beside full AdamW and LoRA: quality, memory and time; about half an hour, in parts that go on.
 bench-lisa: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/lisa_quality.py --minutes 25
+
+# Write the pages of docs/reference that are made from the code.
+docs: $(VENV)/.installed
+	$(BIN)/python infra/reference_pages.py
 
 clean:
 	rm -rf $(VENV) .ingot data .mypy_cache .ruff_cache .pytest_cache .hypothesis

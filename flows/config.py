@@ -35,7 +35,7 @@ class RunConfig(Settings):
     data: DataConfig = Field(default_factory=DataConfig, description="Which corpus, at which revision.")
     prepare: PrepareConfig = Field(default_factory=PrepareConfig, description="From corpus to packed tokens.")
     pretrain: PretrainConfig = Field(default_factory=PretrainConfig, description="The model and its training.")
-    compress: list[CompressConfig] = Field(default_factory=list, description="The children to derive from the model.")
+    compress: list[CompressConfig] = Field(default_factory=list, description="The variants to derive from the model.")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="What to measure.")
     promote: PromoteConfig = Field(default_factory=PromoteConfig, description="The gate and the registry.")
     compute: ComputeConfig = Field(default_factory=ComputeConfig, description="Devices, time-outs, retries.")

@@ -34,5 +34,5 @@ class Method(TrainingMethod[Config], config=Config):
     """Continued training."""
 
     bits: ClassVar[str] = "32"
-    paper: ClassVar[str] = "control arm; none"
+    paper: ClassVar[str] = "none; a baseline"
     not_informative: ClassVar[str] = "it compresses nothing: it is what other methods are compared with"
