@@ -1,4 +1,4 @@
-"""The flow as Prefect sees it: tasks with their inputs as edges, side by side where they may be, stopped by a signal."""
+"""The flow as Prefect sees it: tasks with their inputs as edges, side by side where they may, stopped by a signal."""
 
 from __future__ import annotations
 
