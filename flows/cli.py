@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Annotated, Any
 
 import typer
 
 from pipelines.core import disk
+from pipelines.core.errors import DiskFullError, IngotError
 
 app = typer.Typer(
     name="ingot",
@@ -20,6 +22,8 @@ app = typer.Typer(
 )
 data = typer.Typer(help="The corpus: DVC for people who do not want to learn DVC today.", no_args_is_help=True)
 app.add_typer(data, name="data")
+
+_KEPT_RUNS = 3
 
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help="Name of a recipe, or the path of a TOML file.")]
 Overrides = Annotated[
@@ -188,11 +192,13 @@ def verify(
 
 @app.command()
 def gc(
-    keep: Annotated[int, typer.Option("--keep", min=0, help="Newest runs whose artifacts stay.")] = 3,
+    keep: Annotated[
+        int, typer.Option("--keep", min=0, help="Newest runs whose artifacts and checkpoints stay.")
+    ] = _KEPT_RUNS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove artifacts that neither the newest runs nor any registered model need."""
+    """Remove artifacts, checkpoints and leftovers that no run at work, new run or registered model needs."""
     from flows.commands import store as command
 
     command.gc(keep, dry_run=dry_run, as_json=as_json)
@@ -261,4 +267,9 @@ def main() -> None:
         if (known := disk.known(error)) is None:
             raise
         print(f"ingot: {known}", file=sys.stderr)
+        if isinstance(known, DiskFullError):
+            from flows.commands.store import reclaimable
+
+            with contextlib.suppress(OSError, IngotError):
+                print(f"  -> {reclaimable(_KEPT_RUNS)}", file=sys.stderr)
         sys.exit(known.exit_code)

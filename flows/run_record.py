@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 from pipelines.core.artifact import write_text
 from pipelines.core.errors import ConfigError
 from pipelines.core.processes import ProcessName, this_process
+from pipelines.core.store import Store
 
 RECORD = "run.json"
 REPORT = "report.html"
@@ -30,6 +31,8 @@ class NodeRecord(BaseModel):
 
     stage: str
     fingerprint: str
+    resume_key: str = ""
+    """What its unfinished work is found by."""
     state: str = "waits"
     """waits, running, cached, done, failed."""
     message: str = ""
@@ -92,6 +95,7 @@ class Runs:
 
     def __init__(self, store_root: Path) -> None:
         self.root = store_root / "runs"
+        self._store = Store(store_root)
 
     def start(
         self,
@@ -114,7 +118,8 @@ class Runs:
             process=this_process(),
             nodes=nodes,
         )
-        self.save(record)
+        with self._store.registering():  # from now on `ingot gc` leaves in place what it needs
+            self.save(record)
         return record
 
     def _claim(self, wanted: str) -> str:

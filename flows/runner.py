@@ -141,7 +141,10 @@ def open_execution(plan: RunPlan, *, console: Callable[[Progress], None], wait_s
 
     runs, overrides = Runs(plan.store.root), list(plan.overrides)
     resolved = plan.config.model_dump(mode="json")
-    nodes = {n: NodeRecord(stage=i.node.stage.name, fingerprint=i.fingerprint) for n, i in plan.graph.items()}
+    nodes = {
+        name: NodeRecord(stage=node.node.stage.name, fingerprint=node.fingerprint, resume_key=node.resume_key)
+        for name, node in plan.graph.items()
+    }
     record = runs.start(recipe=plan.recipe, overrides=overrides, config=resolved, data_hash=plan.data_hash, nodes=nodes)
     session = tracking.open_session(
         plan.config.tracking,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from flows import console
 from flows.commands.lookup import find, find_artifact, store
 from flows.run_record import RunRecord, Runs
+from pipelines.core import garbage
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, IntegrityError, TransientError
+from pipelines.core.garbage import Garbage
 from pipelines.registry import history
 
 
@@ -49,19 +50,45 @@ def _verified(each: Artifact) -> dict[str, Any]:
 
 
 def gc(keep: int, *, dry_run: bool, as_json: bool) -> None:
-    """Remove what neither the newest runs nor a registered model needs, and scratch of finished stages."""
-    wanted = _wanted(keep)
+    """Remove what neither a run at work, nor the newest runs, nor a registered model needs.
+
+    Besides artifacts these are checkpoints of runs that nobody will go on with, and folders of attempts that were
+    killed. What somebody works on at this moment stays.
+    """
+    if not store().root.exists():
+        removable: list[Garbage] = []
+    elif dry_run:
+        removable = _garbage(keep)
+    else:
+        with store().registering():
+            removable = list(garbage.remove(store(), _garbage(keep)))
+    total = sum(each.bytes for each in removable)
     rows = [
-        {"node": a.manifest.node, "bytes": a.size, "size": console.size(a.size), "path": str(a.path)}
-        for a in store().artifacts()
-        if a.manifest.fingerprint not in wanted
+        {"kind": g.kind, "name": g.name, "bytes": g.bytes, "size": console.size(g.bytes), "path": str(g.path)}
+        for g in removable
     ]
-    for row in [] if dry_run else rows:
-        shutil.rmtree(str(row["path"]))
-    console.table(rows, ["node", "size", "path"], as_json=as_json)
-    if not as_json:
-        freed = console.size(sum(int(str(row["bytes"])) for row in rows))
-        print(f"{len(rows)} artifacts, {freed}: {'would go' if dry_run else 'removed'}.")
+    if as_json:
+        print(json.dumps({"dry_run": dry_run, "bytes": total, "removed": rows}, indent=1))
+        return
+    console.table(rows, ["kind", "name", "size", "path"], as_json=False)
+    print(f"{len(rows)} folders, {console.size(total)} ({total} bytes): {'would go' if dry_run else 'removed'}.")
+
+
+def reclaimable(keep: int) -> str:
+    """Say in one sentence what `ingot gc` would free at this moment."""
+    total = sum(each.bytes for each in _garbage(keep))
+    if total == 0:
+        return "`ingot gc` would free nothing at this moment"
+    return f"`ingot gc` would free {console.size(total)} at this moment"
+
+
+def _garbage(keep: int) -> list[Garbage]:
+    runs = Runs(store().root).all()
+    newest = runs[-keep:] if keep else []
+    needed = [*newest, *(run for run in runs if run.at_work)]
+    wanted = {node.fingerprint for run in needed for node in run.nodes.values()}
+    resumable = {n.resume_key for run in needed if run.unfinished or run.at_work for n in run.nodes.values()}
+    return garbage.find(store(), wanted | history.fingerprints(store().root), resumable)
 
 
 def export(target: str, destination: str, file_format: str, precision: str | None, *, weights_only: bool) -> None:
@@ -114,22 +141,6 @@ def sync(*, as_json: bool) -> None:
 def _artifacts_of(run: RunRecord) -> list[Artifact]:
     found = [store().find(node.stage, node.fingerprint) for node in run.nodes.values()]
     return [each for each in found if each is not None]
-
-
-def _wanted(keep: int) -> set[str]:
-    """Return the fingerprints that the newest runs and all registered models descend from."""
-    newest = Runs(store().root).all()[-keep:] if keep else []
-    wanted = {node.fingerprint for run in newest for node in run.nodes.values()}
-    wanted |= history.fingerprints(store().root)
-    known = {a.manifest.fingerprint: a for a in store().artifacts()}
-    pending = list(wanted)
-    while pending:
-        used = known.get(pending.pop())
-        inputs: dict[str, Any] = used.manifest.identity.get("inputs", {}) if used else {}
-        for key in set(inputs.values()) - wanted:
-            wanted.add(key)
-            pending.append(key)
-    return wanted
 
 
 def _only_model() -> str:

@@ -25,7 +25,8 @@ from pipelines.core.provenance import Provenance
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 
-_RETIRED = ".retired-"
+RETIRED = ".retired-"
+"""Beginning of the name of an artifact that was replaced or is being removed."""
 _REBUILD = "delete the folder and run again to rebuild it"
 
 
@@ -162,13 +163,13 @@ def commit(build: Path, final: Path, manifest: Manifest) -> Artifact:
     if final.exists():
         # A rename cannot replace a filled folder; the old one steps aside first, and a crash here leaves no artifact,
         # which the next run sees as work to do, never as a mixture.
-        final.rename(final.with_name(f"{_RETIRED}{final.name}-{os.getpid()}"))
+        final.rename(final.with_name(f"{RETIRED}{final.name}-{os.getpid()}"))
         fault_point("artifact.mid_swap", path=build)
     build.rename(final)
     sync(final.parent)
     fault_point("artifact.after_rename", path=final)
-    for retired in final.parent.glob(f"{_RETIRED}{final.name}-*"):
-        shutil.rmtree(retired)
+    for retired in final.parent.glob(f"{RETIRED}{final.name}-*"):
+        shutil.rmtree(retired, ignore_errors=True)  # `ingot gc` may remove it at the same moment
     return Artifact(final, manifest)
 
 

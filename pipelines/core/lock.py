@@ -39,7 +39,8 @@ def hold(path: Path, *, what: str, wait_s: float | None = None) -> Iterator[None
             f"{what} is locked by {_holder(path)}", hint="wait for that run, or stop it, then run again"
         ) from None
     try:
-        _holder_file(path).write_text(this_process().model_dump_json(), encoding="utf-8")
+        with contextlib.suppress(OSError):  # a name for messages; `ingot gc` has to work where the disk is full
+            _holder_file(path).write_text(this_process().model_dump_json(), encoding="utf-8")
         yield
     finally:
         _holder_file(path).unlink(missing_ok=True)

@@ -120,7 +120,8 @@ def materialize(
     if not force and (cached := store.find(stage.name, key)):
         return cached
     resume_key = fingerprint.digest(stage.resume_key(config, input_keys))
-    with store.lease(stage.name, resume_key, wait_s=wait_s):
+    used_keys = [used.manifest.fingerprint for used in inputs.values()]
+    with store.lease(stage.name, resume_key, wait_s=wait_s, inputs=used_keys):
         # Another run may have published it while this one waited for the lease.
         if not force and (cached := store.find(stage.name, key)):
             return cached

@@ -10,16 +10,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from pipelines.core import artifact, fingerprint, lock
 from pipelines.core.artifact import Artifact
-from pipelines.core.errors import IntegrityError
+from pipelines.core.errors import IntegrityError, LockedError
 from pipelines.core.hash_memo import HashMemo
 
 _KEY_DIGITS = 32
+_INPUTS = ".inputs"
+BUILDING = ".building-"
+"""Beginning of the name of a folder in which an artifact is made."""
 _VERIFIED_S = 24 * 3600.0
 """How long a verification counts: longer than the nodes of most runs are apart, shorter than disks take to rot."""
 
@@ -88,18 +92,74 @@ class Store:
         return self.root / "scratch" / f"{stage}-{resume_key[:_KEY_DIGITS]}"
 
     @contextlib.contextmanager
-    def lease(self, stage: str, resume_key: str, *, wait_s: float | None) -> Iterator[None]:
-        """Hold the right to build one artifact; see `pipelines.core.lock.hold`."""
-        key = f"{stage}-{resume_key[:_KEY_DIGITS]}"
-        with lock.hold(self.root / "leases" / f"{key}.lock", what=f"stage {key}", wait_s=wait_s):
+    def lease(
+        self, stage: str, resume_key: str, *, wait_s: float | None, inputs: Collection[str] = ()
+    ) -> Iterator[None]:
+        """Hold the right to build one artifact; see `pipelines.core.lock.hold`.
+
+        Args:
+            stage: stage name.
+            resume_key: what unfinished attempts at it share.
+            wait_s: how long to wait for another holder; None waits for ever.
+            inputs: fingerprints of the artifacts that are read meanwhile, which `ingot gc` then leaves in place.
+        """
+        name = f"{stage}-{self.short(resume_key)}"
+        with self.hold(name, wait_s=wait_s):
+            note = self.root / "leases" / f"{name}{_INPUTS}"
+            if inputs:
+                with self.registering():
+                    artifact.write_text(note, json.dumps(sorted(inputs)))
+            try:
+                yield
+            finally:
+                note.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def hold(self, name: str, *, wait_s: float | None) -> Iterator[None]:
+        """Hold the lease called `<stage>-<short resume key>`."""
+        with lock.hold(self.root / "leases" / f"{name}.lock", what=f"stage {name}", wait_s=wait_s):
             yield
+
+    @contextlib.contextmanager
+    def registering(self) -> Iterator[None]:
+        """Hold the lock under which runs and stages say what they need, and garbage is collected."""
+        with lock.hold(self.root / "leases" / "garbage.lock", what="the store, by `ingot gc`,"):
+            yield
+
+    def is_free(self, name: str) -> bool:
+        """Return whether nobody holds the lease called `<stage>-<short resume key>`."""
+        if not (self.root / "leases" / f"{name}.lock").exists():
+            return True
+        try:
+            with self.hold(name, wait_s=0):
+                return True
+        except LockedError:
+            return False
+
+    def inputs_in_use(self) -> set[str]:
+        """Return the fingerprints of the artifacts that stages at work read."""
+        used = set[str]()
+        for note in self.root.glob(f"leases/*{_INPUTS}"):
+            if not self.is_free(note.name.removesuffix(_INPUTS)):
+                with contextlib.suppress(FileNotFoundError):  # it has finished meanwhile
+                    used.update(json.loads(note.read_text(encoding="utf-8")))
+        return used
+
+    def forget(self, folder: Path) -> None:
+        """Remove what is kept about the artifact in a folder that is no more."""
+        self._verified(folder).unlink(missing_ok=True)
+
+    @staticmethod
+    def short(key: str) -> str:
+        """Return the part of a fingerprint or resume key that names files."""
+        return key[:_KEY_DIGITS]
 
     def build_folder(self, stage: str, resume_key: str) -> Path:
         """Return an empty folder on the store's file system to build in; the lease must be held.
 
         What an earlier, killed attempt left there is removed.
         """
-        folder = self.root / "artifacts" / stage / f".building-{resume_key[:_KEY_DIGITS]}"
+        folder = self.root / "artifacts" / stage / f"{BUILDING}{self.short(resume_key)}"
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)

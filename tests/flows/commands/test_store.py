@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows import console
 from flows.commands import list as list_command
 from flows.commands import lookup
 from flows.commands import show as show_command
@@ -18,7 +20,7 @@ from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, IntegrityError
 from pipelines.core.store import Store
-from pipelines.registry import history as champions
+from pipelines.registry import history
 
 Made = Callable[..., Artifact]
 
@@ -81,12 +83,104 @@ def test_gc_keeps_what_the_newest_runs_descend_from_and_removes_the_rest(
     child = made("compress.rtn", parent)
     remember(store, prepare, other)
     remember(store, child)
+    size = sum(path.stat().st_size for path in other.path.iterdir())
     store_command.gc(1, dry_run=True, as_json=True)
-    assert [row["path"] for row in printed(capsys)] == [str(other.path)]
+    planned = json.loads(capsys.readouterr().out)
+    assert (planned["dry_run"], planned["bytes"]) == (True, size)
+    assert [row["path"] for row in planned["removed"]] == [str(other.path)]
     assert other.path.exists()
     store_command.gc(1, dry_run=False, as_json=False)
-    assert "1 artifacts, 5 B: removed." in capsys.readouterr().out
+    assert f"1 folders, {console.size(size)} ({size} bytes): removed." in capsys.readouterr().out
     assert {a.path for a in store.artifacts()} == {prepare.path, parent.path, child.path}
+    assert not list(store.root.glob("artifacts/*/.*"))
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_gc_frees_unfinished_work_that_nobody_goes_on_with_or_works_on(
+    keep: int, store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kept: the checkpoints of the newest unfinished run (with keep 1), and all under a lease; the rest goes."""
+    runs = Runs(store.root)
+    nodes = {"pretrain": NodeRecord(stage="pretrain", fingerprint="f" * 64, resume_key="a" * 64)}
+    record = runs.start(recipe="smoke", overrides=[], config={}, data_hash="d", nodes=nodes)
+    runs.finish(record, "failed", 4)
+    for key in ("a", "b", "c"):
+        folder = store.scratch("pretrain", key * 64)
+        folder.mkdir(parents=True)
+        (folder / "checkpoint").write_bytes(b"0" * 100)
+        (store.build_folder("pretrain", key * 64) / "half").write_bytes(b"0" * 10)
+    retired = store.path("pretrain", "r" * 64).with_name(".retired-x-1")
+    retired.mkdir()
+    (retired / "old").write_bytes(b"0")
+    with store.lease("pretrain", "c" * 64, wait_s=0):
+        for dry_run in (True, False):
+            store_command.gc(keep, dry_run=dry_run, as_json=True)
+            said = json.loads(capsys.readouterr().out)
+            assert said["bytes"] == (100 if keep else 200) + 20 + 1
+            assert sorted({row["kind"] for row in said["removed"]}) == ["building", "retired", "scratch"]
+    left = {path.name for path in (store.root / "scratch").iterdir()}
+    assert left == {"pretrain-" + key * 32 for key in (("a", "c") if keep else ("c",))}
+    assert [path.name for path in (store.root / "artifacts" / "pretrain").iterdir()] == [".building-" + "c" * 32]
+
+
+def test_gc_never_removes_what_a_run_at_work_or_a_leased_stage_needs(
+    store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also with --keep 0: the run's nodes with their ancestors, its checkpoints, and the inputs of a lone stage."""
+    prepare = made("prepare")
+    parent, lone, garbage = (made("pretrain", prepare, content=text) for text in ("one", "two", "three"))
+    key = {"stage": "pretrain", "fingerprint": parent.manifest.fingerprint, "resume_key": "a" * 64}
+    nodes = {"pretrain": NodeRecord.model_validate(key)}
+    record = Runs(store.root).start(recipe="smoke", overrides=[], config={}, data_hash="d", nodes=nodes)
+    store.scratch("pretrain", "a" * 64).mkdir(parents=True)
+    with store.lease("compress", "e" * 64, wait_s=0, inputs=[lone.manifest.fingerprint]):
+        store_command.gc(0, dry_run=False, as_json=True)
+        assert [row["path"] for row in json.loads(capsys.readouterr().out)["removed"]] == [str(garbage.path)]
+    Runs(store.root).finish(record, "done", 0)
+    store_command.gc(0, dry_run=False, as_json=True)
+    capsys.readouterr()
+    assert list(store.artifacts()) == []
+    assert list((store.root / "scratch").iterdir()) == []
+
+
+def test_a_run_does_not_begin_while_garbage_is_collected(store: Store) -> None:
+    began = threading.Event()
+
+    def begin() -> None:
+        Runs(store.root).start(recipe="smoke", overrides=[], config={}, data_hash="d", nodes={})
+        began.set()
+
+    with store.registering():
+        thread = threading.Thread(target=begin)
+        thread.start()
+        assert not began.wait(0.5)
+        assert Runs(store.root).all() == []
+    thread.join()
+    assert began.is_set()
+
+
+def test_gc_works_on_a_full_disk(
+    disk_of: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = disk_of(1024)
+    store = Store(disk.path / "store")
+    monkeypatch.setenv("INGOT_STORE", str(store.root))
+    with store.lease("pretrain", "a" * 64, wait_s=0, inputs=["b" * 64]):
+        store.scratch("pretrain", "a" * 64).mkdir(parents=True)
+    with pytest.raises(OSError, match="No space left"):
+        (store.scratch("pretrain", "a" * 64) / "checkpoint").write_bytes(b"0" * 2**21)
+    store_command.gc(0, dry_run=False, as_json=True)
+    said = json.loads(capsys.readouterr().out)
+    assert [row["kind"] for row in said["removed"]] == ["scratch"]
+    assert said["bytes"] > 900_000
+    assert not list((store.root / "scratch").iterdir())
+
+
+def test_a_full_disk_is_told_what_gc_would_free(store: Store, made: Made) -> None:
+    size = sum(path.stat().st_size for path in made("prepare", content="x" * 5000).path.iterdir())
+    assert store_command.reclaimable(3) == f"`ingot gc` would free {console.size(size)} at this moment"
+    store_command.gc(3, dry_run=False, as_json=True)
+    assert store_command.reclaimable(3) == "`ingot gc` would free nothing at this moment"
 
 
 def test_gc_keeps_a_registered_model_with_all_it_came_from_whatever_the_runs(
@@ -94,20 +188,20 @@ def test_gc_keeps_a_registered_model_with_all_it_came_from_whatever_the_runs(
 ) -> None:
     prepare = made("prepare")
     champion, refused = made("pretrain", prepare), made("pretrain", prepare, content="other")
-    history = store.root / champions.HISTORY
-    history.parent.mkdir()
-    for action, model in (("promoted", champion), (champions.REFUSED, refused)):
+    records = store.root / history.HISTORY
+    records.parent.mkdir()
+    for action, model in (("promoted", champion), (history.REFUSED, refused)):
         record = {"model": "m", "action": action, "version": "1", "fingerprint": model.manifest.fingerprint}
-        with history.open("a") as file:
+        with records.open("a") as file:
             file.write(json.dumps(record) + "\n")
     store_command.gc(0, dry_run=False, as_json=True)
-    assert [row["path"] for row in printed(capsys)] == [str(refused.path)]
+    assert [row["path"] for row in json.loads(capsys.readouterr().out)["removed"]] == [str(refused.path)]
     assert {a.path for a in store.artifacts()} == {prepare.path, champion.path}
 
 
 def test_gc_of_an_empty_store_removes_nothing(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     store_command.gc(3, dry_run=False, as_json=True)
-    assert printed(capsys) == []
+    assert json.loads(capsys.readouterr().out) == {"dry_run": False, "bytes": 0, "removed": []}
     assert not store.root.exists()
 
 
