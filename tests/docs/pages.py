@@ -12,7 +12,7 @@ PAGES = sorted(
     [CHECKOUT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")] + list((CHECKOUT / "docs").rglob("*.md"))
 )
 NAMES = [page.relative_to(CHECKOUT).as_posix() for page in PAGES]
-PLACEHOLDER = re.compile(r"(?<![\w-])[A-Z][A-Z_]+(?![\w=])|\.\.\.")
+PLACEHOLDER = re.compile(r"(?<![A-Za-z0-9-])[A-Z][A-Z_]+(?![\w=])|\.\.\.")
 """NAME, RUN, DIAGNOSTICS: what a reader puts something of his own in place of."""
 
 _BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", flags=re.DOTALL | re.MULTILINE)
