@@ -170,7 +170,8 @@ def export(
         ),
     ] = None,
     weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Go on where a format leaves out rounded inputs or a quantized cache.")
+        bool,
+        typer.Option("--weights-only", help="Go on where a format leaves out rounded inputs or a quantized cache."),
     ] = False,
 ) -> None:
     """Write a model for use elsewhere, and say what loads it."""

@@ -37,23 +37,23 @@ def write(
         file_format: `hf`: the model folder as it is; `gguf`: one file for llama.cpp (decoder); `onnx`: a folder for
             onnxruntime (encoder); `torchao`: a folder for transformers with torchao.
         precision: one of `PRECISIONS[file_format]`; None for its default.
-        weights_only: go on where the format leaves out rounded inputs or a coded cache.
+        weights_only: go on where the format leaves out rounded inputs or a quantized cache.
 
     Raises:
         ConfigError: unknown format or precision, an existing destination, a family that the format does not have, or
-            something left out that nobody said may be.
+            something left out without `weights_only`.
         IntegrityError: a file of the artifact is damaged.
     """
-    chosen = check(destination, file_format, precision)
+    used = check(destination, file_format, precision)
     source.verify()
-    lost = _left_out(source, file_format, chosen, allowed=weights_only)
+    lost = _left_out(source, file_format, used, allowed=weights_only)
     building = destination.with_name(f".{destination.name}.building-{os.getpid()}")
     try:
-        said = _WRITERS[file_format](source, building, chosen)
+        sentence = _WRITERS[file_format](source, building, used)
         building.rename(destination)
     finally:
         _remove(building)
-    return said.format(str(destination)) + lost
+    return sentence.format(str(destination)) + lost
 
 
 def check(destination: Path, file_format: str, precision: str | None) -> str:
@@ -118,14 +118,14 @@ def _left_out(source: Artifact, file_format: str, precision: str, *, allowed: bo
     """Return what to add to the sentence.
 
     Raises:
-        ConfigError: something is left out that nobody said may be.
+        ConfigError: something is left out and `allowed` is false.
     """
     if file_format == "hf" or "compression.json" not in source.manifest.files:
         return ""
     from pipelines.deploy import torchao, unsupported
 
-    says = functools.partial(torchao.says, precision=precision if file_format == "torchao" else "")
-    return unsupported.refuse(unsupported.of(source.path / "model", says), file_format, allowed=allowed)
+    same = functools.partial(torchao.rounds_same_inputs, precision=precision if file_format == "torchao" else "")
+    return unsupported.refuse(unsupported.of(source.path / "model", same), file_format, allowed=allowed)
 
 
 def _remove(path: Path) -> None:

@@ -5,7 +5,7 @@ safetensors folder: llama.cpp rotates neighbouring pairs of a head's components 
 halves, so the rows of the query and key matrices are reordered; and a quantized matrix is stored in blocks of 32
 weights of a row with one float16 scale each (q8_0: 8.5 bits a weight, q4_0: 4.5 bits).
 
-A compressed child is written from its dequantized weights: exactly as f32, and rounded a second time as anything else.
+A variant is written from its dequantized weights: exactly as f32, and rounded a second time as anything else.
 """
 
 from __future__ import annotations
@@ -117,12 +117,12 @@ def _tensors(model: Path, config: dict[str, Any]) -> Iterator[tuple[str, NDArray
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for name in reader.names():
-        found = names.get_name(name, try_suffixes=(".weight",))
-        if found is None:
+        target = names.get_name(name, try_suffixes=(".weight",))
+        if target is None:
             raise ConfigError(f"{name} has no place in the architecture `llama` of llama.cpp")
         values = reader.dense(name).float().numpy()
-        turned = heads.get(name.split(".")[-2])
-        yield found, interleave(values, turned) if turned else values
+        rotated_heads = heads.get(name.split(".")[-2])
+        yield target, interleave(values, rotated_heads) if rotated_heads else values
 
 
 def _add_shape(writer: GGUFWriter, config: dict[str, Any]) -> None:
@@ -133,7 +133,7 @@ def _add_shape(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    # A child with pruned heads keeps the size of a head: it is no longer width / heads, which llama.cpp would assume.
+    # A variant with pruned heads keeps the size of a head: it is no longer width / heads, which llama.cpp would assume.
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer.add_rope_dimension_count(size)
     writer.add_key_length(size)

@@ -1,13 +1,13 @@
-"""An integer child that multiplies in integers on the CPU: the loader that makes 8 bits faster, not only smaller.
+"""An integer variant that multiplies in integers on the CPU: the loader that makes 8 bits faster, not only smaller.
 
-Plain transformers unpacks an integer child to float32 and is as slow as its parent. Here every packed layer keeps its
-codes, rounds its input to int8 with one scale a token (symmetric, from the largest magnitude), and multiplies with
-`torch._int_mm`, whose oneDNN kernel sums int8 products in 32 bits. That is faster than float32 where the CPU does so
-in one instruction (AVX512-VNNI, AVX-VNNI, AMX, Arm dot product); `tests/bench/bench_int8.py` measures it. Chosen among
-torch's integer paths for being the fastest at one token and the most accurate (a scale a token, not a tensor).
+Plain transformers unpacks an integer variant to float32 and is as slow as its base model. Here every packed layer
+keeps its codes, rounds its input to int8 with one scale a token (symmetric, from the largest magnitude), and multiplies
+with `torch._int_mm`, whose oneDNN kernel sums int8 products in 32 bits. That is faster than float32 where the CPU does
+so in one instruction (AVX512-VNNI, AVX-VNNI, AMX, Arm dot product); `tests/bench/bench_int8.py` measures it. Chosen
+among torch's integer paths for being the fastest at one token and the most accurate (a scale a token, not a tensor).
 
     from pipelines.deploy.int8_inference import load_model
-    model = load_model(Path("child/model"))
+    model = load_model(Path("variant/model"))
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class Int8Linear(nn.Module):
 
 
 def load_model(path: Path) -> PreTrainedModel:
-    """Return the model of an integer child, its packed layers computing in int8; everything else stays float32.
+    """Return the model of an integer variant, its packed layers computing in int8; everything else stays float32.
 
     Args:
-        path: model folder of a child with whole-row scales and no zero points (`group_size = 0`, `symmetric = true`).
+        path: model folder of a variant with whole-row scales and no zero points (`group_size = 0`, `symmetric = true`).
 
     Raises:
         ConfigError: nothing is packed, or a layer is not packed so.

@@ -1,6 +1,6 @@
 """torchao: a transformers folder whose matrices are torchao's tensors: read without any of our code.
 
-Integers that a child has are taken over code by code: int8 with one scale a row as `Int8Tensor`, which multiplies
+Integers that a variant has are taken over code by code: int8 with one scale a row as `Int8Tensor`, which multiplies
 without unpacking, everything else (groups, zero points) as `IntxUnpackedToInt8Tensor`, which keeps a byte for each code
 of 2 to 8 bits. Other matrices are rounded, to what `precision` names:
 
@@ -69,8 +69,8 @@ def write(model: Path, target: Path, precision: Precision = "int8") -> dict[str,
     return used
 
 
-def says(packed: Packed, precision: str) -> bool:
-    """Return whether a layer's inputs are rounded in the export as they are in the child."""
+def rounds_same_inputs(packed: Packed, precision: str) -> bool:
+    """Return whether a layer's inputs are rounded in the export as they are in the variant."""
     same = isinstance(packed, InputPacked) and packed.scale is None and packed.bits == 8
     codes = integers(packed)
     return same and precision == "int8-dynamic" and codes is not None and _whole_rows(codes)

@@ -72,10 +72,10 @@ def _task(name: str, config: TaskConfig, documents: Sequence[Document]) -> Task:
     if name == "addition":
         return Task(name, _exact(name), items.addition(config.items, config.seed), chance=0.0)
     if name == "next_line":
-        made, delimiter = items.next_line(documents, config.items, config.seed), "\n"
+        generated, delimiter = items.next_line(documents, config.items, config.seed), "\n"
     else:
-        made, delimiter = items.cloze(documents, config.items, config.seed), " "
-    return Task(name, _multiple_choice(name, delimiter), made, chance=1.0 / CHOICES)
+        generated, delimiter = items.cloze(documents, config.items, config.seed), " "
+    return Task(name, _multiple_choice(name, delimiter), generated, chance=1.0 / CHOICES)
 
 
 def _multiple_choice(name: str, delimiter: str) -> dict[str, Any]:

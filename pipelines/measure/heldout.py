@@ -75,9 +75,9 @@ def load(prepared: Path, max_documents: int | None = None) -> Heldout:
             f"{path} has {len(everything)} documents: a confidence interval over documents needs at least 2",
             hint="give prepare more documents, or a larger share for the test split",
         )
-    chosen = choose(everything, max_documents)
+    documents = choose(everything, max_documents)
     index = json.loads((prepared / "index.json").read_text(encoding="utf-8"))
-    return Heldout(chosen, len(everything), tokenize(chosen, prepared / "tokenizer" / TOKENIZER, index), index)
+    return Heldout(documents, len(everything), tokenize(documents, prepared / "tokenizer" / TOKENIZER, index), index)
 
 
 def read_documents(path: Path) -> Iterator[Document]:

@@ -1,8 +1,8 @@
-"""The file `kv_cache.safetensors` of a model folder: how the attention cache of every layer is coded.
+"""The file `kv_cache.safetensors` of a model folder: how the attention cache of every layer is quantized.
 
 Tensors `layers.N.keys.*` and `layers.N.values.*` (levels [2^bits], edges [2^bits - 1], and `range` [2, channels] where
 channels have fixed ranges), float32; metadata `coding` (JSON: `method` and `config`). The weights beside it are the
-parent's, unchanged: plain transformers loads them and keeps an ordinary cache.
+base model's, unchanged: plain transformers loads them and keeps an ordinary cache.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pipelines.modelio.folder import KV_CACHE_FILE
 _SIDES = ("keys", "values")
 
 
-def held(folder: Path) -> bool:
-    """Return whether a model folder says how its cache is coded."""
+def exists(folder: Path) -> bool:
+    """Return whether a model folder says how its cache is quantized."""
     return (folder / KV_CACHE_FILE).is_file()
 
 
@@ -51,26 +51,28 @@ def read(folder: Path, layers: int) -> list[Tables]:
     """
     try:
         with safe_open(folder / KV_CACHE_FILE, framework="pt") as file:
-            said = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
     except SafetensorError as error:
         raise IntegrityError(f"{folder / KV_CACHE_FILE} is damaged: {error}", hint="`ingot verify`") from error
-    found = len({name.split(".")[1] for name in tensors})
-    if found != layers:
-        raise IntegrityError(f"{folder / KV_CACHE_FILE} is for {found} layers; the model beside it has {layers}")
-    if "coding" not in said:
-        raise IntegrityError(f"{folder / KV_CACHE_FILE} does not say how it was coded", hint="`ingot verify`")
-    coding = json.loads(said["coding"])
+    stored_layers = len({name.split(".")[1] for name in tensors})
+    if stored_layers != layers:
+        raise IntegrityError(
+            f"{folder / KV_CACHE_FILE} is for {stored_layers} layers; the model beside it has {layers}"
+        )
+    if "coding" not in metadata:
+        raise IntegrityError(f"{folder / KV_CACHE_FILE} does not say how it was quantized", hint="`ingot verify`")
+    coding = json.loads(metadata["coding"])
     method = registry.kv_cache(coding["method"])
     config = method.Config.model_validate(coding["config"])
-    made = []
+    tables = []
     for number in range(layers):
         keys, values = (
             method.restore({n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(prefix)}, config)
             for prefix in (f"layers.{number}.{side}." for side in _SIDES)
         )
-        made.append(Tables(keys, values, config.exact_tokens))
-    return made
+        tables.append(Tables(keys, values, config.exact_tokens))
+    return tables
 
 
 def attach(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

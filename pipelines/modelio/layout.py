@@ -1,4 +1,4 @@
-"""The folder that a child is stored in: compressed-tensors where its layout fits, our own record where none does.
+"""The folder that a variant is stored in: compressed-tensors where its layout fits, our own record where none does.
 
 How plain transformers 5.23 reads compressed-tensors decides three things here:
 
@@ -29,7 +29,7 @@ _UNPACKED_WHILE_LOADING = frozenset({"modernbert"})
 
 
 def loads_dense(model: PreTrainedModel, config: Mapping[str, Any], *, embeddings: bool) -> bool:
-    """Return whether plain transformers has to unpack this child while loading it."""
+    """Return whether plain transformers has to unpack this variant while loading it."""
     return model.config.model_type in _UNPACKED_WHILE_LOADING or embeddings or config.get("symmetric") is False
 
 
@@ -37,7 +37,7 @@ def quantization_config(model: PreTrainedModel, packed: Mapping[str, dict[str, A
     """Return the `quantization_config` of `config.json`.
 
     Args:
-        model: the parent, for the names of its modules.
+        model: the base model, for the names of its modules.
         packed: module name -> config group of every packed module, from `group`.
         dense: unpack while loading.
     """
@@ -76,8 +76,8 @@ def finish(source: Path, target: Path, record: Mapping[str, Any], quantization: 
     """Write everything beside the weights: config with its quantization, record, tokenizer.
 
     Args:
-        source: the parent's model folder.
-        target: the child's model folder.
+        source: the base model's folder.
+        target: the variant's model folder.
         record: module name -> {"method", "config"}.
         quantization: `quantization_config`, None for the private layout.
     """

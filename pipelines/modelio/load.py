@@ -18,7 +18,7 @@ def load_model(path: Path) -> PreTrainedModel:
         IntegrityError: weights are missing or damaged.
     """
     model = load_weights(path)
-    return kv_cache_file.attach(model, path) if kv_cache_file.held(path) else model
+    return kv_cache_file.attach(model, path) if kv_cache_file.exists(path) else model
 
 
 def load_weights(path: Path) -> PreTrainedModel:
@@ -34,10 +34,10 @@ def load_weights(path: Path) -> PreTrainedModel:
         return meta_init.architecture(AutoConfig.from_pretrained(path), path).from_pretrained(path).eval()
     model = meta_init.build(path)
     reader = folder.WeightReader(path)
-    held = set(reader.names())
+    stored = set(reader.names())
     dtype = model.config.dtype or torch.float32
     for name, _ in list(model.named_parameters()):
-        if name in held:
+        if name in stored:
             meta_init.set_parameter(model, name, reader.dense(name).to(dtype))
     for name in reader.modules():
         packed = reader.packed(name)
@@ -49,7 +49,7 @@ def load_weights(path: Path) -> PreTrainedModel:
 
 def is_private(path: Path) -> bool:
     """Return whether a folder needs this loader."""
-    return kv_cache_file.held(path) or _is_packed(path)
+    return kv_cache_file.exists(path) or _is_packed(path)
 
 
 def _is_packed(path: Path) -> bool:

@@ -24,7 +24,7 @@ model = load_model(Path(path))  # path: `ingot list models --json`
 tokenizer = AutoTokenizer.from_pretrained(path)
 """
 _CACHE = """\
-output = model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=50)  # makes a coded cache itself
+output = model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=50)  # makes a quantized cache itself
 cache = model.new_cache()  # or keep one: model(ids, past_key_values=cache, use_cache=True)
 print(cache.stored_bytes)
 """
@@ -37,7 +37,7 @@ class Loading:
     packed: bool
     """The weights are in a layout of ours."""
     cache: bool
-    """The attention cache is coded."""
+    """The attention cache is quantized."""
 
     @property
     def plain(self) -> bool:
@@ -58,12 +58,12 @@ class Loading:
             "Plain transformers does not find the packed weights either."
             if self.packed
             else "Plain transformers loads the weights but ignores that file: it keeps an ordinary cache of full size, "
-            "and computes what the parent computes."
+            "and computes what the base model computes."
         )
         return (
             f"What was compressed is the attention cache, by the tables in {KV_CACHE_FILE}. {alone} Load it with Ingot "
-            "to have the coded cache that was measured; its own caches are made by `generate` or `new_cache()`, and "
-            "caches of other classes are refused."
+            "to have the quantized cache that was measured; its own caches are made by `generate` or `new_cache()`, "
+            "and caches of other classes are refused."
         )
 
     def snippet(self, loader: str) -> str:

@@ -192,5 +192,5 @@ def test_damaged_or_foreign_tables_are_an_integrity_error(small: Any, compress: 
         load_model(folder)
     path.write_bytes(whole)
     save_file(load_file(path), path)
-    with pytest.raises(IntegrityError, match="does not say how it was coded"):
+    with pytest.raises(IntegrityError, match="does not say how it was quantized"):
         load_model(folder)

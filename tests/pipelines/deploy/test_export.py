@@ -101,13 +101,13 @@ def test_unknown_names_are_refused_with_the_valid_ones(
 
 
 ROUNDED = {
-    "int8": ({"method": "int8"}, r"14 layers of this child round their inputs \(int8, a fixed scale\)"),
+    "int8": ({"method": "int8"}, r"14 layers of this variant round their inputs \(int8, a fixed scale\)"),
     "w8a8": (
         {"method": "rtn", "bits": 8, "group_size": 0, "activations": "int8"},
-        r"14 layers of this child round their inputs \(int8, a scale for each token\)",
+        r"14 layers of this variant round their inputs \(int8, a scale for each token\)",
     ),
     "quik": ({"method": "quik"}, r"activations are not quantized there: \d+ layers"),
-    "kvquant": ({"method": "kvquant"}, "its attention cache is not coded there"),
+    "kvquant": ({"method": "kvquant"}, "its attention cache is not quantized there"),
 }
 
 

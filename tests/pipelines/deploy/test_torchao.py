@@ -142,8 +142,8 @@ def test_a_layer_with_rounded_inputs_multiplies_as_the_childs_layer_does() -> No
     packed = rtn.Method().compress(weight, Statistics(), rtn.Config(bits=8, group_size=0, activations="int8"))
     codes = torchao.integers(packed)
     assert codes is not None
-    assert torchao.says(packed, "int8-dynamic")
-    assert not torchao.says(packed, "int8")
+    assert torchao.rounds_same_inputs(packed, "int8-dynamic")
+    assert not torchao.rounds_same_inputs(packed, "int8")
     found = torch.nn.functional.linear(x, torchao.taken(codes, dynamic=True))
     assert torch.allclose(found, packed.forward(x), atol=1e-4)
     assert not torch.allclose(found, torch.nn.functional.linear(x, packed.dequantize()), atol=1e-2)
