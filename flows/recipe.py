@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from flows import renamed_keys
 from pipelines.core.errors import ConfigError
+from pipelines.core.settings import idle_keys
 
 if TYPE_CHECKING:
     from flows.config import RunConfig
@@ -40,7 +41,7 @@ def resolve(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         ConfigError: naming the dotted path, the value, and the nearest valid name or range; the new name of a key that
-            was renamed.
+            was renamed; keys that do nothing because the switch of their section is off.
     """
     from flows.config import RunConfig
 
@@ -49,9 +50,13 @@ def resolve(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         apply(table, override)
     renamed_keys.refuse(table)
     try:
-        return RunConfig.model_validate(table)
+        config = RunConfig.model_validate(table)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(RunConfig, e) for e in error.errors())) from None
+    if idle := list(idle_keys(config)):
+        lines = [f"{key} does nothing while {switch} is off" for key, switch in idle]
+        raise ConfigError("\n".join(lines), hint="switch it on, or leave the key out")
+    return config
 
 
 def load(recipe: str) -> dict[str, Any]:
@@ -72,10 +77,14 @@ def load(recipe: str) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with the keys of `top` laid over it; tables merge, everything else is replaced."""
+    """Return `base` with the keys of `top` laid over it; tables merge, everything else is replaced.
+
+    A table that switches its section off replaces the one below it: what that says of the section does nothing now.
+    """
     merged = copy.deepcopy(dict(base))
     for key, value in top.items():
         both_tables = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        both_tables = both_tables and value.get("enabled") is not False
         merged[key] = merge(merged[key], value) if both_tables else copy.deepcopy(value)
     return merged
 
@@ -115,6 +124,8 @@ def _set(node: Any, keys: list[str], value: Any, path: str) -> None:
     elif rest:
         _set(node.setdefault(key, {}), rest, value, path)
     else:
+        if key == "enabled" and value is False:
+            node.clear()  # the last word: nothing that was said of the section before has an effect
         node[key] = value
 
 

@@ -5,7 +5,8 @@ Nothing here changes a result, except by rounding: CPU and GPU sum in different 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 class ComputeConfig(Settings):
     """How a run uses its machine. Nothing here changes a result."""
+
+    needs: ClassVar[Mapping[str, str]] = {"retry_delay_s": "retries"}
 
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where stages compute; auto takes the GPU if there is one.", json_schema_extra=NOT_IDENTITY

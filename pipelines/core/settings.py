@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,6 +20,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
+    needs: ClassVar[Mapping[str, str]] = {}
+    """Key -> key without which it does nothing. In a section with the switch `enabled`, every other key needs that."""
+
     @property
     def measures_time(self) -> bool:
         """Whether the stage measures how fast something is, so that nothing of the same run may work beside it."""
@@ -32,6 +35,29 @@ class Settings(BaseModel):
     def resume_key(self) -> dict[str, Any]:
         """Return the identity without elastic fields: runs that agree in it can go on from each other's state."""
         return _fields(self, lambda extra: extra.get("identity") is not False and not extra.get("elastic"))
+
+
+def idle_keys(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted path, switch) of every key that was given and does nothing because its switch is off.
+
+    It looks at what was written, not at values: a key that is given its default under a closed switch was meant to do
+    something too. So it is asked of recipes; a configuration that was written out in full has every key.
+    """
+    if isinstance(value, list | tuple):
+        for position, element in enumerate(value):
+            yield from idle_keys(element, f"{path}.{position}")
+    elif isinstance(value, dict):
+        for key, element in value.items():
+            yield from idle_keys(element, f"{path}.{key}")
+    elif isinstance(value, Settings):
+        switches = (
+            dict.fromkeys(type(value).model_fields, "enabled") if "enabled" in type(value).model_fields else value.needs
+        )
+        for key in sorted(value.model_fields_set):
+            where = f"{path}.{key}".removeprefix(".")
+            if key != (switch := switches.get(key, key)) and not getattr(value, switch):
+                yield where, f"{path}.{switch}".removeprefix(".")
+            yield from idle_keys(getattr(value, key), where)
 
 
 def _fields(section: BaseModel, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:

@@ -129,3 +129,29 @@ def test_ranks_of_a_trained_child_are_identity_but_do_not_part_it_from_its_unfin
     assert one.resume_key == other.resume_key
     quieter = identify(recipe.resolve("demo-qat", ["compress.1.checkpoint_every=7"]), "0" * 32)["compress.distilled"]
     assert quieter.fingerprint == one.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["pretrain.lisa.layers=2"], "pretrain.lisa.layers does nothing while pretrain.lisa.enabled is off"),
+        (["compute.retries=0", "compute.retry_delay_s=3"], "compute.retry_delay_s does nothing while compute.retries"),
+        (
+            ["evaluate.probes.latency.enabled=false", "evaluate.probes.latency.repeats=3"],
+            "evaluate.probes.latency.repeats does nothing while evaluate.probes.latency.enabled is off",
+        ),
+    ],
+)
+def test_a_key_under_a_closed_switch_is_refused_and_the_switch_is_named(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        recipe.resolve("smoke", overrides)
+
+
+def test_switching_a_section_off_takes_back_what_was_said_of_it_before(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "smoke"\n[pretrain.lisa]\nenabled = true\nlayers = 1\n')
+    assert recipe.resolve(str(path)).pretrain.lisa.layers == 1
+    assert not recipe.resolve(str(path), ["pretrain.lisa.enabled=false"]).pretrain.lisa.enabled
+    above = tmp_path / "above.toml"
+    above.write_text('extends = "mine.toml"\n[pretrain.lisa]\nenabled = false\n')
+    assert not recipe.resolve(str(above)).pretrain.lisa.enabled
