@@ -27,7 +27,9 @@ else:
 class Config(TrainedConfig):
     """Parameters of SortedNet."""
 
-    depth: int = Field(0, ge=0, le=512, description="layers that the variant keeps; 0: all, to be cut by later variants")
+    depth: int = Field(
+        0, ge=0, le=512, description="layers that the variant keeps; 0: all, to be cut by later variants"
+    )
     exits: tuple[int, ...] = Field((), description="depths that are trained to be cut at; none: every depth")
     drawn: int = Field(0, ge=0, le=512, description="depths drawn for each step, beside the full one; 0: all of them")
 

@@ -6,8 +6,6 @@ stages themselves are described in `pipelines/stages.py`, without importing them
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +14,9 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from pipelines.core import source_closure
 from pipelines.core.artifact import Artifact
 from pipelines.core.compute import ComputeConfig
-from pipelines.core.provenance import CHECKOUT
 from pipelines.core.settings import Settings
 
 Summary = dict[str, Any]
@@ -83,8 +81,6 @@ class Stage:
     """Raised by hand when the code changes results; enters the fingerprint."""
     entry: str
     """`module:function` of the body."""
-    sources: tuple[str, ...]
-    """Folders or files whose digest warns about a change without a new version."""
     observations: tuple[str, ...] = ()
     """Payload files with timings or logs, which are not part of the result."""
     settings: str = "pipelines.core.settings:Settings"
@@ -120,22 +116,11 @@ class Stage:
         return {**self.identity(config, inputs), "config": config.resume_key()}
 
     def source_digest(self) -> str:
-        """Return the sha256 over this stage's source files."""
-        return _source_digest(self.sources)
+        """Return the sha256 over all source files that the body can import: warns of a change without a new version."""
+        return source_closure.digest(self.entry)
 
 
 def imported(name: str) -> Any:
     """Return what an import string `module:attribute` names."""
     module, attribute = name.split(":")
     return getattr(importlib.import_module(module), attribute)
-
-
-@functools.cache
-def _source_digest(sources: tuple[str, ...]) -> str:
-    sha = hashlib.sha256()
-    for source in sources:
-        root = CHECKOUT / source
-        for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
-            sha.update(path.relative_to(CHECKOUT).as_posix().encode())
-            sha.update(path.read_bytes())
-    return sha.hexdigest()

@@ -150,7 +150,7 @@ def test_a_stage_that_does_not_exist_is_refused(store: Store) -> None:
 
 def test_a_changed_source_is_a_warning_not_a_rerun(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(store, graph_of())
-    monkeypatch.setattr("pipelines.core.stage._source_digest", lambda _sources: "0" * 64)
+    monkeypatch.setattr("pipelines.core.source_closure.digest", lambda _entry: "0" * 64)
     steps = planner.make(graph_of(), store)
     assert planner.is_done(steps)
     assert all("--force" in step.warning for step in steps)

@@ -45,7 +45,7 @@ class Writing(Stage):
 
 
 def make(store: Store, *, force: bool = False) -> Artifact:
-    stage = Writing("prepare", version=1, entry="none:none", sources=())
+    stage = Writing("prepare", version=1, entry="none:none")
     context = StageContext(node="prepare", scratch=Path("/nowhere"))
     return materialize(stage, Settings(), {}, store, context, input_keys={}, data_hash=None, force=force)
 

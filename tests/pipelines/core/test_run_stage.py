@@ -32,7 +32,7 @@ class Counting(Stage):
     """A stage whose body is a local function that counts its runs."""
 
     def __init__(self) -> None:
-        super().__init__("prepare", version=1, entry="none:none", sources=(), observations=("times.json",))
+        super().__init__("prepare", version=1, entry="none:none", observations=("times.json",))
         object.__setattr__(self, "contexts", [])
         object.__setattr__(self, "fault", None)
 
@@ -192,7 +192,7 @@ class Empty(Settings): pass
 
 for repeat in range(int(sys.argv[3])):
     made = run_stage.materialize(
-        Racing("prepare", version=repeat, entry="n:n", sources=()), Empty(), {}, Store(Path(sys.argv[2]) / "store"),
+        Racing("prepare", version=repeat, entry="n:n"), Empty(), {}, Store(Path(sys.argv[2]) / "store"),
         StageContext(node="prepare", scratch=Path("/nowhere")), input_keys={}, data_hash=None)
     print(made.digest)
 """

@@ -50,11 +50,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out_dir: Path, context: 
     return {"letters": len(config.text)}
 
 
-STAGES = {
-    "toy": Stage(
-        "toy", version=1, entry="tests.pipelines.core.toy_stages:run", sources=(), settings=f"{__name__}:Config"
-    )
-}
+STAGES = {"toy": Stage("toy", version=1, entry="tests.pipelines.core.toy_stages:run", settings=f"{__name__}:Config")}
 
 
 def request(store: Path, **options: Any) -> StageRequest:
