@@ -161,10 +161,9 @@ def _node_task(execution: Execution, name: str) -> Task[Any, Any]:
             execution.failed(name, error)
             raise
         _show_summary(name, artifact)
-        facts = {"fingerprint": artifact.manifest.fingerprint, "digest": artifact.digest, "path": str(artifact.path)}
-        return Completed(
-            name="Cached" if cached else "Completed", message=f"{name} {facts['fingerprint'][:8]}", data=facts
-        )
+        message = f"{artifact.manifest.fingerprint} in {artifact.path}"
+        # Prefect knows results by their address in memory: one that is gone would give its edges to another's inputs.
+        return Completed(name="Cached" if cached else "Completed", message=message, data=True)
 
     return Task(
         run,

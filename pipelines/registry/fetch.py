@@ -28,9 +28,9 @@ def run(config: FetchConfig, inputs: Mapping[str, Artifact], out_dir: Path, cont
         ConfigError: the model is gone.
     """
     with initial_weights.opened(config.place, config_of(context.tracking), context.store) as folder:
-        if (found := initial_weights.folder_digest(folder)) != config.weights:
+        if (present := initial_weights.folder_digest(folder)) != config.weights:
             raise IntegrityError(
-                f"{config.place} holds weights {found[:16]}, the plan was made for {config.weights[:16]}",
+                f"{config.place} holds weights {present[:16]}, the plan was made for {config.weights[:16]}",
                 hint="its files were changed; run again to plan with what is there now",
             )
         compressed = copy_dense(folder, out_dir / MODEL_FOLDER)

@@ -84,8 +84,8 @@ def opened(place: str, config: TrackingConfig, store_root: Path) -> Iterator[Pat
         yield model_folder(Path(place))
         return
     with _connected(config, store_root) as (client, uri):
-        found = _version(client, place, parts)
-        with downloaded(client, uri, found, MODEL_FOLDER, store_root) as folder:
+        version = _version(client, place, parts)
+        with downloaded(client, uri, version, MODEL_FOLDER, store_root) as folder:
             yield folder
 
 
@@ -126,10 +126,10 @@ def model_folder(path: Path) -> Path:
 
 def _of_folder(path: Path) -> Source:
     folder = model_folder(path)
-    made = artifact.load(path) if folder != path else None
+    source = artifact.load(path) if folder != path else None
     weights = folder_digest(folder)
-    by = f", made by {made.manifest.node} {made.manifest.fingerprint[:8]}" if made else ""
-    origin = made.manifest.fingerprint if made else ""
+    by = f", made by {source.manifest.node} {source.manifest.fingerprint[:8]}" if source else ""
+    origin = source.manifest.fingerprint if source else ""
     return Source(str(path.resolve()), weights, origin, f"{path}{by}, weights {weights[:8]}")
 
 

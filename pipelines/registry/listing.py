@@ -32,13 +32,13 @@ def rows(config: TrackingConfig, store_root: Path) -> list[dict[str, Any]]:
         return []
     with reachable(uri, what="the model registry"):
         client = connect(config, store_root)
-        found = [
+        versions = [
             _row(version, [alias for alias, number in model.aliases.items() if str(number) == str(version.version)])
             for model in client.search_registered_models()
             for version in client.search_model_versions(f"name = '{model.name}'")
             if _MANAGED_BY in version.tags
         ]
-    return sorted(found, key=lambda row: (row["name"], -int(row["version"])))
+    return sorted(versions, key=lambda row: (row["name"], -int(row["version"])))
 
 
 def _row(version: ModelVersion, aliases: list[str]) -> dict[str, Any]:

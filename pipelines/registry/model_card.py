@@ -137,7 +137,7 @@ def render(
         verdict=f"{decision.candidate}: {'accepted' if decision.accepted else 'refused'} ({decision.rule}).",
         checks=decision.checks,
         limits=_limits(facts),
-        lineage=[_lineage_row(name, made) for name, made in inputs.items()],
+        lineage=[_lineage_row(name, artifact) for name, artifact in inputs.items()],
         data_hash=(record.data_hash if record else None) or "unknown",
         commit=record.git_commit if record else "unknown",
     )
@@ -206,10 +206,10 @@ def _data_sentence(prepare: Artifact) -> str:
 
 def _training_rows(inputs: Mapping[str, Artifact], facts: Evidence) -> list[tuple[str, str]]:
     names = ["pretrain"] if facts.name == "pretrain" else ["pretrain", facts.name]
-    made = [inputs[f"model:{name}"] for name in names if f"model:{name}" in inputs]
+    trained = [inputs[f"model:{name}"] for name in names if f"model:{name}" in inputs]
     return [
         (f"{one.manifest.stage}: {key}", f"{value:.6g}" if isinstance(value, float) else str(value))
-        for one in made
+        for one in trained
         for key, value in one.manifest.summary.items()
         if isinstance(value, str | int | float)
     ]
@@ -245,11 +245,11 @@ def _limits(facts: Evidence) -> list[str]:
     return limits
 
 
-def _lineage_row(name: str, made: Artifact) -> dict[str, str]:
-    parents = ", ".join(f"{key} `{digest[:_KEY_DIGITS]}`" for key, digest in made.manifest.parents.items())
+def _lineage_row(name: str, artifact: Artifact) -> dict[str, str]:
+    parents = ", ".join(f"{key} `{digest[:_KEY_DIGITS]}`" for key, digest in artifact.manifest.parents.items())
     return {
         "node": name,
-        "fingerprint": made.manifest.fingerprint[:_KEY_DIGITS],
-        "digest": made.digest[:_KEY_DIGITS],
+        "fingerprint": artifact.manifest.fingerprint[:_KEY_DIGITS],
+        "digest": artifact.digest[:_KEY_DIGITS],
         "parents": parents or "the corpus",
     }

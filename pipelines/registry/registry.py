@@ -56,13 +56,13 @@ class Registry:
 
     def champion(self) -> ModelVersion | None:
         """Return the version that the alias `champion` names, and note in the history when others moved it."""
-        found = self._by_alias(CHAMPION)
+        holder = self._by_alias(CHAMPION)
         known = history.champion(self.store_root, self.model)
-        version = str(found.version) if found is not None else None
+        version = str(holder.version) if holder is not None else None
         if version != (known["version"] if known else None):
-            tags = found.tags if found is not None else {}
+            tags = holder.tags if holder is not None else {}
             self._note(history.OBSERVED, version, _moved_by(tags), tags)
-        return found
+        return holder
 
     def evidence(self, version: ModelVersion) -> Evidence:
         """Fetch what a registered version was judged by."""
@@ -94,11 +94,11 @@ class Registry:
         self._client.log_artifacts(run_id, str(folder), place)
         fault_point("promote.after_upload")
         source = f"{self._client.get_run(run_id).info.artifact_uri}/{place}"
-        made = self._client.create_model_version(
+        version = self._client.create_model_version(
             self.model, source, run_id=run_id, tags=dict(tags), description=description
         )
         fault_point("promote.after_version")
-        return made
+        return version
 
     def verify(self, version: ModelVersion, hashes: Mapping[str, str]) -> None:
         """Fetch a version's model files back and hash them.
@@ -112,12 +112,12 @@ class Registry:
         """
         with self._downloaded(version, MODEL_FOLDER) as folder:
             fault_point("promote.after_fetch", path=folder / "model.safetensors")
-            found = {
+            returned = {
                 f"{MODEL_FOLDER}/{path.relative_to(folder).as_posix()}": fingerprint.hash_file(path)
                 for path in folder.rglob("*")
                 if path.is_file()
             }
-        wrong = sorted(n for n in hashes.keys() | found.keys() if hashes.get(n) != found.get(n))
+        wrong = sorted(n for n in hashes.keys() | returned.keys() if hashes.get(n) != returned.get(n))
         if not wrong:
             self._client.set_model_version_tag(self.model, version.version, "validation_status", "approved")
             return
@@ -126,7 +126,7 @@ class Registry:
         name = wrong[0]
         raise IntegrityError(
             f"version {version.version} of {self.model}: {name} came back from the registry as "
-            f"{found.get(name, '(missing)')}, expected sha256 {hashes.get(name, '(no such file)')}",
+            f"{returned.get(name, '(missing)')}, expected sha256 {hashes.get(name, '(no such file)')}",
             hint="the version was not promoted; check the registry's storage, then run `ingot promote` again",
         )
 
@@ -199,8 +199,8 @@ class Registry:
     def run_for(self, facts: Evidence, experiment: str) -> str:
         """Return the MLflow run that carries a model's files when tracking names none."""
         wanted = f"tags.`{_PROMOTES}` = '{facts.fingerprint}'"
-        if found := self._client.search_runs([experiment], filter_string=wanted, max_results=1):
-            return str(found[0].info.run_id)
+        if runs := self._client.search_runs([experiment], filter_string=wanted, max_results=1):
+            return str(runs[0].info.run_id)
         tags = {_PROMOTES: facts.fingerprint, "ingot.node": "promote"}
         created = self._client.create_run(experiment, run_name=f"promote {self.model}", tags=tags).info.run_id
         self._client.set_terminated(created)

@@ -34,8 +34,8 @@ def write(run_record: dict[str, Any], artifacts: Mapping[str, Artifact], path: P
 def write_pareto(run_record: Mapping[str, Any], artifacts: Mapping[str, Artifact], path: Path) -> bool:
     """Write the variants of a run by method and bits as JSON rows; return whether there are any."""
     evaluations = {
-        name.removeprefix("evaluate."): intervals.read(found.path)
-        for name, found in artifacts.items()
+        name.removeprefix("evaluate."): intervals.read(artifact.path)
+        for name, artifact in artifacts.items()
         if name.startswith("evaluate.")
     }
     tokens = compression.counted_tokens(run_record, artifacts)

@@ -86,7 +86,7 @@ def picture(variants: Sequence[Mapping[str, Any]], candidate: str | None = None)
     ]
     models = [_point(row, candidate) for row in shown]
     x, y = size_axis(shown[0]["cache_tokens"]), Axis("bits per byte, ratio to the base")
-    return pareto.draw(models, [("parent", 1.0)], x, y, "Size against quality lost", joined=joined, arms=arms)
+    return pareto.draw(models, [("base", 1.0)], x, y, "Size against quality lost", joined=joined, baselines=arms)
 
 
 def _size_with(arm: Mapping[str, Any], row: Mapping[str, Any]) -> float:

@@ -39,30 +39,30 @@ def frontier(models: Sequence[Model]) -> set[str]:
 
 def draw(
     models: Sequence[Model],
-    nulls: Sequence[tuple[str, float]],
+    levels: Sequence[tuple[str, float]],
     x: Axis,
     y: Axis,
     title: str,
     *,
     joined: Sequence[Sequence[Model]] = (),
-    arms: Sequence[Model] = (),
+    baselines: Sequence[Model] = (),
     width: float = 1100,
 ) -> str:
     """Return the picture as SVG.
 
     Args:
         models: filled where nothing is smaller and better at once, hollow elsewhere.
-        nulls: name and value of the arms that have no size: horizontal lines.
+        levels: name and value of the baselines that have no size: horizontal lines.
         x: size axis.
         y: quality axis.
         title: what the picture shows, for readers that cannot see it.
         joined: models that a line connects: one method at several sizes.
-        arms: baselines that have a size: diamonds, named when pointed at.
+        baselines: those that have a size: diamonds, named when pointed at.
         width: of the view box, pixels.
     """
     shown = [m for m in models if finite(m.value)]
-    diamonds = [m for m in arms if finite(m.value)]
-    ys = [v for m in shown for v in (m.low, m.value, m.high)] + [m.value for m in diamonds] + [v for _, v in nulls]
+    diamonds = [m for m in baselines if finite(m.value)]
+    ys = [v for m in shown for v in (m.low, m.value, m.high)] + [m.value for m in diamonds] + [v for _, v in levels]
     sizes = fit([m.size for m in (*shown, *diamonds)], 66, width - 150, log=x.log, pad=0.2)
     frame = Frame(width, _HEIGHT, sizes, fit(ys, _HEIGHT - 46, 14, log=y.log, pad=0.06))
     best = frontier(shown)
@@ -70,8 +70,8 @@ def draw(
     marks = "".join(_diamond(m, frame) for m in diamonds) + "".join(
         _mark(m, frame, filled=m.name in best) for m in shown
     )
-    behind = axes(frame, x, y) + _null_lines(nulls, frame) + lines
-    return frame.within(behind + marks + _names([*shown], nulls, frame), title)
+    behind = axes(frame, x, y) + _level_lines(levels, frame) + lines
+    return frame.within(behind + marks + _names([*shown], levels, frame), title)
 
 
 def _dominates(one: Model, other: Model) -> bool:
@@ -101,25 +101,25 @@ def _line(models: Sequence[Model], frame: Frame) -> str:
 def _diamond(model: Model, frame: Frame) -> str:
     x, y = frame.x(model.size), frame.y(model.value)
     tip = escape(f"{model.name}: {number(model.value, 4)}")
-    return f'<path d="M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6z" class="arm"><title>{tip}</title></path>'
+    return f'<path d="M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6z" class="baseline"><title>{tip}</title></path>'
 
 
-def _null_lines(nulls: Sequence[tuple[str, float]], frame: Frame) -> str:
+def _level_lines(levels: Sequence[tuple[str, float]], frame: Frame) -> str:
     """Return one line per baseline, its label right of the plot, moved down where it would lie on another."""
     right, parts, last = frame.x.end, [], float("-inf")
-    for name, value in sorted((n for n in nulls if finite(n[1])), key=lambda null: -null[1]):
+    for name, value in sorted((n for n in levels if finite(n[1])), key=lambda level: -level[1]):
         y = frame.y(value)
         last = max(y, last + 16)
-        parts.append(f'<line x1="{frame.x.start}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" class="null"/>')
-        parts.append(f'<path d="M{right} {y:.1f}L{right + 14} {last:.1f}" class="null"/>')
+        parts.append(f'<line x1="{frame.x.start}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" class="level"/>')
+        parts.append(f'<path d="M{right} {y:.1f}L{right + 14} {last:.1f}" class="level"/>')
         text = f"{name} {number(value, 4)}"
         parts.append(f'<text x="{right + 18}" y="{last + 4:.1f}" class="key">{escape(text)}</text>')
     return "".join(parts)
 
 
-def _names(models: Sequence[Model], nulls: Sequence[tuple[str, float]], frame: Frame) -> str:
+def _names(models: Sequence[Model], levels: Sequence[tuple[str, float]], frame: Frame) -> str:
     """Return the labels, each at the first place around its point that is free."""
-    taken = list(_obstacles(models, nulls, frame))
+    taken = list(_obstacles(models, levels, frame))
     parts = []
     for model in sorted(models, key=lambda m: m.value):
         x, y, wide = frame.x(model.size), frame.y(model.value), LETTER * len(model.name) * 1.1
@@ -133,14 +133,14 @@ def _names(models: Sequence[Model], nulls: Sequence[tuple[str, float]], frame: F
     return "".join(parts)
 
 
-def _obstacles(models: Sequence[Model], nulls: Sequence[tuple[str, float]], frame: Frame) -> Iterator[Box]:
+def _obstacles(models: Sequence[Model], levels: Sequence[tuple[str, float]], frame: Frame) -> Iterator[Box]:
     """Yield what a label must not cover: points, error bars, lines."""
     for model in models:
         x, y = frame.x(model.size), frame.y(model.value)
         yield x - 9, y - 9, x + 9, y + 9
         if finite(model.low) and finite(model.high):
             yield x - 4, frame.y(model.high), x + 4, frame.y(model.low)
-    for _, value in nulls:
+    for _, value in levels:
         yield frame.x.start, frame.y(value) - 1, frame.x.end, frame.y(value) + 1
 
 

@@ -213,12 +213,12 @@ def _splits(report: Facts, index: Facts) -> list[Facts]:
 
 def _evaluations(artifacts: Mapping[str, Artifact]) -> dict[str, Facts]:
     """Return name -> evaluation, the base first."""
-    found = {
+    evaluations = {
         name.removeprefix(_EVALUATE): intervals.read(artifact.path)
         for name, artifact in artifacts.items()
         if name.startswith(_EVALUATE)
     }
-    return dict(sorted(found.items(), key=lambda item: item[0] != _BASE))
+    return dict(sorted(evaluations.items(), key=lambda item: item[0] != _BASE))
 
 
 def _evaluation(
@@ -239,7 +239,7 @@ def _evaluation(
         for row in rows
         if row["kind"] != "baseline"
     ]
-    nulls = [(row["model"], row["bits_per_byte"]) for row in rows if row["kind"] == "baseline"]
+    levels = [(row["model"], row["bits_per_byte"]) for row in rows if row["kind"] == "baseline"]
     x = compression.size_axis(cache_tokens)
     return {
         "rows": rows,
@@ -247,7 +247,7 @@ def _evaluation(
         "chance": {name: task.get("chance") for name, task in first["tasks"].items()},
         "first": first,
         "candidate": candidate,
-        "pareto": pareto.draw(models, nulls, x, Axis("bits per byte"), "Size against bits per byte"),
+        "pareto": pareto.draw(models, levels, x, Axis("bits per byte"), "Size against bits per byte"),
     }
 
 
@@ -265,16 +265,16 @@ def _compression(
 def _lineage_rows(record: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> list[Facts]:
     rows = []
     for name, entry in record["nodes"].items():
-        found = artifacts.get(name)
-        provenance = found.manifest.provenance if found else None
+        artifact = artifacts.get(name)
+        provenance = artifact.manifest.provenance if artifact else None
         rows.append(
             {
                 "name": name,
                 "state": entry["state"],
                 "seconds": entry.get("seconds"),
                 "fingerprint": entry["fingerprint"],
-                "digest": found.digest if found else None,
-                "size": found.size if found else None,
+                "digest": artifact.digest if artifact else None,
+                "size": artifact.size if artifact else None,
                 "commit": provenance.git_commit if provenance else None,
                 "created": provenance.created_at if provenance else None,
             }
@@ -298,14 +298,14 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _environment(record: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> list[tuple[str, str]]:
     """Return what the artifacts were made with; several values where they were not all made in one place."""
-    made = [a.manifest.provenance for a in artifacts.values() if a.manifest.provenance]
+    origins = [a.manifest.provenance for a in artifacts.values() if a.manifest.provenance]
     observed = _read(artifacts.get("pretrain"), "observations.json") or {}
     first = next((e for e in _evaluations(artifacts).values()), {})
     facts = {
         "host of the run": record.get("host"),
-        "hosts of the artifacts": _distinct(p.host for p in made),
-        "Python": _distinct(p.python for p in made),
-        "git commits": _distinct(p.git_commit for p in made),
+        "hosts of the artifacts": _distinct(p.host for p in origins),
+        "Python": _distinct(p.python for p in origins),
+        "git commits": _distinct(p.git_commit for p in origins),
         "training device": observed.get("device"),
         "training threads per rank": observed.get("threads_per_rank"),
         "peak arithmetic rate": observed.get("peak_source"),

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.flows.prefect_process import Server
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 Ingot = Callable[..., subprocess.CompletedProcess[str]]
@@ -74,3 +76,12 @@ def run_in() -> Ingot:
 def environment_of() -> Callable[[Path], dict[str, str]]:
     """The environment of a command on a store."""
     return environment
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A Prefect server, and an empty store for what runs there."""
+    (tmp_path / "home").mkdir()
+    made = Server(tmp_path / "home", environment(tmp_path / "store") | {"INGOT_CHECKOUT": str(CHECKOUT)})
+    with made.running():
+        yield made

@@ -146,8 +146,8 @@ def test_labels_of_a_crowd_lie_apart(count: int) -> None:
 
 
 def test_baselines_are_lines_with_labels_apart() -> None:
-    nulls = [("gzip", 3.0), ("xz", 3.001), ("order1", 3.002), ("order2", NAN)]
-    root = parse(pareto.draw([Model("a", 1e6, 2.0, 1.9, 2.1)], nulls, Axis("size", log=True), Axis("bits"), "t"))
+    levels = [("gzip", 3.0), ("xz", 3.001), ("order1", 3.002), ("order2", NAN)]
+    root = parse(pareto.draw([Model("a", 1e6, 2.0, 1.9, 2.1)], levels, Axis("size", log=True), Axis("bits"), "t"))
     heights = sorted(float(e.get("y", "")) for e in root.iter("text") if e.get("class") == "key")
     assert len(heights) == 3
     assert all(b - a >= 15.9 for a, b in pairwise(heights))

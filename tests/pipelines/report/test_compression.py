@@ -98,7 +98,8 @@ def test_baselines_are_diamonds_where_the_variant_would_lie_with_their_bytes(var
     found = compression.rows(MODELS, variants(gptq4={"arms": arms}, rtn8={}))
     svg = compression.picture(found, "gptq4")
     diamonds = {
-        tip.split()[0]: float(x) for x, tip in re.findall(r'<path d="M([\d.]+) [^"]*" class="arm"><title>([^<]+)', svg)
+        tip.split()[0]: float(x)
+        for x, tip in re.findall(r'<path d="M([\d.]+) [^"]*" class="baseline"><title>([^<]+)', svg)
     }
     variant = next(
         float(x) for x, tip in re.findall(r'<circle cx="([\d.]+)"[^>]*><title>([^<]+)', svg) if "gptq4" in tip
@@ -142,7 +143,7 @@ def test_an_arm_of_a_coded_cache_stands_where_its_cache_puts_it(variants: Any) -
     assert compression._size_with(ARMS["rtn"], found[0]) == 12010 + 400 * 10
     svg = compression.picture(found)
     assert "bytes on disk and of a cache of 400 tokens" in svg
-    assert svg.count('class="arm"') == 1
+    assert svg.count('class="baseline"') == 1
     assert "of a cache" not in compression.picture(compression.rows(models, artifacts))
 
 
@@ -170,7 +171,7 @@ def test_the_cache_counts_at_the_gates_tokens_or_where_a_variant_codes_it(
 def test_the_arm_that_is_the_variant_itself_is_not_drawn_twice(variants: Any) -> None:
     arms = {"gptq": {"ratio": INTERVAL, "bytes": 500}}
     svg = compression.picture(compression.rows(MODELS, variants(gptq4={"arms": arms})))
-    assert 'class="arm"' not in svg
+    assert 'class="baseline"' not in svg
 
 
 def test_the_page_and_the_logged_table_show_the_variant_and_its_arms(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -148,6 +149,20 @@ def test_any_one_artifact_may_be_alone_or_missing(
     for count in (1, len(artifacts) - 1):
         for names in combinations(artifacts, count):
             assert Page(render(record, {name: artifacts[name] for name in names})).open == []
+
+
+def test_the_report_of_a_run_of_an_earlier_version_still_renders(
+    render: Render, record: dict[str, Any], artifacts: dict[str, Artifact]
+) -> None:
+    """Its evaluations call the base model parent, and its compression reports have another schema."""
+    variant = artifacts["evaluate.<b>int4"].path / "evaluation.json"
+    variant.write_text(variant.read_text().replace('"versus_base"', '"versus_parent"'))
+    earlier = {"method": "rtn", "arms": {}, "totals": {"bits_per_weight": 4.25}}
+    (artifacts["compress.<b>int4"].path / "compression.json").write_text(json.dumps(earlier))
+    page = Page(render(record, artifacts))
+    assert page.open == []
+    assert set(page.ids) >= SECTIONS
+    assert "<b>int4 is champion" in page.text
 
 
 def test_a_broken_condition_is_named_and_marked(
