@@ -22,7 +22,7 @@ def build(folder: Path) -> transformers.PreTrainedModel:
         IntegrityError: the configuration names no architecture of the installed transformers.
     """
     config = transformers.AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
+    if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     with without_initialization(), parameters_on_meta():
         model = architecture(config, folder)(config)
@@ -33,9 +33,10 @@ def build(folder: Path) -> transformers.PreTrainedModel:
 def architecture(config: transformers.PretrainedConfig, folder: Path) -> type[transformers.PreTrainedModel]:
     """Return the transformers class that the configuration names."""
     names = config.architectures or ["(none)"]
-    if not hasattr(transformers, names[0]):
+    found: type[transformers.PreTrainedModel] | None = getattr(transformers, names[0], None)
+    if found is None:
         raise IntegrityError(f"{folder / 'config.json'} names the architecture {names[0]!r}, which transformers lacks")
-    return getattr(transformers, names[0])
+    return found
 
 
 def is_encoder(model: transformers.PreTrainedModel) -> bool:

@@ -111,15 +111,15 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 @pytest.fixture(scope="session")
-def child(noise: Artifact) -> Callable[[Artifact, Path, dict[str, Any]], Artifact]:
+def variant(noise: Artifact) -> Callable[[Artifact, Path, dict[str, Any]], Artifact]:
     """Return a function that compresses a model into a folder of its own."""
 
     def make(parent: Artifact, folder: Path, table: dict[str, Any]) -> Artifact:
         (folder / "build").mkdir(parents=True)
-        context = StageContext(node="compress.child", scratch=folder, compute=ComputeConfig(device="cpu"))
+        context = StageContext(node="compress.variant", scratch=folder, compute=ComputeConfig(device="cpu"))
         config = CompressConfig.model_validate({"arms_documents": 0, "samples": 8} | table)
         run(config, {"prepare": noise, "model": parent}, folder / "build", context)
-        names = {"stage": "compress", "node": "compress.child", "identity": {}, "parents": {}, "summary": {}}
+        names = {"stage": "compress", "node": "compress.variant", "identity": {}, "parents": {}, "summary": {}}
         return artifact.publish(folder / "build", folder / "final", **names)
 
     return make

@@ -22,13 +22,13 @@ from pipelines.modelio import load_instructions
 from pipelines.modelio.folder import WeightReader
 from pipelines.modelio.load import load_model
 
-MakeModel = Child = Callable[..., Artifact]
+MakeModel = MakeVariant = Callable[..., Artifact]
 
 
 def test_a_public_layout_is_copied_and_loads_in_transformers(
-    model_artifact: MakeModel, child: Child, tmp_path: Path
+    model_artifact: MakeModel, variant: MakeVariant, tmp_path: Path
 ) -> None:
-    made = child(model_artifact(), tmp_path / "child", {"method": "rtn", "bits": 8})
+    made = variant(model_artifact(), tmp_path / "variant", {"method": "rtn", "bits": 8})
     said = export.write(made, tmp_path / "out")
     assert said == f"load it with transformers: from_pretrained('{tmp_path / 'out'}')"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (made.path / "model").iterdir()}
@@ -37,9 +37,9 @@ def test_a_public_layout_is_copied_and_loads_in_transformers(
 
 
 def test_a_private_layout_says_that_it_needs_our_loader(
-    model_artifact: MakeModel, child: Child, tmp_path: Path
+    model_artifact: MakeModel, variant: MakeVariant, tmp_path: Path
 ) -> None:
-    made = child(model_artifact(), tmp_path / "child", {"method": "magnitude", "storage": "bitmask"})
+    made = variant(model_artifact(), tmp_path / "variant", {"method": "magnitude", "storage": "bitmask"})
     said = export.write(made, tmp_path / "out")
     assert "no public loader" in said
     assert "pipelines.modelio.load" in said
@@ -47,11 +47,11 @@ def test_a_private_layout_says_that_it_needs_our_loader(
 
 
 def test_a_coded_cache_is_used_by_the_snippet_and_ignored_by_plain_transformers(
-    model_artifact: MakeModel, child: Child, tmp_path: Path
+    model_artifact: MakeModel, variant: MakeVariant, tmp_path: Path
 ) -> None:
     """The snippet of the model card runs in a checkout, generates, and holds less than plain transformers does."""
     parent = model_artifact()
-    made = child(parent, tmp_path / "child", {"method": "kvquant"})
+    made = variant(parent, tmp_path / "variant", {"method": "kvquant"})
     said = export.write(made, tmp_path / "out")
     assert "ignores that file: it keeps an ordinary cache of full size" in said
     assert f"load_model(Path('{tmp_path / 'out'}'))" in said
@@ -113,10 +113,10 @@ ROUNDED = {
 
 @pytest.mark.parametrize("name", ROUNDED)
 def test_what_gguf_leaves_out_is_refused_unless_weights_alone_are_wanted(
-    name: str, model_artifact: MakeModel, child: Child, tmp_path: Path
+    name: str, model_artifact: MakeModel, variant: MakeVariant, tmp_path: Path
 ) -> None:
     table, said = ROUNDED[name]
-    made = child(model_artifact(), tmp_path / "child", table)
+    made = variant(model_artifact(), tmp_path / "variant", table)
     with pytest.raises(ConfigError, match=said) as refused:
         export.write(made, tmp_path / "m.gguf", "gguf", "f32")
     assert "--weights-only" in str(refused.value.hint)
@@ -128,10 +128,10 @@ def test_what_gguf_leaves_out_is_refused_unless_weights_alone_are_wanted(
 
 
 def test_the_file_that_was_told_to_be_weights_alone_computes_with_inputs_as_they_are(
-    model_artifact: MakeModel, child: Child, llama_cpp: Any, transformers_logits: Any, tmp_path: Path
+    model_artifact: MakeModel, variant: MakeVariant, llama_cpp: Any, transformers_logits: Any, tmp_path: Path
 ) -> None:
-    """llama.cpp on the file: the logits of the child's weights in a plain model, not those of the child."""
-    made = child(model_artifact(), tmp_path / "child", {"method": "int8"})
+    """llama.cpp on the file: the logits of the variant's weights in a plain model, not those of the variant."""
+    made = variant(model_artifact(), tmp_path / "variant", {"method": "int8"})
     export.write(made, tmp_path / "m.gguf", "gguf", "f32", weights_only=True)
     tokens = [0, 17, 42, 5, 99, 120, 7, 8]
     found = llama_cpp(tmp_path / "m.gguf").logits(tokens)
@@ -149,26 +149,26 @@ def test_the_file_that_was_told_to_be_weights_alone_computes_with_inputs_as_they
 
 
 def test_torchao_says_rounded_inputs_only_where_it_rounds_them_alike(
-    model_artifact: MakeModel, child: Child, tmp_path: Path
+    model_artifact: MakeModel, variant: MakeVariant, tmp_path: Path
 ) -> None:
     table = {"method": "rtn", "bits": 8, "group_size": 0, "activations": "int8"}
-    dynamic = child(model_artifact(), tmp_path / "dynamic", table)
+    dynamic = variant(model_artifact(), tmp_path / "dynamic", table)
     said = export.write(dynamic, tmp_path / "a", "torchao", "int8-dynamic")
     assert said.startswith("14 matrices taken over (int8-dynamic); load it with transformers and torchao: ")
     assert said.endswith(f"from_pretrained('{tmp_path / 'a'}')")
     for made, precision in (
         (dynamic, "int8"),
-        (child(model_artifact(), tmp_path / "static", {"method": "int8"}), "int8-dynamic"),
-        (child(model_artifact(), tmp_path / "groups", table | {"bits": 4, "group_size": 32}), "int8-dynamic"),
+        (variant(model_artifact(), tmp_path / "static", {"method": "int8"}), "int8-dynamic"),
+        (variant(model_artifact(), tmp_path / "groups", table | {"bits": 4, "group_size": 32}), "int8-dynamic"),
     ):
         with pytest.raises(ConfigError, match="activations are not quantized there: 14 layers"):
             export.write(made, tmp_path / "b", "torchao", precision)
 
 
-def test_a_child_that_rounds_weights_alone_is_written_without_a_word(
-    model_artifact: MakeModel, child: Child, tmp_path: Path
+def test_a_variant_that_rounds_weights_alone_is_written_without_a_word(
+    model_artifact: MakeModel, variant: MakeVariant, tmp_path: Path
 ) -> None:
-    made = child(model_artifact(), tmp_path / "child", {"method": "rtn", "bits": 4, "group_size": 32})
+    made = variant(model_artifact(), tmp_path / "variant", {"method": "rtn", "bits": 4, "group_size": 32})
     for file_format in ("gguf", "torchao"):
         assert "only" not in export.write(made, tmp_path / file_format, file_format)
 

@@ -164,20 +164,20 @@ def test_a_trained_model_keeps_its_loss_in_llama_cpp(
     assert float(np.mean(losses)) == pytest.approx(few.loss(load_model(folder)), abs=worst)
 
 
-def test_a_compressed_child_is_written_as_it_computes(
+def test_a_compressed_variant_is_written_as_it_computes(
     bench: Any, llama_cpp: Any, transformers_logits: Any, tmp_path: Path
 ) -> None:
     config = CompressConfig.model_validate({"method": "rtn", "bits": 4, "group_size": 32, "arms_documents": 0})
-    (tmp_path / "child").mkdir()
-    context = StageContext(node="compress.child", scratch=tmp_path, compute=ComputeConfig(device="cpu"))
-    run(config, {"prepare": bench.prepare, "model": bench.parent}, tmp_path / "child", context)
-    deploy.write(tmp_path / "child" / "model", tmp_path / "m.gguf", "f32")
+    (tmp_path / "variant").mkdir()
+    context = StageContext(node="compress.variant", scratch=tmp_path, compute=ComputeConfig(device="cpu"))
+    run(config, {"prepare": bench.prepare, "model": bench.parent}, tmp_path / "variant", context)
+    deploy.write(tmp_path / "variant" / "model", tmp_path / "m.gguf", "f32")
     row = bench.held_BT[0].tolist()
-    expected = transformers_logits(tmp_path / "child" / "model", row)
+    expected = transformers_logits(tmp_path / "variant" / "model", row)
     reader = llama_cpp(tmp_path / "m.gguf")
     np.testing.assert_allclose(reader.logits(row), expected, atol=1e-3)
     parent = transformers_logits(bench.parent.path / "model", row)
-    assert np.abs(parent - expected).max() > 0.02, "the child differs from its parent, so the parent was not written"
+    assert np.abs(parent - expected).max() > 0.02, "the variant differs from its parent, so the parent was not written"
 
 
 def test_an_encoder_is_refused_by_name(model_artifact: MakeModel, tmp_path: Path) -> None:

@@ -23,10 +23,10 @@ MakeModel = Callable[..., Artifact]
 
 
 def compress(parent: Artifact, prepare: Artifact, folder: Path, **table: Any) -> Path:
-    """Make a child and return its model folder."""
+    """Make a variant and return its model folder."""
     out = folder / "-".join(map(str, table.values()))
     out.mkdir()
-    context = StageContext(node="compress.child", scratch=folder, compute=ComputeConfig(device="cpu"))
+    context = StageContext(node="compress.variant", scratch=folder, compute=ComputeConfig(device="cpu"))
     run(
         CompressConfig.model_validate({"arms_documents": 0} | table),
         {"prepare": prepare, "model": parent},
@@ -59,7 +59,7 @@ def test_inputs_are_rounded_to_the_nearest_of_255_codes_a_token() -> None:
     assert ((codes_ND * scale_N1 - x_ND).abs() <= scale_N1 / 2 + 1e-9).all()
 
 
-def test_codes_and_scales_are_those_of_the_child(model_artifact: MakeModel, tmp_path: Path) -> None:
+def test_codes_and_scales_are_those_of_the_variant(model_artifact: MakeModel, tmp_path: Path) -> None:
     parent = model_artifact()
     folder = compress(parent, parent, tmp_path, method="rtn", bits=8)
     model = int8_inference.load_model(folder)
@@ -72,7 +72,7 @@ def test_codes_and_scales_are_those_of_the_child(model_artifact: MakeModel, tmp_
 
 
 @pytest.mark.parametrize("family", ["decoder", "encoder"])
-def test_logits_stay_close_to_those_of_the_child_in_float(
+def test_logits_stay_close_to_those_of_the_variant_in_float(
     family: str, model_artifact: MakeModel, tmp_path: Path
 ) -> None:
     """Relative error of untrained logits: measured 0.009 (decoder) and 0.006 (encoder)."""

@@ -47,7 +47,7 @@ CHILDREN: dict[str, tuple[dict[str, Any], Precision]] = {
 }
 """Name -> parameters of `rtn`, and the precision of the export."""
 PARENTS: list[tuple[str, Precision]] = [(f, p) for f in ("decoder", "encoder") for p in ("int8", "int4")]
-MakeModel = Child = Callable[..., Artifact]
+MakeModel = MakeVariant = Callable[..., Artifact]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ class Export:
 
 
 @pytest.fixture(scope="module")
-def exports(model_artifact: MakeModel, child: Child, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Export]:
+def exports(
+    model_artifact: MakeModel, variant: MakeVariant, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Export]:
     """Every case, read by one process without a module of ours: starting it takes longer than all the rest."""
     root = tmp_path_factory.mktemp("torchao")
     parents = {family: model_artifact(family=family) for family in ("decoder", "encoder")}
@@ -81,7 +83,7 @@ def exports(model_artifact: MakeModel, child: Child, tmp_path_factory: pytest.Te
         made[name] = Export(source, root / name, torchao.write(source, root / name, precision))
 
     for name, (table, precision) in CHILDREN.items():
-        artifact = child(parents["decoder"], root / f"child-{name}", {"method": "rtn"} | table)
+        artifact = variant(parents["decoder"], root / f"variant-{name}", {"method": "rtn"} | table)
         add(name, artifact.path / "model", precision)
     for family, precision in PARENTS:
         add(f"{family}-{precision}", parents[family].path / "model", precision)
@@ -101,7 +103,7 @@ def distance(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
     [("rows8", "Int8Tensor"), ("rows6", "Int8Tensor")]
     + [(name, "IntxUnpackedToInt8Tensor") for name in ("groups4", "zeros3")],
 )
-def test_the_integers_of_a_child_are_taken_over(
+def test_the_integers_of_a_variant_are_taken_over(
     name: str, kind: str, exports: dict[str, Export], model_artifact: MakeModel, transformers_logits: Any
 ) -> None:
     """The logits are those of our loader to float accuracy, whose distance from the parent's is far greater."""
@@ -126,8 +128,8 @@ def test_a_float_model_of_either_family_is_rounded(
     assert after < 0.6 * before
 
 
-def test_rounded_inputs_are_those_of_the_child(exports: dict[str, Export], transformers_logits: Any) -> None:
-    """In a whole model only nearer to the child than the same weights with inputs as they are: 0.010 against 0.025.
+def test_rounded_inputs_are_those_of_the_variant(exports: dict[str, Export], transformers_logits: Any) -> None:
+    """In a whole model only nearer to the variant than the same weights with inputs as they are: 0.010 against 0.025.
 
     A sum in another order moves an input over the edge of a code now and then, and the next layers amplify that.
     """
@@ -136,7 +138,7 @@ def test_rounded_inputs_are_those_of_the_child(exports: dict[str, Export], trans
     assert distance(kept.logits, ours) < 0.6 * distance(lost.logits, ours)
 
 
-def test_a_layer_with_rounded_inputs_multiplies_as_the_childs_layer_does() -> None:
+def test_a_layer_with_rounded_inputs_multiplies_as_the_variants_layer_does() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(96, 64, generator=generator), torch.randn(2, 12, 64, generator=generator)
     packed = rtn.Method().compress(weight, Statistics(), rtn.Config(bits=8, group_size=0, activations="int8"))

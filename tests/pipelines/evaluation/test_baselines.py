@@ -1,4 +1,4 @@
-"""The null arms on real text: their order, their bytes, and what they are compared on."""
+"""The baselines on real text: their order, their bytes, and what they are compared on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals that cover, pair and refuse; one table for parent, children and null arms."""
+"""Intervals that cover, pair and refuse; one table for parent, variants and baselines."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def test_a_ninety_percent_interval_covers_the_truth_about_ninety_percent_of_the_
 
 
 def test_a_paired_interval_covers_and_is_far_narrower_than_unpaired_ones() -> None:
-    """The child is 2 % worse than its parent on average: what documents share must not hide it."""
+    """The variant is 2 % worse than its parent on average: what documents share must not hide it."""
     covered, found_worse, unpaired_separate = 0, 0, 0
     for repeat in range(200):
         generator = np.random.default_rng(1000 + repeat)
         parent, sizes = _corpus(generator, 40)
-        child = parent * generator.normal(1.02, 0.01, size=40)
-        found = intervals.paired_ratio(child, parent, sizes, samples=400, seed=repeat, confidence=0.9)
+        variant = parent * generator.normal(1.02, 0.01, size=40)
+        found = intervals.paired_ratio(variant, parent, sizes, samples=400, seed=repeat, confidence=0.9)
         covered += found.low <= 1.02 <= found.high
         found_worse += found.low > 1.0
-        alone = [intervals.bits_per_byte(n, sizes, samples=400, seed=repeat, confidence=0.9) for n in (parent, child)]
+        alone = [intervals.bits_per_byte(n, sizes, samples=400, seed=repeat, confidence=0.9) for n in (parent, variant)]
         unpaired_separate += alone[0].high < alone[1].low
     assert 0.83 <= covered / 200 <= 0.96
     assert found_worse >= 195
@@ -130,16 +130,16 @@ def _evaluation(**changes: Any) -> dict[str, Any]:
     return base | changes
 
 
-def test_the_table_has_parent_children_and_null_arms_with_the_same_columns() -> None:
+def test_the_table_has_a_base_model_variants_and_baselines_with_the_same_columns() -> None:
     ratio = {"value": 1.01, "low": 1.0, "high": 1.02}
-    child = _evaluation(
+    variant = _evaluation(
         versus_base={"bits_per_byte_ratio": ratio, "kl_nats_per_token": 0.02},
         baselines={},
         tasks={"cloze": {"accuracy": 0.4}, "addition": {"accuracy": 0.1}},
         truncated=True,
     )
     observed = {"latency": {"prefill_ms_per_token": 0.1, "decode_ms_per_token": 2.0, "peak_memory_bytes": 7}}
-    rows = intervals.table({"pretrain": _evaluation(observations=observed), "int8": child})
+    rows = intervals.table({"pretrain": _evaluation(observations=observed), "int8": variant})
     assert [(row["model"], row["kind"]) for row in rows] == [
         ("pretrain", "base"), ("int8", "variant"), ("gzip", "baseline"), ("order1", "baseline"),
     ]  # fmt: skip
@@ -167,9 +167,9 @@ def test_shuffled_pairs_lose_what_pairing_gains() -> None:
     """Control: the narrow interval comes from the pairing, not from the arithmetic."""
     generator = np.random.default_rng(4)
     parent, sizes = _corpus(generator, 40)
-    child = parent * generator.normal(1.02, 0.01, size=40)
+    variant = parent * generator.normal(1.02, 0.01, size=40)
     order = list(range(40))
     random.Random(0).shuffle(order)
-    paired = intervals.paired_ratio(child, parent, sizes)
-    broken = intervals.paired_ratio(child[order], parent, sizes)
+    paired = intervals.paired_ratio(variant, parent, sizes)
+    broken = intervals.paired_ratio(variant[order], parent, sizes)
     assert broken.high - broken.low > 5 * (paired.high - paired.low)

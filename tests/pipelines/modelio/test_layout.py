@@ -1,4 +1,4 @@
-"""Children load in a fresh process with transformers alone, and are there what the stage says they are."""
+"""Variants load in a fresh process with transformers alone, and are there what the stage says they are."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plain_transformers(
     """Return (logits of each folder, what the process said)."""
     asked = work / "tokens.json"
     asked.write_text(json.dumps(tokens.tolist()))
-    script = Path(__file__).with_name("load_child.py")
+    script = Path(__file__).with_name("load_variant.py")
     command = [sys.executable, str(script), kind, str(asked), *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=work)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -46,9 +46,9 @@ def plain_transformers(
     return logits, json.loads(done.stdout.splitlines()[-1])
 
 
-def dense_logits(parent: Path, child: Path, tokens: Tensor) -> Tensor:
-    """Return the logits of the parent with the child's dequantized weights put into it: no packed layer is involved."""
-    model, reader = load_model(parent), WeightReader(child)
+def dense_logits(parent: Path, variant: Path, tokens: Tensor) -> Tensor:
+    """Return the logits of the base model with the variant's dequantized weights in it: no packed layer is involved."""
+    model, reader = load_model(parent), WeightReader(variant)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(reader.dense(name))
     with torch.no_grad():
@@ -61,12 +61,12 @@ ROUNDED = [
     {"method": "rtn", "bits": 4, "group_size": 64, "activations": "int8"},
     {"method": "gptq", "bits": 8, "group_size": 0, "activations": "int8", "skip": ["*.o_proj"]},
 ]
-"""Children whose layers round their inputs."""
+"""Variants whose layers round their inputs."""
 
 
-def rounded_logits(parent: Path, child: Path, tokens: Tensor, *, rounding: bool = True) -> Tensor:
-    """Return the logits of the parent with the child's packed layers in it, their inputs rounded or not."""
-    model, reader = load_model(parent), WeightReader(child)
+def rounded_logits(parent: Path, variant: Path, tokens: Tensor, *, rounding: bool = True) -> Tensor:
+    """Return the logits of the parent with the variant's packed layers in it, their inputs rounded or not."""
+    model, reader = load_model(parent), WeightReader(variant)
     for name in reader.modules():
         packed_linear.put(model, name, reader.packed(name))
     if not rounding:
@@ -136,7 +136,7 @@ def test_outputs_in_integers_survive_our_loader(family: str, small: Any, compres
 
 
 @pytest.mark.parametrize(("family", "kind"), [("decoder", "AutoModelForCausalLM"), ("encoder", "AutoModelForMaskedLM")])
-def test_children_load_without_our_code_and_compute_the_dequantized_model(
+def test_variants_load_without_our_code_and_compute_the_dequantized_model(
     family: str, kind: str, small: Any, compress: Callable[..., Any], tmp_path: Path
 ) -> None:
     bench = small(family=family)
@@ -163,7 +163,7 @@ def test_an_output_matrix_of_its_own_is_packed_like_the_embedding(
     assert torch.equal(logits, dense_logits(bench.parent.path / "model", out / "model", bench.held_BT))
 
 
-def test_a_bitmask_child_is_refused_by_transformers_and_loaded_by_ours(
+def test_a_bitmask_variant_is_refused_by_transformers_and_loaded_by_ours(
     small: Any, compress: Callable[..., Any]
 ) -> None:
     from transformers import AutoModelForCausalLM

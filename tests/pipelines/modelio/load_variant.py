@@ -1,6 +1,6 @@
 """Load model folders in a process that imports transformers and nothing of ours; print what came out.
 
-Usage: python load_child.py CLASS TOKENS.json FOLDER...; logits go to `logits.safetensors` beside each folder.
+Usage: python load_variant.py CLASS TOKENS.json FOLDER...; logits go to `logits.safetensors` beside each folder.
 """
 
 from __future__ import annotations
