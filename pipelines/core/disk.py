@@ -16,7 +16,7 @@ from pipelines.core.errors import DiskFullError, IngotError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 HINT = "free some space (`ingot gc --dry-run` shows what is not needed), then run the same command again"
-_SAID = ("no space left on device", "disk quota exceeded", "database or disk is full")
+_MESSAGES = ("no space left on device", "disk quota exceeded", "database or disk is full")
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -26,14 +26,14 @@ def is_full(error: BaseException | None) -> bool:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             return True
-        if not isinstance(error, IngotError) and any(said in str(error).lower() for said in _SAID):
+        if not isinstance(error, IngotError) and any(message in str(error).lower() for message in _MESSAGES):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 def known(error: Exception) -> IngotError | None:
-    """Return an error as one of ours if it is one or tells of a full disk."""
+    """Convert an out-of-space error to DiskFullError; errors of ours stay as they are, unknown ones give None."""
     if isinstance(error, IngotError) or not is_full(error):
         return error if isinstance(error, IngotError) else None
     where = getattr(error, "filename", None) or "of the store or of a temporary file"

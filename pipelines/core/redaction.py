@@ -62,5 +62,5 @@ def redact_value(name: str, value: Any) -> Any:
 
 def _secrets_of_environment() -> list[str]:
     """Return secret values, longest first: one may be a part of another."""
-    found = {v for k, v in os.environ.items() if is_secret_name(k) and len(v) >= _SHORTEST_SECRET}
-    return sorted(found, key=len, reverse=True)
+    secrets = {v for k, v in os.environ.items() if is_secret_name(k) and len(v) >= _SHORTEST_SECRET}
+    return sorted(secrets, key=len, reverse=True)
