@@ -31,7 +31,9 @@ def get(name: str) -> CompressionMethod[Any]:
     Raises:
         ValueError: no method has this name; the message lists the known ones and the nearest.
     """
-    return _known(name, _methods(), "compression method")
+    # A plan reads the settings of the few methods of a recipe; importing all of them takes longer than the plan.
+    method = _method(name) if name in _modules() else None
+    return method or _known(name, _methods(), "compression method")
 
 
 def weight(name: str) -> WeightMethod[Any]:
@@ -85,13 +87,22 @@ def _known(name: str, methods: dict[str, M], what: str) -> M:
 
 @functools.cache
 def _methods() -> dict[str, CompressionMethod[Any]]:
-    """Return an instance of every method; what is no plug-in, or breaks the contract of one, is not silent."""
-    methods = {}
-    for found in sorted(module.name for module in pkgutil.iter_modules(models.compression.__path__)):
-        method = vars(importlib.import_module(f"models.compression.{found}")).get("Method")
-        if method is None:
-            continue
-        if not (isinstance(method, type) and issubclass(method, CompressionMethod)):
-            raise TypeError(f"models.compression.{found}: `Method` must extend the class of its kind")
-        methods[found] = method()
-    return methods
+    """Return an instance of every method."""
+    methods = {name: _method(name) for name in _modules()}
+    return {name: method for name, method in methods.items() if method is not None}
+
+
+@functools.cache
+def _modules() -> tuple[str, ...]:
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(models.compression.__path__)))
+
+
+@functools.cache
+def _method(name: str) -> CompressionMethod[Any] | None:
+    """Return the method of a module, None for a module that has none; breaking the contract of one is not silent."""
+    method = vars(importlib.import_module(f"models.compression.{name}")).get("Method")
+    if method is None:
+        return None
+    if not (isinstance(method, type) and issubclass(method, CompressionMethod)):
+        raise TypeError(f"models.compression.{name}: `Method` must extend the class of its kind")
+    return method()

@@ -27,7 +27,8 @@ def test_the_weight_method_is_found_by_its_file_name_and_compresses(
 ) -> None:
     (tmp_path / "toy_signs.py").write_text(example("Keep the sign"), encoding="utf-8")
     monkeypatch.setattr(models.compression, "__path__", [*models.compression.__path__, str(tmp_path)])
-    registry._methods.cache_clear()
+    for cached in (registry._methods, registry._modules, registry._method):
+        cached.cache_clear()
     try:
         method = registry.weight("toy_signs")
         weight = torch.tensor([[1.0, -2.0], [3.0, 5.0]])
@@ -37,7 +38,8 @@ def test_the_weight_method_is_found_by_its_file_name_and_compresses(
         assert packed.stored_bits() == 4 * 8 + 2 * 32
         assert registry.describe("toy_signs")["kind"] == "weight"
     finally:
-        registry._methods.cache_clear()
+        for cached in (registry._methods, registry._modules, registry._method):
+            cached.cache_clear()
 
 
 def test_the_probe_is_found_by_its_file_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
