@@ -13,6 +13,7 @@ from pipelines.core.errors import ConfigError
 
 KEYS: dict[str, str] = {
     "evaluate.latency": "evaluate.probes.latency",
+    "compress.*.arms_documents": "compress.*.baseline_documents",
     "compress.*.refine": "compress.*.block_reconstruction",
     "compress.*.controls": "compress.*.baselines",
     "compress.*.start": "compress.*.init_from",

@@ -72,14 +72,14 @@ def _show_run(record: RunRecord, *, as_json: bool) -> None:
     if children:
         tokens = children[0].get("cache_tokens")
         counted = f" Sizes are with a cache of {tokens:,} tokens." if tokens else ""
-        print(f"Children by size; ratios are to the parent's bits per byte, arms on validation text.{counted}")
-        columns = ["child", "method", "bits", "size", "ratio", "interval", "best", "arms"]
+        print(f"Children by size; ratios are to the parent's bits per byte, baselines on validation text.{counted}")
+        columns = ["child", "method", "bits", "size", "ratio", "interval", "best", "baselines"]
         console.table([_child_row(row) for row in children], columns, as_json=False)
 
 
 def _child_row(row: dict[str, Any]) -> dict[str, Any]:
     bits = row.get("bits_per_cached_number") or row["bits_per_weight"]
-    arms = [(name, arm["ratio"]["value"]) for name, arm in row["arms"].items() if name != row["method"]]
+    baselines = [(name, measured["ratio"]["value"]) for name, measured in row["baselines"].items()]
     measured = row["ratio"] is not None
     return {
         "child": row["model"],
@@ -89,7 +89,7 @@ def _child_row(row: dict[str, Any]) -> dict[str, Any]:
         "ratio": f"{row['ratio']:.5f}" if measured else None,
         "interval": f"[{row['ratio_low']:.5f}, {row['ratio_high']:.5f}]" if measured else None,
         "best": "best" if row["best"] else "",
-        "arms": ", ".join(f"{name} {value:.5f}" for name, value in sorted(arms, key=lambda arm: arm[1])),
+        "baselines": ", ".join(f"{name} {value:.5f}" for name, value in sorted(baselines, key=lambda pair: pair[1])),
     }
 
 

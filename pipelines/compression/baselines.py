@@ -1,141 +1,119 @@
-"""What a child is compared with at equal stored bytes: round to nearest, GPTQ, and the naive choices of its own method.
+"""What a variant is compared with at equal stored bytes, and the one way of all drivers to compare.
 
-Measured on validation documents, as bits per byte over the parent's, with intervals over documents. An integer grid is
-never smaller than the child: the one whose bytes are nearest from above is taken, and the bytes of every arm are
-recorded. Every arm is in memory as a whole while it is measured.
+Measured on validation documents, as bits per byte over the base's, with intervals over documents. An integer grid is
+never smaller than the variant: the one whose bytes are nearest from above is taken, and the bytes of every baseline are
+recorded. One model at a time is in memory while it is measured.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.compression import gptq, rtn
-from models.compression.base import MethodConfig, Packed, Statistics, WeightMethod
+from models.compression.base import MethodConfig, Needs, Packed, Statistics, WeightMethod
 from models.compression.formats.int_grid import group_for
-from models.compression.modules import packed_linear
-from pipelines.compression import calibration, quick_eval
-from pipelines.compression.config import CompressConfig
-from pipelines.compression.quick_eval import Floats, Yardstick
-from pipelines.compression.sequential import Walker
-from pipelines.core.stage import Progress, StageContext
-from pipelines.measure import intervals
-from pipelines.modelio import meta_init
-from pipelines.modelio.folder import WeightReader
-from pipelines.modelio.load import load_model
+from pipelines.compression.quick_eval import Floats, QuickEval
+from pipelines.compression.report import Comparison, Measurement
+from pipelines.compression.run import CompressionRun
+from pipelines.measure.intervals import bootstrap, paired_ratio
 
 _GROUPS = (0, 256, 128, 64, 32, 16, 8)
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way to spend the bytes."""
+class Contender:
+    """One model of a comparison, on the device of the run."""
 
     name: str
-    method: WeightMethod[Any]
-    config: MethodConfig
-    plan: Mapping[str, MethodConfig] = field(default_factory=dict)
-    """Parameters of layers that have their own."""
-
-
-def measure(
-    config: CompressConfig,
-    walker: Walker,
-    names: Sequence[str],
-    child: Arm,
-    plans: Mapping[str, Mapping[str, MethodConfig]],
-    target: Path,
-    prepare: Path,
-    context: StageContext,
-) -> dict[str, Any]:
-    """Return `arms` and `arms_measured` of `compression.json`; no arms where there is no text to measure on.
-
-    Args:
-        config: the child's configuration.
-        walker: walks the parent.
-        names: the compressed layers.
-        child: what made the child.
-        plans: other allocations in place of the child's, by name; empty where nothing was allocated.
-        target: the child's model folder.
-        prepare: folder of the prepare artifact.
-        context: takes the progress.
-    """
-    number, parent, device = config.arms_documents, walker.model, walker.device
-    text = quick_eval.build(prepare, number, parent, device, end="first") if number else None
-    if text is None:
-        return {"arms": {}}
-    if walker.tokens_NT is None:
-        masked = meta_init.is_encoder(walker.model)
-        tokens_NT = calibration.sample_tokens(prepare, samples=config.samples, seed=config.seed, masked=masked)
-        walker = replace(walker, tokens_NT=tokens_NT)
-    made: dict[str, Any] = {}
-    for name, row, total in compare(walker, names, child, plans, target, text):
-        made[name] = row
-        interval = intervals.Interval(**row["ratio"])
-        message = f"{name}: {interval} of the parent's bits per byte with {row['bytes']:,} bytes"
-        context.report(Progress(context.node, len(made), total, "arms", message))
-    measured = {"split": "validation", "documents": text.documents, "scored_tokens": text.scored}
-    return {"arms": made, "arms_measured": measured}
+    model: PreTrainedModel
+    bytes: int | None = None
+    """Of the compressed layers."""
+    cache_bytes_per_token: float | None = None
 
 
 def compare(
-    walker: Walker,
-    names: Sequence[str],
-    child: Arm,
-    plans: Mapping[str, Mapping[str, MethodConfig]],
-    target: Path,
-    text: Yardstick,
-) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """Yield (name, {"ratio", "bytes"}, how many come) of the child and each arm; bytes are of the compressed layers."""
-    base = text.nats(load_model(walker.folder), "the parent")
-    reader = WeightReader(target)
-    stored = sum(reader.packed(name).stored_bits() for name in names) // 8
+    run: CompressionRun,
+    text: QuickEval,
+    contenders: Iterable[Contender],
+    *,
+    count: int,
+    left_out: Mapping[str, str] | None = None,
+) -> Comparison:
+    """Measure the base, the variant and each baseline on the same documents.
 
-    def row(nats: Floats, size: int) -> dict[str, Any]:
-        return {**text.against(nats, base), "bytes": size}
-
-    arms = list(plan(walker, names, child, plans, stored))
-    yield child.name, row(text.nats(load_model(target), child.name), stored), 1 + len(arms)
-    for arm in arms:
-        model = load_model(walker.folder)
-        size = sum(put(model, block) for block in walker.walk(arm.method, arm.config, names, arm.plan))
-        yield arm.name, row(text.nats(model, arm.name), size), 1 + len(arms)
-
-
-def plan(
-    walker: Walker,
-    names: Sequence[str],
-    child: Arm,
-    plans: Mapping[str, Mapping[str, MethodConfig]],
-    stored: int,
-) -> Iterator[Arm]:
-    """Yield the arms of a child: those on an integer grid, where one is large enough, and its method's null arms."""
-    shapes = [tuple(walker.model.get_parameter(f"{name}.weight").shape) for name in names]
-    fitting, taken = nearest_grid(shapes, stored), {child.name}
-    if fitting is not None:
-        plain: dict[str, WeightMethod[Any]] = {"rtn": rtn.Method(), "gptq": gptq.Method()}
-        for name, method in plain.items():
-            if name not in taken:
-                yield Arm(name, method, method.Config.model_validate(fitting))
-        taken |= {"rtn", "gptq"}
-    for name, other in plans.items():
-        yield Arm(name, child.method, child.config, other)
-    for name in _null_names(walker, names, child):
-        if name not in taken:
-            yield Arm(name, _Baseline(child.method, name), child.config, child.plan)
+    Args:
+        run: takes the progress.
+        text: what is scored.
+        contenders: the base, the variant, then the baselines; each is taken when the one before it has been measured.
+        count: how many variants and baselines there are.
+        left_out: baselines of other kinds that say nothing here -> why.
+    """
+    nats: dict[str, Floats] = {}
+    measured: dict[str, Measurement] = {}
+    for contender in contenders:
+        nats[contender.name] = text.nats(contender.model, contender.name)
+        if len(nats) == 1:
+            continue
+        base_D, variant_D = itertools.islice(nats.values(), 2)
+        measured[contender.name] = row = _measurement(text, nats[contender.name], base_D, variant_D, contender)
+        size = f"{row.bytes:,} bytes" if row.bytes else f"{row.cache_bytes_per_token:,.1f} bytes of cache a token"
+        message = f"{contender.name}: {row.ratio} of the base's bits per byte with {size}"
+        run.progress(len(measured), count, "comparisons", message)
+        del contender
+    variant, *baselines = measured
+    base_D = next(iter(nats.values()))
+    return Comparison(
+        split="validation",
+        unit="documents",
+        items=text.documents,
+        scored_tokens=int(text.tokens_D.sum()),
+        base_nats_per_token=bootstrap(lambda n, t: n / t, (base_D, text.tokens_D.astype(np.float64))),
+        variant=measured[variant],
+        baselines={name: measured[name] for name in baselines},
+        left_out=dict(left_out or {}),
+    )
 
 
-def put(model: PreTrainedModel, block: Mapping[str, Any]) -> int:
-    """Put the compressed layers of a block into a model; returns their stored bytes."""
-    for name, layer in block.items():
-        packed_linear.put(model, name, layer.packed)
-    return sum(layer.packed.stored_bits() for layer in block.values()) // 8
+def _measurement(
+    text: QuickEval, nats_D: Floats, base_D: Floats, variant_D: Floats, contender: Contender
+) -> Measurement:
+    ones_D, columns = np.ones_like(base_D), (nats_D, base_D, text.tokens_D.astype(np.float64))
+    return Measurement(
+        ratio=paired_ratio(nats_D, base_D, ones_D),
+        versus_variant=paired_ratio(nats_D, variant_D, ones_D),
+        nats_per_token=bootstrap(lambda n, _, t: n / t, columns),
+        perplexity_ratio=bootstrap(lambda n, b, t: np.exp((n - b) / t), columns),
+        bytes=contender.bytes,
+        cache_bytes_per_token=contender.cache_bytes_per_token,
+    )
+
+
+# ---- baselines of weights ---------------------------------------------------------------------------------------
+
+
+class BaselineMethod(WeightMethod[Any]):
+    """A method that stores what another one names as its baseline, in place of its result."""
+
+    def __init__(self, method: WeightMethod[Any], baseline: str) -> None:
+        self._method, self._baseline = method, baseline
+
+    def needs(self, config: MethodConfig) -> Needs:
+        """Return what the method itself needs."""
+        return self._method.needs(config)
+
+    def compress(self, weight_OI: Tensor, statistics: Statistics, config: MethodConfig) -> Packed:
+        """Return the baseline."""
+        return self._method.baselines(weight_OI, statistics, config)[self._baseline]
+
+    def restore(self, tensors: Mapping[str, Tensor], config: MethodConfig) -> Packed:
+        """Rebuild what the method itself stores: a baseline has its storage."""
+        return self._method.restore(tensors, config)
 
 
 def nearest_grid(shapes: Sequence[Sequence[int]], stored: int) -> dict[str, Any] | None:
@@ -144,7 +122,7 @@ def nearest_grid(shapes: Sequence[Sequence[int]], stored: int) -> dict[str, Any]
         (sum(grid_bytes(rows, columns, bits, group) for rows, columns in shapes), -bits, group)
         for bits, group in itertools.product(range(2, 9), _GROUPS)
     }
-    large = [found for found in sizes if found[0] >= stored]
+    large = [grid for grid in sizes if grid[0] >= stored]
     if not large:
         return None
     _, negative, group = min(large)
@@ -155,24 +133,3 @@ def grid_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
     """Return the stored bytes of a matrix on a symmetric grid: codes, bfloat16 scales, shape."""
     words = -(-columns * bits // 32)
     return rows * (4 * words + 2 * columns // group_for(columns, group_size)) + 16
-
-
-def _null_names(walker: Walker, names: Sequence[str], child: Arm) -> list[str]:
-    """Return the names of the method's null arms, as it gives them for the first layer."""
-    if child.method.not_informative:
-        return []
-    first = next(iter(walker.walk(child.method, child.config, names[:1], child.plan)))
-    return sorted(first[names[0]].null)
-
-
-class _Baseline(WeightMethod[Any]):
-    """A method that stores one baseline of another."""
-
-    def __init__(self, method: WeightMethod[Any], name: str) -> None:
-        self._method, self._baseline = method, name
-
-    def compress(self, weight_OI: Tensor, statistics: Statistics, config: MethodConfig) -> Packed:
-        return self._method.baselines(weight_OI, statistics, config)[self._baseline]
-
-    def restore(self, tensors: Mapping[str, Tensor], config: MethodConfig) -> Packed:
-        return self._method.restore(tensors, config)

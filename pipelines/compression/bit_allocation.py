@@ -1,177 +1,248 @@
-"""Parameters layer by layer, for methods that share a budget of bits out among layers: those with an `allocation`."""
+"""Parameters layer by layer, for methods that share a budget of stored bits out among layers.
+
+An integer program, solved exactly: minimise sum cost[l, x_l] over the options x_l of each layer l, with sum
+bits[l, x_l] within the budget, optionally a second budget (operations, microseconds), and groups of layers that must
+take the same option. scipy's `milp` (HiGHS) solves hundreds of layers in milliseconds. It works in floating point, so
+what it returns is added up again in whole bits, and solved again under a budget that is smaller by the excess where
+rounding let one through.
+
+Shapes: L layers, C options.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
-from transformers import PreTrainedModel
 
-from models.compression.base import BitAllocation, MethodConfig, Statistics, WeightMethod
-from pipelines.compression import allocate, calibration, curvature, sensitivity
+from models.compression.base import BitAllocation, Cost, Statistics
+from pipelines.compression import calibration, sensitivity
+from pipelines.compression.report import Allocation
+from pipelines.compression.run import CompressionRun
+from pipelines.compression.sequential import Assignment
+from pipelines.core.errors import ConfigError
 from pipelines.modelio import meta_init
-from pipelines.modelio.folder import WeightReader
 
-RANDOM_ARMS = 6
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+RANDOM_ALLOCATIONS = 6
+"""Random allocations whose predicted loss is reported."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class Allocated:
     """What each layer was given, and what that was predicted to cost beside other allocations."""
 
-    parameters: Mapping[str, MethodConfig] = field(default_factory=dict)
-    """Layer name -> its parameters; layers that are missing take those of the child."""
-    nulls: Mapping[str, Mapping[str, MethodConfig]] = field(default_factory=dict)
-    """The same for other allocations within the budget, the null arms: a random one, and the best that is uniform."""
-    report: Mapping[str, Any] = field(default_factory=dict)
-    """Goes into `compression.json`; empty where nothing was shared out."""
+    assignment: Assignment
+    baselines: Mapping[str, Assignment] = field(default_factory=dict)
+    """Other allocations within the budget: a random one, and the best that is uniform."""
+    report: Allocation | None = None
+    """None where nothing was shared out."""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What planning may look at."""
+class Costs:
+    """Stored bits and predicted loss of every option for every layer."""
 
-    tokens_NT: NDArray[np.int64]
-    labels_NT: NDArray[np.int64]
-    device: torch.device
-    seed: int = 0
-    fisher: Path | None = None
-    """Folder that `gradients.record` has filled; for methods that price by gradients."""
-
-
-@dataclass(frozen=True)
-class Prices:
-    """Bits and predicted loss of every choice for every layer."""
-
-    names: Sequence[str]
+    bits_LC: Ints
+    loss_LC: Floats
     weights: int
     """Number of weights of all layers."""
-    bits_LC: NDArray[np.int64]
-    cost_LC: NDArray[np.float64]
 
 
-def make(
-    model: PreTrainedModel,
-    reader: WeightReader,
-    method: WeightMethod[Any],
-    config: MethodConfig,
-    *,
-    names: Sequence[str],
-    shown: Shown | None,
-) -> Plan:
-    """Return the allocation of least predicted loss within the budget.
+def allocate(run: CompressionRun, assignment: Assignment) -> Allocated:
+    """Return the allocation of least predicted loss within the method's budget.
 
     Raises:
         ConfigError: no allocation is within the budget.
     """
-    allocation = method.allocation(config)
-    if shown is None or allocation is None:
-        return Plan()
-    options: list[MethodConfig] = list(allocation.options)
-    prices = price_all(model, reader, method, allocation, names=names, shown=shown)
-    budget = int(allocation.budget * prices.weights)
-    chosen = allocate.solve(prices.cost_LC, prices.bits_LC, budget, groups=_groups(prices.names, allocation))
-    parameters = {name: options[choice] for name, choice in zip(prices.names, chosen, strict=True)}
-    drawn = allocate.random_choice(prices.bits_LC, budget, 0)
-    nulls = {"random allocation": {n: options[choice] for n, choice in zip(prices.names, drawn, strict=True)}}
-    if (uniform := allocate.uniform_choice(prices.cost_LC, prices.bits_LC, budget)) is not None:
-        nulls["uniform allocation"] = dict.fromkeys(prices.names, options[uniform])
-    return Plan(parameters, nulls, _report(prices, chosen, budget, parameters))
+    wanted = assignment.method.allocation(assignment.config)
+    if wanted is None:
+        return Allocated(assignment)
+    costs = costs_of(run, assignment, wanted)
+    bits_LC, cost_LC = costs.bits_LC, costs.loss_LC
+    budget, names = int(wanted.budget * costs.weights), assignment.names
+    best = solve(cost_LC, bits_LC, budget, groups=_tied(names, wanted.tied_layers))
+    random = [random_choice(bits_LC, budget, seed) for seed in range(RANDOM_ALLOCATIONS)]
+    uniform = uniform_choice(cost_LC, bits_LC, budget)
+
+    def given(options: Sequence[int]) -> Assignment:
+        return replace(
+            assignment, of_layer={name: wanted.options[option] for name, option in zip(names, options, strict=True)}
+        )
+
+    def predicted(options: Sequence[int]) -> float:
+        return float(cost_LC[np.arange(len(names)), list(options)].sum())
+
+    chosen, baselines = given(best), {"random allocation": given(random[0])}
+    if uniform is not None:
+        baselines["uniform allocation"] = given([uniform] * len(names))
+    report = Allocation(
+        budget_bits=budget,
+        stored_bits=total(bits_LC, best),
+        predicted=predicted(best),
+        random=[predicted(options) for options in random],
+        uniform=None if uniform is None else float(cost_LC[:, uniform].sum()),
+        layers={name: config.model_dump(mode="json") for name, config in chosen.of_layer.items()},
+    )
+    return Allocated(chosen, baselines, report)
 
 
-def price_all(
-    model: PreTrainedModel,
-    reader: WeightReader,
-    method: WeightMethod[Any],
-    allocation: BitAllocation[Any],
-    *,
-    names: Sequence[str],
-    shown: Shown,
-) -> Prices:
-    """Return what every choice costs every layer, block by block."""
-    priced: dict[str, list[tuple[int, float]]] = {}
+def costs_of(run: CompressionRun, assignment: Assignment, wanted: BitAllocation[Any]) -> Costs:
+    """Ask the method what every option would cost every layer, block by block."""
+    costs: dict[str, list[Cost]] = {}
     weights = 0
-    for name, seen in _statistics(model, reader, allocation, names=names, shown=shown):
-        weight_OI = reader.dense(f"{name}.weight").float()
+    for name, seen in _statistics(run, assignment.names, wanted):
+        weight_OI = run.reader.dense(f"{name}.weight").to(run.device).float()
         weights += weight_OI.numel()
-        costs = [method.cost(weight_OI, seen, option) for option in allocation.options]
-        priced[name] = [(cost.stored_bits, cost.loss) for cost in costs]
-    ordered = [priced[name] for name in names]
-    bits_LC = np.array([[bits for bits, _ in row] for row in ordered], dtype=np.int64)
-    return Prices(list(names), weights, bits_LC, np.array([[cost for _, cost in row] for row in ordered]))
+        costs[name] = [assignment.method.cost(weight_OI, seen, option) for option in wanted.options]
+    ordered = [costs[name] for name in assignment.names]
+    bits_LC = np.array([[cost.stored_bits for cost in row] for row in ordered], dtype=np.int64)
+    return Costs(bits_LC, np.array([[cost.loss for cost in row] for row in ordered]), weights)
 
 
 def _statistics(
-    model: PreTrainedModel,
-    reader: WeightReader,
-    allocation: BitAllocation[Any],
-    *,
-    names: Sequence[str],
-    shown: Shown,
+    run: CompressionRun, names: Sequence[str], wanted: BitAllocation[Any]
 ) -> Iterator[tuple[str, Statistics]]:
-    """Yield each layer's statistics in the original model, one block after another."""
-    if allocation.sensitivity_source == "curvature":
-        found = curvature.traces(
-            reader.folder,
-            names,
-            shown.tokens_NT,
-            shown.labels_NT,
-            probes=allocation.probes,
-            seed=shown.seed,
-            device=shown.device,
+    """Yield what losses are predicted from for each layer of the base model, one block after another."""
+    if wanted.sensitivity_source == "curvature":
+        curvature = sensitivity.traces(
+            run.load_base(), names, run.tokens_NT, run.labels_NT, probes=wanted.probes, seed=run.config.seed
         )
-        yield from ((name, Statistics(curvature=value)) for name, value in found.items())
-    elif allocation.sensitivity_source == "gradients":
-        assert shown.fisher is not None
-        for index in range(len(meta_init.blocks(model)[1])):
-            squares = sensitivity.read(shown.fisher, index)
+        yield from ((name, Statistics(curvature=value)) for name, value in curvature.items())
+    elif wanted.sensitivity_source == "gradients":
+        for index in range(len(meta_init.blocks(run.base)[1])):
+            squares = sensitivity.read(run.fisher, index, run.device)
             yield from ((name, Statistics(fisher_OI=squares[name])) for name in names if name in squares)
     else:
-        yield from _second_moments(model, reader, names, shown)
+        yield from _second_moments(run, names)
 
 
-def _second_moments(
-    model: PreTrainedModel, reader: WeightReader, names: Sequence[str], shown: Shown
-) -> Iterator[tuple[str, Statistics]]:
+def _second_moments(run: CompressionRun, names: Sequence[str]) -> Iterator[tuple[str, Statistics]]:
+    model = run.base
     stack, layers = meta_init.blocks(model)
-    meta_init.load_rest(model, stack, reader, shown.device)
-    prefix = calibration.enter(model, layers, shown.tokens_NT, shown.device)
+    meta_init.load_rest(model, stack, run.reader, run.device)
+    prefix = calibration.enter(model, layers, run.tokens_NT, run.device)
     for index, block in enumerate(layers):
         place = f"{stack}.{index}"
-        meta_init.load(block, place, reader, shown.device, model.dtype)
-        chosen = {n: model.get_submodule(n) for n in names if n.startswith(f"{place}.")}
-        linear = {n: m for n, m in chosen.items() if isinstance(m, nn.Linear)}
-        yield from calibration.measure(block, linear, index, prefix).items()
+        meta_init.load(block, place, run.reader, run.device, model.dtype)
+        yield from calibration.measure(block, calibration.linear_layers(model, place, names), index, prefix).items()
         prefix.advance(index, block)
         meta_init.release(block)
 
 
-def _groups(names: Sequence[str], allocation: BitAllocation[Any]) -> list[list[int]]:
-    """Return the numbers of the layers that are tied, for each pattern that ties at least two."""
-    patterns = allocation.tied_layers
-    found = [[i for i, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern)] for pattern in patterns]
-    return [group for group in found if len(group) > 1]
+def _tied(names: Sequence[str], patterns: Sequence[str]) -> list[list[int]]:
+    """Return the positions of layers that match the same pattern, which get the same option."""
+    groups = [[i for i, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern)] for pattern in patterns]
+    return [group for group in groups if len(group) > 1]
 
 
-def _report(
-    prices: Prices, chosen: Sequence[int], budget: int, parameters: Mapping[str, MethodConfig]
-) -> dict[str, Any]:
-    """Return the allocation and its predicted loss beside random ones of the same budget and the best uniform one."""
-    rows = np.arange(len(chosen))
-    random = [allocate.random_choice(prices.bits_LC, budget, seed) for seed in range(RANDOM_ARMS)]
-    uniform = allocate.uniform_choice(prices.cost_LC, prices.bits_LC, budget)
-    return {
-        "budget_bits": budget,
-        "stored_bits": allocate.total(prices.bits_LC, chosen),
-        "predicted": float(prices.cost_LC[rows, list(chosen)].sum()),
-        "random": [float(prices.cost_LC[rows, arm].sum()) for arm in random],
-        "uniform": None if uniform is None else float(prices.cost_LC[:, uniform].sum()),
-        "layers": {name: config.model_dump(mode="json") for name, config in parameters.items()},
-    }
+# ---- the integer program ----------------------------------------------------------------------------------------
+
+
+def solve(
+    cost_LC: Floats,
+    bits_LC: Ints,
+    budget: int,
+    *,
+    second_LC: Ints | None = None,
+    second_budget: int = 0,
+    groups: Sequence[Sequence[int]] = (),
+) -> list[int]:
+    """Return the option of each layer whose total cost is least.
+
+    Args:
+        cost_LC: predicted loss of each choice, finite.
+        bits_LC: its stored bits.
+        budget: most bits altogether.
+        second_LC: another size of each choice.
+        second_budget: most of it altogether.
+        groups: layers that must take the same option.
+
+    Raises:
+        ConfigError: not even the smallest options are within a budget.
+    """
+    sizes, limits = [bits_LC.astype(np.int64)], [int(budget)]
+    if second_LC is not None:
+        sizes, limits = [*sizes, second_LC.astype(np.int64)], [*limits, int(second_budget)]
+    allowed = list(limits)
+    for _ in range(100):
+        chosen = _solve(cost_LC, sizes, allowed, groups)
+        if chosen is None:
+            break
+        excess = [total(size_LC, chosen) - limit for size_LC, limit in zip(sizes, limits, strict=True)]
+        if max(excess) <= 0:
+            return chosen
+        allowed = [a - max(over, 0) for a, over in zip(allowed, excess, strict=True)]
+    least = [int(size_LC.min(axis=1).sum()) for size_LC in sizes]
+    raise ConfigError(
+        f"no allocation is within the budget of {' and '.join(str(limit) for limit in limits)}",
+        hint=f"the smallest options of all layers add up to {' and '.join(str(size) for size in least)}",
+    )
+
+
+def total(size_LC: Ints, chosen: Sequence[int]) -> int:
+    """Return the size of an allocation."""
+    return int(size_LC[np.arange(len(size_LC)), list(chosen)].sum())
+
+
+def random_choice(bits_LC: Ints, budget: int, seed: int) -> list[int]:
+    """Return a random allocation that fills the budget: no layer could take its next larger choice as well.
+
+    Raises:
+        ConfigError: not even the smallest options are within the budget.
+    """
+    generator = np.random.default_rng([seed, len(bits_LC)])
+    order_LC = np.argsort(bits_LC, axis=1, kind="stable")
+    ranks = generator.integers(0, bits_LC.shape[1], len(bits_LC))
+
+    def size(ranks_L: NDArray[np.int64]) -> int:
+        return total(bits_LC, list(np.take_along_axis(order_LC, ranks_L[:, None], axis=1)[:, 0]))
+
+    while size(ranks) > budget:
+        lowerable = np.flatnonzero(ranks > 0)
+        if not len(lowerable):
+            raise ConfigError(f"no allocation is within the budget of {budget}", hint=f"the least is {size(ranks)}")
+        ranks[generator.choice(lowerable)] -= 1
+    for layer in generator.permutation(len(bits_LC)):
+        while ranks[layer] + 1 < bits_LC.shape[1] and size(ranks + (np.arange(len(ranks)) == layer)) <= budget:
+            ranks[layer] += 1
+    return [int(choice) for choice in np.take_along_axis(order_LC, ranks[:, None], axis=1)[:, 0]]
+
+
+def uniform_choice(cost_LC: Floats, bits_LC: Ints, budget: int) -> int | None:
+    """Return the choice of least cost that all layers can share within the budget; None where there is none."""
+    within = np.flatnonzero(bits_LC.sum(axis=0) <= budget)
+    return int(within[np.argmin(cost_LC.sum(axis=0)[within])]) if len(within) else None
+
+
+def _solve(
+    cost_LC: Floats, sizes: Sequence[Ints], limits: Sequence[int], groups: Sequence[Sequence[int]]
+) -> list[int] | None:
+    """Return the optimum in floating point; None where there is no solution."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    layers, choices = cost_LC.shape
+    one_each = np.kron(np.eye(layers), np.ones(choices))
+    constraints: list[Any] = [LinearConstraint(one_each, 1, 1)]
+    for size_LC, limit in zip(sizes, limits, strict=True):
+        unit = max(int(np.gcd.reduce(size_LC, axis=None)), 1)
+        constraints.append(LinearConstraint(size_LC.reshape(1, -1) / unit, -np.inf, limit // unit))
+    for group in groups:
+        for other in list(group)[1:]:
+            same = np.zeros((layers, layers))
+            same[0, group[0]], same[0, other] = 1, -1
+            constraints.append(LinearConstraint(np.kron(same[:1], np.eye(choices)), 0, 0))
+    scale = float(np.abs(cost_LC).max()) or 1.0
+    found = milp(
+        cost_LC.reshape(-1) / scale,
+        constraints=constraints,
+        integrality=np.ones(cost_LC.size),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0.0},
+    )
+    return None if found.x is None else [int(row.argmax()) for row in found.x.reshape(layers, choices)]

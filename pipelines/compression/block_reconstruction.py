@@ -128,7 +128,7 @@ def optimise(
             batch = step % len(targets)
             loss = _loss(block, index, prefix, targets, batch)
             if not bool(torch.isfinite(loss)):
-                raise NumericError(f"block {index}: the loss of block-wise optimisation is not finite at step {step}")
+                raise NumericError(f"block {index}: the loss of block reconstruction is not finite at step {step}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,14 +1,15 @@
 """What calibration shows a model, and what it records at the inputs of each layer of one block.
 
-Bounded memory: one block, the hidden states of the calibration sequences (twice where the original model is followed
-too), and for each layer of the block one I x I matrix and, on request, two samples of at most `ROWS` rows.
+Everything stays on the device of the block. Bounded memory: one block, the hidden states of the calibration sequences
+(twice where the original model is followed too), and for each layer of the block one I x I matrix and, on request, two
+samples of at most `ROWS` rows.
 Shapes: N sequences, T tokens, B sequences of a batch, D width, I input features, R sampled rows.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def sample_tokens(prepare: Path, *, samples: int, seed: int, masked: bool, split
         samples: how many sequences.
         seed: seed of the choice.
         masked: hide a share of the tokens behind the mask token, as an encoder was trained to see them.
-        split: train for calibration, validation for choices among children.
+        split: train for calibration, validation for choices among variants.
 
     Raises:
         IntegrityError: the split is empty.
@@ -118,22 +119,34 @@ def enter(model: PreTrainedModel, stack: nn.ModuleList, tokens_NT: NDArray[np.in
         arguments.append({k: v for k, v in kwargs.items() if k not in {"past_key_values", "use_cache"}})
         return hidden_BTD
 
-    originals = [block.forward for block in stack]
-    body = model.base_model
-    try:
-        for block in stack:
-            block.forward = record
+    with standing_in(stack, [record] * len(stack)):
         for batch_BT in batches(tokens_NT):
             entered.clear()
             arguments.clear()
-            body(input_ids=torch.from_numpy(batch_BT).to(device))
+            model.base_model(input_ids=torch.from_numpy(batch_BT).to(device))
             prefix.hidden.append(entered[0])
-    finally:
-        for block, original in zip(stack, originals, strict=True):
-            block.forward = original
     # All batches have one shape and no padding, so the arguments of the last one hold for all.
     prefix.arguments = list(arguments)
     return prefix
+
+
+@contextlib.contextmanager
+def standing_in(blocks: nn.ModuleList, forwards: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
+    """Let each block compute one of `forwards` instead of what it does."""
+    originals = [block.forward for block in blocks]
+    try:
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
+        yield
+    finally:
+        for block, original in zip(blocks, originals, strict=True):
+            block.forward = original
+
+
+def linear_layers(model: PreTrainedModel, place: str, names: Sequence[str]) -> dict[str, nn.Linear]:
+    """Return those of the layers `names` that are in the block called `place`, by their whole name."""
+    inside = {name: model.get_submodule(name) for name in names if name.startswith(f"{place}.")}
+    return {name: module for name, module in inside.items() if isinstance(module, nn.Linear)}
 
 
 def measure(
@@ -159,7 +172,10 @@ def measure(
     Raises:
         NumericError: an activation is not finite.
     """
-    sums = {n: torch.zeros(m.in_features, m.in_features, dtype=torch.float64) for n, m in layers.items()}
+    sums = {
+        name: torch.zeros(module.in_features, module.in_features, dtype=torch.float64, device=module.weight.device)
+        for name, module in layers.items()
+    }
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
     reference: dict[str, list[Tensor]] = {name: [] for name in layers}
     with _listening(layers, lambda name: _accumulate(sums[name])), _keeping(layers, rows_R, prefix, inputs):
@@ -198,7 +214,8 @@ def _keeping(
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             start = len(kept[name]) * size
             mine = rows_R[(rows_R >= start) & (rows_R < start + size)] - start
-            kept[name].append(inputs[0].detach().flatten(0, -2)[torch.from_numpy(mine)].float().cpu())
+            rows_NI = inputs[0].detach().flatten(0, -2)
+            kept[name].append(rows_NI[torch.from_numpy(mine).to(rows_NI.device)].float())
 
         return hook
 
@@ -223,7 +240,7 @@ def _listening(layers: Mapping[str, nn.Linear], hook: Callable[[str], Callable[.
 def _accumulate(sum_II: Tensor) -> Callable[..., None]:
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows_NI = inputs[0].detach().flatten(0, -2).double()
-        sum_II.add_((rows_NI.T @ rows_NI).cpu())
+        sum_II.add_(rows_NI.T @ rows_NI)
 
     return hook
 

@@ -1,4 +1,4 @@
-"""Configuration of the compress stage: one child, its method, and the method's own parameters in the same table.
+"""Configuration of the compress stage: one variant, its method, and the method's own parameters in the same table.
 
 A recipe writes `{method = "gptq", bits = 4, group_size = 32, samples = 128}`: keys of the engine are fields here, all
 others go to the method's own `Config`, which validates them. The resolved parameters, defaults included, are identity.
@@ -24,20 +24,20 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class CompressConfig(Settings):
-    """One compressed child of a model."""
+    """One compressed variant of a model."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
     name: str = Field(
         "",
-        description="Name of the child in the graph; empty: made of the method and its parameters.",
+        description="Name of the variant in the graph; empty: made of the method and its parameters.",
         json_schema_extra=NOT_IDENTITY,
     )
     method: str = Field("rtn", description="How to compress; `ingot list compressors` shows the methods.")
     from_: str = Field(
         "",
         alias="from",
-        description="Another child to start from (prune, then quantize); empty: the pretrained model.",
+        description="Another variant to start from (prune, then quantize); empty: the pretrained model.",
         json_schema_extra=NOT_IDENTITY,  # the input's own fingerprint stands for it
     )
     samples: int = Field(64, ge=1, le=1_000_000, description="Training sequences shown to methods that calibrate.")
@@ -56,11 +56,11 @@ class CompressConfig(Settings):
         description="Perplexity on validation text may grow by so much (0.01: one percent); the most sensitive layers "
         "are left as they are until it does not grow by more. 0: every layer is compressed.",
     )
-    arms_documents: int = Field(
+    baseline_documents: int = Field(
         12,
         ge=0,
         le=10_000,
-        description="Validation documents on which the child is compared with other methods at equal bytes; the first "
+        description="Validation documents on which the variant is compared with baselines at equal bytes; the first "
         "1024 tokens of each are scored. It holds a whole model in memory; 0: no comparison.",
     )
     parameters: SerializeAsAny[MethodConfig] = Field(

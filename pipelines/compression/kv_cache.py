@@ -1,18 +1,25 @@
-"""Methods of kind "kv_cache": the parent's model unchanged, and tables that say how its attention cache is coded.
+"""Methods of kind "kv_cache": the base model unchanged, and tables that say how its attention cache is quantized.
 
 Calibration records the keys (before RoPE) and values of every layer over training sequences, and the gradients of the
-loss with respect to them, so the whole model is held in memory, with the activations of one batch.
+loss with respect to them, so the whole model is held in memory, with the activations of one batch. The rows of all
+layers wait in host memory; those of one layer at a time are on the device.
 
-The child is compared with its null arms on validation text; see `cache_arms.py`.
+The variant is compared with baselines at no fewer stored bits, on text that goes through the cache class of generation:
+a pass over a document quantizes its keys and values row by row, as a stream would. Bytes are those that the class holds
+for a token of that text.
+
+Shapes: N rows (tokens of all sequences), C channels (all key heads side by side), H heads, T tokens, D head size.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -22,26 +29,43 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from models.compression import registry
-from models.compression.cache_method import CacheBaseline, CacheMethod
-from models.compression.modules.quantized_cache import Tables, rotate
-from pipelines.compression import cache_arms, calibration
-from pipelines.compression.config import CompressConfig
-from pipelines.core.artifact import Artifact
+from models.compression.cache_method import CacheBaseline, CacheConfig, CacheMethod
+from models.compression.formats.cache_codes import rounding, rounding_bytes
+from models.compression.modules import quantized_cache
+from models.compression.modules.quantized_cache import QuantizedCache, Tables, rotate
+from pipelines.compression import baselines
+from pipelines.compression.baselines import Contender
+from pipelines.compression.quick_eval import QuickEval
+from pipelines.compression.report import (
+    FILE,
+    CachedLayer,
+    CacheErrors,
+    CalibrationFacts,
+    Comparison,
+    CompressionReport,
+    Totals,
+)
+from pipelines.compression.run import CompressionRun
 from pipelines.core.errors import ConfigError, NumericError
-from pipelines.core.stage import Progress, StageContext, Summary
 from pipelines.modelio import kv_cache_file
-from pipelines.modelio.folder import KV_CACHE_FILE, WeightReader, write_json
-from pipelines.modelio.load import load_weights
+from pipelines.modelio.folder import KV_CACHE_FILE
 
+LAYOUT = "weights of the base, ingot cache tables"
+LEFT_OUT = {
+    "gptq": "rounds a weight matrix against the inputs that it will meet and moves the error to columns not yet "
+    "rounded; the rows of a cache are stored as they come, once, and no later row can take their error"
+}
+"""Methods that other kinds are compared with and this one is not, and why."""
 _ROWS = 16384
 """Tokens that the tables are fitted on; more calibration tokens are thinned evenly."""
 _SEQUENCES = 4
 """Sequences whose gradients are computed together."""
+_GROUPS = (0, 128, 64, 32, 16, 8)
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one side of one layer held over the calibration tokens."""
+class Recorded:
+    """What one side (keys or values) of one layer was over the calibration tokens."""
 
     x_NC: Tensor
     gradient_NC: Tensor
@@ -54,7 +78,11 @@ class Seen:
         """Squared gradients."""
         return self.gradient_NC.square()
 
-    def rotated(self, model: PreTrainedModel) -> Seen:
+    def to(self, device: torch.device) -> Recorded:
+        """Return the same on another device."""
+        return Recorded(self.x_NC.to(device), self.gradient_NC.to(device), self.positions_N.to(device))
+
+    def rotated(self, model: LlamaForCausalLM) -> Recorded:
         """Return keys after RoPE; their gradients turn with them."""
         heads = model.config.num_key_value_heads
 
@@ -66,69 +94,72 @@ class Seen:
         return replace(self, x_NC=turn(self.x_NC), gradient_NC=turn(self.gradient_NC))
 
 
-def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
-    """Fit the cache tables of `inputs["model"]` on training sequences of `inputs["prepare"]`.
+def compress(run: CompressionRun) -> CompressionReport:
+    """Fit the cache tables of the base model on training sequences.
 
-    Writes `model/` (the parent's files and `kv_cache.safetensors`) and `compression.json`.
+    Writes the base's files and `kv_cache.safetensors`.
 
     Raises:
-        ConfigError: the model has no cache that this can code.
+        ConfigError: the model has no cache that this can quantize.
         NumericError: keys, values or their gradients are not finite.
     """
-    method, source, target = registry.kv_cache(config.method), inputs["model"].path / "model", out_dir / "model"
-    model = load_weights(source)
+    config, method, parameters = run.config, registry.kv_cache(run.config.method), run.config.parameters
+    assert isinstance(parameters, CacheConfig)
+    model = run.load_base()
     check(config.method, model)
-    tokens_NT = calibration.sample_tokens(
-        inputs["prepare"].path, samples=config.samples, seed=config.seed, masked=False
+    recorded = record(model, run.tokens_NT, parameters.exact_tokens)
+    ways = {config.method: CacheBaseline(parameters), **method.baselines(parameters)}
+    tables: dict[str, list[Tables]] = {name: [] for name in ways}
+    rows: dict[str, CachedLayer] = {}
+    stored_bytes = 0
+    for number, sides in enumerate(recorded):
+        keys, values = (side.to(run.device) for side in sides)
+        errors: dict[str, CacheErrors] = {}
+        for name, way in ways.items():
+            fitted_on = keys.rotated(model) if way.after_rope else keys
+            table = fit(method, fitted_on, values, way)
+            tables[name].append(table)
+            errors[name] = _errors(table, fitted_on, values)
+        own = tables[config.method][-1]
+        stored_bytes += own.keys.encode(keys.x_NC).bytes + own.values.encode(values.x_NC).bytes
+        mine = errors.pop(config.method)
+        rows[f"layers.{number}"] = CachedLayer(keys=mine.keys, values=mine.values, baselines=errors)
+        run.progress(number + 1, len(recorded), "layers")
+    numbers = sum(keys.x_NC.numel() + values.x_NC.numel() for keys, values in recorded)
+    _copy(run.source, run.target)
+    kv_cache_file.write(run.target, tables[config.method], config.method, parameters)
+    return CompressionReport(
+        method=config.method,
+        parameters=parameters.model_dump(mode="json"),
+        layout=LAYOUT,
+        loads_with="pipelines.modelio.load",
+        not_informative=method.not_informative,
+        calibration=CalibrationFacts(sequences=len(run.tokens_NT), seed=config.seed),
+        totals=_totals(run, len(rows), 8 * stored_bytes / numbers),
+        errors=_means(list(rows.values())),
+        layers=rows,
+        comparison=_compare(run, model, tables),
     )
-    parameters: Any = config.parameters
-    seen = record(model, tokens_NT, parameters.exact_tokens)
-    arms = {config.method: CacheBaseline(parameters), **method.baselines(parameters)}
-    fitted: dict[str, list[Tables]] = {name: [] for name in arms}
-    rows: dict[str, dict[str, Any]] = {}
-    for number, (keys, values) in enumerate(seen):
-        errors: dict[str, Any] = {}
-        for name, chosen in arms.items():
-            coded = keys.rotated(model) if chosen.after_rope else keys
-            table = replace(_fit(method, coded, values, chosen.config), rotated=chosen.after_rope)
-            fitted[name].append(table)
-            errors[name] = _errors(table, coded, values)
-        rows[f"layers.{number}"] = errors.pop(config.method) | {"null": errors}
-        context.report(Progress(context.node, number + 1, len(seen), "layers"))
-    made = fitted[config.method]
-    _copy(source, target)
-    kv_cache_file.write(target, made, config.method, parameters)
-    report = {
-        "method": config.method,
-        "parameters": parameters.model_dump(mode="json"),
-        "layout": "the parent's weights, ingot cache tables",
-        "loads_with": "pipelines.modelio.load",
-        "calibration": {"sequences": len(tokens_NT), "seed": config.seed},
-        "not_informative": "",
-        "totals": _totals(inputs["model"], target, made, seen),
-        "errors": _means(rows),
-        "layers": rows,
-    }
-    report |= cache_arms.measure(config, source, fitted, inputs["prepare"].path, context)
-    write_json(out_dir / "compression.json", report)
-    return {key: report[key] for key in ("method", "parameters", "layout", "totals", "errors", "arms")}
 
 
 def check(method: str, model: PreTrainedModel) -> None:
-    """Refuse what has no cache to code.
+    """Refuse what has no cache to quantize.
 
     Raises:
         ConfigError: naming method and model.
     """
     if type(model) is not LlamaForCausalLM:
         raise ConfigError(
-            f"{method} codes the key-value cache of a decoder in the Llama layout; {type(model).__name__} has none",
+            f"{method} quantizes the key-value cache of a decoder in the Llama layout; {type(model).__name__} has none",
             hint="leave it out for this family",
         )
 
 
-def record(model: PreTrainedModel, tokens_NT: NDArray[np.int64], skip: int) -> list[tuple[Seen, Seen]]:
-    """Return keys before RoPE and values of every layer, and their gradients.
+# ---- calibration ------------------------------------------------------------------------------------------------
+
+
+def record(model: PreTrainedModel, tokens_NT: NDArray[np.int64], skip: int) -> list[tuple[Recorded, Recorded]]:
+    """Return keys before RoPE and values of every layer, and their gradients, in host memory.
 
     Args:
         model: a Llama decoder.
@@ -148,15 +179,18 @@ def record(model: PreTrainedModel, tokens_NT: NDArray[np.int64], skip: int) -> l
     for outputs in _passes(model, places, tokens_NT):
         for place, output in enumerate(outputs):
             assert output.grad is not None
-            for held, tensor in ((states, output.detach()), (gradients, output.grad)):
-                held[place].append(tensor[:, skip:].flatten(0, 1)[::thin].cpu())
+            for kept, tensor in ((states, output.detach()), (gradients, output.grad)):
+                kept[place].append(tensor[:, skip:].flatten(0, 1)[::thin].cpu())
         places_BT = torch.arange(skip, tokens_NT.shape[1]).expand(len(outputs[0]), -1)
         positions.append(places_BT.flatten()[::thin])
-    places_N = torch.cat(positions)
-    found = [Seen(torch.cat(x).float(), torch.cat(g).float(), places_N) for x, g in zip(states, gradients, strict=True)]
-    if not all(bool(torch.isfinite(seen.x_NC.sum() + seen.fisher_NC.sum())) for seen in found):
+    positions_N = torch.cat(positions)
+    sides = [
+        Recorded(torch.cat(x).float(), torch.cat(g).float(), positions_N)
+        for x, g in zip(states, gradients, strict=True)
+    ]
+    if not all(bool(torch.isfinite(side.x_NC.sum() + side.fisher_NC.sum())) for side in sides):
         raise NumericError("calibration met keys, values or gradients that are not finite")
-    return list(zip(found[::2], found[1::2], strict=True))
+    return list(zip(sides[::2], sides[1::2], strict=True))
 
 
 def _passes(
@@ -185,64 +219,118 @@ def _passes(
             hook.remove()
 
 
-def _fit(method: CacheMethod[Any], keys: Seen, values: Seen, config: Any) -> Tables:
+def fit(method: CacheMethod[Any], keys: Recorded, values: Recorded, way: CacheBaseline[Any]) -> Tables:
+    """Return the tables of one layer, on the device of what was recorded.
+
+    Raises:
+        ConfigError: channels do not fill whole bytes.
+    """
+    device = keys.x_NC.device
     try:
-        fitted = method.fit_keys(keys.x_NC, keys.fisher_NC, config)
-        return Tables(fitted, method.fit_values(values.x_NC, values.fisher_NC, config), config.exact_tokens)
+        fitted = method.fit_keys(keys.x_NC, keys.fisher_NC, way.config).to(device)
+        others = method.fit_values(values.x_NC, values.fisher_NC, way.config).to(device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    return Tables(fitted, others, way.config.exact_tokens, rotated=way.after_rope)
 
 
-def _errors(table: Tables, keys: Seen, values: Seen) -> dict[str, float]:
+def _errors(table: Tables, keys: Recorded, values: Recorded) -> CacheErrors:
     """Return the relative errors of one layer, weighted by squared gradients."""
     pairs = {"keys": (table.keys, keys), "values": (table.values, values)}
-    return {side: _relative(q.decode(q.encode(s.x_NC)), s) for side, (q, s) in pairs.items()}
+    return CacheErrors(**{side: _relative(q.decode(q.encode(r.x_NC)), r) for side, (q, r) in pairs.items()})
 
 
-def _relative(decoded_NC: Tensor, seen: Seen) -> float:
-    weight = seen.fisher_NC.double()
-    error = (decoded_NC.double() - seen.x_NC.double()).square()
-    return float((weight * error).sum() / (weight * seen.x_NC.double().square()).sum().clamp(min=1e-300))
+def _relative(decoded_NC: Tensor, recorded: Recorded) -> float:
+    weight = recorded.fisher_NC.double()
+    error = (decoded_NC.double() - recorded.x_NC.double()).square()
+    return float((weight * error).sum() / (weight * recorded.x_NC.double().square()).sum().clamp(min=1e-300))
 
 
-def _means(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    def mean(pick: Any) -> dict[str, float]:
-        return {side: float(np.mean([pick(row)[side] for row in rows.values()])) for side in ("keys", "values")}
+def _means(rows: Sequence[CachedLayer]) -> CachedLayer:
+    """Return the means over layers."""
 
-    names = next(iter(rows.values()))["null"]
-    arms = {arm: mean(lambda row, arm=arm: row["null"][arm]) for arm in names}
-    return mean(lambda row: row) | {"null": arms}
+    def mean(errors: Sequence[CacheErrors]) -> dict[str, float]:
+        return {"keys": fmean(e.keys for e in errors), "values": fmean(e.values for e in errors)}
+
+    others = {name: CacheErrors(**mean([row.baselines[name] for row in rows])) for name in rows[0].baselines}
+    return CachedLayer(**mean(rows), baselines=others)
 
 
-def _totals(
-    parent: Artifact, target: Path, made: Sequence[Tables], seen: Sequence[tuple[Seen, Seen]]
-) -> dict[str, Any]:
-    """Return bytes: of all weight files, of the tables, and of the cache for each token."""
-    reader = WeightReader(target)
-    coded = sum(
-        table.keys.encode(keys.x_NC).bytes + table.values.encode(values.x_NC).bytes
-        for table, (keys, values) in zip(made, seen, strict=True)
+def _totals(run: CompressionRun, layers: int, bits: float) -> Totals:
+    """Return bytes of all weight files and of the tables; `bits` are those of a cached number."""
+    table_bytes, weights = (run.target / KV_CACHE_FILE).stat().st_size, run.reader.bytes
+    base = run.inputs["model"]
+    compressed = FILE in base.manifest.files
+    return Totals(
+        layers=layers,
+        bits_per_weight=CompressionReport.read(base.path).totals.bits_per_weight if compressed else None,
+        bits_per_cached_number=bits,
+        table_bytes=table_bytes,
+        bytes=weights + table_bytes,
+        base_bytes=weights,
+        ratio=weights / (weights + table_bytes),
     )
-    numbers = sum(keys.x_NC.numel() + values.x_NC.numel() for keys, values in seen)
-    held = "compression.json" in parent.manifest.files
-    per_weight = parent.read_json("compression.json")["totals"]["bits_per_weight"] if held else None
-    table_bytes = (target / KV_CACHE_FILE).stat().st_size
-    return {
-        "layers": len(made),
-        "bits_per_weight": per_weight,
-        "bits_per_cached_number": 8 * coded / numbers,
-        "table_bytes": table_bytes,
-        "bytes": reader.bytes + table_bytes,
-        "parent_bytes": reader.bytes,
-        "ratio": reader.bytes / (reader.bytes + table_bytes),
-    }
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Take over the parent's files without copying bytes where the file system allows it; nobody writes to them."""
+    """Take over the base's files without copying bytes where the file system allows it; nobody writes to them."""
     target.mkdir(parents=True)
     for path in sorted(path for path in source.iterdir() if path.is_file()):
         try:
             os.link(path, target / path.name)
         except OSError:
             shutil.copyfile(path, target / path.name)
+
+
+# ---- the variant beside its baselines ---------------------------------------------------------------------------
+
+
+def _compare(run: CompressionRun, base: PreTrainedModel, tables: Mapping[str, Sequence[Tables]]) -> Comparison | None:
+    """Compare the variant with round to nearest and the method's own baselines; None where there is no text."""
+    documents = run.config.baseline_documents
+    text = run.quick_eval(documents, "first") if documents else None
+    if text is None:
+        return None
+    own, *others = tables
+
+    def contenders() -> Iterator[Contender]:
+        yield Contender("the base", base)
+        model = quantized_cache.attach(run.load_base(), tables[own])
+        kept, quantized = cache_bytes(model, text, tables[own][0].exact_tokens)
+        yield Contender(own, model, cache_bytes_per_token=kept)
+        width = base.config.num_key_value_heads * base.config.head_dim
+        rounded = nearest_rounding(tables[own], width, quantized)
+        for name, table in {"rtn": rounded, **{name: tables[name] for name in others}}.items():
+            model = quantized_cache.attach(run.load_base(), table)
+            kept, _ = cache_bytes(model, text, table[0].exact_tokens)
+            yield Contender(name, model, cache_bytes_per_token=kept)
+
+    return baselines.compare(run, text, contenders(), count=2 + len(others), left_out=LEFT_OUT)
+
+
+@torch.inference_mode()
+def cache_bytes(model: PreTrainedModel, text: QuickEval, exact_tokens: int) -> tuple[float, float]:
+    """Return the bytes that a cache holds for a token, and those of the codes for a quantized token."""
+    ids_BT = torch.from_numpy(text.batches[0].ids).to(text.device)
+    cache: QuantizedCache = model(input_ids=ids_BT, use_cache=True, logits_to_keep=1).past_key_values
+    quantized = len(ids_BT) * max(ids_BT.shape[1] - exact_tokens, 1)
+    return cache.stored_bytes / ids_BT.numel(), cache.coded_bytes / quantized
+
+
+def nearest_rounding(tables: Sequence[Tables], width: int, quantized: float) -> list[Tables]:
+    """Return round to nearest per token, on the smallest grid that stores a token in at least so many bytes.
+
+    Args:
+        tables: those of the variant, for all layers; as many tokens are kept exact.
+        width: channels of a row.
+        quantized: bytes of the variant's codes for a token, all layers together.
+    """
+    grids = {
+        (size, -bits, group)
+        for bits, group in itertools.product(range(2, 9), _GROUPS)
+        if (size := rounding_bytes(width, bits, group)) is not None
+    }
+    large = [grid for grid in grids if 2 * len(tables) * grid[0] >= quantized]
+    _, negative, group = min(large) if large else max(grids)
+    quantizer = rounding(-negative, group)
+    return [replace(table, keys=quantizer, values=quantizer, rotated=False) for table in tables]

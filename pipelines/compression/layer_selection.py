@@ -1,6 +1,6 @@
 """What only a whole model can decide: the best of a method's candidates, and the layers that are left alone.
 
-Both hold the whole model in memory and look at validation text that no comparison uses (see `yardstick`).
+Both hold the whole model in memory and look at validation text that no comparison uses (see `quick_eval`).
 Partial quantization is that of Wu et al. 2020 (arXiv 2004.09602): layers are compressed one at a time and ranked by the
 loss; from the most sensitive on they are left as they are until the loss is within the tolerance.
 """
@@ -9,119 +9,110 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
+from torch import nn
 from transformers import PreTrainedModel
 
-from models.compression.base import MethodConfig, Packed, WeightMethod
+from models.compression.base import MethodConfig, Packed
 from models.compression.modules.packed_linear import PackedLinear
-from pipelines.compression import quick_eval
-from pipelines.compression.config import CompressConfig
-from pipelines.compression.quick_eval import Yardstick
-from pipelines.compression.sequential import Walker
+from pipelines.compression.quick_eval import QuickEval
+from pipelines.compression.report import Partial
+from pipelines.compression.run import CompressionRun
+from pipelines.compression.sequential import Assignment, compress_blocks
 from pipelines.core.errors import ConfigError
-from pipelines.modelio.load import load_model
 
 
-def decide(
-    config: CompressConfig,
-    walker: Walker,
-    method: WeightMethod[Any],
-    parameters: MethodConfig,
-    names: Sequence[str],
-    prepare: Path,
-) -> tuple[MethodConfig, list[str], dict[str, Any]]:
-    """Return the parameters and layers to compress, and what to report of how they were found.
+@dataclass(frozen=True)
+class Selection:
+    """What was decided, and what to report of it."""
+
+    assignment: Assignment
+    candidates: dict[str, float] | None = None
+    partial: Partial | None = None
+
+
+def select(run: CompressionRun, assignment: Assignment) -> Selection:
+    """Return the parameters and the layers to compress.
 
     Raises:
         ConfigError: a choice is asked for, and there is no validation text or no answer within the tolerance.
     """
-    candidates = method.candidates(parameters)
+    config, losses, partial = run.config, None, None
+    candidates = assignment.method.candidates(assignment.config)
     if len(candidates) == 1 and not config.tolerance:
-        return parameters, list(names), {}
-    text = quick_eval.build(prepare, config.arms_documents, walker.model, walker.device, end="last")
+        return Selection(assignment)
+    text = run.quick_eval(config.baseline_documents, "last")
     if text is None:
-        raise ConfigError(f"{config.method}: choices are made on validation documents; {prepare} has fewer than two")
-    report: dict[str, Any] = {}
+        raise ConfigError(
+            f"{config.method}: choices are made on validation documents; {run.prepare} has fewer than two"
+        )
     if len(candidates) > 1:
-        parameters, report["candidates"] = candidate(walker, method, candidates, names, text)
+        assignment, losses = best_candidate(run, assignment, candidates, text)
     if config.tolerance:
-        found = partial(walker, method, parameters, names, tolerance=config.tolerance, text=text)
-        report["partial"] = found
-        names = [name for name in names if name not in found["kept"]]
-    return parameters, list(names), report
+        partial = within_tolerance(run, assignment, text, tolerance=config.tolerance)
+        assignment = replace(assignment, names=[name for name in assignment.names if name not in partial.kept])
+    return Selection(assignment, losses, partial)
 
 
-def candidate(
-    walker: Walker, method: WeightMethod[Any], candidates: Sequence[MethodConfig], names: Sequence[str], text: Yardstick
-) -> tuple[MethodConfig, dict[str, float]]:
+def best_candidate(
+    run: CompressionRun, assignment: Assignment, candidates: Sequence[MethodConfig], text: QuickEval
+) -> tuple[Assignment, dict[str, float]]:
     """Return the candidate with the least loss, and the losses of all in nats per token, by label."""
-    model = load_model(walker.folder)
-    losses = [loss(model, everything(walker, method, config, names), text, config.label) for config in candidates]
+    model = run.load_base()
+    losses = [
+        loss(model, all_layers(run, replace(assignment, config=config)), text, config.label) for config in candidates
+    ]
     best = min(range(len(losses)), key=losses.__getitem__)
-    return candidates[best], {config.label: value for config, value in zip(candidates, losses, strict=True)}
+    by_label = {config.label: value for config, value in zip(candidates, losses, strict=True)}
+    return replace(assignment, config=candidates[best]), by_label
 
 
-def partial(
-    walker: Walker,
-    method: WeightMethod[Any],
-    config: MethodConfig,
-    names: Sequence[str],
-    *,
-    tolerance: float,
-    text: Yardstick,
-) -> dict[str, Any]:
-    """Return which layers to leave alone: {"kept", "sensitivity", "ratio", "ratio_of_all"}.
-
-    `sensitivity` is the perplexity over the parent's with that layer alone compressed, the most sensitive first;
-    `ratio` is that of the model with all layers but `kept` compressed.
+def within_tolerance(run: CompressionRun, assignment: Assignment, text: QuickEval, *, tolerance: float) -> Partial:
+    """Return which layers to leave alone so that the perplexity grows by no more than `tolerance`.
 
     Raises:
         ConfigError: not even one compressed layer is within the tolerance.
     """
-    model = load_model(walker.folder)
-    packed = everything(walker, method, config, names)
-    base = text.loss(model, "the parent")
+    model, names = run.load_base(), assignment.names
+    packed = all_layers(run, assignment)
+    base = text.loss(model, "the base")
 
-    def ratio(chosen: Sequence[str]) -> float:
-        return math.exp(loss(model, {n: packed[n] for n in chosen}, text, "the child") - base)
+    def ratio(compressed: Sequence[str]) -> float:
+        return math.exp(loss(model, {name: packed[name] for name in compressed}, text, "the variant") - base)
 
-    of_all = found = ratio(names)
+    ratio_of_all = now = ratio(names)
     alone: dict[str, float] = {}
     kept: list[str] = []
-    if found > 1 + tolerance:
+    if now > 1 + tolerance:
         alone = {name: ratio([name]) for name in names}
         ranked = sorted(names, key=lambda name: -alone[name])
-        while found > 1 + tolerance and len(kept) < len(names) - 1:
+        while now > 1 + tolerance and len(kept) < len(names) - 1:
             kept.append(ranked[len(kept)])
-            found = ratio([name for name in names if name not in kept])
-    if found > 1 + tolerance:
+            now = ratio([name for name in names if name not in kept])
+    if now > 1 + tolerance:
         raise ConfigError(
-            f"compress.tolerance = {tolerance}: the perplexity is {found:.4f} times the parent's with one layer left",
+            f"compress.tolerance = {tolerance}: the perplexity is {now:.4f} times the base's with one layer left",
             hint="raise the tolerance, or give the method more bits",
         )
-    ordered = dict(sorted(alone.items(), key=lambda item: -item[1]))
-    return {"kept": sorted(kept), "sensitivity": ordered, "ratio": found, "ratio_of_all": of_all}
+    return Partial(kept=sorted(kept), sensitivity=alone, ratio=now, ratio_of_all=ratio_of_all)
 
 
-def everything(
-    walker: Walker, method: WeightMethod[Any], config: MethodConfig, names: Sequence[str]
-) -> dict[str, Packed]:
+def all_layers(run: CompressionRun, assignment: Assignment) -> dict[str, Packed]:
     """Return all layers, each compressed behind the compressed ones before it."""
-    return {name: layer.packed for block in walker.walk(method, config, names) for name, layer in block.items()}
+    return {name: layer.packed for block in compress_blocks(run, assignment) for name, layer in block.items()}
 
 
-def loss(model: PreTrainedModel, packed: Mapping[str, Packed], text: Yardstick, name: str) -> float:
+def loss(model: PreTrainedModel, packed: Mapping[str, Packed], text: QuickEval, name: str) -> float:
     """Return the loss of a model with some layers compressed, in nats per token; the model is left as it was."""
     originals = {layer: model.get_submodule(layer) for layer in packed}
     for layer, weight in packed.items():
         old = originals[layer]
-        dense_OI = weight.dequantize().to(old.get_parameter("weight"))
-        bias = getattr(old, "bias", None)
-        model.set_submodule(layer, PackedLinear(weight, dense_OI, None if bias is None else bias.detach()))
+        assert isinstance(old, nn.Linear)
+        bias = None if old.bias is None else old.bias.detach()
+        model.set_submodule(layer, PackedLinear(weight, weight.dequantize().to(old.weight), bias))
     try:
         return text.loss(model, name)
     finally:
-        for layer, old in originals.items():
-            model.set_submodule(layer, old)
+        for layer, module in originals.items():
+            model.set_submodule(layer, module)

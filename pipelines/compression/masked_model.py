@@ -1,9 +1,10 @@
-"""A model as a structured method sees it: losses and feature trajectories with some units switched off.
+"""A model with some units switched off, as structured methods see it: losses and feature trajectories.
 
 A unit is switched off by zeroing its columns in front of the matrix that reads it, which is the same function as
-cutting it out. The whole model is held in memory; blocks in front of the one measured are not computed again.
+cutting it out. The whole model is held in memory, on its device; blocks in front of the one measured are not computed
+again.
 
-Shapes: B sequences, T tokens, K sampled tokens, D width, V vocabulary, U units.
+Shapes: N sequences, B sequences of a batch, T tokens, K sampled tokens, D width, V vocabulary, U units.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.compression.solvers.structured import Structure
+from pipelines.compression.calibration import first_output, standing_in
 from pipelines.core.errors import ConfigError
 from pipelines.modelio import meta_init
 
@@ -39,57 +41,50 @@ class Unit:
     """Matrices whose output rows belong to units -> how often the units follow one another in them."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """What can be cut from the blocks of one model type."""
-
-    units: Mapping[str, Unit]
-
-
-FAMILIES = {
-    "llama": Family(
-        {
-            "groups": Unit("self_attn.o_proj", {"self_attn.q_proj": 1, "self_attn.k_proj": 1, "self_attn.v_proj": 1}),
-            "neurons": Unit("mlp.down_proj", {"mlp.gate_proj": 1, "mlp.up_proj": 1}),
-        }
-    ),
+UNITS: dict[str, dict[str, Unit]] = {
+    "llama": {
+        "groups": Unit("self_attn.o_proj", {"self_attn.q_proj": 1, "self_attn.k_proj": 1, "self_attn.v_proj": 1}),
+        "neurons": Unit("mlp.down_proj", {"mlp.gate_proj": 1, "mlp.up_proj": 1}),
+    },
     # ModernBERT takes the head size from width / heads, so heads cannot go; gate and input lie in one matrix.
-    "modernbert": Family({"neurons": Unit("mlp.Wo", {"mlp.Wi": 2})}),
+    "modernbert": {"neurons": Unit("mlp.Wo", {"mlp.Wi": 2})},
 }
+"""Model type -> what can be cut from its blocks."""
 
 
-class ModelProblem:
+class MaskedTransformer:
     """`models.compression.solvers.structured.MaskedModel` over a loaded model.
 
     Args:
-        model: a model of one of `FAMILIES`.
+        model: a model of one of the types in `UNITS`.
         tokens_NT: calibration sequences as the model sees them.
-        targets_NT: the right tokens; -100 where nothing is to be predicted.
+        labels_NT: what the logits should say, from `calibration.labels`.
 
     Raises:
-        ConfigError: another family, which is named.
+        ConfigError: another type, which is named.
     """
 
-    def __init__(self, model: PreTrainedModel, tokens_NT: NDArray[np.int64], targets_NT: NDArray[np.int64]) -> None:
-        self.model, self.family = model, family_of(model)
-        self._tokens, self._targets = torch.from_numpy(tokens_NT), torch.from_numpy(targets_NT)
-        self._stack = meta_init.blocks(model)[1]
+    def __init__(self, model: PreTrainedModel, tokens_NT: NDArray[np.int64], labels_NT: NDArray[np.int64]) -> None:
+        self.model, self.units = model, units_of(model)
+        self._tokens_NT = torch.from_numpy(tokens_NT).to(model.device)
+        self._labels_NT = torch.from_numpy(labels_NT).to(model.device)
+        self._blocks = meta_init.blocks(model)[1]
         config = model.config
         self.layers, self.neurons = config.num_hidden_layers, config.intermediate_size
-        self.groups = config.num_key_value_heads if "groups" in self.family.units else 0
+        self.groups = config.num_key_value_heads if "groups" in self.units else 0
         self._entries: list[Tensor] = []
         self._originals: dict[int, tuple[list[Tensor], Tensor]] = {}
 
     @torch.no_grad()
     def losses(self, structure: Structure | None) -> Tensor:
         """Return the mean loss of every sequence [N], nats a token; None switches nothing off."""
-        found = []
-        with self._without(structure):
-            for ids, targets in zip(self._tokens.split(_BATCH), self._targets.split(_BATCH), strict=True):
-                logits = self.model(input_ids=ids.to(self.model.device)).logits.float()
-                loss = nn.functional.cross_entropy(logits.transpose(1, 2).cpu(), targets, reduction="none")
-                found.append(loss.sum(1) / (targets >= 0).sum(1).clamp(min=1))
-        return torch.cat(found)
+        losses = []
+        with self.without(structure):
+            for ids_BT, labels_BT in zip(self._tokens_NT.split(_BATCH), self._labels_NT.split(_BATCH), strict=True):
+                logits_BTV = self.model(input_ids=ids_BT).logits.float()
+                loss_BT = nn.functional.cross_entropy(logits_BTV.transpose(1, 2), labels_BT, reduction="none")
+                losses.append(loss_BT.sum(1) / (labels_BT >= 0).sum(1).clamp(min=1))
+        return torch.cat(losses)
 
     def loss(self, structure: Structure) -> float:
         """Return the mean calibration loss."""
@@ -99,7 +94,7 @@ class ModelProblem:
         """Return the summed squared weights of every unit."""
         counts = {"groups": self.groups, "neurons": self.neurons}
         return {
-            kind: torch.stack([self._magnitude(block, kind, count) for block in self._stack])
+            kind: torch.stack([self._magnitude(block, kind, count) for block in self._blocks])
             for kind, count in counts.items()
         }
 
@@ -115,17 +110,32 @@ class ModelProblem:
     def trajectory(self, layer: int, kind: str, removed: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         """Return the same when the units `removed` [U] of one block are switched off."""
         self.original(layer)
-        with self._switched(layer, kind, ~removed), _entering(self._stack, layer, self._entries):
+        # The blocks before pass on what the whole model gave them, instead of computing.
+        before = [_constant(entry) for entry in self._entries[1 : layer + 1]]
+        with self._switched(layer, kind, ~removed), standing_in(self._blocks[:layer], before):
             return self._trajectory(layer, [])
+
+    @contextlib.contextmanager
+    def without(self, structure: Structure | None) -> Iterator[None]:
+        """Switch off what a structure does not keep; None switches nothing off."""
+        with contextlib.ExitStack() as stack:
+            if structure is not None:
+                for kind in self.units:
+                    for layer, mask in enumerate(structure.masks(kind)):
+                        stack.enter_context(self._switched(layer, kind, mask))
+            yield
 
     def _trajectory(self, layer: int, entries: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         features: list[Tensor] = []
         hooks = [
             block.register_forward_pre_hook(lambda _m, inputs: entries.append(inputs[0].detach()))
-            for block in self._stack
-        ] + [block.register_forward_hook(lambda _m, _i, out: features.append(_first(out))) for block in self._stack]
+            for block in self._blocks
+        ] + [
+            block.register_forward_hook(lambda _m, _i, out: features.append(first_output(out)))
+            for block in self._blocks
+        ]
         try:
-            logits = self.model(input_ids=self._tokens[:_FEATURE_SEQUENCES].to(self.model.device)).logits
+            logits = self.model(input_ids=self._tokens_NT[:_FEATURE_SEQUENCES]).logits
         finally:
             for hook in hooks:
                 hook.remove()
@@ -133,8 +143,8 @@ class ModelProblem:
 
     def _magnitude(self, block: nn.Module, kind: str, count: int) -> Tensor:
         if count == 0:
-            return torch.zeros(0)
-        unit = self.family.units[kind]
+            return torch.zeros(0, device=self.model.device)
+        unit = self.units[kind]
         columns = _weight(block, unit.reads).square().sum(0).view(count, -1).sum(1)
         rows = [
             _weight(block, n).square().sum(1).view(often, count, -1).sum((0, 2)) for n, often in unit.writes.items()
@@ -142,18 +152,9 @@ class ModelProblem:
         return columns + torch.stack(rows).sum(0)
 
     @contextlib.contextmanager
-    def _without(self, structure: Structure | None) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            if structure is not None:
-                for kind in self.family.units:
-                    for layer, mask in enumerate(structure.masks(kind)):
-                        stack.enter_context(self._switched(layer, kind, mask))
-            yield
-
-    @contextlib.contextmanager
     def _switched(self, layer: int, kind: str, kept_U: Tensor) -> Iterator[None]:
         """Zero the columns of the units that are not kept."""
-        reader = self._stack[layer].get_submodule(self.family.units[kind].reads)
+        reader = self._blocks[layer].get_submodule(self.units[kind].reads)
         assert isinstance(reader, nn.Linear)
         columns = kept_U.repeat_interleave(reader.in_features // len(kept_U)).to(reader.weight)
         hook = reader.register_forward_pre_hook(lambda _m, inputs: (inputs[0] * columns, *inputs[1:]))
@@ -163,30 +164,17 @@ class ModelProblem:
             hook.remove()
 
 
-def family_of(model: PreTrainedModel) -> Family:
+def units_of(model: PreTrainedModel) -> Mapping[str, Unit]:
     """Return what can be cut from a model.
 
     Raises:
         ConfigError: nothing is known about its type.
     """
-    if model.config.model_type not in FAMILIES:
+    if model.config.model_type not in UNITS:
         raise ConfigError(
-            f"structured pruning knows the layouts {', '.join(FAMILIES)}; {type(model).__name__} has another"
+            f"structured pruning knows the layouts {', '.join(UNITS)}; {type(model).__name__} has another"
         )
-    return FAMILIES[model.config.model_type]
-
-
-@contextlib.contextmanager
-def _entering(stack: nn.ModuleList, layer: int, entries: Sequence[Tensor]) -> Iterator[None]:
-    """Let the blocks before `layer` pass on what the whole model gave them, instead of computing."""
-    originals = [block.forward for block in stack[:layer]]
-    try:
-        for place, block in enumerate(stack[:layer]):
-            block.forward = _constant(entries[place + 1])
-        yield
-    finally:
-        for block, original in zip(stack[:layer], originals, strict=True):
-            block.forward = original
+    return UNITS[model.config.model_type]
 
 
 def _constant(value: Tensor) -> Callable[..., Tensor]:
@@ -195,10 +183,6 @@ def _constant(value: Tensor) -> Callable[..., Tensor]:
 
 def _weight(block: nn.Module, name: str) -> Tensor:
     return block.get_parameter(f"{name}.weight").detach().float()
-
-
-def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _sampled(x_BTD: Tensor) -> Tensor:

@@ -1,99 +1,95 @@
-"""Methods of kind "weight": a model walked block by block, stored packed, reported beside its null arms."""
+"""Methods of kind "weight": a model compressed block by block, stored packed, reported beside its baselines."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from statistics import fmean
-from typing import Any
-
-from transformers import PreTrainedModel
 
 from models.compression import registry
-from models.compression.base import MethodConfig
-from pipelines.compression import (
-    baselines,
-    bit_allocation,
-    calibration,
-    layer_selection,
-    sensitivity,
-    sequential,
-    writer,
+from models.compression.base import Statistics
+from models.compression.modules import packed_linear
+from pipelines.compression import baselines, bit_allocation, layer_selection, sensitivity, sequential, writer
+from pipelines.compression.baselines import BaselineMethod, Contender
+from pipelines.compression.report import (
+    CalibrationFacts,
+    Comparison,
+    CompressionReport,
+    PackedLayer,
+    WeightErrors,
 )
-from pipelines.compression.config import CompressConfig
-from pipelines.core.artifact import Artifact
-from pipelines.core.compute import torch_device
+from pipelines.compression.run import CompressionRun
+from pipelines.compression.sequential import Assignment
 from pipelines.core.errors import ConfigError
-from pipelines.core.stage import Progress, StageContext, Summary
-from pipelines.modelio import layout, meta_init
-from pipelines.modelio.folder import WeightReader, write_json
+from pipelines.modelio import layout
+from pipelines.modelio.folder import WeightReader
+from pipelines.modelio.load import load_model
 
 
-def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
-    """Compress `inputs["model"]`, calibrated on `inputs["prepare"]`.
-
-    Writes `model/` (a transformers folder) and `compression.json`: method, parameters, layout, errors of every layer
-    beside those of its null arms, the bytes of the compressed layers and of the whole, parent and child, and `arms`:
-    the child beside other methods of its size on validation text.
+def compress(run: CompressionRun) -> CompressionReport:
+    """Compress the layers of the base model, calibrated on training sequences.
 
     Raises:
-        ConfigError: the method does not fit a layer, which is named, or the parent cannot be compressed again.
+        ConfigError: the method does not fit a layer, which is named, or the base cannot be compressed again.
         NumericError: calibration met activations that are not finite.
     """
-    method, prepare = registry.weight(config.method), inputs["prepare"].path
-    source, target = inputs["model"].path / "model", out_dir / "model"
-    model, reader = meta_init.build(source), WeightReader(source)
-    refuse_rounded_inputs(config.method, reader)
-    names = sequential.targets(model, config.skip)
-    dense = layout.loads_dense(model, config.parameters.model_dump(), embeddings=config.embeddings == "quantize")
-    parameters = config.parameters.fitted(_widths(model, reader, names, config)) if dense else config.parameters
-    shown = _shown(config, parameters, prepare, model, reader, names, context)
-    rows_shown = calibration.ROWS if method.needs(parameters).inputs else 0
-    walker = sequential.Walker(
-        model,
-        reader,
-        torch_device(context.compute),
-        tokens_NT=shown.tokens_NT if shown else None,
-        rows=rows_shown,
-        fisher=shown.fisher if shown else None,
-    )
-    parameters, names, choice = layer_selection.decide(config, walker, method, parameters, names, prepare)
-    planned = bit_allocation.make(model, reader, method, parameters, names=names, shown=shown)
+    config, method = run.config, registry.weight(run.config.method)
+    refuse_rounded_inputs(config.method, run.reader)
+    names = sequential.targets(run.base, config.skip)
+    dense = layout.loads_dense(run.base, config.parameters.model_dump(), embeddings=config.embeddings == "quantize")
+    parameters = config.parameters
+    if dense:
+        matrices = writer.token_matrices(run.base, run.reader) if config.embeddings == "quantize" else []
+        widths = {int(run.base.get_parameter(f"{name}.weight").shape[1]) for name in [*names, *matrices]}
+        parameters = parameters.fitted(sorted(widths))
+    needs = method.needs(parameters)
+    if needs.gradients:
+        sensitivity.record(run, names)
+    selected = layer_selection.select(run, Assignment(method, parameters, names))
+    allocated = bit_allocation.allocate(run, selected.assignment)
+    assignment = allocated.assignment
     # Readers that unpack while loading apply one scheme to all layers.
-    private = dense and bool(planned.parameters)
-    folder = writer.ChildFolder(
-        model, reader, target, config=config, parameters=parameters, dense=dense and not private, private=private
+    private = dense and bool(assignment.of_layer)
+    folder = writer.VariantWriter(
+        run.base,
+        run.reader,
+        run.target,
+        config=config,
+        parameters=assignment.config,
+        dense=dense and not private,
+        private=private,
     )
-    rows: dict[str, dict[str, Any]] = {}
-    for done, block in enumerate(walker.walk(method, parameters, names, planned.parameters), start=1):
+    rows: dict[str, PackedLayer] = {}
+    depth = run.base.config.num_hidden_layers
+    for done, block in enumerate(sequential.compress_blocks(run, assignment, baselines=True), start=1):
         for name, layer in block.items():
-            stored = folder.add(name, layer.packed, planned.parameters.get(name))
+            stored = folder.add(name, layer.packed, assignment.of_layer.get(name))
             rows[name] = layer.report(stored.stored_bits())
-        context.report(Progress(context.node, done, model.config.num_hidden_layers, "blocks"))
+        run.progress(done, depth, "blocks")
     folder.close()
-    report = {
-        "method": config.method,
-        "parameters": parameters.model_dump(mode="json"),
-        "layout": folder.layout,
-        "loads_with": "transformers" if folder.layout == layout.LAYOUT_PUBLIC else "pipelines.modelio.load",
-        "calibration": {"sequences": len(shown.tokens_NT) if shown else 0, "seed": config.seed},
-        "not_informative": method.not_informative,
-        "totals": totals(rows, reader, target, embedding_bytes=folder.embedding_bytes),
-        "errors": _errors(rows),
-        "layers": rows,
-    }
-    report |= choice | ({"allocation": dict(planned.report)} if planned.report else {})
-    maker = baselines.Arm(config.method, method, parameters, planned.parameters)
-    report |= baselines.measure(config, walker, list(rows), maker, planned.nulls, target, prepare, context)
-    if shown and shown.fisher:
-        shutil.rmtree(shown.fisher)
-    write_json(out_dir / "compression.json", report)
-    return {key: report[key] for key in ("method", "parameters", "layout", "totals", "errors", "arms")}
+    comparison = _compare(run, allocated, rows)
+    if needs.gradients:
+        shutil.rmtree(run.fisher)
+    return CompressionReport(
+        method=config.method,
+        parameters=assignment.config.model_dump(mode="json"),
+        layout=folder.layout,
+        loads_with=layout.loads_with(folder.layout),
+        not_informative=method.not_informative,
+        calibration=CalibrationFacts(sequences=len(run.tokens_NT) if needs.sequences else 0, seed=config.seed),
+        totals=writer.totals(rows, run.reader, run.target, embedding_bytes=folder.embedding_bytes),
+        errors=_errors(rows),
+        layers=rows,
+        candidates=selected.candidates,
+        partial=selected.partial,
+        allocation=allocated.report,
+        comparison=comparison,
+    )
 
 
 def refuse_rounded_inputs(method: str, reader: WeightReader) -> None:
-    """Refuse a parent whose layers round their inputs: its weights alone are not what it computes.
+    """Refuse a base whose layers round their inputs: its weights alone are not what it computes.
 
     Raises:
         ConfigError: naming the first such layer.
@@ -101,73 +97,78 @@ def refuse_rounded_inputs(method: str, reader: WeightReader) -> None:
     for name in reader.modules():
         if reader.packed(name).rounds_inputs:
             raise ConfigError(
-                f"{method} cannot start from this parent: {name} rounds its inputs, which another method would forget",
-                hint="quantize inputs last: start from the parent of that child",
+                f"{method} cannot start from this base: {name} rounds its inputs, which another method would forget",
+                hint="quantize inputs last: start from the base of that variant",
             )
 
 
-def _shown(
-    config: CompressConfig,
-    parameters: MethodConfig,
-    prepare: Path,
-    model: PreTrainedModel,
-    reader: WeightReader,
-    names: list[str],
-    context: StageContext,
-) -> bit_allocation.Shown | None:
-    """Return what calibration shows; None for methods that need none. Squared gradients are recorded here."""
-    needs = registry.weight(config.method).needs(parameters)
-    if not needs.sequences:
+def _errors(rows: Mapping[str, PackedLayer]) -> WeightErrors:
+    """Return the means over layers of the relative errors, those of baselines included."""
+    names = next(iter(rows.values())).baselines
+    return WeightErrors(
+        weight=_mean(row.weight_error for row in rows.values()),
+        output=_mean(row.output_error for row in rows.values()),
+        baselines={name: fmean(row.baselines[name] for row in rows.values()) for name in names},
+    )
+
+
+def _mean(errors: Iterable[float | None]) -> float | None:
+    measured = [error for error in errors if error is not None]
+    return fmean(measured) if measured else None
+
+
+# ---- the variant beside its baselines ---------------------------------------------------------------------------
+
+
+def _compare(
+    run: CompressionRun, allocated: bit_allocation.Allocated, rows: Mapping[str, PackedLayer]
+) -> Comparison | None:
+    """Compare the variant with its baselines; None where there is no text to compare on, or none is wanted."""
+    documents = run.config.baseline_documents
+    text = run.quick_eval(documents, "first") if documents else None
+    if text is None:
         return None
-    device, masked = torch_device(context.compute), meta_init.is_encoder(model)
-    tokens_NT = calibration.sample_tokens(prepare, samples=config.samples, seed=config.seed, masked=masked)
-    labels_NT = calibration.labels(prepare, tokens_NT, seed=config.seed, masked=masked)
-    if not needs.gradients:
-        return bit_allocation.Shown(tokens_NT, labels_NT, device, config.seed)
-    fisher = context.scratch / "fisher"
-    sensitivity.record(model, reader, names, tokens_NT, labels_NT, folder=fisher, device=device)
-    return bit_allocation.Shown(tokens_NT, labels_NT, device, config.seed, fisher)
+    stored = sum(row.stored_bits for row in rows.values()) // 8
+    others = dict(_baselines(run, allocated, rows, stored))
+
+    def contenders() -> Iterator[Contender]:
+        yield Contender("the base", run.load_base())
+        yield Contender(run.config.method, load_model(run.target).to(run.device), bytes=stored)
+        for name, assignment in others.items():
+            model, size = run.load_base(), 0
+            for block in sequential.compress_blocks(run, assignment):
+                for layer_name, layer in block.items():
+                    packed_linear.put(model, layer_name, layer.packed)
+                size += sum(layer.packed.stored_bits() for layer in block.values()) // 8
+            yield Contender(name, model, bytes=size)
+
+    return baselines.compare(run, text, contenders(), count=1 + len(others))
 
 
-def totals(
-    rows: Mapping[str, Mapping[str, Any]], reader: WeightReader, target: Path, *, embedding_bytes: int
-) -> dict[str, Any]:
-    """Return bits and bytes: of the compressed layers, and of all weight files."""
-    weights = sum(row["shape"][0] * row["shape"][1] for row in rows.values())
-    stored = sum(row["stored_bits"] for row in rows.values())
-    dense = sum(_dense_bytes(reader, name) for name in rows)
-    files = WeightReader(target).bytes
-    return {
-        "layers": len(rows),
-        "weights": weights,
-        "stored_bits": stored,
-        "bits_per_weight": stored / weights,
-        "layer_bytes": stored // 8,
-        "parent_layer_bytes": dense,
-        "layer_ratio": 8 * dense / stored,
-        "embedding_bytes": embedding_bytes,
-        "bytes": files,
-        "parent_bytes": reader.bytes,
-        "ratio": reader.bytes / files,
-    }
+def _baselines(
+    run: CompressionRun, allocated: bit_allocation.Allocated, rows: Mapping[str, PackedLayer], stored: int
+) -> Iterator[tuple[str, Assignment]]:
+    """Yield integer grids of at least `stored` bytes, other allocations, and the naive choices of the method itself."""
+    assignment, own = allocated.assignment, run.config.method
+    names = list(rows)
+    taken = {own}
+    if (grid := baselines.nearest_grid([row.shape for row in rows.values()], stored)) is not None:
+        for method in (registry.weight("rtn"), registry.weight("gptq")):
+            if method.name not in taken:
+                yield method.name, Assignment(method, method.Config.model_validate(grid), names)
+        taken |= {"rtn", "gptq"}
+    yield from allocated.baselines.items()
+    for name in naive_choices(run, assignment, rows):
+        if name not in taken:
+            yield name, replace(assignment, method=BaselineMethod(assignment.method, name))
 
 
-def _errors(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the means over layers of the relative errors, null arms included."""
-    errors: dict[str, Any] = {"weight": fmean(row["weight_error"] for row in rows.values())}
-    measured = [row for row in rows.values() if "output_error" in row]
-    if measured:
-        errors["output"] = fmean(row["output_error"] for row in measured)
-        errors["null"] = {arm: fmean(row["null"][arm] for row in measured) for arm in sorted(measured[0]["null"])}
-    return errors
-
-
-def _dense_bytes(reader: WeightReader, name: str) -> int:
-    tensor = reader.dense(f"{name}.weight")
-    return tensor.numel() * tensor.element_size()
-
-
-def _widths(model: PreTrainedModel, reader: WeightReader, names: list[str], config: CompressConfig) -> list[int]:
-    """Return the input widths of everything that will be packed."""
-    matrices = writer.token_matrices(model, reader) if config.embeddings == "quantize" else []
-    return sorted({int(model.get_parameter(f"{name}.weight").shape[1]) for name in [*names, *matrices]})
+def naive_choices(run: CompressionRun, assignment: Assignment, rows: Mapping[str, PackedLayer]) -> list[str]:
+    """Return the names of the method's own baselines, as it gives them for the first layer."""
+    first, method = assignment.names[0], assignment.method
+    if method.not_informative:
+        return []
+    if rows[first].output_error is not None:
+        return sorted(rows[first].baselines)
+    weight_OI = run.reader.dense(f"{first}.weight").to(run.device).float()
+    return sorted(method.baselines(weight_OI, Statistics(), assignment.parameters(first)))

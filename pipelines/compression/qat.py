@@ -1,11 +1,11 @@
-"""Methods of kind "training": a child that is trained on the engine of the pretrain stage, beside its null arms.
+"""Methods of kind "training": a variant that is trained on the engine of the pretrain stage, beside its baselines.
 
-The ranks work in the scratch folder, so a killed compression goes on where it was, and a finished arm is not made
+The ranks work in the scratch folder, so a killed compression goes on where it was, and a finished baseline is not made
 again. What comes back from them are the trained parameters; the method packs them here, in one process.
 
-    scratch/train/   see `pipelines.training.worker_spec`
-    scratch/plain/   the trained child as a dense model folder
-    scratch/arms/    one compression for each null arm
+    scratch/train/       see `pipelines.training.worker_spec`
+    scratch/plain/       the trained variant as a dense model folder
+    scratch/baselines/   one compression for each baseline
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,75 +27,73 @@ from models.architectures.config import Shape
 from models.compression import registry
 from models.compression.base import Packed, relative_error
 from models.compression.training_method import TrainedConfig
-from pipelines.compression import post_training, qat_objective, quick_eval, sequential, writer
+from pipelines.compression import baselines, qat_objective, sequential, writer
+from pipelines.compression.baselines import Contender
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.qat_objective import QatSettings
-from pipelines.core.artifact import Artifact
-from pipelines.core.compute import torch_device
+from pipelines.compression.report import FILE, Comparison, CompressionReport, PackedLayer, TrainingFacts, WeightErrors
+from pipelines.compression.run import CompressionRun
 from pipelines.core.errors import ConfigError
-from pipelines.core.stage import Progress, StageContext, Summary
+from pipelines.core.stage import Progress, StageContext
 from pipelines.modelio import folder, layout, meta_init
-from pipelines.modelio.folder import WeightReader, WeightWriter, write_json
+from pipelines.modelio.folder import WeightReader, WeightWriter
 from pipelines.modelio.load import load_model
 from pipelines.training import stage as training
 from pipelines.training.config import PretrainConfig
 from pipelines.training.worker_spec import WorkerSpec
 
-_LAYOUT_DENSE = "safetensors"
 
+def compress(run: CompressionRun) -> CompressionReport:
+    """Train a variant of the base model, taught by `inputs["teacher"]` where there is one.
 
-def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
-    """Train a child of `inputs["model"]` on `inputs["prepare"]`, taught by `inputs["teacher"]` where there is one.
-
-    Writes `model/`, `compression.json` (with `arms`: the child beside its null arms) and, of the training,
-    `training.json` and `metrics.jsonl`.
+    Writes, besides the variant, the `training.json` and `metrics.jsonl` of its training.
 
     Raises:
         ConfigError: the method does not fit the model.
         Preempted, NumericError, TransientError, IntegrityError: as the ranks ended.
     """
-    parameters = cast("TrainedConfig", config.parameters)
-    spec = make_worker_spec(config, inputs, context)
-    if parameters.steps:
-        training.train(spec, context)
+    spec = make_worker_spec(run)
+    if _parameters(run).steps:
+        training.train(spec, run.context)
         for path in (spec.facts, spec.metrics):
-            shutil.copyfile(path, out_dir / path.name)
-    report = pack(config, spec, out_dir / "model", context.scratch / "plain")
-    write_json(out_dir / "compression.json", report)
-    report |= _arms(config, inputs, out_dir, context)
-    write_json(out_dir / "compression.json", report)
-    return {key: report[key] for key in ("method", "parameters", "layout", "totals", "errors", "arms")}
+            shutil.copyfile(path, run.out_dir / path.name)
+    report = pack(run, spec)
+    return report.model_copy(update={"comparison": _compare(run, report)})
 
 
-def make_worker_spec(config: CompressConfig, inputs: Mapping[str, Artifact], context: StageContext) -> WorkerSpec:
+def make_worker_spec(run: CompressionRun) -> WorkerSpec:
     """Return what to tell the ranks.
 
     Raises:
         ConfigError: the method does not fit the model.
     """
-    parameters = cast("TrainedConfig", config.parameters)
-    source = inputs["model"].path / "model"
-    teacher = inputs.get("teacher", inputs["model"]).path / "model"
-    method = QatSettings(
+    config, parameters = run.config, _parameters(run)
+    teacher = run.inputs.get("teacher", run.inputs["model"]).path / "model"
+    settings = QatSettings(
         method=config.method,
         parameters=parameters.model_dump(mode="json"),
         skip=config.skip,
-        base=source,
+        base=run.source,
         teacher=teacher if parameters.needs_teacher else None,
     )
     try:
-        shape = method.training_method.shape(qat_objective.base_shape(source), parameters)
-        settings = training_settings(parameters, shape, config.seed)
+        shape = registry.training(config.method).shape(qat_objective.base_shape(run.source), parameters)
+        pretrain = training_settings(parameters, shape, config.seed)
     except ValueError as error:
         raise ConfigError(f"{config.method}: {error}") from error
-    place = dataclasses.replace(context, scratch=context.scratch / "train")
-    spec = training.make_worker_spec(settings, inputs["prepare"], place)
+    place = dataclasses.replace(run.context, scratch=run.context.scratch / "train")
+    spec = training.make_worker_spec(pretrain, run.inputs["prepare"], place)
     own = {
         "objective": qat_objective.FACTORY,
-        "objective_settings": method.model_dump(mode="json"),
+        "objective_settings": settings.model_dump(mode="json"),
         "export_precision": "fp32",
     }
     return spec.model_copy(update=own)
+
+
+def _parameters(run: CompressionRun) -> TrainedConfig:
+    assert isinstance(run.config.parameters, TrainedConfig)
+    return run.config.parameters
 
 
 def training_settings(parameters: TrainedConfig, shape: Shape, seed: int) -> PretrainConfig:
@@ -113,52 +111,45 @@ def training_settings(parameters: TrainedConfig, shape: Shape, seed: int) -> Pre
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From trained parameters to a stored child
+# ---- from trained parameters to a stored variant ----------------------------------------------------------------
 
 
-def pack(config: CompressConfig, spec: WorkerSpec, target: Path, plain: Path) -> dict[str, Any]:
-    """Write the child that the trained parameters (or, without training, the starting ones) make.
+def pack(run: CompressionRun, spec: WorkerSpec) -> CompressionReport:
+    """Write the variant that the trained parameters (or, without training, the initial ones) make.
 
-    Args:
-        config: the child's configuration.
-        spec: its training.
-        target: model folder of the child.
-        plain: where to keep the same model with dense weights.
-
-    Returns:
-        What `compression.json` says of it.
+    The same model with dense weights stays in `scratch/plain`.
     """
-    method = QatSettings.model_validate(spec.objective_settings)
-    parameters, source = method.config, method.base
-    model = qat_objective.student(method, spec.architecture, spec.config.seed)
+    method, parameters = registry.training(run.config.method), _parameters(run)
+    settings = QatSettings.model_validate(spec.objective_settings)
+    model = qat_objective.student(settings, spec.architecture, spec.config.seed)
     if parameters.steps:
         qat_objective.load_trained(model, spec.model)
-    packed: Mapping[str, Packed] = method.training_method.finish(model, parameters)
-    _write_plain(cast("PreTrainedModel", model), packed, source, plain)
+    packed = method.finish(model.to(run.device), parameters)
+    plain = run.context.scratch / "plain"
+    _write_plain(cast("PreTrainedModel", model), packed, run.source, plain)
     bare, reader = meta_init.build(plain), WeightReader(plain)
     dense = layout.loads_dense(bare, parameters.model_dump(), embeddings=False)
-    made = writer.ChildFolder(bare, reader, target, config=config, parameters=parameters, dense=dense)
-    stored = {name: made.add(name, layer) for name, layer in packed.items()}
-    made.close()
-    parent = WeightReader(source)
-    rows = {name: _row(name, stored.get(name), reader, parent) for name in sequential.targets(bare, ())}
-    stored_as = made.layout if packed else _LAYOUT_DENSE
-    return {
-        "method": config.method,
-        "parameters": parameters.model_dump(mode="json"),
-        "layout": stored_as,
-        "loads_with": "pipelines.modelio.load" if stored_as == layout.LAYOUT_PRIVATE else "transformers",
-        "training": {"steps": parameters.steps, "seed": spec.config.seed},
-        "not_informative": method.training_method.not_informative,
-        "totals": post_training.totals(rows, parent, target, embedding_bytes=made.embedding_bytes),
-        "errors": _errors(rows),
-        "layers": rows,
-    }
+    variant = writer.VariantWriter(bare, reader, run.target, config=run.config, parameters=parameters, dense=dense)
+    stored = {name: variant.add(name, layer) for name, layer in packed.items()}
+    variant.close()
+    rows = {name: _row(run, name, stored.get(name), reader) for name in sequential.targets(bare, ())}
+    errors = [row.weight_error for row in rows.values() if row.weight_error is not None]
+    stored_as = variant.layout if packed else layout.LAYOUT_DENSE
+    return CompressionReport(
+        method=run.config.method,
+        parameters=parameters.model_dump(mode="json"),
+        layout=stored_as,
+        loads_with=layout.loads_with(stored_as),
+        not_informative=method.not_informative,
+        training=TrainingFacts(steps=parameters.steps, seed=spec.config.seed),
+        totals=writer.totals(rows, run.reader, run.target, embedding_bytes=variant.embedding_bytes),
+        errors=WeightErrors(weight=fmean(errors) if errors else None),
+        layers=rows,
+    )
 
 
 def _write_plain(model: PreTrainedModel, packed: Mapping[str, Packed], source: Path, plain: Path) -> None:
-    """Write the child with dense weights, as plain transformers has them."""
+    """Write the variant with dense weights, as plain transformers has them."""
     shutil.rmtree(plain, ignore_errors=True)
     folder.copy_companions(source, plain)
     model.config.architectures = [type(model).__name__]
@@ -182,77 +173,64 @@ def _plain_parameters(model: nn.Module, packed: Mapping[str, Packed]) -> dict[st
     }
 
 
-def _row(name: str, packed: Packed | None, trained: WeightReader, parent: WeightReader) -> dict[str, Any]:
-    """Return a layer's row of `compression.json`: its size, and how far it is from the parent's layer."""
-    weight_OI = trained.dense(f"{name}.weight")
-    bits = 8 * weight_OI.numel() * weight_OI.element_size() if packed is None else packed.stored_bits()
-    original_OI = parent.dense(f"{name}.weight")
-    row: dict[str, Any] = {"shape": list(weight_OI.shape), "stored_bits": bits}
-    row["bits_per_weight"] = bits / weight_OI.numel()
-    if original_OI.shape == weight_OI.shape:
-        row["weight_error"] = relative_error(original_OI, weight_OI)
-    return row
+def _row(run: CompressionRun, name: str, packed: Packed | None, trained: WeightReader) -> PackedLayer:
+    """Return the size of a layer, and how far it is from the base's layer, where that has the same shape."""
+    weight_OI, original_OI = (reader.dense(f"{name}.weight").to(run.device) for reader in (trained, run.reader))
+    bits = 8 * weight_OI.nbytes if packed is None else packed.stored_bits()
+    same = original_OI.shape == weight_OI.shape
+    return PackedLayer(
+        shape=(weight_OI.shape[0], weight_OI.shape[1]),
+        stored_bits=bits,
+        bits_per_weight=bits / weight_OI.numel(),
+        weight_error=relative_error(original_OI, weight_OI) if same else None,
+    )
 
 
-def _errors(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the mean over layers of the relative distance from the parent's; none where no layer has its shape."""
-    found = [row["weight_error"] for row in rows.values() if "weight_error" in row]
-    return {"weight": fmean(found)} if found else {}
+# ---- the variant beside its baselines ---------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Null arms
-
-
-def _arms(
-    config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext
-) -> dict[str, Any]:
-    """Return `parent`, `arms` and `arms_measured` of `compression.json`; no arms without validation documents."""
-    if not config.arms_documents:
-        return {"arms": {}}
-    parent, device = inputs["model"].path / "model", torch_device(context.compute)
-    bare = meta_init.build(parent)
-    text = quick_eval.build(inputs["prepare"].path, config.arms_documents, bare, device, end="first")
+def _compare(run: CompressionRun, report: CompressionReport) -> Comparison | None:
+    """Compare the variant with the baselines of its method; None where there is no text, or none is wanted."""
+    documents = run.config.baseline_documents
+    text = run.quick_eval(documents, "first") if documents else None
     if text is None:
-        return {"arms": {}}
-    parameters = cast("TrainedConfig", config.parameters)
-    made = _made(config, inputs, context) if parameters.baselines else {}
-    base = text.nats(load_model(parent).to(device), "the parent")
-    rows: dict[str, Any] = {}
-    for name, path in {config.method: out_dir, **made}.items():
-        nats = text.nats(load_model(path / "model").to(device), name)
-        report = json.loads((path / "compression.json").read_text(encoding="utf-8"))
-        rows[name] = {**text.against(nats, base), "bytes": report["totals"]["layer_bytes"]}
-    measured = {"split": "validation", "documents": text.documents, "scored_tokens": text.scored}
-    return {"parent": text.against(base, base), "arms": rows, "arms_measured": measured}
+        return None
+    others = _make_baselines(run) if _parameters(run).baselines else {}
+
+    def contenders() -> Iterator[Contender]:
+        yield Contender("the base", run.load_base())
+        yield Contender(run.config.method, load_model(run.target).to(run.device), bytes=report.totals.layer_bytes)
+        for name, path in others.items():
+            size = CompressionReport.read(path).totals.layer_bytes
+            yield Contender(name, load_model(path / "model").to(run.device), bytes=size)
+
+    return baselines.compare(run, text, contenders(), count=1 + len(others))
 
 
-def _made(config: CompressConfig, inputs: Mapping[str, Artifact], context: StageContext) -> dict[str, Path]:
-    """Make the null arms that are not there yet; return their folders."""
-    from pipelines.compression import stage
-
-    folders = {}
-    for name, table in registry.training(config.method).baselines(config.parameters).items():
-        place = context.scratch / "arms" / re.sub(r"\W+", "-", name)
-        folders[name] = place / "out"
-        if (place / "out" / "compression.json").exists():
+def _make_baselines(run: CompressionRun) -> dict[str, Path]:
+    """Make the baselines that are not there yet; return their folders."""
+    config, folders = run.config, {}
+    for name, table in registry.training(config.method).baselines(_parameters(run)).items():
+        place = run.context.scratch / "baselines" / re.sub(r"\W+", "-", name)
+        folders[name] = out = place / "out"
+        if (out / FILE).exists():
             continue
-        shutil.rmtree(place / "out", ignore_errors=True)
-        (place / "out").mkdir(parents=True)
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
         shared = {
             "name": place.name,
             "seed": config.seed,
             "samples": config.samples,
             "skip": config.skip,
-            "arms_documents": 0,
+            "baseline_documents": 0,
         }
-        arm = CompressConfig.model_validate(shared | table)
-        stage.run(arm, inputs, place / "out", _within(context, place / "scratch", name))
+        baseline = CompressConfig.model_validate(shared | table)
+        run.compress(baseline, run.inputs, out, _within(run.context, place / "scratch", name))
     return folders
 
 
 def _within(context: StageContext, scratch: Path, name: str) -> StageContext:
-    """Return the context of an arm: its own scratch folder, and reports that MLflow does not take for the child's."""
+    """Return the context of a baseline: its own scratch, and reports that MLflow does not take for the variant's."""
 
     def report(progress: Progress) -> None:
         context.report(dataclasses.replace(progress, message=f"{name}: {progress.message}", metrics={}))

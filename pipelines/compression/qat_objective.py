@@ -1,6 +1,6 @@
 """A compression method's part in a training: the student that it trains, and the loss that it trains by.
 
-The student is put together from the starting weights alone, the same way at every start of a rank and once more when
+The student is put together from the initial weights alone, the same way at every start of a rank and once more when
 the method packs the result; only parameters travel between the two.
 """
 
@@ -49,14 +49,15 @@ class QatSettings(BaseModel):
     """Model folder of the teacher, where the method wants one."""
 
     @property
-    def training_method(self) -> TrainingMethod[Any]:
+    def objective(self) -> TrainingMethod[Any]:
         """The method."""
         return registry.training(self.method)
 
     @property
     def config(self) -> TrainedConfig:
         """The method's parameters, validated."""
-        return self.training_method.Config.model_validate(self.parameters)
+        config: TrainedConfig = self.objective.Config.model_validate(self.parameters)
+        return config
 
 
 class QatObjective(Objective):
@@ -71,7 +72,7 @@ class QatObjective(Objective):
 
     def __init__(self, settings: QatSettings, student: nn.Module, device: torch.device, seed: int) -> None:
         super().__init__(student)
-        self._method, self._config, self._seed = settings.training_method, settings.config, seed
+        self._method, self._config, self._seed = settings.objective, settings.config, seed
         # In a tuple the teacher is no submodule: its weights are neither trained, nor sharded, nor saved.
         self._teacher = () if settings.teacher is None else (_frozen(settings.teacher).to(device),)
 
@@ -103,7 +104,7 @@ def base_shape(folder: Path) -> Shape:
 
 
 def student(settings: QatSettings, architecture: ArchitectureConfig, seed: int) -> nn.Module:
-    """Return the model to train: starting weights, then the method's own layers.
+    """Return the model to train: initial weights, then the method's own layers.
 
     Raises:
         ConfigError: the method does not fit the model.
@@ -112,7 +113,7 @@ def student(settings: QatSettings, architecture: ArchitectureConfig, seed: int) 
     if not settings.config.from_scratch:
         copy_base_weights(model, settings)
     try:
-        settings.training_method.transform(model, sequential.targets(model, settings.skip), settings.config)
+        settings.objective.transform(model, sequential.targets(model, settings.skip), settings.config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return model
@@ -127,9 +128,7 @@ def copy_base_weights(model: nn.Module, settings: QatSettings) -> None:
     shape, reader = base_shape(settings.base), WeightReader(settings.base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            source = _LAYER.sub(
-                lambda m: str(settings.training_method.source_layer(int(m[0]), shape, settings.config)), name
-            )
+            source = _LAYER.sub(lambda m: str(settings.objective.source_layer(int(m[0]), shape, settings.config)), name)
             weight = reader.dense(source)
             if weight.shape != parameter.shape:
                 raise ConfigError(

@@ -12,9 +12,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipelines.core import artifact
 from pipelines.core.errors import IntegrityError
 from pipelines.measure.intervals import Interval
-from pipelines.modelio.folder import write_json
 
 FILE = "compression.json"
 FORMAT: Literal[1] = 1
@@ -223,8 +223,8 @@ class CompressionReport(Part):
     """None where there was no text to compare on, or none was wanted."""
 
     def write(self, out_dir: Path) -> None:
-        """Write `compression.json` into a folder: equal reports give equal bytes."""
-        write_json(out_dir / FILE, self.to_json())
+        """Write `compression.json` into a folder, whole or not at all: equal reports give equal bytes."""
+        artifact.write_text(out_dir / FILE, json.dumps(self.to_json(), indent=1, sort_keys=True) + "\n")
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values, without what does not apply."""

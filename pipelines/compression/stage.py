@@ -1,33 +1,34 @@
-"""The compress stage: one child of a model, made by the driver of its method's kind."""
+"""The compress stage: one variant of a base model, made by the driver of its method's kind."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from models.compression import registry
+from models.compression.base import Kind
+from pipelines.compression import budget_search, kv_cache, post_training, qat, structured_pruning
 from pipelines.compression.config import CompressConfig
+from pipelines.compression.report import CompressionReport
+from pipelines.compression.run import CompressionRun
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
-from pipelines.core.stage import StageContext, StageFunction, Summary
+from pipelines.core.stage import StageContext, Summary
 from pipelines.modelio.folder import KV_CACHE_FILE
 
-DRIVERS = {
-    "search": "pipelines.compression.budget_search",
-    "structure": "pipelines.compression.structured_pruning",
-    "kv_cache": "pipelines.compression.kv_cache",
-    "training": "pipelines.compression.qat",
-    "weight": "pipelines.compression.post_training",
+DRIVERS: dict[Kind, Callable[[CompressionRun], CompressionReport]] = {
+    "weight": post_training.compress,
+    "structure": structured_pruning.compress,
+    "kv_cache": kv_cache.compress,
+    "training": qat.compress,
+    "search": budget_search.compress,
 }
-"""Kind of a method -> module whose `run` makes a variant."""
 
 
 def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
-    """Compress `inputs["model"]` with the method that the configuration names.
+    """Compress `inputs["model"]` with the method that the configuration names, shown text of `inputs["prepare"]`.
 
-    Every driver writes `model/` (a model folder) and `compression.json` with at least `method`, `parameters`, `layout`,
-    `loads_with`, `totals` (bytes of child and parent) and `errors`.
+    Writes `model/` (a model folder) and, when that is complete, `compression.json`; see `report.CompressionReport`.
 
     Raises:
         ConfigError: the method does not fit the model.
@@ -35,8 +36,10 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     """
     if (inputs["model"].path / "model" / KV_CACHE_FILE).is_file():
         raise ConfigError(
-            f"{config.method}: its parent codes its cache already, and the tables fit no other weights",
-            hint="compress the cache last: start from the parent of that child",
+            f"{config.method}: its base quantizes its cache already, and the tables fit no other weights",
+            hint="quantize the cache last: start from the base of that variant",
         )
-    driver: StageFunction = importlib.import_module(DRIVERS[registry.get(config.method).kind]).run
-    return driver(config, inputs, out_dir, context)
+    opened = CompressionRun.open(config, inputs, out_dir, context, run)
+    report = DRIVERS[registry.get(config.method).kind](opened)
+    report.write(out_dir)
+    return report.summary()

@@ -1,101 +1,81 @@
 """Methods of kind "structure": attention groups and feed-forward neurons cut out of every layer.
 
-The child is a smaller model that plain transformers loads: fewer heads, a smaller `intermediate_size`. Public
+The variant is a smaller model that plain transformers loads: fewer heads, a smaller `intermediate_size`. Public
 configurations have one number of each for all layers, so every layer loses equally many; which ones is the method's
-choice. Nothing is trained here; a distilled child `from` this one recovers more.
-
-compression.json has the held-out loss of the child beside arms of the same size: largest weights, and the best and the
-median of some random structures.
+choice. Nothing is trained here; a distilled variant `from` this one recovers more.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.compression import registry
 from models.compression.solvers import structured
 from models.compression.solvers.structured import Structure, StructureConfig
-from pipelines.compression import calibration
-from pipelines.compression.config import CompressConfig
-from pipelines.compression.masked_model import Family, ModelProblem
-from pipelines.core.artifact import Artifact
-from pipelines.core.errors import ConfigError, NumericError
-from pipelines.core.stage import Progress, StageContext, Summary
-from pipelines.data.shards import ShardReader
-from pipelines.measure import intervals
-from pipelines.modelio import folder, meta_init
+from pipelines.compression import baselines
+from pipelines.compression.baselines import Contender
+from pipelines.compression.masked_model import MaskedTransformer, Unit
+from pipelines.compression.report import CalibrationFacts, Comparison, CompressionReport, CutLayer, Totals
+from pipelines.compression.run import CompressionRun
+from pipelines.core.errors import ConfigError
+from pipelines.modelio import folder, layout, meta_init
 from pipelines.modelio.folder import WeightReader, WeightWriter, write_json
-from pipelines.modelio.load import load_weights
-
-_HELD = 64
-"""Validation sequences that the child and the arms are compared on."""
 
 
-def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
-    """Cut units out of `inputs["model"]`, chosen on training sequences of `inputs["prepare"]`.
+def compress(run: CompressionRun) -> CompressionReport:
+    """Cut units out of the base model, chosen on training sequences.
 
     Raises:
-        ConfigError: the family has no such units, the shares round to none, or there is too little text to compare
-            on; the method is named.
-        NumericError: a loss is not finite.
+        ConfigError: the model type has no such units, or the shares round to none; the method is named.
+        NumericError: a model gives numbers that are not finite.
     """
-    method, source, target = registry.structure(config.method), inputs["model"].path / "model", out_dir / "model"
-    model, parameters = load_weights(source), config.parameters
+    config, method, parameters = run.config, registry.structure(run.config.method), run.config.parameters
     assert isinstance(parameters, StructureConfig)
-    prepared, encoder = inputs["prepare"].path, type(model).__name__.endswith("ForMaskedLM")
-    tokens, targets = calibration_pairs(prepared, config.samples, config.seed, masked=encoder)
-    problem = ModelProblem(model, tokens, targets)
-    check(config.method, problem, parameters)
-    refuse_odd_heads(config.method, model, problem.groups, parameters)
-    held = held_out_pairs(prepared, masked=encoder)
-    refuse_too_few(config.method, len(tokens if held is None else held[0]), held_out=held is not None)
-    chosen = method.select(problem, parameters)
-    context.report(Progress(context.node, 1, 2, "steps", "units chosen"))
-    arms = method.baselines(problem, parameters)
-    judge = problem if held is None else ModelProblem(model, *held)
-    losses = {name: sequence_losses(judge, s) for name, s in {config.method: chosen, **arms}.items()}
-    parent_losses = sequence_losses(judge, None)
-    cut(source, target, chosen, problem.family, _sizes(model, chosen))
-    totals = _totals(WeightReader(source), WeightReader(target), model)
-    report = {
-        "method": config.method,
-        "parameters": parameters.model_dump(mode="json"),
-        "layout": "transformers",
-        "loads_with": "transformers",
-        "calibration": {"sequences": len(tokens), "seed": config.seed},
-        "not_informative": "",
-        "totals": totals,
-        "errors": {"parent_loss": float(parent_losses.mean()), "held_out": held is not None}
-        | compare(losses, config.method),
-        "arms": {name: _arm(found, parent_losses, totals["layer_bytes"]) for name, found in losses.items()},
-        "layers": _kept(chosen),
-    }
-    write_json(out_dir / "compression.json", report)
-    return {key: report[key] for key in ("method", "parameters", "layout", "totals", "errors")}
+    masked = MaskedTransformer(run.load_base(), run.tokens_NT, run.labels_NT)
+    check(config.method, masked, parameters)
+    refuse_odd_heads(config.method, masked.model, masked.groups, parameters)
+    structure = method.select(masked, parameters)
+    run.progress(1, 2, "steps", "units chosen")
+    cut(run.source, run.target, structure, masked.units, sizes_of(masked.model, structure))
+    totals = _totals(run, masked.model)
+    return CompressionReport(
+        method=config.method,
+        parameters=parameters.model_dump(mode="json"),
+        layout=layout.LAYOUT_DENSE,
+        loads_with=layout.loads_with(layout.LAYOUT_DENSE),
+        not_informative=method.not_informative,
+        calibration=CalibrationFacts(sequences=len(run.tokens_NT), seed=config.seed),
+        totals=totals,
+        layers={
+            str(layer): CutLayer(
+                groups=torch.where(structure.groups_LG[layer])[0].tolist(),
+                neurons_removed=torch.where(~structure.neurons_LF[layer])[0].tolist(),
+            )
+            for layer in range(masked.layers)
+        },
+        comparison=_compare(run, masked, structure, totals),
+    )
 
 
-def check(method: str, problem: ModelProblem, config: StructureConfig) -> None:
+def check(method: str, masked: MaskedTransformer, config: StructureConfig) -> None:
     """Refuse shares that the layout does not allow, or that remove nothing.
 
     Raises:
         ConfigError: naming method, key and what is valid.
     """
-    if config.heads and not problem.groups:
+    if config.heads and not masked.groups:
         raise ConfigError(
-            f"{method}: heads = {config.heads:g}, but {type(problem.model).__name__} takes the size of a head from the "
+            f"{method}: heads = {config.heads:g}, but {type(masked.model).__name__} takes the size of a head from the "
             "number of heads, so none can go; valid: heads = 0",
             hint="remove neurons only",
         )
-    for key, units, share in (("heads", problem.groups, config.heads), ("neurons", problem.neurons, config.neurons)):
+    for key, units, share in (("heads", masked.groups, config.heads), ("neurons", masked.neurons, config.neurons)):
         if share and structured.removed(units, share) == 0:
             raise ConfigError(
                 f"{method}: {key} = {share:g} of {units} removes none; valid: {1 / units:.3g} or more, or 0"
@@ -122,87 +102,32 @@ def refuse_odd_heads(method: str, model: PreTrainedModel, groups: int, config: S
     )
 
 
-def refuse_too_few(method: str, sequences: int, *, held_out: bool) -> None:
-    """Refuse fewer sequences than an interval over them needs.
+def cut(source: Path, target: Path, structure: Structure, units: Mapping[str, Unit], sizes: Mapping[str, int]) -> None:
+    """Write the smaller model folder, tensor by tensor.
 
-    Raises:
-        ConfigError: naming the method, what there is and what to change.
+    Args:
+        source: model folder of the base.
+        target: folder to write.
+        structure: what stays.
+        units: where units are in a block, from `masked_model.units_of`.
+        sizes: entries of `config.json` that change, from `sizes_of`.
     """
-    if sequences >= 2:
-        return
-    kind, key = ("validation", "prepare.validation_fraction") if held_out else ("calibration", "compress.samples")
-    raise ConfigError(
-        f"{method}: {sequences} {kind} sequence to compare the child and its arms on; intervals need at least 2",
-        hint=f"raise {key}",
-    )
-
-
-def calibration_pairs(
-    prepared: Path, samples: int, seed: int, *, masked: bool
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return calibration sequences and their targets, -100 where nothing is predicted."""
-    tokens = calibration.sample_tokens(prepared, samples=samples, seed=seed, masked=False)
-    if not masked:
-        return tokens, _next_tokens(tokens)
-    shown = calibration.sample_tokens(prepared, samples=samples, seed=seed, masked=True)
-    return shown, np.where(shown != tokens, tokens, -100)
-
-
-def held_out_pairs(prepared: Path, *, masked: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-    """Return the first validation sequences and their targets; None where the split is missing."""
-    index = json.loads((prepared / "index.json").read_text(encoding="utf-8"))
-    if "validation" not in index["splits"]:
-        return None
-    reader = ShardReader(prepared, "validation")
-    tokens = reader.take(np.arange(min(_HELD, len(reader))))
-    if not masked:
-        return tokens, _next_tokens(tokens)
-    special = [reader.index[key] for key in ("bos_id", "eos_id", "pad_id", "mask_id")]
-    hidden = (np.random.default_rng(0).random(tokens.shape) < 0.3) & ~np.isin(tokens, special)
-    return np.where(hidden, reader.index["mask_id"], tokens), np.where(hidden, tokens, -100)
-
-
-def sequence_losses(problem: ModelProblem, structure: Structure | None) -> NDArray[np.float64]:
-    """Return the loss of every sequence [N], nats a token.
-
-    Raises:
-        NumericError: one is not finite.
-    """
-    losses = problem.losses(structure).double().numpy()
-    if not np.isfinite(losses).all():
-        raise NumericError("the pruned model gives losses that are not finite")
-    return losses
-
-
-def compare(losses: Mapping[str, NDArray[np.float64]], method: str) -> dict[str, Any]:
-    """Return the mean losses of child and arms, and what each arm loses more than the child, with intervals."""
-    child = losses[method]
-    arms = {arm: found for arm, found in losses.items() if arm != method}
-    return {
-        "loss": float(child.mean()),
-        "null": {arm: float(found.mean()) for arm, found in arms.items()},
-        "worse": {arm: intervals.paired_difference(found, child).to_json() for arm, found in arms.items()},
-    }
-
-
-def cut(source: Path, target: Path, structure: Structure, family: Family, sizes: Mapping[str, int]) -> None:
-    """Write the smaller model folder, tensor by tensor."""
     reader, (stack, _) = WeightReader(source), meta_init.blocks(meta_init.build(source))
     folder.copy_companions(source, target)
     writer = WeightWriter(target)
     for name in reader.names():
-        writer.add(name, sliced(name.removeprefix(f"{stack}."), reader.dense(name), structure, family))
+        writer.add(name, sliced(name.removeprefix(f"{stack}."), reader.dense(name), structure, units))
     writer.close()
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     write_json(target / "config.json", config | dict(sizes))
 
 
-def sliced(name: str, tensor: Tensor, structure: Structure, family: Family) -> Tensor:
+def sliced(name: str, tensor: Tensor, structure: Structure, units: Mapping[str, Unit]) -> Tensor:
     """Return one parameter without what was cut; `name` is `LAYER.path.weight` inside the stack."""
     layer, _, path = name.partition(".")
     module, _, leaf = path.rpartition(".")
-    for kind, unit in family.units.items():
+    for kind, unit in units.items():
         if module == unit.reads and leaf == "weight":
             return tensor[:, _places(structure.masks(kind)[int(layer)], tensor.shape[1])]
         if module in unit.writes:
@@ -215,11 +140,7 @@ def _places(kept_U: Tensor, size: int) -> Tensor:
     return kept_U.repeat_interleave(size // len(kept_U))
 
 
-def _next_tokens(tokens_NT: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.concatenate([tokens_NT[:, 1:], np.full_like(tokens_NT[:, :1], -100)], axis=1)
-
-
-def _sizes(model: PreTrainedModel, structure: Structure) -> dict[str, int]:
+def sizes_of(model: PreTrainedModel, structure: Structure) -> dict[str, int]:
     """Return the entries of `config.json` that change."""
     config, sizes = model.config, {"intermediate_size": int(structure.neurons_LF[0].sum())}
     if structure.groups_LG.shape[1]:
@@ -229,33 +150,36 @@ def _sizes(model: PreTrainedModel, structure: Structure) -> dict[str, int]:
     return sizes
 
 
-def _kept(structure: Structure) -> dict[str, dict[str, list[int]]]:
-    """Return the numbers of the groups that stay, and of the neurons that go, of every layer."""
-    return {
-        str(layer): {
-            "groups": torch.where(structure.groups_LG[layer])[0].tolist(),
-            "neurons_removed": torch.where(~structure.neurons_LF[layer])[0].tolist(),
-        }
-        for layer in range(len(structure.neurons_LF))
-    }
-
-
-def _arm(losses: NDArray[np.float64], parent: NDArray[np.float64], size: int) -> dict[str, Any]:
-    """Return an arm as reports draw it: loss over the parent's, and bytes, which are the same for all."""
-    return {"ratio": intervals.paired_ratio(losses, parent, np.ones_like(losses)).to_json(), "bytes": size}
-
-
-def _totals(parent: WeightReader, child: WeightReader, model: PreTrainedModel) -> dict[str, Any]:
-    stored = [child.dense(name) for name in child.names()]
+def _totals(run: CompressionRun, base: PreTrainedModel) -> Totals:
+    variant = WeightReader(run.target)
+    stored = [variant.dense(name) for name in variant.names()]
     weights = sum(tensor.numel() for tensor in stored)
-    return {
-        "layers": model.config.num_hidden_layers,
-        "weights": weights,
-        "parent_weights": sum(p.numel() for p in model.parameters()),
-        "bits_per_weight": 8 * sum(t.numel() * t.element_size() for t in stored) / weights,
-        "layer_bytes": child.bytes,
-        "parent_layer_bytes": parent.bytes,
-        "bytes": child.bytes,
-        "parent_bytes": parent.bytes,
-        "ratio": parent.bytes / child.bytes,
-    }
+    return Totals(
+        layers=base.config.num_hidden_layers,
+        weights=weights,
+        base_weights=sum(parameter.numel() for parameter in base.parameters()),
+        bits_per_weight=8 * sum(tensor.nbytes for tensor in stored) / weights,
+        layer_bytes=variant.bytes,
+        base_layer_bytes=run.reader.bytes,
+        bytes=variant.bytes,
+        base_bytes=run.reader.bytes,
+        ratio=run.reader.bytes / variant.bytes,
+    )
+
+
+def _compare(run: CompressionRun, masked: MaskedTransformer, structure: Structure, totals: Totals) -> Comparison | None:
+    """Compare the structure with others of its size; None where there is no text, or none is wanted."""
+    documents = run.config.baseline_documents
+    text = run.quick_eval(documents, "first") if documents else None
+    if text is None:
+        return None
+    parameters = run.config.parameters
+    others = registry.structure(run.config.method).baselines(masked, parameters)
+
+    def contenders() -> Iterator[Contender]:
+        yield Contender("the base", masked.model)
+        for name, kept in {run.config.method: structure, **others}.items():
+            with masked.without(kept):
+                yield Contender(name, masked.model, bytes=totals.layer_bytes)
+
+    return baselines.compare(run, text, contenders(), count=1 + len(others))

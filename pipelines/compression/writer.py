@@ -1,33 +1,35 @@
-"""The folder of one child while it is written: packed layers, everything else, then config and record."""
+"""The model folder of one variant while it is written: packed layers, everything else, then config and record."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from models.compression import rtn
+from models.compression import registry
 from models.compression.base import MethodConfig, Packed, Statistics
 from models.compression.formats.int_grid import GridConfig
 from pipelines.compression.config import CompressConfig
+from pipelines.compression.report import PackedLayer, Totals
 from pipelines.modelio import folder, layout
 from pipelines.modelio.folder import WeightReader, WeightWriter
 
 
-class ChildFolder:
-    """Writes a child's model folder tensor by tensor.
+class VariantWriter:
+    """Writes a variant's model folder tensor by tensor.
 
     Args:
-        model: skeleton of the parent.
-        reader: the parent's weights.
+        model: the base model; only its structure is read.
+        reader: the weights of what is not packed.
         target: folder to write.
-        config: the child's configuration.
+        config: configuration of the variant.
         parameters: the method's parameters as they were used.
-        dense: plain transformers unpacks the child while loading it.
-        private: no public layout fits the child as a whole.
+        dense: plain transformers unpacks the variant while loading it.
+        private: no public layout fits the variant as a whole.
     """
 
     def __init__(
@@ -61,31 +63,31 @@ class ChildFolder:
 
     def close(self) -> None:
         """Store every parameter that is not packed, then config, record and companions."""
+        names = token_matrices(self._model, self._reader)
         if self._config.embeddings == "quantize":
-            for name in token_matrices(self._model, self._reader):
+            for name in names:
                 self._quantize_embedding(name)
-        matrices = {f"{name}.weight" for name in token_matrices(self._model, self._reader)}
+        matrices = {f"{name}.weight" for name in names}
         for name in self._reader.names():
             if name.endswith(".weight") and name.removesuffix(".weight") in self._schemes:
                 continue
             tensor = self._reader.dense(name)
             if name in matrices:
                 tensor = tensor.to(torch.bfloat16) if self._config.embeddings == "bfloat16" else tensor
-                self.embedding_bytes += _bytes(tensor)
+                self.embedding_bytes += tensor.nbytes
             self._weights().add(name, tensor)
         self._weights().close()
-        layout.finish(self._reader.folder, self._target, self._record, self._quantization())
-
-    def _quantization(self) -> dict[str, Any] | None:
         public = {name: scheme for name, scheme in self._schemes.items() if scheme is not None}
-        if not public or len(public) < len(self._schemes):
-            return None
-        return layout.quantization_config(self._model, public, dense=self._dense)
+        quantization = None
+        if public and len(public) == len(self._schemes):
+            quantization = layout.quantization_config(self._model, public, dense=self._dense)
+        layout.finish(self._reader.folder, self._target, self._record, quantization)
 
     def _quantize_embedding(self, name: str) -> None:
-        grid = {key: getattr(self._parameters, key) for key in GridConfig.model_fields}
-        parameters = rtn.Config.model_validate(grid)
-        packed = rtn.Method().compress(self._reader.dense(f"{name}.weight").float(), Statistics(), parameters)
+        """Store a token matrix on the grid of the other layers, rounded to nearest."""
+        rtn = registry.weight("rtn")
+        parameters = rtn.Config.model_validate(self._parameters.model_dump(include=set(GridConfig.model_fields)))
+        packed = rtn.compress(self._reader.dense(f"{name}.weight").float(), Statistics(), parameters)
         self.embedding_bytes += self._pack(name, packed, "rtn", parameters).stored_bits() // 8
 
     def _pack(self, name: str, packed: Packed, method: str, parameters: MethodConfig) -> Packed:
@@ -106,10 +108,27 @@ class ChildFolder:
 def token_matrices(model: PreTrainedModel, reader: WeightReader) -> list[str]:
     """Return the module names of the token embedding and, where the folder holds its own, of the output matrix."""
     ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    held = set(reader.names())
-    found = [n for n, m in model.named_modules() if id(m) in ends and isinstance(m, nn.Embedding | nn.Linear)]
-    return [name for name in found if f"{name}.weight" in held]
+    stored = set(reader.names())
+    names = [n for n, m in model.named_modules() if id(m) in ends and isinstance(m, nn.Embedding | nn.Linear)]
+    return [name for name in names if f"{name}.weight" in stored]
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def totals(rows: Mapping[str, PackedLayer], base: WeightReader, target: Path, *, embedding_bytes: int) -> Totals:
+    """Return bits and bytes of the packed layers and of all weight files, beside the base's."""
+    weights = sum(row.shape[0] * row.shape[1] for row in rows.values())
+    stored = sum(row.stored_bits for row in rows.values())
+    dense = sum(base.dense(f"{name}.weight").nbytes for name in rows)
+    files = WeightReader(target).bytes
+    return Totals(
+        layers=len(rows),
+        weights=weights,
+        stored_bits=stored,
+        bits_per_weight=stored / weights,
+        layer_bytes=stored // 8,
+        base_layer_bytes=dense,
+        layer_ratio=8 * dense / stored,
+        embedding_bytes=embedding_bytes,
+        bytes=files,
+        base_bytes=base.bytes,
+        ratio=base.bytes / files,
+    )

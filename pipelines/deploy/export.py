@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from pipelines.compression.report import FILE
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
 from pipelines.modelio import load_instructions
@@ -120,7 +121,7 @@ def _left_out(source: Artifact, file_format: str, precision: str, *, allowed: bo
     Raises:
         ConfigError: something is left out and `allowed` is false.
     """
-    if file_format == "hf" or "compression.json" not in source.manifest.files:
+    if file_format == "hf" or FILE not in source.manifest.files:
         return ""
     from pipelines.deploy import torchao, unsupported
 

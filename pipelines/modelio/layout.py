@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,9 +23,15 @@ from transformers import PreTrainedModel
 from models.compression.base import Packed
 from pipelines.modelio import folder
 
+LAYOUT_DENSE = "safetensors"
 LAYOUT_PUBLIC = "compressed-tensors"
 LAYOUT_PRIVATE = "ingot packed"
 _UNPACKED_WHILE_LOADING = frozenset({"modernbert"})
+
+
+def loads_with(layout: str) -> Literal["transformers", "pipelines.modelio.load"]:
+    """Return the module that loads a layout."""
+    return "pipelines.modelio.load" if layout == LAYOUT_PRIVATE else "transformers"
 
 
 def loads_dense(model: PreTrainedModel, config: Mapping[str, Any], *, embeddings: bool) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.compression.report import FILE, CompressionReport
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import GateRefused
 
@@ -199,10 +200,10 @@ def _json(made: Artifact, name: str) -> dict[str, Any]:
 
 def _method(model: Artifact) -> tuple[str, float | None]:
     """Return the compression method and the bits per weight of the layers that it compressed."""
-    if "compression.json" not in model.manifest.files:
+    if FILE not in model.manifest.files:
         return "none", _PRECISION.get(str(_json(model, "model/config.json").get("dtype")))
-    record = model.read_json("compression.json")
-    return str(record["method"]), record["totals"]["bits_per_weight"]
+    report = CompressionReport.read(model.path)
+    return report.method, report.totals.bits_per_weight
 
 
 def _problems(model: Artifact, evaluation: Artifact, prepare: Artifact) -> list[str]:

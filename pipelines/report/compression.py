@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from pipelines.compression.report import CompressionReport
 from pipelines.core.artifact import Artifact
 from pipelines.modelio import load_instructions
 from pipelines.report import axes, pareto
@@ -54,10 +55,10 @@ def rows(models: Sequence[Mapping[str, Any]], artifacts: Mapping[str, Artifact],
         cache_tokens: tokens whose attention cache counts as part of a size.
 
     Returns:
-        The variant's row of the comparison with `method`, `bits_per_weight`, `layer_bytes` (compressed layers), `arms`
-        (name -> ratio on validation text, bytes of the compressed layers or of a token's cache), `cache_tokens`,
-        `footprint_bytes` (disk and cache), `size_ratio`, `footprint_ratio`, `prefill_ratio`, `decode_ratio`,
-        `memory_ratio` (to the base's) and `best`: no other variant is smaller and better.
+        The variant's row of the comparison with `method`, `bits_per_weight`, `layer_bytes` (compressed layers),
+        `baselines` (name -> `Measurement` on validation text), `compared_cache_bytes` (of the variant there),
+        `cache_tokens`, `footprint_bytes` (disk and cache), `size_ratio`, `footprint_ratio`, `prefill_ratio`,
+        `decode_ratio`, `memory_ratio` (to the base's) and `best`: no other variant is smaller and better.
     """
     base = next((row for row in models if row["kind"] == "base"), None)
     measured = {row["model"]: row for row in models if row["kind"] == "variant"}
@@ -65,7 +66,7 @@ def rows(models: Sequence[Mapping[str, Any]], artifacts: Mapping[str, Artifact],
     for node, artifact in artifacts.items():
         name = node.removeprefix(_COMPRESS)
         if node.startswith(_COMPRESS) and name in measured:
-            report = artifact.read_json("compression.json")
+            report = CompressionReport.read(artifact.path)
             found.append({**measured[name], **_stored(report), **_versus(measured[name], base, cache_tokens)})
     best = pareto.frontier([_point(row) for row in found])
     return sorted(({**row, "best": row["model"] in best} for row in found), key=lambda row: row["footprint_bytes"])
@@ -79,36 +80,35 @@ def picture(variants: Sequence[Mapping[str, Any]], candidate: str | None = None)
     by_method = sorted(shown, key=lambda row: (row["method"], row["footprint_bytes"]))
     joined = [[_point(row) for row in group] for _, group in groupby(by_method, key=lambda row: row["method"])]
     arms = [
-        pareto.Model(f"{name} for {row['model']}", _size_with(arm, row), *_interval(arm["ratio"]))
+        pareto.Model(f"{name} for {row['model']}", _size_with(baseline, row), *_interval(baseline["ratio"]))
         for row in shown
-        for name, arm in sorted(row["arms"].items())
-        if name != row["method"]
+        for name, baseline in sorted(row["baselines"].items())
     ]
     models = [_point(row, candidate) for row in shown]
     x, y = size_axis(shown[0]["cache_tokens"]), Axis("bits per byte, ratio to the base")
     return pareto.draw(models, [("base", 1.0)], x, y, "Size against quality lost", joined=joined, baselines=arms)
 
 
-def _size_with(arm: Mapping[str, Any], row: Mapping[str, Any]) -> float:
-    """Return a variant's size if its compressed layers, or its cache, took a baseline's bytes instead of their own."""
+def _size_with(baseline: Mapping[str, Any], row: Mapping[str, Any]) -> float:
+    """Return the size of a variant whose compressed layers, or cache, took a baseline's bytes instead of their own."""
     size: float = row["footprint_bytes"]
-    if "cache_bytes_per_token" in arm:
-        own = row["arms"][row["method"]]["cache_bytes_per_token"]
-        return size + row["cache_tokens"] * (arm["cache_bytes_per_token"] - own)
-    return size + arm["bytes"] - (row["layer_bytes"] or arm["bytes"])
+    if "cache_bytes_per_token" in baseline:
+        return size + row["cache_tokens"] * (baseline["cache_bytes_per_token"] - row["compared_cache_bytes"])
+    return size + baseline["bytes"] - (row["layer_bytes"] or baseline["bytes"])
 
 
-def _stored(report: Mapping[str, Any]) -> Facts:
-    totals = report.get("totals") or {}
+def _stored(report: CompressionReport) -> Facts:
+    told, comparison = report.to_json(), report.comparison
     return {
-        "method": report["method"],
-        "bits_per_weight": totals.get("bits_per_weight"),
-        "bits_per_cached_number": totals.get("bits_per_cached_number"),
-        "layer_bytes": totals.get("layer_bytes"),
-        "loads_with": report.get("loads_with"),
-        "not_informative": report.get("not_informative"),
-        "arms": report.get("arms") or {},
-        "search": report.get("search"),
+        "method": report.method,
+        "bits_per_weight": report.totals.bits_per_weight,
+        "bits_per_cached_number": report.totals.bits_per_cached_number,
+        "layer_bytes": report.totals.layer_bytes,
+        "loads_with": report.loads_with,
+        "not_informative": report.not_informative,
+        "baselines": told["comparison"]["baselines"] if comparison else {},
+        "compared_cache_bytes": comparison.variant.cache_bytes_per_token if comparison else None,
+        "search": told.get("search"),
     }
 
 

@@ -22,6 +22,7 @@ import json
 import math
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,10 +34,13 @@ import torch
 from transformers import PreTrainedModel
 
 from models.compression import registry
-from pipelines.compression import calibration, sequential
+from pipelines.compression import calibration, sequential, stage
 from pipelines.compression.config import CompressConfig
+from pipelines.compression.run import CompressionRun
+from pipelines.compression.sequential import Assignment
+from pipelines.core.compute import ComputeConfig
+from pipelines.core.stage import StageContext
 from pipelines.modelio import meta_init
-from pipelines.modelio.folder import WeightReader
 from pipelines.modelio.load import load_model
 
 SAMPLES = 64
@@ -67,17 +71,17 @@ Arm = Callable[[str, int, int, Any], PreTrainedModel]
 def ours(method: str, bits: int, group: int, bench: Any) -> PreTrainedModel:
     """Compress block by block; weights are rounded in place, which leaves out the files of the stage."""
     source = bench.parent.path / "model"
-    config = CompressConfig.model_validate({"method": method, "bits": bits, "group_size": group, "clip": "max"})
-    tokens_NT = None
-    if registry.get(method).calibration != "none":
-        tokens_NT = calibration.sample_tokens(bench.prepare.path, samples=SAMPLES, seed=0, masked=False)
-    walker = sequential.Walker(meta_init.build(source), WeightReader(source), torch.device("cpu"), tokens_NT)
-    model, names = meta_init.build(source), sequential.targets(walker.model, ())
-    for name in set(walker.reader.names()) - {f"{name}.weight" for name in names}:
-        meta_init.set_parameter(model, name, walker.reader.dense(name))
-    for block in walker.walk(registry.weight(method), config.parameters, names):
+    table = {"method": method, "bits": bits, "group_size": group, "clip": "max", "samples": SAMPLES}
+    config, model = CompressConfig.model_validate(table), meta_init.build(source)
+    inputs = {"prepare": bench.prepare, "model": bench.parent}
+    context = StageContext("bench", scratch=Path(tempfile.mkdtemp()), compute=ComputeConfig(device="cpu"))
+    run = CompressionRun.open(config, inputs, context.scratch, context, stage.run)
+    names = sequential.targets(run.base, ())
+    for name in set(run.reader.names()) - {f"{name}.weight" for name in names}:
+        meta_init.set_parameter(model, name, run.reader.dense(name))
+    for block in sequential.compress_blocks(run, Assignment(registry.weight(method), config.parameters, names)):
         for name in block:
-            meta_init.set_parameter(model, f"{name}.weight", walker.model.get_parameter(f"{name}.weight"))
+            meta_init.set_parameter(model, f"{name}.weight", run.base.get_parameter(f"{name}.weight"))
     model.tie_weights()
     return model
 

@@ -155,7 +155,7 @@ def rows(seconds: dict[str, dict[str, list[float]]], bases: dict[str, str]) -> l
 def arms_of(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Arm], dict[str, str]]:
     """Write all models and return the arms, and for each int8 arm what it is compared with."""
     parent = write_model(folder / "decoder", options, "decoder")
-    table = CompressConfig.model_validate({"method": "rtn", "bits": 8, "clip": "max", "arms_documents": 0})
+    table = CompressConfig.model_validate({"method": "rtn", "bits": 8, "clip": "max", "baseline_documents": 0})
     (folder / "child").mkdir()
     context = StageContext(node="compress.child", scratch=folder, compute=ComputeConfig(device="cpu"))
     run(table, {"prepare": parent, "model": parent}, folder / "child", context)

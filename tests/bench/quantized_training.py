@@ -62,7 +62,12 @@ def cells() -> Iterator[Cell]:
 def cell(group: str, arm: str, seed: int, **table: Any) -> Cell:
     """Return one arm."""
     trained = SCHEDULE if "steps" in table else {}
-    return {"group": group, "arm": arm, "seed": seed, "table": {"seed": seed, "arms_documents": 0, **trained, **table}}
+    return {
+        "group": group,
+        "arm": arm,
+        "seed": seed,
+        "table": {"seed": seed, "baseline_documents": 0, **trained, **table},
+    }
 
 
 def bitnet(seed: int) -> Iterator[Cell]:

@@ -28,9 +28,8 @@ def child(name: str, **changes: Any) -> dict[str, Any]:
         "ratio_low": 1.001,
         "ratio_high": 1.003,
         "best": True,
-        "arms": {
+        "baselines": {
             "rtn": {"ratio": {"value": 1.011}},
-            "gptq": {"ratio": {"value": 1.002}},
             "zeros": {"ratio": {"value": 1.5}},
         },
     }
@@ -45,7 +44,7 @@ CODED = child(
     footprint_bytes=2_500_000.0,
     cache_tokens=4096,
     best=False,
-    arms={},
+    baselines={},
 )
 
 
@@ -93,7 +92,7 @@ def test_a_coded_cache_is_counted_and_said_to_be(finished: Any, capsys: pytest.C
 def test_a_child_without_numbers_and_a_run_without_children_are_shown(
     finished: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lost = child("lost", ratio=None, ratio_low=None, ratio_high=None, bits_per_weight=None, best=False, arms={})
+    lost = child("lost", ratio=None, ratio_low=None, ratio_high=None, bits_per_weight=None, best=False, baselines={})
     (line,) = [line for line in shown(finished(lost), capsys).splitlines() if line.strip().startswith("lost")]
     assert line.split() == ["lost", "gptq", "-", "2.0", "MB", "-", "-"]
     assert "Children by size" not in shown(finished(), capsys)

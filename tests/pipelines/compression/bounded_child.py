@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.compression import post_training
+from pipelines.compression import stage
 from pipelines.compression.config import CompressConfig
 from pipelines.core import artifact
 from pipelines.core.compute import ComputeConfig
@@ -32,12 +32,10 @@ def act(action: str, parent: Path, prepare: Path, out: Path) -> None:
     if action == "load":
         load_model(parent / "model")
         return
-    config = CompressConfig.model_validate({"method": "gptq", "clip": "max", "samples": 8})
+    config = CompressConfig.model_validate({"method": "gptq", "clip": "max", "samples": 8, "baseline_documents": 0})
     inputs = {"model": artifact.load(parent), "prepare": artifact.load(prepare)}
     out.mkdir()
-    post_training.run(
-        config, inputs, out, StageContext(node="compress.x", scratch=out, compute=ComputeConfig(device="cpu"))
-    )
+    stage.run(config, inputs, out, StageContext(node="compress.x", scratch=out, compute=ComputeConfig(device="cpu")))
 
 
 def main() -> None:

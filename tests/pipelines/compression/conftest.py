@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
 from pipelines.compression.config import CompressConfig
+from pipelines.compression.run import CompressionRun
 from pipelines.compression.stage import run
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
@@ -97,14 +98,29 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Small]:
 
 
 Compress = Callable[..., tuple[Path, dict[str, Any]]]
+Opened = Callable[..., CompressionRun]
+
+
+@pytest.fixture(scope="session")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """Return a function that opens a base model as the stage does: (bench, table) to a `CompressionRun`."""
+
+    def go(bench: Any, table: Mapping[str, Any], *, parent: Artifact | None = None) -> CompressionRun:
+        config = CompressConfig.model_validate({"baseline_documents": 0} | dict(table))
+        folder = tmp_path_factory.mktemp("opened")
+        context = StageContext(node="compress.x", scratch=folder, compute=ComputeConfig(device="cpu"))
+        inputs = {"prepare": bench.prepare, "model": parent or bench.parent}
+        return CompressionRun.open(config, inputs, folder, context, run)
+
+    return go
 
 
 @pytest.fixture
 def compress(tmp_path: Path) -> Compress:
-    """Return a function that runs the stage: (child folder, compression.json); arms only on request."""
+    """Return a function that runs the stage: (variant folder, compression.json); compared only on request."""
 
     def go(bench: Any, table: Mapping[str, Any], *, parent: Artifact | None = None) -> tuple[Path, dict[str, Any]]:
-        config = CompressConfig.model_validate({"arms_documents": 0} | dict(table))
+        config = CompressConfig.model_validate({"baseline_documents": 0} | dict(table))
         out = tmp_path / f"child-{len(list(tmp_path.glob('child-*')))}"
         out.mkdir()
         context = StageContext(node="compress.child", scratch=tmp_path, compute=ComputeConfig(device="cpu"))

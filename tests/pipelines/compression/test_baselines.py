@@ -1,18 +1,22 @@
-"""Arms: the grid that is nearest in bytes from above, the null arms of a method, and what a run reports of them."""
+"""Baselines: the grid that is nearest in bytes from above, those of a method, and what a run reports of them."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from models.compression import rtn
+from models.compression import registry, rtn, wanda
 from models.compression.base import Statistics
-from models.compression.formats import int_grid
-from pipelines.compression import baselines
+from models.compression.modules.packed_linear import PackedLinear
+from pipelines.compression import baselines, sequential
+from pipelines.compression.sequential import Assignment, compress_blocks
+from pipelines.core.artifact import Artifact
+from pipelines.modelio import meta_init
 
 SHAPES = [(24, 96), (24, 88), (88, 24), (7, 33)]
 
@@ -50,42 +54,69 @@ def test_no_grid_is_as_large_as_floats() -> None:
     assert baselines.nearest_grid([(64, 128)], 4 * 64 * 128) is None
 
 
-def test_a_run_without_validation_documents_has_no_arms(small: Any, compress: Callable[..., Any]) -> None:
-    _, report = compress(small(), {"method": "gptq", "arms_documents": 4})
-    assert report["arms"] == {}
+def test_a_run_without_validation_documents_compares_nothing(small: Any, compress: Callable[..., Any]) -> None:
+    _, report = compress(small(), {"method": "gptq", "baseline_documents": 4})
+    assert "comparison" not in report
 
 
 @pytest.mark.slow
-def test_every_arm_is_measured_at_no_fewer_bytes_than_the_child(bench: Any, compress: Callable[..., Any]) -> None:
+def test_every_baseline_is_measured_at_no_fewer_bytes_than_the_variant(
+    bench: Any, compress: Callable[..., Any]
+) -> None:
     """At three bits a row GPTQ beats rounding beyond the noise of the documents, on text that neither was shown."""
-    _, report = compress(bench, {"method": "gptq", "bits": 3, "group_size": 0, "arms_documents": 8})
-    made = report["arms"]
-    assert set(made) == {"gptq", "rtn"}
-    assert made["gptq"]["bytes"] == report["totals"]["layer_bytes"]
-    assert made["rtn"]["bytes"] == made["gptq"]["bytes"], "the very same grid"
-    assert made["gptq"]["ratio"]["high"] < made["rtn"]["ratio"]["low"]
-    assert made["gptq"]["ratio"]["value"] > 1
-    assert report["arms_measured"]["documents"] == 8
-    assert report["arms_measured"]["scored_tokens"] > 2000
+    _, report = compress(bench, {"method": "gptq", "bits": 3, "group_size": 0, "baseline_documents": 8})
+    compared = report["comparison"]
+    mine, rtn = compared["variant"], compared["baselines"]["rtn"]
+    assert set(compared["baselines"]) == {"rtn"}
+    assert mine["bytes"] == report["totals"]["layer_bytes"]
+    assert rtn["bytes"] == mine["bytes"], "the very same grid"
+    assert mine["ratio"]["high"] < rtn["ratio"]["low"]
+    assert rtn["versus_variant"]["low"] > 1
+    assert mine["ratio"]["value"] > 1
+    assert (compared["split"], compared["unit"], compared["items"]) == ("validation", "documents", 8)
+    assert compared["scored_tokens"] > 2000
 
 
 @pytest.mark.slow
-def test_the_null_arm_of_a_method_is_measured_at_its_bytes(bench: Any, compress: Callable[..., Any]) -> None:
+def test_the_baseline_of_a_method_is_measured_at_its_bytes(bench: Any, compress: Callable[..., Any]) -> None:
     """Masks at random ruin the model, the method's do not: the comparison tells them apart."""
-    table = {"method": "magnitude", "pattern": "unstructured", "sparsity": 0.5, "arms_documents": 4}
+    table = {"method": "magnitude", "pattern": "unstructured", "sparsity": 0.5, "baseline_documents": 4}
     _, report = compress(bench, table)
-    made = report["arms"]
-    assert {"magnitude", "random", "rtn", "gptq"} <= set(made)
-    assert made["random"]["bytes"] == made["magnitude"]["bytes"] <= made["rtn"]["bytes"]
-    assert made["magnitude"]["ratio"]["high"] < made["random"]["ratio"]["low"]
+    mine, others = report["comparison"]["variant"], report["comparison"]["baselines"]
+    assert {"random", "rtn", "gptq"} <= set(others)
+    assert others["random"]["bytes"] == mine["bytes"] <= others["rtn"]["bytes"]
+    assert mine["ratio"]["high"] < others["random"]["ratio"]["low"]
 
 
-def test_a_null_method_stores_that_arm() -> None:
-    from models.compression import wanda
-
+def test_a_baseline_as_a_method_stores_what_the_method_calls_so() -> None:
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     seen = Statistics(torch.eye(16, dtype=torch.float64), 16)
-    config = wanda.Config()
-    packed = baselines._Baseline(wanda.Method(), "random").compress(weight, seen, config)
-    assert torch.equal(packed.dequantize(), wanda.Method().baselines(weight, seen, config)["random"].dequantize())
-    assert int_grid.group_for(96, 64) == 32
+    method, config = wanda.Method(), wanda.Config()
+    packed = baselines.BaselineMethod(method, "random").compress(weight, seen, config)
+    assert torch.equal(packed.dequantize(), method.baselines(weight, seen, config)["random"].dequantize())
+
+
+def test_a_baseline_is_calibrated_as_if_it_were_the_only_one(
+    prepared: Artifact, small: Any, compress: Callable[..., Any]
+) -> None:
+    """Quik rounds inputs: where its layers stayed in the base model, GPTQ beside it was calibrated behind them."""
+    bench = replace(small(), prepare=prepared)
+    shared = {"samples": 8, "baseline_documents": 4}
+    _, quik = compress(bench, {"method": "quik", **shared})
+    rows, gptq = quik["layers"].values(), quik["comparison"]["baselines"]["gptq"]
+    grid = baselines.nearest_grid([row["shape"] for row in rows], sum(row["stored_bits"] for row in rows) // 8)
+    _, alone = compress(bench, {"method": "gptq", **shared, **grid})
+    assert gptq["ratio"] == alone["comparison"]["variant"]["ratio"]
+    assert gptq["bytes"] == alone["totals"]["layer_bytes"]
+
+
+def test_a_base_whose_compression_was_abandoned_is_as_it_was(small: Any, opened: Any) -> None:
+    run = opened(small(), {"method": "quik", "samples": 4})
+    assignment = Assignment(registry.weight("quik"), run.config.parameters, sequential.targets(run.base, ()))
+    blocks = compress_blocks(run, assignment)
+    next(blocks)
+    assert any(isinstance(module, PackedLinear) for module in run.base.modules())
+    blocks.close()
+    assert not any(isinstance(module, PackedLinear) for module in run.base.modules())
+    _, stack = meta_init.blocks(run.base)
+    assert all(parameter.is_meta for parameter in stack.parameters())

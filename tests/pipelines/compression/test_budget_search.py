@@ -15,20 +15,25 @@ import torch
 
 from models.compression import search as method
 from pipelines.compression import budget_search, calibration
-from pipelines.compression.budget_search import Trial
 from pipelines.compression.config import CompressConfig
+from pipelines.compression.report import Trial
 from pipelines.compression.stage import run
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
 from pipelines.core.compute import ComputeConfig
 from pipelines.core.errors import ConfigError
 from pipelines.core.stage import Progress, StageContext
+from pipelines.measure.intervals import Interval
 from pipelines.modelio.load import load_model
 
-QUICK = {"samples": 32, "arms_documents": 0}
+QUICK = {"samples": 32, "baseline_documents": 0}
 TABLE = {"method": "search", "bits": [2, 3, 4, 8], "group_sizes": [0], "sequences": 64} | QUICK
 BUDGET = 1.008
-ANY = Trial("rtn", 4, 0, 1000, {"value": 1.0, "low": 0.99, "high": 1.005}, 0.01)
+ANY = Trial(method="rtn", bits=4, group_size=0, bytes=1000, ratio=Interval(1.0, 0.99, 1.005), kl_nats=0.01)
+
+
+def changed(trial: Trial, **changes: Any) -> Trial:
+    return trial.model_copy(update=changes)
 
 
 @pytest.mark.parametrize("bits", [(4,), (2, 8), (8, 4, 3, 2), (2, 3, 4, 5, 6, 7, 8)])
@@ -49,15 +54,15 @@ def test_bisection_finds_what_a_scan_finds_with_fewer_questions(bits: tuple[int,
 def test_both_budgets_bind_and_the_upper_end_of_the_interval_counts() -> None:
     config = method.Config(max_bits_per_byte_ratio=1.006, max_kl_nats=0.02)
     assert budget_search.within(ANY, config)
-    assert not budget_search.within(replace(ANY, kl_nats=0.03), config)
-    assert not budget_search.within(replace(ANY, ratio=ANY.ratio | {"high": 1.007}), config)
+    assert not budget_search.within(changed(ANY, kl_nats=0.03), config)
+    assert not budget_search.within(changed(ANY, ratio=Interval(1.0, 0.99, 1.007)), config)
 
 
 def test_the_smallest_within_wins_and_among_equals_the_better() -> None:
     config = method.Config(max_bits_per_byte_ratio=1.01)
-    worse = replace(ANY, bytes=900, ratio={"value": 1.008, "low": 1.0, "high": 1.009})
-    better = replace(worse, method="gptq", ratio={"value": 1.001, "low": 1.0, "high": 1.002})
-    outside = replace(ANY, bytes=100, ratio={"value": 1.02, "low": 1.0, "high": 1.03})
+    worse = changed(ANY, bytes=900, ratio=Interval(1.008, 1.0, 1.009))
+    better = changed(worse, method="gptq", ratio=Interval(1.001, 1.0, 1.002))
+    outside = changed(ANY, bytes=100, ratio=Interval(1.02, 1.0, 1.03))
     assert budget_search.best([ANY, worse, better, outside], config) is better
     assert budget_search.best([outside], config) is None
 
@@ -108,7 +113,7 @@ def test_the_winner_is_the_one_that_trying_everything_finds(found: Any, bench: A
             assert value >= min(over), "and quality was monotone, as bisection supposes"
 
 
-def test_the_child_is_the_chosen_method_and_keeps_the_budget(found: Any, bench: Any) -> None:
+def test_the_variant_is_the_chosen_method_and_keeps_the_budget(found: Any, bench: Any) -> None:
     report, out = found
     chosen = report["search"]["chosen"]
     assert (report["method"], report["parameters"]["bits"]) == (chosen["method"], chosen["bits"])
@@ -118,7 +123,7 @@ def test_the_child_is_the_chosen_method_and_keeps_the_budget(found: Any, bench: 
     assert (out / "model" / "config.json").is_file()
 
 
-def test_a_search_that_was_killed_goes_on_to_the_same_child(found: Any, bench: Any, tmp_path: Path) -> None:
+def test_a_search_that_was_killed_goes_on_to_the_same_variant(found: Any, bench: Any, tmp_path: Path) -> None:
     whole, out = found
     seen: list[str] = []
 

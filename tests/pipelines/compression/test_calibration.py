@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from models.compression import rtn
-from models.compression.base import Packed, Statistics
+from models.compression.base import Needs, Packed, Statistics
 from pipelines.compression import calibration, sequential
+from pipelines.compression.sequential import Assignment, compress_blocks
 from pipelines.core.errors import IntegrityError
 from pipelines.modelio import meta_init
 from pipelines.modelio.folder import WeightReader
@@ -40,13 +41,11 @@ def _recorded(model: nn.Module, names: list[str], tokens: Tensor) -> dict[str, T
 
 
 @pytest.mark.parametrize("family", ["decoder", "encoder"])
-def test_each_layer_sees_the_outputs_of_the_compressed_prefix(family: str, small: Any) -> None:
+def test_each_layer_sees_the_outputs_of_the_compressed_prefix(family: str, small: Any, opened: Any) -> None:
     """Replay: before block n is compressed, its inputs are those of a model whose blocks below n are compressed."""
     bench = small(family=family, layers=4)
-    source = bench.parent.path / "model"
-    model, reader = meta_init.build(source), WeightReader(source)
-    tokens = calibration.sample_tokens(bench.prepare.path, samples=12, seed=0, masked=False)
-    names = sequential.targets(model, ())
+    run = opened(bench, {"method": "gptq", "samples": 12})
+    tokens, names = run.tokens_NT, sequential.targets(run.base, ())
     seen: dict[str, Any] = {}
 
     class Spy(rtn.Method):
@@ -54,18 +53,11 @@ def test_each_layer_sees_the_outputs_of_the_compressed_prefix(family: str, small
             seen[names[len(seen)]] = statistics
             return super().compress(weight, statistics, config)
 
-    replay = load_model(source)
-    config = rtn.Config(bits=2)
-    steps = sequential.walk(
-        model,
-        reader,
-        Spy(),
-        config,
-        names=names,
-        tokens_NT=tokens,
-        device=torch.device("cpu"),
-    )
-    for index, block in enumerate(steps):
+        def needs(self, _config: Any) -> Needs:
+            return Needs(sequences=True)
+
+    replay = load_model(run.source)
+    for index, block in enumerate(compress_blocks(run, Assignment(Spy(), rtn.Config(bits=2), names))):
         expected = _recorded(replay, list(block), torch.from_numpy(tokens))
         for name in block:
             assert seen[name].tokens == tokens.size, index
@@ -76,30 +68,26 @@ def test_each_layer_sees_the_outputs_of_the_compressed_prefix(family: str, small
 
 
 @pytest.mark.parametrize("family", ["decoder", "encoder"])
-def test_sampled_rows_come_from_the_compressed_prefix_and_from_the_original(family: str, small: Any) -> None:
+def test_sampled_rows_come_from_the_compressed_prefix_and_from_the_original(
+    family: str, small: Any, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Replay both models whole; a layer's rows are those of its input, the same tokens in both, in order."""
     bench = small(family=family, layers=3)
-    source = bench.parent.path / "model"
-    model = meta_init.build(source)
-    tokens = calibration.sample_tokens(bench.prepare.path, samples=10, seed=0, masked=False)
-    names, seen = sequential.targets(model, ()), dict[str, Statistics]()
+    monkeypatch.setattr(calibration.sample_rows, "__defaults__", (100,))
+    run = opened(bench, {"method": "gpfq", "samples": 10})
+    tokens, names = run.tokens_NT, sequential.targets(run.base, ())
+    seen = dict[str, Statistics]()
 
     class Spy(rtn.Method):
         def compress(self, weight: Tensor, statistics: Statistics, config: rtn.Config) -> Packed:
             seen[names[len(seen)]] = statistics
             return super().compress(weight, statistics, config)
 
-    steps = sequential.walk(
-        model,
-        WeightReader(source),
-        Spy(),
-        rtn.Config(bits=2),
-        names=names,
-        tokens_NT=tokens,
-        device=torch.device("cpu"),
-        rows=100,
-    )
-    replay, rows = load_model(source), torch.from_numpy(calibration.sample_rows(tokens.size, 100))
+        def needs(self, _config: rtn.Config) -> Needs:
+            return Needs(sequences=True, inputs=True)
+
+    steps = compress_blocks(run, Assignment(Spy(), rtn.Config(bits=2), names))
+    replay, rows = load_model(run.source), torch.from_numpy(calibration.sample_rows(tokens.size, 100))
     original = _inputs(replay, names, torch.from_numpy(tokens))
     for block in steps:
         behind = _inputs(replay, list(block), torch.from_numpy(tokens))

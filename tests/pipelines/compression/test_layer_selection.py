@@ -11,22 +11,26 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
-from models.compression import int8
-from pipelines.compression import calibration, layer_selection, quick_eval, sequential
+from models.compression import int8, rtn
+from models.compression.modules.packed_linear import PackedLinear
+from pipelines.compression import layer_selection, quick_eval, sequential
+from pipelines.compression.quick_eval import QuickEval
+from pipelines.compression.run import CompressionRun
+from pipelines.compression.sequential import Assignment
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
-from pipelines.modelio import meta_init
 from pipelines.modelio.folder import WeightReader
 from pipelines.modelio.load import load_model
 
+CPU = torch.device("cpu")
 TOLERANCE = 0.02
 
 
@@ -53,64 +57,59 @@ def outliers(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 @pytest.fixture(scope="module")
-def walker(bench: Any, outliers: Artifact) -> sequential.Walker:
-    """A walker over the model with outliers that shows inputs."""
-    source = outliers.path / "model"
-    tokens = calibration.sample_tokens(bench.prepare.path, samples=32, seed=0, masked=False)
-    model = meta_init.build(source)
-    return sequential.Walker(model, WeightReader(source), torch.device("cpu"), tokens, calibration.ROWS)
+def run(bench: Any, outliers: Artifact, opened: Any) -> CompressionRun:
+    """The model with outliers, opened for int8, which is shown inputs."""
+    return opened(bench, {"method": "int8", "samples": 32}, parent=outliers)
 
 
 @pytest.fixture(scope="module")
-def text(bench: Any, walker: sequential.Walker) -> quick_eval.Yardstick:
+def text(bench: Any) -> QuickEval:
     """Four validation documents."""
-    made = quick_eval.build(bench.prepare.path, 4, walker.model, "cpu", end="last")
+    made = quick_eval.build(bench.prepare.path, 4, "decoder", CPU, end="last")
     assert made is not None
     return made
 
 
+def by_largest_value(run: CompressionRun) -> Assignment:
+    """Every layer on int8, inputs on the range of their largest value."""
+    return Assignment(int8.Method(), int8.Config(calibrator="max"), sequential.targets(run.base, ()))
+
+
 @pytest.mark.slow
 def test_outliers_change_nothing_until_inputs_are_rounded_with_one_scale(
-    bench: Any, walker: sequential.Walker, text: quick_eval.Yardstick
+    bench: Any, run: CompressionRun, text: QuickEval, opened: Any
 ) -> None:
     base = bench.loss(load_model(bench.parent.path / "model"))
-    assert bench.loss(load_model(walker.folder)) == pytest.approx(base, rel=1e-3)
-    plain = sequential.Walker(
-        meta_init.build(bench.parent.path / "model"),
-        WeightReader(bench.parent.path / "model"),
-        walker.device,
-        walker.tokens_NT,
-        walker.rows,
-    )
+    assert bench.loss(load_model(run.source)) == pytest.approx(base, rel=1e-3)
     ratios = []
-    for one in (plain, walker):
-        model, names = load_model(one.folder), sequential.targets(one.model, ())
-        packed = layer_selection.everything(one, int8.Method(), int8.Config(calibrator="max"), names)
-        ratios.append(math.exp(layer_selection.loss(model, packed, text, "x") - text.loss(model, "parent")))
+    for one in (opened(bench, {"method": "int8", "samples": 32}), run):
+        model, packed = one.load_base(), layer_selection.all_layers(one, by_largest_value(one))
+        ratios.append(math.exp(layer_selection.loss(model, packed, text, "x") - text.loss(model, "base")))
     assert ratios[0] < 1.01
     assert ratios[1] > 1.08
 
 
 @pytest.mark.slow
 def test_leaving_the_most_sensitive_layers_recovers_what_random_ones_do_not(
-    walker: sequential.Walker, text: quick_eval.Yardstick
+    run: CompressionRun, text: QuickEval
 ) -> None:
     """Chosen on four documents, checked on others: to 1.02 with a quarter of the layers, random layers do not."""
-    names, config = sequential.targets(walker.model, ()), int8.Config(calibrator="max")
-    found = layer_selection.partial(walker, int8.Method(), config, names, tolerance=TOLERANCE, text=text)
-    assert found["ratio_of_all"] > 1.08
-    assert found["ratio"] <= 1 + TOLERANCE
-    assert 1 <= len(found["kept"]) <= len(names) / 4
-    assert all("layers.0" in name for name in found["kept"]), "where the outliers are"
-    model, packed = load_model(walker.folder), layer_selection.everything(walker, int8.Method(), config, names)
-    base = text.loss(model, "parent")
+    assignment = by_largest_value(run)
+    names = assignment.names
+    partial = layer_selection.within_tolerance(run, assignment, text, tolerance=TOLERANCE)
+    assert partial.ratio_of_all > 1.08
+    assert partial.ratio <= 1 + TOLERANCE
+    assert 1 <= len(partial.kept) <= len(names) / 4
+    assert all("layers.0" in name for name in partial.kept), "where the outliers are"
+    model, packed = run.load_base(), layer_selection.all_layers(run, assignment)
+    base = text.loss(model, "base")
 
     def ratio(kept: list[str]) -> float:
         rest = {name: packed[name] for name in names if name not in kept}
-        return math.exp(layer_selection.loss(model, rest, text, "child") - base)
+        return math.exp(layer_selection.loss(model, rest, text, "variant") - base)
 
-    draws = [np.random.default_rng(n).choice(names, len(found["kept"]), replace=False).tolist() for n in range(5)]
-    assert ratio(found["kept"]) == pytest.approx(found["ratio"])
+    draws = [np.random.default_rng(n).choice(names, len(partial.kept), replace=False).tolist() for n in range(5)]
+    assert ratio(partial.kept) == pytest.approx(partial.ratio)
     assert statistics.median(ratio(draw) for draw in draws) > 1 + 3 * TOLERANCE
 
 
@@ -132,13 +131,10 @@ def test_the_stage_leaves_those_layers_as_they_are(
 
 
 @pytest.mark.slow
-def test_the_best_calibrator_is_the_one_with_the_least_loss(
-    walker: sequential.Walker, text: quick_eval.Yardstick
-) -> None:
-    names = sequential.targets(walker.model, ())
+def test_the_best_calibrator_is_the_one_with_the_least_loss(run: CompressionRun, text: QuickEval) -> None:
     configs = [int8.Config.model_validate({"calibrator": name}) for name in ("max", "p99.9", "entropy")]
-    best, losses = layer_selection.candidate(walker, int8.Method(), configs, names, text)
-    assert losses[best.label] == min(losses.values())
+    best, losses = layer_selection.best_candidate(run, by_largest_value(run), configs, text)
+    assert losses[best.config.label] == min(losses.values())
     assert losses["max"] > min(losses.values()) + 0.02, "with outliers the largest value is a bad range"
 
 
@@ -149,61 +145,62 @@ def test_choices_need_validation_documents(small: Any, compress: Callable[..., A
         compress(small(), {"method": "rtn", "tolerance": 0.1})
 
 
-def test_a_tolerance_that_no_layer_meets_is_refused(small: Any) -> None:
-    """The yardstick says that every compressed layer doubles the perplexity."""
-    source = small().parent.path / "model"
-    walker = sequential.Walker(meta_init.build(source), WeightReader(source), torch.device("cpu"))
-    names = sequential.targets(walker.model, ())
+class Judge(QuickEval):
+    """Judges models by a function."""
 
-    def judged(model: Any, _name: str) -> float:
-        return sum(hasattr(module, "packed") for module in model.modules()) * math.log(2)
+    def __init__(self, judged: Callable[[PreTrainedModel], float]) -> None:
+        super().__init__((), 0, "decoder", CPU)
+        object.__setattr__(self, "_judged", judged)
 
-    from models.compression import rtn
-
-    judge: Any = SimpleNamespace(loss=judged)
-    with pytest.raises(ConfigError, match=r"2\.0000 times the parent's with one layer left"):
-        layer_selection.partial(walker, rtn.Method(), rtn.Config(), names, tolerance=0.1, text=judge)
-    found = layer_selection.partial(walker, rtn.Method(), rtn.Config(), names, tolerance=1.0, text=judge)
-    assert len(found["kept"]) == len(names) - 1
+    def loss(self, model: PreTrainedModel, _name: str) -> float:
+        return self._judged(model)  # type: ignore[attr-defined, no-any-return]
 
 
-def test_measuring_a_choice_leaves_the_model_as_it_was(small: Any, bench: Any) -> None:
-    from models.compression import rtn
+def rounded(run: CompressionRun) -> Assignment:
+    """Every layer rounded to two bits."""
+    return Assignment(rtn.Method(), rtn.Config(bits=2), sequential.targets(run.base, ()))
 
-    source = small().parent.path / "model"
-    walker = sequential.Walker(meta_init.build(source), WeightReader(source), torch.device("cpu"))
-    packed = layer_selection.everything(walker, rtn.Method(), rtn.Config(bits=2), sequential.targets(walker.model, ()))
-    model, tokens = load_model(source), small().held_BT
+
+def test_a_tolerance_that_no_layer_meets_is_refused(small: Any, opened: Any) -> None:
+    """The judge says that every compressed layer doubles the perplexity."""
+    run = opened(small(), {"method": "rtn"})
+    judge = Judge(lambda model: sum(isinstance(m, PackedLinear) for m in model.modules()) * math.log(2))
+    with pytest.raises(ConfigError, match=r"2\.0000 times the base's with one layer left"):
+        layer_selection.within_tolerance(run, rounded(run), judge, tolerance=0.1)
+    partial = layer_selection.within_tolerance(run, rounded(run), judge, tolerance=1.0)
+    assert len(partial.kept) == len(rounded(run).names) - 1
+
+
+def test_measuring_a_choice_leaves_the_model_as_it_was(small: Any, opened: Any) -> None:
+    run = opened(small(), {"method": "rtn"})
+    packed, model, tokens = layer_selection.all_layers(run, rounded(run)), run.load_base(), small().held_BT
     with torch.no_grad():
         before = model(input_ids=tokens).logits
         inside: list[torch.Tensor] = []
 
-        def judged(inner: Any, _name: str) -> float:
+        def judged(inner: PreTrainedModel) -> float:
             inside.append(inner(input_ids=tokens).logits)
             return 0.0
 
-        judge: Any = SimpleNamespace(loss=judged)
-        layer_selection.loss(model, packed, judge, "x")
+        layer_selection.loss(model, packed, Judge(judged), "x")
         after = model(input_ids=tokens).logits
     assert torch.equal(before, after)
     assert not torch.allclose(before, inside[0], atol=1e-3)
 
 
-def test_yardsticks_of_either_end_share_no_document_and_are_the_same_every_time(bench: Any) -> None:
-    model = meta_init.build(bench.parent.path / "model")
+def test_texts_of_either_end_share_no_document_and_are_the_same_every_time(bench: Any) -> None:
     first, last, again = (
-        quick_eval.build(bench.prepare.path, 3, model, "cpu", end=end) for end in ("first", "last", "first")
+        quick_eval.build(bench.prepare.path, 3, "decoder", CPU, end=end) for end in ("first", "last", "first")
     )
     assert first is not None
     assert last is not None
     assert again is not None
     assert first.documents == last.documents == 3
-    assert first.scored <= 3 * quick_eval.DOCUMENT_TOKENS
+    assert max(first.tokens_D) <= quick_eval.DOCUMENT_TOKENS
     rows = [{tuple(row) for batch in one.batches for row in batch.ids.tolist()} for one in (first, last, again)]
     assert rows[0] == rows[2]
     assert not rows[0] & rows[1]
 
 
-def test_fewer_than_two_documents_are_no_yardstick(small: Any, tmp_path: Path) -> None:
-    model = meta_init.build(small().parent.path / "model")
-    assert quick_eval.build(tmp_path, 8, model, "cpu", end="first") is None
+def test_fewer_than_two_documents_are_no_text_to_judge_on(tmp_path: Path) -> None:
+    assert quick_eval.build(tmp_path, 8, "decoder", CPU, end="first") is None

@@ -19,6 +19,7 @@ from models.architectures.build import build
 from models.compression import registry
 from pipelines.compression import qat, qat_objective
 from pipelines.compression.config import CompressConfig
+from pipelines.compression.run import CompressionRun
 from pipelines.compression.stage import run
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
@@ -123,7 +124,7 @@ def make(prepared: Artifact, parents: Callable[[str], Artifact], tmp_path: Path)
         config = CompressConfig.model_validate({**PLAIN, **TINY, **table} if here else {**TINY, **table})
         inputs = {"prepare": prepared, "model": parent or parents(family)}
         if here and config.parameters.steps:  # type: ignore[attr-defined]
-            spec = qat.make_worker_spec(config, inputs, context)
+            spec = qat.make_worker_spec(CompressionRun.open(config, inputs, place / "out", context, run))
             qat.training.write_spec(spec)
             code = worker.main([str(spec.scratch / "worker_spec.json")])
             if code:
@@ -238,29 +239,30 @@ def test_without_steps_nothing_is_trained(make: Make, parents: Callable[[str], A
     )
 
 
-def test_a_child_stands_beside_its_null_arms_in_the_report(make: Make) -> None:
-    child = make({"method": "paretoq", "bits": 3, "baselines": True, "steps": 0}, here=False)
-    rows, parent = child.report["arms"], child.report["parent"]
-    assert set(rows) == {"paretoq", "continued fp32", "untrained", "rtn", "gptq"}
-    assert parent["ratio"]["value"] == parent["perplexity_ratio"]["value"] == 1.0
-    for row in rows.values():
-        for measure in ("nats_per_token", "ratio", "perplexity_ratio"):
+def test_a_variant_stands_beside_its_baselines_in_the_report(make: Make) -> None:
+    report = make({"method": "paretoq", "bits": 3, "baselines": True, "steps": 0}, here=False).report
+    compared = report["comparison"]
+    mine, others = compared["variant"], compared["baselines"]
+    assert set(others) == {"continued fp32", "untrained", "rtn", "gptq"}
+    base = compared["base_nats_per_token"]["value"]
+    for row in (mine, *others.values()):
+        for measure in ("nats_per_token", "ratio", "perplexity_ratio", "versus_variant"):
             assert row[measure]["low"] <= row[measure]["value"] <= row[measure]["high"]
-        nats, base = row["nats_per_token"]["value"], parent["nats_per_token"]["value"]
+        nats = row["nats_per_token"]["value"]
         assert row["ratio"]["value"] == pytest.approx(nats / base)
+        assert row["versus_variant"]["value"] == pytest.approx(nats / mine["nats_per_token"]["value"])
         assert row["perplexity_ratio"]["value"] == pytest.approx(math.exp(nats - base))
-    assert rows["paretoq"]["bytes"] == child.report["totals"]["layer_bytes"] == rows["rtn"]["bytes"]
-    assert child.report["arms_measured"]["documents"] == 7
+    assert mine["bytes"] == report["totals"]["layer_bytes"] == others["rtn"]["bytes"]
+    assert compared["items"] == 7
 
 
-def test_arms_are_compared_on_as_many_documents_as_asked_for(make: Make) -> None:
-    """Weights that are trained and weights that are rounded are measured by one yardstick, document by document."""
-    few = make({"method": "paretoq", "bits": 3, "steps": 0, "arms_documents": 3}, here=False).report
-    assert few["arms_measured"]["documents"] == 3
-    assert few["arms"]["paretoq"].keys() == {"ratio", "nats_per_token", "perplexity_ratio", "bytes"}
-    none = make({"method": "paretoq", "bits": 3, "steps": 0, "arms_documents": 0}, name="none", here=False).report
-    assert none["arms"] == {}
-    assert "parent" not in none
+def test_a_variant_is_compared_on_as_many_documents_as_asked_for(make: Make) -> None:
+    """Weights that are trained and weights that are rounded are measured by one quick evaluation."""
+    few = make({"method": "paretoq", "bits": 3, "steps": 0, "baseline_documents": 3}, here=False).report
+    assert few["comparison"]["items"] == 3
+    assert few["comparison"]["baselines"] == {}
+    none = make({"method": "paretoq", "bits": 3, "steps": 0, "baseline_documents": 0}, name="none", here=False).report
+    assert "comparison" not in none
 
 
 def test_layers_can_be_left_alone(make: Make) -> None:
@@ -334,7 +336,7 @@ def test_pruning_distilling_quantizing_and_coding_the_cache_follow_each_other(
         context = StageContext("compress.x", out.parent / "scratch", compute=ComputeConfig(device="cpu"))
         config = CompressConfig.model_validate(table)
         if "steps" in table:
-            spec = qat.make_worker_spec(config, inputs, context)
+            spec = qat.make_worker_spec(CompressionRun.open(config, inputs, out, context, run))
             qat.training.write_spec(spec)
             assert worker.main([str(spec.scratch / "worker_spec.json")]) == 0
         run(config, inputs, out, context)

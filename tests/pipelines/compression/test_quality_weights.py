@@ -1,6 +1,6 @@
-"""What the weight methods do to the trained bench model: held-out perplexity against their arms at equal stored bytes.
+"""What the weight methods do to the trained bench model: held-out perplexity against baselines at equal stored bytes.
 
-One walk makes a method's child; its null arms are taken from the same walk, layer by layer, on the same statistics.
+One pass makes a method's variant; its baselines are made in the same pass, layer by layer, on the same statistics.
 Measured here, 64 calibration sequences, ratio of held-out perplexity to the parent's (stored bits a weight):
 
   sparsity 1/2 (8.1)  magnitude 1.067, wanda 1.061, sparsegpt 1.012; 2:4 1.154, 1.153, 1.027; random 2.59
@@ -26,34 +26,27 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
 from models.compression import awq, billm, gpfq, hawq, lq_lora, pb_llm, rtn, sparsegpt, svd
-from models.compression.base import MethodConfig, Packed, Statistics, WeightMethod
+from models.compression.base import MethodConfig, Needs, Packed, Statistics, WeightMethod
 from models.compression.formats import int_grid
-from pipelines.compression import allocate, bit_allocation, calibration, sensitivity, sequential
-from pipelines.modelio import meta_init
-from pipelines.modelio.folder import WeightReader
+from pipelines.compression import bit_allocation, sensitivity, sequential
+from pipelines.compression.run import CompressionRun
+from pipelines.compression.sequential import Assignment
 from pipelines.modelio.load import load_model
 
 pytestmark = pytest.mark.slow
 
-CPU = torch.device("cpu")
 SAMPLES = 32
 
 
 @pytest.fixture(scope="module")
-def shown(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> bit_allocation.Shown:
-    """The calibration sequences, with squared gradients recorded."""
-    tokens = calibration.sample_tokens(bench.prepare.path, samples=SAMPLES, seed=0, masked=False)
-    labels = calibration.labels(bench.prepare.path, tokens, seed=0, masked=False)
-    folder, source = tmp_path_factory.mktemp("fisher"), bench.parent.path / "model"
-    model = meta_init.build(source)
-    sensitivity.record(
-        model, WeightReader(source), sequential.targets(model, ()), tokens, labels, folder=folder, device=CPU
-    )
-    return bit_allocation.Shown(tokens, labels, CPU, fisher=folder)
+def run(bench: Any, opened: Any) -> CompressionRun:
+    """The trained model with its calibration sequences, squared gradients recorded."""
+    made: CompressionRun = opened(bench, {"method": "lq_lora", "samples": SAMPLES})
+    sensitivity.record(made, sequential.targets(made.base, ()))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -73,45 +66,38 @@ Losses = dict[str, float]
 
 
 @pytest.fixture(scope="module")
-def compare(bench: Any, shown: bit_allocation.Shown, lost: Callable[..., float]) -> Callable[..., Losses]:
-    """Return a function: method and parameters, to what the child loses (under "") and each arm, at equal bytes."""
+def compare(run: CompressionRun, lost: Callable[..., float]) -> Callable[..., Losses]:
+    """Return a function: method and parameters, to what the variant ("") and each baseline lose at equal bytes."""
 
-    def run(
+    def go(
         method: WeightMethod[Any],
         config: MethodConfig,
         *,
-        arms: Callable[..., dict[str, Packed]] | None = None,
+        baselines: Callable[..., dict[str, Packed]] | None = None,
         layers: str = "*",
     ) -> Losses:
-        source = bench.parent.path / "model"
-        model, sizes = meta_init.build(source), dict[str, int]()
+        sizes: dict[str, int] = {}
         found: dict[str, list[Tensor]] = {}
 
         class Recording(rtn.Method):
+            def needs(self, _config: Any) -> Needs:
+                return Needs(sequences=True, inputs=method.calibration == "inputs", gradients=True)
+
             def compress(self, weight: Tensor, seen: Statistics, parameters: Any) -> Packed:
                 packed = method.compress(weight, seen, parameters)
-                for name, arm in {"": packed, **(arms or method.baselines)(weight, seen, parameters)}.items():
-                    found.setdefault(name, []).append(arm.dequantize())
-                    sizes[name] = sizes.get(name, 0) + arm.stored_bits()
+                others = (baselines or method.baselines)(weight, seen, parameters)
+                for name, other in {"": packed, **others}.items():
+                    found.setdefault(name, []).append(other.dequantize())
+                    sizes[name] = sizes.get(name, 0) + other.stored_bits()
                 return packed
 
-        names = fnmatch.filter(sequential.targets(model, ()), layers)
-        blocks = sequential.walk(
-            model,
-            WeightReader(source),
-            Recording(),
-            config,
-            names=names,
-            tokens_NT=shown.tokens_NT,
-            device=CPU,
-            rows=calibration.ROWS if method.calibration == "inputs" else 0,
-            fisher=shown.fisher,
-        )
+        names = fnmatch.filter(sequential.targets(run.base, ()), layers)
+        blocks = sequential.compress_blocks(run, Assignment(Recording(), config, names))
         visited = [name for block in blocks for name in block]
         assert len(set(sizes.values())) == 1, sizes
-        return {arm: lost(dict(zip(visited, dense, strict=True))) for arm, dense in found.items()}
+        return {name: lost(dict(zip(visited, dense, strict=True))) for name, dense in found.items()}
 
-    return run
+    return go
 
 
 def test_sparsegpt_loses_less_than_masks_without_compensation(compare: Callable[..., Losses]) -> None:
@@ -143,7 +129,7 @@ def test_pb_llm_needs_its_choice_and_its_compensation_and_loses_less_the_more_it
     assert 0.02 < found[""] < 0.8 * found["rtn"]
     assert found[""] < 0.25 * found["random"]
     none, many = (
-        compare(pb_llm.Method(), pb_llm.Config(salient=share), arms=lambda *_: {})[""] for share in (0.0, 0.3)
+        compare(pb_llm.Method(), pb_llm.Config(salient=share), baselines=lambda *_: {})[""] for share in (0.0, 0.3)
     )
     assert many < 0.3 * found[""] < 0.3 * 0.2 * none
 
@@ -155,10 +141,10 @@ def test_billm_needs_its_second_signs_and_its_split(compare: Callable[..., Losse
     but `down_proj` are a single block of columns.
     """
 
-    def arms(*shown: Any) -> dict[str, Packed]:
-        return {name: arm for name, arm in billm.Method().baselines(*shown).items() if name != "uncompensated"}
+    def baselines(*shown: Any) -> dict[str, Packed]:
+        return {name: made for name, made in billm.Method().baselines(*shown).items() if name != "uncompensated"}
 
-    found = compare(billm.Method(), billm.Config(), arms=arms, layers="model.layers.1.*")
+    found = compare(billm.Method(), billm.Config(), baselines=baselines, layers="model.layers.1.*")
     assert 0.005 < found[""] < 0.5 * found["no_residual"]
     assert found[""] < 0.5 * found["no_split"]
 
@@ -174,52 +160,58 @@ def test_lq_lora_starts_nearer_than_qlora(bits: Any, compare: Callable[..., Loss
     assert 0.002 < found[""] < 0.7 * found["qlora"]
 
 
+ROWS = hawq.Config(budget=3.5, group_size=0, rounding="nearest")
+
+
 @pytest.fixture(scope="module")
-def prices(bench: Any, shown: bit_allocation.Shown) -> bit_allocation.Prices:
+def names(run: CompressionRun) -> list[str]:
+    """Every layer."""
+    return sequential.targets(run.base, ())
+
+
+@pytest.fixture(scope="module")
+def costs(run: CompressionRun, names: list[str]) -> bit_allocation.Costs:
     """Bits and predicted losses of widths 2, 3, 4 and 8, rows rounded to nearest."""
-    source, config = bench.parent.path / "model", hawq.Config(budget=3.5, group_size=0, rounding="nearest")
-    model = meta_init.build(source)
-    method, names = hawq.Method(), sequential.targets(model, ())
-    allocation = method.allocation(config)
+    allocation = hawq.Method().allocation(ROWS)
     assert allocation is not None
-    return bit_allocation.price_all(model, WeightReader(source), method, allocation, names=names, shown=shown)
+    return bit_allocation.costs_of(run, Assignment(hawq.Method(), ROWS, names), allocation)
 
 
 @pytest.fixture(scope="module")
-def rounded(bench: Any, prices: bit_allocation.Prices) -> dict[str, list[Tensor]]:
+def rounded(run: CompressionRun, names: list[str]) -> dict[str, list[Tensor]]:
     """Every layer at every width."""
-    reader = WeightReader(bench.parent.path / "model")
-    allocation = hawq.Method().allocation(hawq.Config(group_size=0, rounding="nearest"))
+    allocation = hawq.Method().allocation(ROWS)
     assert allocation is not None
     return {
         name: [int_grid.nearest(w, int_grid.fit(w, width)).dequantize() for width in allocation.options]
-        for name in prices.names
-        for w in [reader.dense(f"{name}.weight")]
+        for name in names
+        for w in [run.reader.dense(f"{name}.weight")]
     }
 
 
 def test_widths_by_integer_program_beat_random_ones_and_the_uniform_width_below(
-    prices: bit_allocation.Prices, rounded: dict[str, list[Tensor]], lost: Callable[..., float]
+    costs: bit_allocation.Costs, names: list[str], rounded: dict[str, list[Tensor]], lost: Callable[..., float]
 ) -> None:
-    budget = int(3.5 * prices.weights)
+    budget = int(3.5 * costs.weights)
 
-    def child(chosen: list[int]) -> float:
-        assert allocate.total(prices.bits_LC, chosen) <= budget
-        return lost({name: rounded[name][choice] for name, choice in zip(prices.names, chosen, strict=True)})
+    def loss(options: list[int]) -> float:
+        assert bit_allocation.total(costs.bits_LC, options) <= budget
+        return lost({name: rounded[name][option] for name, option in zip(names, options, strict=True)})
 
-    planned = child(allocate.solve(prices.cost_LC, prices.bits_LC, budget))
-    random = [child(allocate.random_choice(prices.bits_LC, budget, seed)) for seed in range(bit_allocation.RANDOM_ARMS)]
-    uniform = allocate.uniform_choice(prices.cost_LC, prices.bits_LC, budget)
+    best = loss(bit_allocation.solve(costs.loss_LC, costs.bits_LC, budget))
+    seeds = range(bit_allocation.RANDOM_ALLOCATIONS)
+    random = [loss(bit_allocation.random_choice(costs.bits_LC, budget, seed)) for seed in seeds]
+    uniform = bit_allocation.uniform_choice(costs.loss_LC, costs.bits_LC, budget)
     assert uniform == 1, "three bits are the widest that all layers can have"
-    assert planned < statistics.median(random)
-    assert planned < child([uniform] * len(prices.names))
+    assert best < statistics.median(random)
+    assert best < loss([uniform] * len(names))
 
 
 def test_predicted_losses_rank_layers_as_measured_ones_do(
-    prices: bit_allocation.Prices, rounded: dict[str, list[Tensor]], lost: Callable[..., float]
+    costs: bit_allocation.Costs, names: list[str], rounded: dict[str, list[Tensor]], lost: Callable[..., float]
 ) -> None:
     from scipy.stats import kendalltau
 
-    measured = np.array([lost({name: rounded[name][0]}) for name in prices.names])
-    tau = kendalltau(prices.cost_LC[:, 0], measured).statistic
+    measured = np.array([lost({name: rounded[name][0]}) for name in names])
+    tau = kendalltau(costs.loss_LC[:, 0], measured).statistic
     assert tau > 0.4

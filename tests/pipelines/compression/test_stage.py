@@ -66,9 +66,9 @@ def test_layers_shrink_on_disk_as_claimed(
     _, report = compress(small(width=128, ffn_width=256), table)
     totals = report["totals"]
     assert totals["layer_ratio"] > least
-    assert totals["ratio"] == totals["parent_bytes"] / totals["bytes"] > 1.5
-    assert totals["parent_layer_bytes"] - totals["layer_bytes"] == pytest.approx(
-        totals["parent_bytes"] - totals["bytes"], rel=0.02
+    assert totals["ratio"] == totals["base_bytes"] / totals["bytes"] > 1.5
+    assert totals["base_layer_bytes"] - totals["layer_bytes"] == pytest.approx(
+        totals["base_bytes"] - totals["bytes"], rel=0.02
     )
 
 
@@ -92,13 +92,13 @@ def test_skipped_layers_are_kept_as_they_are(small: Any, compress: Callable[...,
         assert torch.equal(child[name], parent[name])
 
 
-def test_null_arms_stand_beside_every_layer(small: Any, compress: Callable[..., Any]) -> None:
+def test_baselines_stand_beside_every_layer(small: Any, compress: Callable[..., Any]) -> None:
     for method, arms in (("gptq", {"rtn"}), ("wanda", {"magnitude", "random"})):
         _, report = compress(small(), {"method": method})
-        assert set(report["errors"]["null"]) == arms
+        assert set(report["errors"]["baselines"]) == arms
         for row in report["layers"].values():
-            assert set(row["null"]) == arms
-            assert row["output_error"] < max(row["null"].values())
+            assert set(row["baselines"]) == arms
+            assert row["output_error"] < max(row["baselines"].values())
 
 
 def test_rtn_is_marked_as_its_own_baseline(small: Any, compress: Callable[..., Any]) -> None:
@@ -136,7 +136,7 @@ def test_a_child_of_a_child_starts_from_the_dequantized_weights(small: Any, comp
     name = "model.layers.0.mlp.up_proj.weight"
     one, two = (WeightReader(path / "model").dense(name) for path in (parent.path, second))
     assert (one - two).abs().max() < 0.01 * one.abs().max()
-    assert report["totals"]["parent_bytes"] < report["totals"]["bytes"]
+    assert report["totals"]["base_bytes"] < report["totals"]["bytes"]
 
 
 def test_a_pattern_that_fits_no_layer_is_refused_with_layers_that_exist(

@@ -29,6 +29,7 @@ import torch
 
 from pipelines.compression import qat
 from pipelines.compression.config import CompressConfig
+from pipelines.compression.run import CompressionRun
 from pipelines.compression.stage import run
 from pipelines.core.compute import ComputeConfig
 from pipelines.core.stage import StageContext
@@ -55,7 +56,7 @@ def ratio(bench: Any, tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], flo
         context = StageContext("compress.x", place / "scratch", compute=ComputeConfig(device="cpu"))
         config = CompressConfig.model_validate(table)
         if table.get("steps"):
-            spec = qat.make_worker_spec(config, inputs, context)
+            spec = qat.make_worker_spec(CompressionRun.open(config, inputs, place / "out", context, run))
             qat.training.write_spec(spec)
             assert worker.main([str(spec.scratch / "worker_spec.json")]) == 0
         run(config, inputs, place / "out", context)

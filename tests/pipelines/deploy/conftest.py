@@ -117,7 +117,7 @@ def variant(noise: Artifact) -> Callable[[Artifact, Path, dict[str, Any]], Artif
     def make(parent: Artifact, folder: Path, table: dict[str, Any]) -> Artifact:
         (folder / "build").mkdir(parents=True)
         context = StageContext(node="compress.variant", scratch=folder, compute=ComputeConfig(device="cpu"))
-        config = CompressConfig.model_validate({"arms_documents": 0, "samples": 8} | table)
+        config = CompressConfig.model_validate({"baseline_documents": 0, "samples": 8} | table)
         run(config, {"prepare": noise, "model": parent}, folder / "build", context)
         names = {"stage": "compress", "node": "compress.variant", "identity": {}, "parents": {}, "summary": {}}
         return artifact.publish(folder / "build", folder / "final", **names)

@@ -167,7 +167,7 @@ def test_a_trained_model_keeps_its_loss_in_llama_cpp(
 def test_a_compressed_variant_is_written_as_it_computes(
     bench: Any, llama_cpp: Any, transformers_logits: Any, tmp_path: Path
 ) -> None:
-    config = CompressConfig.model_validate({"method": "rtn", "bits": 4, "group_size": 32, "arms_documents": 0})
+    config = CompressConfig.model_validate({"method": "rtn", "bits": 4, "group_size": 32, "baseline_documents": 0})
     (tmp_path / "variant").mkdir()
     context = StageContext(node="compress.variant", scratch=tmp_path, compute=ComputeConfig(device="cpu"))
     run(config, {"prepare": bench.prepare, "model": bench.parent}, tmp_path / "variant", context)

@@ -28,7 +28,7 @@ def compress(parent: Artifact, prepare: Artifact, folder: Path, **table: Any) ->
     out.mkdir()
     context = StageContext(node="compress.variant", scratch=folder, compute=ComputeConfig(device="cpu"))
     run(
-        CompressConfig.model_validate({"arms_documents": 0} | table),
+        CompressConfig.model_validate({"baseline_documents": 0} | table),
         {"prepare": prepare, "model": parent},
         out,
         context,

@@ -101,7 +101,9 @@ class World:
         parents = {"prepare": (prepare or self.prepare).digest}
         if base is not None:
             parents["model"] = base.digest
-            facts = {"method": "rtn", "totals": {"bits_per_weight": 8.5}}
+            totals = {"layers": 1, "bytes": 10, "base_bytes": 40, "ratio": 4.0, "bits_per_weight": 8.5}
+            facts = {"format": 1, "method": "rtn", "parameters": {}, "layout": "compressed-tensors", "layers": {}}
+            facts |= {"loads_with": "transformers", "totals": totals}
             (build / "compression.json").write_text(json.dumps(facts))
         kind = "pretrain" if base is None else "compress"
         node = "pretrain" if base is None else f"compress.{name}"

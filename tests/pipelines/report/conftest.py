@@ -85,7 +85,17 @@ def payloads() -> dict[str, dict[str, Any]]:
             "evaluation.json": evaluation(2.0, 4_000_000, None, {"gzip": 3.125}),
             "observations.json": seen,
         },
-        "compress.<b>int4": {"compression.json": {"method": "rtn"}},
+        "compress.<b>int4": {
+            "compression.json": {
+                "format": 1,
+                "method": "rtn",
+                "parameters": {},
+                "layout": "compressed-tensors",
+                "loads_with": "transformers",
+                "totals": {"layers": 1, "bytes": 10, "base_bytes": 40, "ratio": 4.0},
+                "layers": {},
+            }
+        },
         "evaluate.<b>int4": {"evaluation.json": evaluation(2.1, 1_000_000, 1.05, {}), "observations.json": seen},
         "promote": {
             "decision.json": {

@@ -43,6 +43,19 @@ MODELS = [
 ]
 
 
+def measured(size: int | None = None, **sizes: float) -> dict[str, Any]:
+    """A measurement of a model with layers of so many bytes."""
+    made = dict.fromkeys(("ratio", "versus_variant", "nats_per_token", "perplexity_ratio"), INTERVAL)
+    return made | ({} if size is None else {"bytes": size}) | sizes
+
+
+def compared(*, variant: dict[str, Any] | None = None, **baselines: dict[str, Any]) -> dict[str, Any]:
+    """A comparison, as a part of compression.json."""
+    text = {"split": "validation", "unit": "documents", "items": 4, "scored_tokens": 90}
+    sides = {"variant": variant or measured(500), "baselines": baselines, "base_nats_per_token": INTERVAL}
+    return {"comparison": text | sides}
+
+
 @pytest.fixture
 def variants(tmp_path: Path) -> Callable[..., dict[str, Artifact]]:
     """Return a function that makes compress artifacts of name -> further keys of compression.json."""
@@ -53,9 +66,11 @@ def variants(tmp_path: Path) -> Callable[..., dict[str, Artifact]]:
             build = tmp_path / f"build-{name}"
             build.mkdir()
             bits = 8 if name.endswith("8") else 4
-            totals = {"bits_per_weight": bits + 0.25, "layer_bytes": 125 * bits}
-            content = {"method": name[:-1], "totals": totals, "not_informative": None} | extra
-            (build / "compression.json").write_text(json.dumps(content))
+            sizes = {"layers": 1, "bytes": 200 * bits, "base_bytes": 4000, "ratio": 20 / bits}
+            totals = sizes | {"bits_per_weight": bits + 0.25, "layer_bytes": 125 * bits}
+            content = {"format": 1, "method": name[:-1], "parameters": {}, "layout": "x", "layers": {}}
+            content |= {"loads_with": "transformers", "totals": totals | extra.pop("totals", {})}
+            (build / "compression.json").write_text(json.dumps(content | extra))
             names = {"stage": "compress", "node": f"compress.{name}", "identity": {}, "parents": {}, "summary": {}}
             made[f"compress.{name}"] = artifact.publish(build, tmp_path / name, **names)
         return made
@@ -93,9 +108,8 @@ def test_sizes_of_one_method_are_joined_and_others_are_not(variants: Any) -> Non
 
 
 def test_baselines_are_diamonds_where_the_variant_would_lie_with_their_bytes(variants: Any) -> None:
-    """An arm of as many layer bytes stands straight above its variant; one of more bytes to the right of it."""
-    arms = {"rtn": {"ratio": INTERVAL, "bytes": 500}, "random": {"ratio": INTERVAL, "bytes": 700}}
-    found = compression.rows(MODELS, variants(gptq4={"arms": arms}, rtn8={}))
+    """A baseline of as many layer bytes stands straight above its variant; one of more bytes to the right of it."""
+    found = compression.rows(MODELS, variants(gptq4=compared(rtn=measured(500), random=measured(700)), rtn8={}))
     svg = compression.picture(found, "gptq4")
     diamonds = {
         tip.split()[0]: float(x)
@@ -110,10 +124,7 @@ def test_baselines_are_diamonds_where_the_variant_would_lie_with_their_bytes(var
 
 
 CACHES = {"pretrain": 100.0, "rtn8": 100.0, "kvq4": 20.0}
-ARMS = {
-    "kvq": {"ratio": INTERVAL, "cache_bytes_per_token": 21.0},
-    "rtn": {"ratio": INTERVAL, "cache_bytes_per_token": 31.0},
-}
+CACHES_COMPARED = compared(rtn=measured(cache_bytes_per_token=31.0), variant=measured(cache_bytes_per_token=21.0))
 
 
 def coded(variants: Any) -> tuple[list[dict[str, Any]], dict[str, Artifact]]:
@@ -121,7 +132,7 @@ def coded(variants: Any) -> tuple[list[dict[str, Any]], dict[str, Artifact]]:
     models = [*MODELS[:2], model("kvq4", "variant", 4010, 1.01, None)]
     models = [row | {"cache_bytes_per_token": CACHES[row["model"]]} for row in models]
     totals = {"bits_per_weight": None, "bits_per_cached_number": 3.4}
-    return models, variants(rtn8={}, kvq4={"arms": ARMS, "totals": totals})
+    return models, variants(rtn8={}, kvq4=CACHES_COMPARED | {"totals": totals})
 
 
 def test_a_coded_cache_counts_where_caches_count(variants: Any) -> None:
@@ -137,10 +148,10 @@ def test_a_coded_cache_counts_where_caches_count(variants: Any) -> None:
     assert {row["model"] for row in both if row["best"]} == {"kvq4", "rtn8"}
 
 
-def test_an_arm_of_a_coded_cache_stands_where_its_cache_puts_it(variants: Any) -> None:
+def test_a_baseline_of_a_quantized_cache_stands_where_its_cache_puts_it(variants: Any) -> None:
     models, artifacts = coded(variants)
     found = compression.rows(models, artifacts, 400)
-    assert compression._size_with(ARMS["rtn"], found[0]) == 12010 + 400 * 10
+    assert compression._size_with(found[0]["baselines"]["rtn"], found[0]) == 12010 + 400 * 10
     svg = compression.picture(found)
     assert "bytes on disk and of a cache of 400 tokens" in svg
     assert svg.count('class="baseline"') == 1
@@ -168,22 +179,14 @@ def test_the_cache_counts_at_the_gates_tokens_or_where_a_variant_codes_it(
     assert compression.counted_tokens(record, made) == counted
 
 
-def test_the_arm_that_is_the_variant_itself_is_not_drawn_twice(variants: Any) -> None:
-    arms = {"gptq": {"ratio": INTERVAL, "bytes": 500}}
-    svg = compression.picture(compression.rows(MODELS, variants(gptq4={"arms": arms})))
-    assert 'class="baseline"' not in svg
-
-
-def test_the_page_and_the_logged_table_show_the_variant_and_its_arms(
+def test_the_page_and_the_logged_table_show_the_variant_and_its_baselines(
     artifacts: dict[str, Artifact], record: dict[str, Any], tmp_path: Path
 ) -> None:
     node = "compress.<b>int4"
-    content = {
-        "method": "rtn",
-        "totals": {"bits_per_weight": 4.25},
-        "arms": {"random": {"ratio": INTERVAL, "bytes": 9}},
-    }
-    (artifacts[node].path / "compression.json").write_text(json.dumps(content))
+    path = artifacts[node].path / "compression.json"
+    content = json.loads(path.read_text())
+    content["totals"]["bits_per_weight"] = 4.25
+    path.write_text(json.dumps(content | compared(random=measured(9))))
     report.write(record, artifacts, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     section = page[page.index('<section id="compression">') : page.index('<section id="training">')]
@@ -192,6 +195,6 @@ def test_the_page_and_the_logged_table_show_the_variant_and_its_arms(
     assert "<b>int4" not in section
     assert report.write_pareto(record, artifacts, tmp_path / "pareto.json")
     (row,) = json.loads((tmp_path / "pareto.json").read_text())
-    assert (row["model"], row["arms"]["random"]["ratio"]) == ("<b>int4", INTERVAL)
+    assert (row["model"], row["baselines"]["random"]["ratio"]) == ("<b>int4", INTERVAL)
     assert not report.write_pareto(record, {}, tmp_path / "none.json")
     assert not (tmp_path / "none.json").exists()

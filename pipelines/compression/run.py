@@ -1,0 +1,115 @@
+"""One compression while it runs: the base model, opened once, and what every driver needs beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from models.architectures.config import Family
+from pipelines.compression import calibration, quick_eval
+from pipelines.compression.config import CompressConfig
+from pipelines.compression.quick_eval import QuickEval
+from pipelines.core.artifact import Artifact
+from pipelines.core.compute import torch_device
+from pipelines.core.stage import Progress, StageContext, StageFunction
+from pipelines.modelio import meta_init
+from pipelines.modelio.folder import WeightReader
+from pipelines.modelio.load import load_weights
+
+
+@dataclass(frozen=True)
+class CompressionRun:
+    """What a driver is given. Everything that computes runs on `device`."""
+
+    config: CompressConfig
+    inputs: Mapping[str, Artifact]
+    out_dir: Path
+    context: StageContext
+    compress: StageFunction
+    """The whole stage, for drivers that make other variants on the way: candidates of a search, baselines."""
+    device: torch.device
+    base: PreTrainedModel
+    """The base model with its parameters on the meta device; drivers load blocks into it and release them."""
+    reader: WeightReader
+    """The weights of the base model."""
+
+    @classmethod
+    def open(
+        cls,
+        config: CompressConfig,
+        inputs: Mapping[str, Artifact],
+        out_dir: Path,
+        context: StageContext,
+        compress: StageFunction,
+    ) -> Self:
+        """Open the base model of a compression.
+
+        Raises:
+            ConfigError: the machine has no device as wanted.
+            IntegrityError: the base model is damaged.
+        """
+        source = inputs["model"].path / "model"
+        device = torch_device(context.compute)
+        return cls(config, inputs, out_dir, context, compress, device, meta_init.build(source), WeightReader(source))
+
+    @property
+    def source(self) -> Path:
+        """Model folder of the base."""
+        return self.reader.folder
+
+    @property
+    def target(self) -> Path:
+        """Model folder of the variant."""
+        return self.out_dir / "model"
+
+    @property
+    def prepare(self) -> Path:
+        """Folder of the prepared data."""
+        return self.inputs["prepare"].path
+
+    @property
+    def fisher(self) -> Path:
+        """Folder of the squared gradients, once `sensitivity.record` has made it."""
+        return self.context.scratch / "fisher"
+
+    @property
+    def masked(self) -> bool:
+        """Whether the model predicts masked tokens, not the next one."""
+        return meta_init.is_encoder(self.base)
+
+    @property
+    def family(self) -> Family:
+        """Family of the base model."""
+        return "encoder" if self.masked else "decoder"
+
+    @cached_property
+    def tokens_NT(self) -> NDArray[np.int64]:  # noqa: N802 - shape letters
+        """Calibration sequences, as the model sees them."""
+        return calibration.sample_tokens(
+            self.prepare, samples=self.config.samples, seed=self.config.seed, masked=self.masked
+        )
+
+    @cached_property
+    def labels_NT(self) -> NDArray[np.int64]:  # noqa: N802 - shape letters
+        """What the model should say at each position of `tokens_NT`."""
+        return calibration.labels(self.prepare, self.tokens_NT, seed=self.config.seed, masked=self.masked)
+
+    def load_base(self) -> PreTrainedModel:
+        """Return the whole base model, on the device of the run."""
+        return load_weights(self.source).to(self.device)
+
+    def quick_eval(self, documents: int, end: Literal["first", "last"]) -> QuickEval | None:
+        """Return validation text to judge models on; None where there is too little. See `quick_eval.build`."""
+        return quick_eval.build(self.prepare, documents, self.family, self.device, end=end)
+
+    def progress(self, done: int, total: int, unit: str, message: str = "") -> None:
+        """Report how far the compression is."""
+        self.context.report(Progress(self.context.node, done, total, unit, message))
