@@ -112,7 +112,7 @@ def _host(value: Any) -> Any:
     return value.inner if isinstance(value, FakeTensor) else value
 
 
-def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any], mode: FakeDevice | None) -> Any:
+def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any], mode: FakeDevice | None) -> Any:  # noqa: C901
     packet = func.overloadpacket
     if packet is _aten._fused_sdp_choice:
         return 0  # plain operations: the fused kernels of the CPU are not those of the device
