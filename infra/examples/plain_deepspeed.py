@@ -105,8 +105,8 @@ def main() -> None:
         engine.backward(loss)
         engine.step()
         if rank == 0 and (step + 1) % 10 == 0:
-            held = optimizer.state_bytes()
-            print(f"step {step + 1}: loss {loss.item():.3f}, optimizer state on this rank {held} bytes", flush=True)
+            state_bytes = optimizer.state_bytes()
+            print(f"step {step + 1}: loss {loss.item():.3f}, optimizer state on this rank {state_bytes} bytes", flush=True)
     if arguments.save:
         save(engine, arguments.save)
     torch.distributed.destroy_process_group()
