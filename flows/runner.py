@@ -20,7 +20,7 @@ from pipelines.core.errors import GateRefused, IngotError, Preempted
 from pipelines.core.stage import Progress, TrackingTarget
 
 if TYPE_CHECKING:
-    from pipelines.tracking import Session
+    from pipelines.tracking.session import Session
 
 _SAVE_EVERY_S = 1.0
 _FLUSH_S = 10.0
@@ -137,7 +137,7 @@ class Execution:
 
 def open_execution(plan: RunPlan, *, console: Callable[[Progress], None], wait_s: float | None = None) -> Execution:
     """Start the record and the tracking session of a run."""
-    from pipelines import tracking
+    from pipelines.tracking.session import open_session
 
     runs, overrides = Runs(plan.store.root), list(plan.overrides)
     resolved = plan.config.model_dump(mode="json")
@@ -146,7 +146,7 @@ def open_execution(plan: RunPlan, *, console: Callable[[Progress], None], wait_s
         for name, node in plan.graph.items()
     }
     record = runs.start(recipe=plan.recipe, overrides=overrides, config=resolved, data_hash=plan.data_hash, nodes=nodes)
-    session = tracking.open_session(
+    session = open_session(
         plan.config.tracking,
         plan.store.root,
         run_id=record.id,

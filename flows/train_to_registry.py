@@ -10,10 +10,11 @@ thread for its executor, and is submitted when its inputs are there; a node that
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from prefect import Task, flow
@@ -26,6 +27,7 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
@@ -35,7 +37,7 @@ from flows.planner import Selection, Step
 from flows.run_plan import RunPlan
 from flows.runner import Execution, closing, open_execution
 from pipelines.core.artifact import Artifact
-from pipelines.core.errors import DiskFullError, TransientError
+from pipelines.core.errors import DiskFullError, Preempted, TransientError
 from pipelines.core.stage import Progress
 
 FLOW_NAME = "train-to-registry"
@@ -89,17 +91,31 @@ def run_planned(plan: RunPlan, wait_s: float | None = None) -> str:
 
 def _carry_out(plan: RunPlan, wait_s: float | None) -> str:
     execution = open_execution(plan, console=progress_line, wait_s=wait_s)
-    with closing(execution):
-        _show_plan(plan.steps, execution.session.url)
-        try:
-            if plan.config.compute.parallel == 1:
-                _one_by_one(execution)
-            else:
-                _side_by_side(execution)
-        except BaseException:
-            execution.executor.stop()
-            raise
+    try:
+        with closing(execution), _as_preempted():
+            _show_plan(plan.steps, execution.session.url)
+            try:
+                if plan.config.compute.parallel == 1:
+                    _one_by_one(execution)
+                else:
+                    _side_by_side(execution)
+            except BaseException:
+                execution.executor.stop()
+                raise
+    except Preempted as error:
+        if isinstance(error.__cause__, TerminationSignal):
+            raise error.__cause__ from None  # Prefect tells a cancelled from a crashed run by it
+        raise
     return execution.record.id
+
+
+@contextlib.contextmanager
+def _as_preempted() -> Iterator[None]:
+    """Turn the exception that Prefect's own SIGTERM handler raises into ours: the record says `preempted` in any case."""
+    try:
+        yield
+    except TerminationSignal as error:
+        raise Preempted("the run was asked to stop", hint="the same command goes on where it stopped") from error
 
 
 def _one_by_one(execution: Execution) -> None:

@@ -126,12 +126,12 @@ def sync(*, as_json: bool) -> None:
     Raises:
         TransientError: it still cannot be reached.
     """
-    from pipelines import tracking
     from pipelines.tracking.config import TrackingConfig
+    from pipelines.tracking.sync import sync as send_pending
 
     runs = Runs(store().root).all()
     config = TrackingConfig(**runs[-1].config["tracking"]) if runs else TrackingConfig()
-    results = tracking.sync(config, store().root)
+    results = send_pending(config, store().root)
     rows = [{"run": r.run_id, "state": "sent" if r.synced else "pending", "message": r.message} for r in results]
     console.table(rows, ["run", "state", "message"], as_json=as_json)
     if any(not r.synced for r in results):

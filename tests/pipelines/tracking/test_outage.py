@@ -18,9 +18,10 @@ import pytest
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import TransientError
 from pipelines.core.stage import Progress
-from pipelines.tracking import open_session, sync
 from pipelines.tracking.client import connect, reachable
 from pipelines.tracking.config import TrackingConfig
+from pipelines.tracking.session import open_session
+from pipelines.tracking.sync import sync
 
 ADDED_LIMIT_S = 0.1
 START_LIMIT_S = 60.0

@@ -12,9 +12,10 @@ import pytest
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import Preempted
 from pipelines.core.stage import Progress
-from pipelines.tracking import Session, open_session, sync
 from pipelines.tracking import record as records
 from pipelines.tracking.config import TrackingConfig
+from pipelines.tracking.session import Session, open_session
+from pipelines.tracking.sync import sync
 
 DATA_HASH = "0123456789abcdef0123456789abcdef.dir"
 PARAMS = {"pretrain": {"steps": 20, "optimizer": {"name": "lamb"}}, "compress": [{"name": "rtn", "bits": 8}]}
