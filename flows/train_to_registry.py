@@ -111,7 +111,7 @@ def _carry_out(plan: RunPlan, wait_s: float | None) -> str:
 
 @contextlib.contextmanager
 def _as_preempted() -> Iterator[None]:
-    """Turn the exception that Prefect's own SIGTERM handler raises into ours: the record says `preempted` in any case."""
+    """Turn what Prefect's own SIGTERM handler raises into ours: the record says `preempted` in any case."""
     try:
         yield
     except TerminationSignal as error:
