@@ -105,8 +105,8 @@ def main() -> None:
         engine.backward(loss)
         engine.step()
         if rank == 0 and (step + 1) % 10 == 0:
-            state_bytes = optimizer.state_bytes()
-            print(f"step {step + 1}: loss {loss.item():.3f}, optimizer state on this rank {state_bytes} bytes", flush=True)
+            size = optimizer.state_bytes()
+            print(f"step {step + 1}: loss {loss.item():.3f}, optimizer state on this rank {size} bytes", flush=True)
     if arguments.save:
         save(engine, arguments.save)
     torch.distributed.destroy_process_group()
