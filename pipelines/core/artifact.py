@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import to_json
 
 from pipelines.core import fingerprint
 from pipelines.core.errors import IntegrityError
@@ -180,7 +181,7 @@ def load(path: Path) -> Artifact:
         IntegrityError: no manifest, an unreadable one, or one of a newer schema.
     """
     try:
-        raw = json.loads((path / MANIFEST).read_bytes())
+        raw = json.loads((path / MANIFEST).read_bytes(), parse_float=_float_as_written)
         version = raw["schema_version"]
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise IntegrityError(
@@ -225,6 +226,17 @@ def sync(path: Path) -> None:
 
 def _seal(raw: Mapping[str, Any]) -> str:
     return fingerprint.digest({name: value for name, value in raw.items() if name != "seal"})
+
+
+def _float_as_written(text: str) -> float:
+    """Parse a number, and refuse any spelling but those of pydantic, which writes manifests, and of Python.
+
+    `1e-7` and `1E-7` are one number and one flipped bit apart: the seal, taken over numbers, would not see it.
+    """
+    value = float(text)
+    if text not in (to_json(value).decode(), repr(value)):
+        raise ValueError(f"the number {text} is not written as a manifest writes it")
+    return value
 
 
 def _refuse_escaping(path: Path, manifest: Manifest) -> None:
