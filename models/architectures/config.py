@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Family = Literal["decoder", "encoder"]
 
+IGNORED = -100
+"""Target of a position that asks for nothing, as torch's cross entropy has it by default."""
+
 
 class Shape(BaseModel):
     """The size of a model, without its vocabulary."""

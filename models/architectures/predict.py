@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100
-"""Target of a position that asks for nothing."""
+from models.architectures.config import IGNORED
 
 
 def stack(model: nn.Module) -> nn.ModuleList:
@@ -70,13 +69,13 @@ def language_nats(model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor, chunk
 
     Args:
         model: a decoder or an encoder with its output layer.
-        inputs_BT: tokens shown.
-        targets_BT: tokens asked for, or `IGNORED`.
+        inputs_BT: tokens that the model sees.
+        targets_BT: tokens to predict, or `IGNORED`.
         chunk: targets whose logits are held at a time; each chunk's are computed again in the backward pass, so that
             N x V logits are never in memory. None: all at once.
     """
-    asked_BT = targets_BT != IGNORED
-    hidden_ND, targets_N = hidden_states(model, inputs_BT)[asked_BT], targets_BT[asked_BT]
+    label_mask_BT = targets_BT != IGNORED
+    hidden_ND, targets_N = hidden_states(model, inputs_BT)[label_mask_BT], targets_BT[label_mask_BT]
     if chunk is None or len(targets_N) <= chunk:
         return _nats(model, hidden_ND, targets_N)
     parts = zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from models.architectures.config import Shape
+from models.architectures.config import IGNORED, Shape
 from models.compression.training_method import Step, TrainedConfig, TrainingMethod
 from models.lazy import lazy_module
 
@@ -131,7 +131,7 @@ class Method(TrainingMethod[Config], config=Config):
         """Return the weighted sum of labels, teacher and features."""
         from models.architectures import predict
 
-        asked_BT = step.targets_BT != predict.IGNORED
+        asked_BT = step.targets_BT != IGNORED
         states, last_BTD = predict.layer_outputs(step.student, step.inputs_BT)
         student_NV = predict.logits(step.student, last_BTD[asked_BT])
         total = (1.0 - config.soft) * predict.summed_nats(student_NV, step.targets_BT[asked_BT])

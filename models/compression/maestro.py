@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from models.architectures.config import IGNORED
 from models.compression import training_method
 from models.compression.base import Packed
 from models.compression.svd import LowRankPacked
@@ -183,7 +184,7 @@ class Method(TrainingMethod[Config], config=Config):
         if config.cut == "start":
             return training_method.language_loss(step)
         layers = list(factored(step.student).values())
-        asked_BT = step.targets_BT != predict.IGNORED
+        asked_BT = step.targets_BT != IGNORED
         targets_N = step.targets_BT[asked_BT]
         for layer in layers:
             layer.penalized = config.penalty > 0

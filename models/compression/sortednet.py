@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from models.architectures.config import IGNORED
 from models.compression import training_method
 from models.compression.base import Packed
 from models.compression.training_method import Step, TrainedConfig, TrainingMethod
@@ -89,7 +90,7 @@ class Method(TrainingMethod[Config], config=Config):
         """Return the mean of the summed nats of the step's depths."""
         from models.architectures import predict
 
-        asked_BT = step.targets_BT != predict.IGNORED
+        asked_BT = step.targets_BT != IGNORED
         targets_N = step.targets_BT[asked_BT]
         outputs, last_BTD = predict.layer_outputs(step.student, step.inputs_BT)
         norm = predict.final_norm(step.student)

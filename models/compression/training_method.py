@@ -93,7 +93,7 @@ class Step:
     """Frozen; there if `TrainedConfig.needs_teacher`."""
     inputs_BT: Tensor
     targets_BT: Tensor
-    """`predict.IGNORED` where nothing is asked."""
+    """`IGNORED` where nothing is asked."""
     number: int
     """Steps already done; with the seed, the only source of randomness."""
     seed: int

@@ -24,7 +24,7 @@ from pipelines.compression import sequential
 from pipelines.core.errors import ConfigError
 from pipelines.modelio.folder import WeightReader
 from pipelines.modelio.load import load_model
-from pipelines.training.objectives import Objective
+from pipelines.training.loss_module import LossModule, Nats, make_objective
 from pipelines.training.worker_spec import WorkerSpec
 
 FACTORY = f"{__name__}:qat_objective"
@@ -60,7 +60,7 @@ class QatSettings(BaseModel):
         return config
 
 
-class QatObjective(Objective):
+class QatLossModule(LossModule):
     """The method's loss while gradients are wanted, the ordinary one in validations.
 
     Args:
@@ -68,10 +68,11 @@ class QatObjective(Objective):
         student: what is trained.
         device: where it is trained; every rank holds the whole teacher there.
         seed: of the run.
+        nats: the ordinary loss.
     """
 
-    def __init__(self, settings: QatSettings, student: nn.Module, device: torch.device, seed: int) -> None:
-        super().__init__(student)
+    def __init__(self, settings: QatSettings, student: nn.Module, device: torch.device, seed: int, nats: Nats) -> None:
+        super().__init__(student, nats=nats)
         self._method, self._config, self._seed = settings.objective, settings.config, seed
         # In a tuple the teacher is no submodule: its weights are neither trained, nor sharded, nor saved.
         self._teacher = () if settings.teacher is None else (_frozen(settings.teacher).to(device),)
@@ -85,10 +86,11 @@ class QatObjective(Objective):
         return self._method.loss(step, self._config)
 
 
-def qat_objective(spec: WorkerSpec, device: torch.device) -> Objective:
+def qat_objective(spec: WorkerSpec, device: torch.device) -> LossModule:
     """Return the student of a method with its loss: the factory that `FACTORY` names."""
     settings, seed = QatSettings.model_validate(spec.objective_settings), spec.config.seed
-    return QatObjective(settings, student(settings, spec.architecture, seed), device, seed)
+    nats = make_objective(spec.config, spec.architecture).nats
+    return QatLossModule(settings, student(settings, spec.architecture, seed), device, seed, nats)
 
 
 def base_shape(folder: Path) -> Shape:

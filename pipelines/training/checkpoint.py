@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
 
 from models.optim.sharded_optimizer import FragmentOptimizer
 from pipelines.core import artifact, disk, fingerprint
@@ -361,9 +360,8 @@ def _note(build: Path, rank: int) -> Path:
 
 
 def _ranks(rank: int, world: int) -> Ranks:
-    """Return the ranks, on the device that the process group's backend can reduce on."""
-    cuda = world > 1 and distributed.get_backend() == "nccl"
-    return Ranks(rank, world, torch.device("cuda" if cuda else "cpu"))
+    """Return the ranks; what they tell each other here is on the host."""
+    return Ranks(rank, world, torch.device("cpu"))
 
 
 def _agreed(ranks: Ranks, fact: bool, *, every: bool = False) -> bool:

@@ -8,15 +8,30 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from models.architectures.config import PRESETS, ArchitectureConfig, Family, Shape, preset
+from models.objectives import registry as objectives
 from models.optim import batch_split
 from pipelines.core.settings import ELASTIC, NOT_IDENTITY, Settings
+from pipelines.training.monitors import registry as monitors
 
 _REGISTERED = re.compile(r"models:/[^/@:]+(?:@[^/@:]+|/\d+)")
 _DEFAULT_LR = {"lamb": 2e-2, "adamw": 3e-3, "lars": 2e-2}
 _DEFAULT_EPS = {"lamb": 1e-6, "adamw": 1e-8, "lars": 1e-6}
+
+
+def _refuse_idle(section: Settings, names: tuple[str, ...], used_by: str) -> None:
+    """Refuse settings that differ from their defaults and would do nothing.
+
+    Raises:
+        ValueError: naming the setting, and what would make it count.
+    """
+    for name in names:
+        field = type(section).model_fields[name]
+        if (value := getattr(section, name)) != field.get_default(call_default_factory=True):
+            shown = str(value).lower() if isinstance(value, bool) else value
+            raise ValueError(f"{name} = {shown} does nothing here: {used_by}")
 
 
 def _known_preset(name: str) -> str:
@@ -86,6 +101,18 @@ class OptimizerConfig(Settings):
         return _DEFAULT_EPS[self.name] if self.eps is None else self.eps
 
     @model_validator(mode="after")
+    def _every_setting_counts(self) -> Self:
+        if self.name != "lamb":
+            _refuse_idle(self, ("bias_correction",), "it goes with name = lamb")
+        if self.name == "adamw":
+            _refuse_idle(self, ("clamp", "compiled"), "it goes with name = lamb or lars")
+        if self.name == "lars":
+            _refuse_idle(self, ("eps",), "it goes with name = lamb or adamw")
+            if self.betas[1] != type(self).model_fields["betas"].default[1]:
+                raise ValueError(f"betas.1 = {self.betas[1]} does nothing here: lars has the first moment only")
+        return self
+
+    @model_validator(mode="after")
     def _clamp_is_an_interval(self) -> Self:
         if self.clamp is not None and not 0.0 <= self.clamp[0] < self.clamp[1]:
             raise ValueError(f"clamp = {list(self.clamp)} is no interval; valid: 0 <= low < high")
@@ -95,7 +122,10 @@ class OptimizerConfig(Settings):
 class LisaConfig(Settings):
     """Layerwise importance sampling (arXiv 2403.17919): train a few layers at a time, redrawn at intervals."""
 
-    enabled: bool = Field(False, description="Switch LISA on, with any optimizer.")
+    enabled: bool = Field(
+        False,
+        description="Switch LISA on, with any optimizer; any other setting of it does so too, unless this is false.",
+    )
     layers: int = Field(2, ge=1, description="Layers that train at a time; embeddings, final norm and head always do.")
     interval: int = Field(20, ge=1, description="Steps between draws.")
     weights: Literal["uniform", "norm", "measured"] = Field(
@@ -107,6 +137,11 @@ class LisaConfig(Settings):
         (),
         description="One weight a layer for weights = measured: `layer_importance` of another run's training.json.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _any_setting_switches_it_on(cls, raw: Any) -> Any:
+        return {"enabled": True, **raw} if isinstance(raw, dict) and raw else raw
 
     @model_validator(mode="after")
     def _measured_where_asked(self) -> Self:
@@ -138,6 +173,20 @@ class ScheduleConfig(Settings):
     floor: float = Field(
         0.0, ge=0.0, le=1.0, description="Learning rate after the last step over the peak; no step's own rate is 0."
     )
+
+    @model_validator(mode="after")
+    def _every_setting_counts(self) -> Self:
+        if self.warmup_share is not None:
+            _refuse_idle(self, ("warmup",), "warmup_share takes its place")
+        if self.warmup == 0 and not self.warmup_share:
+            _refuse_idle(self, ("warmup_form",), "it goes with warmup or warmup_share above 0")
+        if self.decay != "polynomial":
+            _refuse_idle(self, ("power",), "it goes with decay = polynomial")
+        if self.decay != "wsd":
+            _refuse_idle(self, ("stable",), "it goes with decay = wsd")
+        if self.decay == "constant":
+            _refuse_idle(self, ("floor",), "it goes with any decay but constant")
+        return self
 
     def warmup_steps(self, total: int) -> int:
         """Return the steps of warm-up of a schedule of `total` steps."""
@@ -184,20 +233,6 @@ class PhaseConfig(Settings):
         return self
 
 
-class MaskingConfig(Settings):
-    """What the encoder is asked to restore (BERT's rule at the rate of arXiv 2202.08005)."""
-
-    probability: float = Field(0.3, gt=0.0, lt=1.0, description="Share of tokens that are targets.")
-    mask: float = Field(0.8, ge=0.0, le=1.0, description="Share of targets shown as the mask token.")
-    random: float = Field(0.1, ge=0.0, le=1.0, description="Share of targets shown as a random token; the rest stay.")
-
-    @model_validator(mode="after")
-    def _shares_fit(self) -> Self:
-        if self.mask + self.random > 1.0 + 1e-9:
-            raise ValueError(f"mask + random = {self.mask + self.random:g}; together they may be at most 1")
-        return self
-
-
 class CheckpointConfig(Settings):
     """How often state is saved; nothing here changes a result."""
 
@@ -209,16 +244,6 @@ class CheckpointConfig(Settings):
         description="Checkpoints kept; at least 2, because the newest may be the one that a crash cut short.",
         json_schema_extra=NOT_IDENTITY,
     )
-
-
-class SpikeConfig(Settings):
-    """Going back from a loss spike: restore the last good checkpoint and leave out the data that led there."""
-
-    factor: float | None = Field(
-        None, gt=1.0, description="A loss above this many times the recent median is a spike; none: never look."
-    )
-    window: int = Field(20, ge=2, le=10000, description="Steps that the median is taken over.")
-    max_rollbacks: int = Field(3, ge=1, description="Times to go back before giving up.")
 
 
 class PretrainConfig(Settings):
@@ -239,7 +264,14 @@ class PretrainConfig(Settings):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="The update rule.")
     lisa: LisaConfig = Field(default_factory=LisaConfig, description="Train a few layers at a time.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Learning rate over the steps.")
-    masking: MaskingConfig = Field(default_factory=MaskingConfig, description="Targets of the encoder.")
+    objective: str = Field(
+        "",
+        description="What the model is asked to predict: a module of models/objectives; empty: causal for a decoder, "
+        "masked for an encoder.",
+    )
+    objective_settings: dict[str, Any] = Field(
+        default_factory=dict, description="Settings of the objective (masked: probability, mask, random)."
+    )
     engine: Literal["deepspeed", "plain"] = Field(
         "deepspeed", description="deepspeed through Accelerate, or plain PyTorch in one process."
     )
@@ -285,7 +317,12 @@ class PretrainConfig(Settings):
         json_schema_extra=ELASTIC,
     )
     max_skipped: int = Field(3, ge=0, description="Non-finite steps in a row that are skipped before giving up.")
-    spike: SpikeConfig = Field(default_factory=SpikeConfig, description="Going back from a loss spike.")
+    monitors: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="What watches the loss and goes back to the last good checkpoint: a module of "
+        "pipelines/training/monitors and its settings; none: nothing does (loss_spikes: factor, window, "
+        "max_rollbacks).",
+    )
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.", json_schema_extra=NOT_IDENTITY)
 
     @property
@@ -324,6 +361,31 @@ class PretrainConfig(Settings):
                 raise ValueError(f"{name} = {raw[name]}, the phases make it {value}: set it in `phases` only")
             raw = {**raw, name: value}
         return raw
+
+    @field_validator("objective")
+    @classmethod
+    def _objective_fits_the_family(cls, value: str, info: ValidationInfo) -> str:
+        if (family := info.data.get("family")) is None:
+            return value
+        name = value or objectives.default(family)
+        if family not in (fitting := objectives.get(name).families):
+            raise ValueError(f"{name} does not fit family = {family}; it fits: {', '.join(sorted(fitting))}")
+        return name
+
+    @field_validator("objective_settings")
+    @classmethod
+    def _objective_has_these_settings(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if not (name := info.data.get("objective")):
+            return value
+        return objectives.get(name).Config.model_validate(value).model_dump(mode="json")
+
+    @field_validator("monitors")
+    @classmethod
+    def _monitors_are_known(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {
+            name: monitors.get(name).Config.model_validate(table).model_dump(mode="json")
+            for name, table in sorted(value.items())
+        }
 
     @field_validator("from_")
     @classmethod
@@ -366,6 +428,25 @@ class PretrainConfig(Settings):
         for where, steps, chosen in stretches:
             if (warmup := chosen.warmup_steps(steps)) >= steps:
                 raise ValueError(f"{where}schedule.warmup = {warmup}; of {steps} steps, valid: 0 to {steps - 1}")
+        return self
+
+    @model_validator(mode="after")
+    def _every_setting_counts(self) -> Self:
+        others = ("local_window", "global_every") if self.family == "decoder" else ("head_width",)
+        for name in others:
+            value = getattr(self.model, name)
+            if value not in (None, Shape.model_fields[name].default):
+                raise ValueError(f"model.{name} = {value} does nothing here: a {self.family} has none")
+        if not self.phases:
+            return self
+        idle = {
+            "schedule": (self.schedule != ScheduleConfig(), all(p.schedule is not None for p in self.phases)),
+            "optimizer.lr": (self.optimizer.lr is not None, all(p.lr is not None for p in self.phases)),
+            "optimizer.lr_scaling": (self.optimizer.lr_scaling is not None, all(p.lr is not None for p in self.phases)),
+        }
+        for name, (given, replaced) in idle.items():
+            if given and replaced:
+                raise ValueError(f"{name} does nothing here: every phase has its own {name.removeprefix('optimizer.')}")
         return self
 
     @model_validator(mode="after")

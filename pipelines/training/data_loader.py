@@ -1,21 +1,29 @@
-"""Micro batches of one rank: which samples, from which shards, with which targets."""
+"""Micro batches of one rank: which samples, from which shards, with which targets; the next step's are made meanwhile.
+
+Legend: B sequences of a micro batch, T tokens of a sequence.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from models.architectures.predict import IGNORED
+from models.architectures.config import IGNORED
+from models.objectives.base import Ids, Objective
 from pipelines.core.errors import IntegrityError
 from pipelines.training import data_order, phases
-from pipelines.training.data_order import Ids
 from pipelines.training.distributed import Ranks
-from pipelines.training.loss_spikes import Rollback, left_out
-from pipelines.training.objectives import VALIDATION_EPOCH, Batch, Task
-from pipelines.training.phases import Phase, Plan
+from pipelines.training.phases import Phase, Phases
+from pipelines.training.rollbacks import Rollback, samples_left_out
+
+VALIDATION_EPOCH = 2**32 - 1
+"""The epoch whose masks validation uses, every time the same."""
 
 
 class Reader(Protocol):
@@ -34,15 +42,43 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class Feed:
+class Batch:
+    """One micro batch."""
+
+    inputs_BT: Tensor
+    targets_BT: Tensor
+    """`IGNORED` where nothing is asked."""
+    targets: int
+    """Number of targets, counted on the host before the batch went to a device."""
+
+    @classmethod
+    def of(cls, inputs_BT: Ids, targets_BT: Ids) -> Batch:
+        """Return the batch of arrays, on the CPU."""
+        return cls(
+            torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT), int(np.count_nonzero(targets_BT != IGNORED))
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`; a GPU copies pinned memory while the host goes on."""
+        return Batch(
+            self.inputs_BT.to(device, non_blocking=True), self.targets_BT.to(device, non_blocking=True), self.targets
+        )
+
+    def pinned(self) -> Batch:
+        """Return the batch in memory that a GPU can copy from by itself."""
+        return Batch(self.inputs_BT.pin_memory(), self.targets_BT.pin_memory(), self.targets)
+
+
+@dataclass(frozen=True)
+class DataLoader:
     """Cuts steps and validations into this rank's micro batches."""
 
     train: Reader
     validation: Reader
-    task: Task
+    objective: Objective
     ranks: Ranks
     seed: int
-    plan: Plan
+    phases: Phases
     micro_batch_size: int
     """Sequences of one forward pass of a validation."""
     validation_sequences: int
@@ -58,38 +94,38 @@ class Feed:
     def ids(self, step: int, rollbacks: Sequence[Rollback] = ()) -> Ids:
         """Return the sample ids of a whole step, all ranks, [batch].
 
-        A sample is a packed sequence, or, in a phase of shorter ones, a piece of it: piece p of sequence s is number
-        s * pieces + p. What `rollbacks` went back from is left out.
+        A sample is a packed sequence, or, in a phase of shorter ones, a chunk of it: chunk c of sequence s is number
+        s * chunks + c. What `rollbacks` went back from is left out.
         """
-        return self._order(phases.at(self.plan, step), step, rollbacks)[0]
+        return self._order(phases.at(self.phases, step), step, rollbacks)[0]
 
     def batches(self, step: int, rollbacks: Sequence[Rollback] = ()) -> list[Batch]:
-        """Return this rank's micro batches of a step."""
-        phase = phases.at(self.plan, step)
+        """Return this rank's micro batches of a step, on the CPU; a pure function, also of `rollbacks`."""
+        phase = phases.at(self.phases, step)
         samples_B, epochs_B = self._order(phase, step, rollbacks)
         return [
-            self.task.batch(self._tokens(phase, samples), samples, epochs).to(self.ranks.device)
+            Batch.of(*self.objective.targets(self._tokens(phase, samples), samples, epochs))
             for samples, epochs in zip(
                 self._share(samples_B, phase.micro_batch), self._share(epochs_B, phase.micro_batch), strict=True
             )
         ]
 
     def _order(self, phase: Phase, step: int, rollbacks: Sequence[Rollback]) -> tuple[Ids, Ids]:
-        local = step - phase.first
-        first = phase.samples_before(local) + left_out(phase, rollbacks, step)
-        size = len(self.train) * phases.pieces(phase, self.train.sequence_length)
-        return data_order.ids(self.seed, first, phase.batch(local), size, phase=phase.number)
+        phase_step = step - phase.first
+        first = phase.samples_before(phase_step) + samples_left_out(phase, rollbacks, step)
+        size = len(self.train) * phases.chunks_a_sequence(phase, self.train.sequence_length)
+        return data_order.ids(self.seed, first, phase.batch(phase_step), size, phase=phase.number)
 
     def _tokens(self, phase: Phase, samples: Ids) -> Ids:
         """Return the tokens of samples, [len(samples), length of the phase]."""
-        if (cuts := phases.pieces(phase, self.train.sequence_length)) == 1:
+        if (chunks := phases.chunks_a_sequence(phase, self.train.sequence_length)) == 1:
             return self.train.take(samples)
-        length = self.train.sequence_length // cuts
-        columns = (samples % cuts)[:, None] * length + np.arange(length)
-        return np.take_along_axis(self.train.take(samples // cuts), columns, axis=1)
+        length = self.train.sequence_length // chunks
+        columns = (samples % chunks)[:, None] * length + np.arange(length)
+        return np.take_along_axis(self.train.take(samples // chunks), columns, axis=1)
 
     def validation_batches(self) -> Iterator[Batch]:
-        """Yield this rank's micro batches of the validation sample, as many on every rank.
+        """Yield this rank's micro batches of the validation sample on its device, as many on every rank.
 
         The sample is spread evenly over the split, the same each time. Where it does not fill the last micro batches,
         sequences are repeated without targets: under ZeRO-3 every rank must run as many forward passes as the others.
@@ -102,9 +138,50 @@ class Feed:
             real = samples >= 0
             used = np.where(real, samples, 0)
             epochs = np.full(len(used), VALIDATION_EPOCH)
-            batch = self.task.batch(self.validation.take(used), used, epochs)
-            batch.targets_BT[~real] = IGNORED
-            yield batch.to(self.ranks.device)
+            inputs_BT, targets_BT = self.objective.targets(self.validation.take(used), used, epochs)
+            yield Batch.of(inputs_BT, np.where(real[:, None], targets_BT, IGNORED)).to(self.ranks.device)
 
     def _share(self, values: Ids, micro_batch: int) -> Ids:
         return data_order.rank_share(values, rank=self.ranks.rank, world=self.ranks.world, micro_batch_size=micro_batch)
+
+
+class Prefetcher:
+    """Makes the micro batches of the next step in a thread while a step runs.
+
+    A batch is a pure function of (step, rollbacks), so what was made for another pair is simply thrown away: after a
+    rollback nothing stale can be trained on, and a killed run loses nothing.
+
+    Args:
+        loader: makes them.
+        steps: of the run; nothing is made beyond them.
+    """
+
+    def __init__(self, loader: DataLoader, steps: int) -> None:
+        self._loader = loader
+        self._steps = steps
+        self._device = loader.ranks.device
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-batch")
+        self._wanted: tuple[int, tuple[Rollback, ...]] | None = None
+        self._next: Future[list[Batch]] | None = None
+
+    def batches(self, step: int, rollbacks: Sequence[Rollback] = ()) -> list[Batch]:
+        """Return the micro batches of a step on this rank's device, and begin with those of the step after it."""
+        if self._next is None or self._wanted != (step, tuple(rollbacks)):
+            self._begin(step, rollbacks)
+        assert self._next is not None
+        made, self._next = self._next.result(), None
+        if step + 1 < self._steps:
+            self._begin(step + 1, rollbacks)
+        return [batch.to(self._device) for batch in made]
+
+    def close(self) -> None:
+        """Wait for the thread and end it."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _begin(self, step: int, rollbacks: Sequence[Rollback]) -> None:
+        self._wanted = (step, tuple(rollbacks))
+        self._next = self._thread.submit(self._make, *self._wanted)
+
+    def _make(self, step: int, rollbacks: Sequence[Rollback]) -> list[Batch]:
+        made = self._loader.batches(step, rollbacks)
+        return [batch.pinned() for batch in made] if self._device.type == "cuda" else made

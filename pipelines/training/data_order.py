@@ -1,8 +1,7 @@
 """Data order as a pure function of (seed, step): the same samples per step at any world size; resuming needs no replay.
 
 Samples are laid out epoch after epoch, each epoch a permutation keyed by (seed, epoch), and a step takes the next
-`batch_size` of them. Only the raw 64-bit stream of the Philox generator is used, which numpy guarantees to be stable
-over versions, unlike the methods of `numpy.random.Generator`.
+`batch_size` of them.
 """
 
 from __future__ import annotations
@@ -10,17 +9,11 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from numpy.typing import NDArray
 
-Ids = NDArray[np.int64]
+from models.objectives.base import Ids, philox
 
 EPOCHS_PER_PHASE = 1 << 24
 """More than any phase has: the number of an epoch is below 2^32 for up to 255 phases."""
-
-
-def philox(seed: int, stream: int, count: int, *, block: int = 0) -> NDArray[np.uint64]:
-    """Return `count` random 64-bit words, a pure function of (seed, stream, block)."""
-    return np.random.Philox(key=[seed, stream], counter=[0, 0, block, 0]).random_raw(count)
 
 
 @functools.lru_cache(maxsize=4)

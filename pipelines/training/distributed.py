@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,13 @@ class Ranks:
         return cls(distributed.get_rank(), distributed.get_world_size(), device)
 
     def summed(self, values: Sequence[float]) -> list[float]:
-        """Return the sums over all ranks, in float64; equal on every rank."""
-        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        """Return the sums over all ranks of numbers that the host has, in float64; equal on every rank.
+
+        They go from host to host, also where the ranks train on GPUs: nothing waits for a device.
+        """
+        totals = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
-            distributed.all_reduce(totals)
+            distributed.all_reduce(totals, group=_host_group())
         return totals.tolist()
 
     def gathered(self, value: float) -> list[float]:
@@ -37,6 +42,25 @@ class Ranks:
         own[self.rank] = value
         return self.summed(own)
 
+    def gathered_rows(self, own_S: Tensor) -> list[list[float]]:
+        """Return a vector of every rank [length][world], equal on every rank; reads the device once."""
+        rows_SW = torch.zeros(len(own_S), self.world, dtype=torch.float64)
+        rows_SW[:, self.rank] = own_S.double().cpu()
+        if self.world > 1:
+            distributed.all_reduce(rows_SW, group=_host_group())
+        return rows_SW.tolist()
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.summed([0.0])
+
+
+def _host_group() -> Any:
+    """Return the process group for numbers on the host: the default one (None), or one of gloo beside NCCL's."""
+    return None if "gloo" in distributed.get_backend() else _gloo_group()
+
+
+@functools.cache
+def _gloo_group() -> Any:
+    """Make the group, once; a collective call."""
+    return distributed.new_group(backend="gloo")

@@ -1,6 +1,6 @@
 """What turns a loss into an update: DeepSpeed through Accelerate, or plain PyTorch in one process.
 
-Both engines train the same `Objective` with one of our optimizers, so everything above them (loop, checkpoints,
+Both engines train the same `LossModule` with one of our optimizers, so everything above them (loop, checkpoints,
 metrics) is written once. DeepSpeed and Accelerate are imported only when they are used.
 
 Traps that this file is built around (each was seen, see README "Design"):
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from models.optim.sharded_optimizer import FragmentOptimizer, StepRecord
 from pipelines.core.errors import ConfigError
 from pipelines.training.config import PretrainConfig
+from pipelines.training.data_loader import Batch
 from pipelines.training.distributed import Ranks
-from pipelines.training.objectives import Batch, Objective
+from pipelines.training.loss_module import LossModule
 
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], FragmentOptimizer]
 
@@ -37,8 +38,8 @@ _BUCKET_ALIGNMENT = 128
 class Engine(Protocol):
     """What the training loop needs of an engine."""
 
-    objective: Objective
-    """The objective with this rank's live parameters."""
+    module: LossModule
+    """Model and loss with this rank's live parameters."""
     optimizer: FragmentOptimizer
     ranks: Ranks
 
@@ -62,16 +63,16 @@ class Engine(Protocol):
 class PlainEngine:
     """One process, no sharding: the reference that the DeepSpeed engine is tested against."""
 
-    def __init__(self, objective: Objective, make: MakeOptimizer, *, device: torch.device, precision: str) -> None:
-        self.objective = objective.to(device)
-        self.optimizer = make(_named(objective))
+    def __init__(self, module: LossModule, make: MakeOptimizer, *, device: torch.device, precision: str) -> None:
+        self.module = module.to(device)
+        self.optimizer = make(_named(module))
         self.ranks = Ranks(0, 1, device)
         self._autocast = precision == "bf16"
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the summed nats of a micro batch."""
         with torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=self._autocast):
-            result: Tensor = self.objective(batch.inputs_BT, batch.targets_BT)
+            result: Tensor = self.module(batch.inputs_BT, batch.targets_BT)
         return result
 
     def backward(self, loss: Tensor, *, last: bool) -> None:  # noqa: ARG002 - nothing is reduced at the end
@@ -92,14 +93,14 @@ class PlainEngine:
 class DeepSpeedEngine:
     """DeepSpeed with ZeRO stage 0 to 3, prepared by Accelerate, driven by our optimizer on its fragments."""
 
-    def __init__(self, objective: Objective, make: MakeOptimizer, config: PretrainConfig, device: torch.device) -> None:
+    def __init__(self, module: LossModule, make: MakeOptimizer, config: PretrainConfig, device: torch.device) -> None:
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         from pipelines.training import zero_binding
 
         self._fragments = zero_binding
-        self.optimizer = make(_named(objective))
-        self._engine = prepare(objective, self.optimizer, config)
-        self.objective = self._engine.module
+        self.optimizer = make(_named(module))
+        self._engine = prepare(module, self.optimizer, config)
+        self.module = self._engine.module
         self.ranks = Ranks.current(device)
         check(self._engine, self.ranks, config)
         zero_binding.attach(self._engine)
@@ -125,11 +126,11 @@ class DeepSpeedEngine:
         self._fragments.refresh_weights(self._engine)
 
 
-def create(config: PretrainConfig, objective: Objective, make: MakeOptimizer, device: torch.device) -> Engine:
+def create(config: PretrainConfig, module: LossModule, make: MakeOptimizer, device: torch.device) -> Engine:
     """Return the engine that the configuration asks for."""
     if config.engine == "plain":
-        return PlainEngine(objective, make, device=device, precision=config.precision)
-    return DeepSpeedEngine(objective, make, config, device)
+        return PlainEngine(module, make, device=device, precision=config.precision)
+    return DeepSpeedEngine(module, make, config, device)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -170,8 +171,8 @@ def deepspeed_settings(config: PretrainConfig, parameters: int) -> dict[str, Any
     }
 
 
-def prepare(objective: Objective, optimizer: FragmentOptimizer, config: PretrainConfig) -> Any:
-    """Return the DeepSpeed engine that Accelerate made of the objective and the optimizer."""
+def prepare(module: LossModule, optimizer: FragmentOptimizer, config: PretrainConfig) -> Any:
+    """Return the DeepSpeed engine that Accelerate made of the module and the optimizer."""
     import deepspeed
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
@@ -180,13 +181,13 @@ def prepare(objective: Objective, optimizer: FragmentOptimizer, config: Pretrain
         raise ConfigError("ACCELERATE_USE_CPU is set: Accelerate would drop DeepSpeed", hint="unset it and run again")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
-    settings = deepspeed_settings(config, sum(p.numel() for p in objective.parameters()))
+    settings = deepspeed_settings(config, sum(p.numel() for p in module.parameters()))
     accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
         gradient_accumulation_steps=config.accumulation,
         mixed_precision="bf16" if config.precision == "bf16" else "no",
     )
-    prepared, _ = accelerator.prepare(objective, optimizer)
+    prepared, _ = accelerator.prepare(module, optimizer)
     return prepared
 
 
@@ -212,5 +213,5 @@ def check(engine: Any, ranks: Ranks, config: PretrainConfig) -> None:
             raise ConfigError(f"{what} is {is_}, the configuration says {wanted}")
 
 
-def _named(objective: Objective) -> list[tuple[str, nn.Parameter]]:
-    return list(objective.named_parameters())
+def _named(module: LossModule) -> list[tuple[str, nn.Parameter]]:
+    return list(module.named_parameters())

@@ -1,19 +1,33 @@
-"""`metrics.jsonl`: one JSON object per logged step, the truth about a run that every other display is fed from.
+"""What is written about a run while it trains, and how fast it is.
 
-Only rank 0 writes. After a kill the file is cut back to the step that training resumes at, so each step is there once.
+`metrics.jsonl` has one JSON object per logged step, the truth about a run that every other display is fed from. Only
+rank 0 writes. After a kill the file is cut back to the step that training resumes at, so each step is there once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+import torch
 
 from pipelines.core import artifact
 
 Record = dict[str, Any]
+
+_STATED = (("H200", 989.4e12), ("H100", 989.4e12), ("A100", 312e12), ("L40S", 362e12), ("L4", 121e12))
+"""Dense bf16 peak of GPUs by a word of their name, operations per second, from NVIDIA's data sheets."""
+
+_SIZE = 512
+_REPEATS = 8
 
 
 def read_records(path: Path) -> list[Record]:
@@ -103,3 +117,85 @@ class Tail:
 
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The arithmetic that one rank could do at most."""
+
+    flops: float
+    """Floating point operations per second."""
+    source: str
+    """`stated` (data sheet) or `measured` (matrix product of this machine, all ranks at work at once)."""
+
+
+def peak(device: torch.device, precision: str) -> Peak:
+    """Return the peak of this rank's device for `precision`."""
+    if device.type == "cuda" and precision == "bf16":
+        name = torch.cuda.get_device_name(device)
+        for word, flops in _STATED:
+            if word in name:
+                return Peak(flops, f"stated for {word}, dense bf16")
+    dtype = torch.bfloat16 if precision == "bf16" and device.type == "cuda" else torch.float32
+    return Peak(_measured(device, dtype), f"measured, {_SIZE} x {_SIZE} product in {dtype}")
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Return the most memory that this rank has held: GPU memory on a GPU, resident memory otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class TimeSplit:
+    """Adds up seconds by part of a step.
+
+    On a GPU the time is taken by events in its own queue, and read when somebody asks: measuring makes no step wait.
+
+    Args:
+        device: whose work is timed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Count the time of the block as `part`."""
+        if not self._on_gpu:
+            started = time.perf_counter()
+            yield
+            self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - started
+            return
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        yield
+        end.record()
+        self._events.append((part, begin, end))
+
+    def take(self) -> dict[str, float]:
+        """Return what was counted, and start again; waits for a GPU to have done it."""
+        for part, begin, end in self._events:
+            end.synchronize()
+            self._seconds[part] = self._seconds.get(part, 0.0) + begin.elapsed_time(end) / 1000
+        taken, self._seconds, self._events = self._seconds, {}, []
+        return taken
+
+
+def _measured(device: torch.device, dtype: torch.dtype) -> float:
+    size = _SIZE if device.type == "cpu" else 16 * _SIZE
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best

@@ -19,7 +19,7 @@ from pipelines.core.errors import IntegrityError
 from pipelines.training.distributed import Ranks
 
 _PREFIX = "model."
-"""What `Objective` puts before the names of the model that it wraps."""
+"""What `LossModule` puts before the names of the model that it wraps."""
 _CLASSES = {"decoder": "LlamaForCausalLM", "encoder": "ModernBertForMaskedLM"}
 
 

@@ -39,5 +39,5 @@ def make_optimizer(config: PretrainConfig, parameters: Iterable[tuple[str, nn.Pa
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
     """Return the learning rate of a step; steps count from 0."""
-    phase = phases.at(phases.plan(config), step)
+    phase = phases.at(phases.phases_of(config), step)
     return phase.learning_rate(step - phase.first)

@@ -31,7 +31,7 @@ class Phase:
     steps: int
     sequence_length: int | None
     """Tokens of a sequence; None: as they were packed."""
-    stairs: tuple[tuple[int, int], ...]
+    batch_schedule: tuple[tuple[int, int], ...]
     """(step of the phase, batch from there on), ascending; the batch doubles from one to the next."""
     micro_batch: int
     rate: float
@@ -44,47 +44,47 @@ class Phase:
         """The step of the run after the last one."""
         return self.first + self.steps
 
-    def batch(self, local: int) -> int:
+    def batch(self, phase_step: int) -> int:
         """Return the sequences of a step of the phase."""
-        return next(size for start, size in reversed(self.stairs) if start <= local)
+        return next(size for start, size in reversed(self.batch_schedule) if start <= phase_step)
 
-    def samples_before(self, local: int) -> int:
-        """Return how many sequences the phase has shown before its step `local`."""
-        ends = [start for start, _ in self.stairs[1:]] + [self.steps]
+    def samples_before(self, phase_step: int) -> int:
+        """Return how many sequences the phase has shown before its step `phase_step`."""
+        ends = [start for start, _ in self.batch_schedule[1:]] + [self.steps]
         return sum(
-            size * (min(local, end) - start)
-            for (start, size), end in zip(self.stairs, ends, strict=True)
-            if local > start
+            size * (min(phase_step, end) - start)
+            for (start, size), end in zip(self.batch_schedule, ends, strict=True)
+            if phase_step > start
         )
 
-    def learning_rate(self, local: int) -> float:
+    def learning_rate(self, phase_step: int) -> float:
         """Return the learning rate of a step of the phase."""
-        return self.rate * scale(self.scaling, self.batch(local)) * self._share(local)
+        return self.rate * scale(self.scaling, self.batch(phase_step)) * self._share(phase_step)
 
-    def _share(self, local: int) -> float:
-        chosen = self.schedule
+    def _share(self, phase_step: int) -> float:
+        settings = self.schedule
         return schedule.multiplier(
-            local,
+            phase_step,
             total=self.steps,
-            warmup=chosen.warmup_steps(self.steps),
-            warmup_form=chosen.warmup_form,
-            decay=chosen.decay,
-            floor=chosen.floor,
-            power=chosen.power,
-            stable=chosen.stable,
+            warmup=settings.warmup_steps(self.steps),
+            warmup_form=settings.warmup_form,
+            decay=settings.decay,
+            floor=settings.floor,
+            power=settings.power,
+            stable=settings.stable,
         )
 
 
-Plan = tuple[Phase, ...]
+Phases = tuple[Phase, ...]
 
 
-def plan(config: PretrainConfig) -> Plan:
+def phases_of(config: PretrainConfig) -> Phases:
     """Return the phases of a run, in order."""
-    found: list[Phase] = []
-    wanted = config.phases or (PhaseConfig(steps=config.steps, batch_size=config.batch_size),)
-    for number, phase in enumerate(wanted):
-        found.append(_phase(config, phase, number, found[-1].end if found else 0))
-    return tuple(found)
+    ordered: list[Phase] = []
+    stretches = config.phases or (PhaseConfig(steps=config.steps, batch_size=config.batch_size),)
+    for number, phase in enumerate(stretches):
+        ordered.append(_phase(config, phase, number, ordered[-1].end if ordered else 0))
+    return tuple(ordered)
 
 
 def at(phases: Sequence[Phase], step: int) -> Phase:
@@ -92,7 +92,7 @@ def at(phases: Sequence[Phase], step: int) -> Phase:
     return next((phase for phase in phases if step < phase.end), phases[-1])
 
 
-def batch_stairs(start: int, batch: int, steps: int) -> tuple[tuple[int, int], ...]:
+def doubling_batches(start: int, batch: int, steps: int) -> tuple[tuple[int, int], ...]:
     """Return a batch that doubles from `start` to `batch` at even distances over `steps` steps."""
     doublings = (batch // start).bit_length() - 1
     return tuple((round(number * steps / max(doublings, 1)), start << number) for number in range(doublings + 1))
@@ -106,7 +106,7 @@ def scale(scaling: LrScaling | None, batch: int) -> float:
     return math.sqrt(ratio) if scaling.rule == "sqrt" else ratio
 
 
-def pieces(phase: Phase, packed: int) -> int:
+def chunks_a_sequence(phase: Phase, packed: int) -> int:
     """Return into how many sequences of a phase a packed one is cut.
 
     Raises:
@@ -125,23 +125,25 @@ def pieces(phase: Phase, packed: int) -> int:
 
 def tokens_by_length(phases: Sequence[Phase], step: int, packed: int) -> dict[int, int]:
     """Return how many tokens were trained on before a step, by length of the sequences they came in."""
-    found: dict[int, int] = {}
+    counts: dict[int, int] = {}
     for phase in phases:
         length = phase.sequence_length or packed
         done = phase.samples_before(min(max(step - phase.first, 0), phase.steps))
-        found[length] = found.get(length, 0) + done * length
-    return found
+        counts[length] = counts.get(length, 0) + done * length
+    return counts
 
 
 def _phase(config: PretrainConfig, phase: PhaseConfig, number: int, first: int) -> Phase:
     warm = phase.batch_warmup
-    stairs = ((0, phase.batch_size),) if warm is None else batch_stairs(warm.start, phase.batch_size, warm.steps)
+    batch_schedule = (
+        ((0, phase.batch_size),) if warm is None else doubling_batches(warm.start, phase.batch_size, warm.steps)
+    )
     return Phase(
         number=number,
         first=first,
         steps=phase.steps,
         sequence_length=phase.sequence_length,
-        stairs=stairs,
+        batch_schedule=batch_schedule,
         micro_batch=phase.micro_batch_size or config.micro_batch_size,
         rate=config.optimizer.peak_lr if phase.lr is None else phase.lr,
         scaling=config.optimizer.lr_scaling if phase.lr is None else None,

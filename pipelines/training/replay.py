@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from models.architectures.naming import group_of
 from pipelines.core.errors import ConfigError, IngotError
-from pipelines.training import loss_spikes, phases, worker
+from pipelines.training import phases, rollbacks, worker
 from pipelines.training.checkpoint import Checkpoints
-from pipelines.training.config import SpikeConfig
 from pipelines.training.engine import Engine
-from pipelines.training.trainer import Journal, State, Trainer
+from pipelines.training.trainer import State, Trainer
 from pipelines.training.worker_spec import WorkerSpec
 
 
@@ -70,7 +69,7 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MicroBatch:
     """One micro batch of the step."""
 
     rank: int
@@ -88,7 +87,7 @@ class Report:
     checkpoint: int
     again: int
     """Steps trained again between the checkpoint and this one."""
-    pieces: list[Piece]
+    micro_batches: list[MicroBatch]
     norms: dict[str, float]
     """Gradient norm of each group of tensors: layers, embedding, head, norm."""
     weights: list[str]
@@ -104,20 +103,24 @@ class Report:
 
     def lines(self) -> list[str]:
         """Return the report for people."""
-        said = [f"step {self.step}, from the checkpoint of step {self.checkpoint} and {self.again} steps trained again"]
-        for number, piece in enumerate(self.pieces):
-            ids = ", ".join(map(str, piece.samples))
-            said.append(f"micro batch {number} (rank {piece.rank}; samples {ids}): loss {piece.nats_per_target:.4f}")
-        said += [f"gradient norm of {group}: {norm:.4g}" for group, norm in self.norms.items()]
-        said.append(f"weights that are not finite before the step: {', '.join(self.weights) or 'none'}")
-        said.append(f"first output that is not finite: {self.output or 'none'}")
-        said.append(f"first gradient that is not finite, from the loss backwards: {self.gradient or 'none'}")
+        lines = [
+            f"step {self.step}, from the checkpoint of step {self.checkpoint} and {self.again} steps trained again"
+        ]
+        for number, micro_batch in enumerate(self.micro_batches):
+            ids = ", ".join(map(str, micro_batch.samples))
+            lines.append(
+                f"micro batch {number} (rank {micro_batch.rank}; samples {ids}): loss {micro_batch.nats_per_target:.4f}"
+            )
+        lines += [f"gradient norm of {group}: {norm:.4g}" for group, norm in self.norms.items()]
+        lines.append(f"weights that are not finite before the step: {', '.join(self.weights) or 'none'}")
+        lines.append(f"first output that is not finite: {self.output or 'none'}")
+        lines.append(f"first gradient that is not finite, from the loss backwards: {self.gradient or 'none'}")
         if self.finite:
             losses = self.recorded["loss_by_rank"]
             bad = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(float(loss))]
             where = f"rank {', '.join(bad)}" if bad else "a gradient on some rank"
-            said.append(f"All is finite here: look at the memory, device and network of the run; it was {where}.")
-        return said
+            lines.append(f"All is finite here: look at the memory, device and network of the run; it was {where}.")
+        return lines
 
 
 def replay(diagnostics: Path) -> Report:
@@ -130,14 +133,14 @@ def replay(diagnostics: Path) -> Report:
         ConfigError: the file is not there, or not in a run's folder.
         IntegrityError: the checkpoint is damaged or gone.
     """
-    order = diagnostics.parent.parent / "worker_spec.json"
-    if not (diagnostics.exists() and order.exists()):
+    spec_path = diagnostics.parent.parent / "worker_spec.json"
+    if not (diagnostics.exists() and spec_path.exists()):
         raise ConfigError(
             f"{diagnostics} is not the diagnosis of a run, with worker_spec.json in the folder above",
             hint="give the path that the failed run printed: .../diagnostics/step-N.json",
         )
     recorded = json.loads(diagnostics.read_text(encoding="utf-8"))
-    spec = WorkerSpec.model_validate_json(order.read_text(encoding="utf-8"))
+    spec = WorkerSpec.model_validate_json(spec_path.read_text(encoding="utf-8"))
     trainer = _restored(spec, recorded["last_checkpoint"])
     first, last = trainer.state.step, recorded["step"] - 1
     skipped = {int(path.stem.removeprefix("step-")) for path in diagnostics.parent.glob("step-*.json")}
@@ -152,7 +155,7 @@ def replay(diagnostics: Path) -> Report:
 
 def _restored(spec: WorkerSpec, step: int) -> Trainer:
     """Return a trainer in one process with the state of a checkpoint; step 0 without one is the start."""
-    alone = {"engine": "plain", "world_size": 1, "zero_stage": 0, "spike": SpikeConfig()}
+    alone = {"engine": "plain", "world_size": 1, "zero_stage": 0, "monitors": {}}
     spec = spec.model_copy(update={"config": spec.config.model_copy(update=alone)})
     architecture = spec.architecture
     engine = worker.make_engine(spec, worker.device_of(spec))
@@ -161,35 +164,44 @@ def _restored(spec: WorkerSpec, step: int) -> Trainer:
     if step or step in checkpoints.steps():
         state = State(**checkpoints.load(step, engine.optimizer))
         engine.publish_weights()
-    state.rollbacks = max(state.rollbacks, loss_spikes.read(spec.rollbacks), key=len)
-    trainer = worker.make_trainer(spec, architecture, engine, None, state, Journal(), lambda: False, 1.0)
-    if state.active is not None:
-        trainer.activate(state.active)
+    state.rollbacks = max(state.rollbacks, rollbacks.read(spec.rollbacks), key=len)
+    trainer = Trainer(
+        config=spec.config,
+        engine=engine,
+        loader=worker.make_loader(spec, architecture, engine.ranks),
+        checkpointer=None,
+        state=state,
+        callbacks=worker.layer_sampling(spec.config),
+        stop_requested=lambda: False,
+    )
+    trainer.start()
     return trainer
 
 
 def _watched(trainer: Trainer, spec: WorkerSpec, recorded: dict[str, Any], *, checkpoint: int, again: int) -> Report:
-    engine, feed, step = trainer.engine, trainer.feed, trainer.state.step
-    trainer.draw_when_due()
-    rollbacks, micro_batch = trainer.state.rollbacks, phases.at(feed.plan, step).micro_batch
-    batches, ids = feed.batches(step, rollbacks), feed.ids(step, rollbacks).reshape(-1, micro_batch)
+    engine, loader, step = trainer.engine, trainer.loader, trainer.state.step
+    for callback in trainer.callbacks:
+        callback.before_step(trainer)
+    undone, micro_batch = trainer.state.rollbacks, phases.at(loader.phases, step).micro_batch
+    batches = [batch.to(engine.ranks.device) for batch in loader.batches(step, undone)]
+    ids = loader.ids(step, undone).reshape(-1, micro_batch)
     share = 1.0 / max(sum(batch.targets for batch in batches), 1.0)
-    weights = [name for name, parameter in engine.objective.named_parameters() if not _finite(parameter)]
-    watch, pieces = Watch()(engine.objective), []
+    weights = [name for name, parameter in engine.module.named_parameters() if not _finite(parameter)]
+    watch, micro_batches = Watch()(engine.module), []
     for number, (batch, samples) in enumerate(zip(batches, ids, strict=True)):
         loss = engine.loss(batch)
         engine.backward(loss * share, last=number + 1 == len(batches))
         mean = float(loss.detach()) / max(batch.targets, 1)
-        pieces.append(Piece(number % spec.config.world_size, samples.tolist(), batch.targets, mean))
+        micro_batches.append(MicroBatch(number % spec.config.world_size, samples.tolist(), batch.targets, mean))
     watch.stop()
     norms = gradient_norms(engine)
-    return Report(step + 1, checkpoint, again, pieces, norms, weights, watch.output, watch.gradient, recorded)
+    return Report(step + 1, checkpoint, again, micro_batches, norms, weights, watch.output, watch.gradient, recorded)
 
 
 def gradient_norms(engine: Engine) -> dict[str, float]:
     """Return the L2 norm of the gradients of each group of tensors."""
     squares: dict[str, float] = defaultdict(float)
-    for name, parameter in engine.objective.named_parameters():
+    for name, parameter in engine.module.named_parameters():
         if parameter.grad is not None:
             squares[group_of(name)] += float(parameter.grad.double().square().sum())
     return {group: math.sqrt(total) for group, total in sorted(squares.items())}

@@ -66,8 +66,8 @@ def make_worker_spec(
         architecture = config.architecture(index)
     except ValueError as error:
         raise ConfigError(f"pretrain.model does not fit the tokenizer: {error}") from error
-    for phase in phases.plan(config):
-        phases.pieces(phase, index["sequence_length"])
+    for phase in phases.phases_of(config):
+        phases.chunks_a_sequence(phase, index["sequence_length"])
     device = resolve_device(context.compute.device, ranks=config.world_size)
     weights = _checked_start(architecture, fetched, prepared)
     context.scratch.mkdir(parents=True, exist_ok=True)

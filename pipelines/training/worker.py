@@ -26,16 +26,26 @@ from pipelines.core.errors import IngotError, NumericError, Preempted
 from pipelines.core.launcher import beat
 from pipelines.data.shards import ShardReader
 from pipelines.training import engine as engines
-from pipelines.training import loss_spikes, model_export, phases
+from pipelines.training import model_export, phases, rollbacks
+from pipelines.training.callbacks import (
+    Callback,
+    Checkpointing,
+    LayerSampling,
+    Logging,
+    Monitoring,
+    NonFiniteSteps,
+    Validation,
+    Work,
+)
 from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.config import PretrainConfig
-from pipelines.training.data_loader import Feed
+from pipelines.training.data_loader import DataLoader
 from pipelines.training.distributed import Ranks
-from pipelines.training.metrics import MetricsLog, read_records
-from pipelines.training.objectives import CausalTask, MaskedTask, Task, make_objective
+from pipelines.training.loss_module import make_loss_module, make_objective
+from pipelines.training.metrics import MetricsLog, Peak, peak, read_records
+from pipelines.training.monitors import registry as monitors
 from pipelines.training.optimizers import make_optimizer
-from pipelines.training.throughput import Peak, peak
-from pipelines.training.trainer import Journal, Saves, State, Trainer, Work
+from pipelines.training.trainer import State, Trainer
 from pipelines.training.worker_spec import WorkerSpec
 
 
@@ -97,12 +107,20 @@ def pretrain(spec: WorkerSpec, stop: StopRequest) -> None:
     if saved is not None:
         engine.publish_weights()
     state = State() if saved is None else State(**saved)
-    state.rollbacks = max(state.rollbacks, loss_spikes.read(spec.rollbacks), key=len)
+    state.rollbacks = max(state.rollbacks, rollbacks.read(spec.rollbacks), key=len)
     own = peak(device, config.precision)
+    logging = open_logs(spec, architecture, state, ranks, sum(ranks.gathered(own.flops)))
     try:
-        with contextlib.closing(_open_journal(spec, state, ranks)) as journal:
-            flops = sum(ranks.gathered(own.flops))
-            trainer = make_trainer(spec, architecture, engine, checkpoints, state, journal, stop, flops)
+        with contextlib.closing(logging):
+            trainer = Trainer(
+                config=config,
+                engine=engine,
+                loader=make_loader(spec, architecture, ranks),
+                checkpointer=checkpoints,
+                state=state,
+                callbacks=callbacks(spec, logging),
+                stop_requested=stop,
+            )
             trainer.run()
     except (NumericError, Preempted):
         checkpoints.finish()  # raised on all ranks together: the save in the background is not lost
@@ -111,25 +129,62 @@ def pretrain(spec: WorkerSpec, stop: StopRequest) -> None:
     norms.append(lisa.layer_norms(engine.optimizer.weight_norms()))
     weights = model_export.gather_weights(engine.optimizer, ranks)
     if ranks.rank == 0:
-        found = facts(spec, architecture, trainer.state) | growth(*norms)
-        _finish(spec, architecture, found, weights, own, checkpoints.fallbacks)
+        _finish(spec, facts(spec, architecture, trainer.state) | growth(*norms), weights, own, checkpoints.fallbacks)
     ranks.barrier()
 
 
 def make_engine(spec: WorkerSpec, device: torch.device) -> engines.Engine:
     """Return the engine with the weights that training starts from."""
+    config, module = spec.config, make_loss_module(spec, device)
+    return engines.create(config, module, lambda parameters: make_optimizer(config, parameters), device)
+
+
+def make_loader(spec: WorkerSpec, architecture: ArchitectureConfig, ranks: Ranks) -> DataLoader:
+    """Return what the training reads and is validated on."""
     config = spec.config
-    return engines.create(
-        config, make_objective(spec, device), lambda parameters: make_optimizer(config, parameters), device
+    return DataLoader(
+        train=ShardReader(spec.data, "train"),
+        validation=ShardReader(spec.data, "validation"),
+        objective=make_objective(config, architecture),
+        ranks=ranks,
+        seed=config.seed,
+        phases=phases.phases_of(config),
+        micro_batch_size=config.micro_batch_size,
+        validation_sequences=config.validation_sequences,
     )
 
 
-def task_for(spec: WorkerSpec, architecture: ArchitectureConfig) -> Task:
-    """Return what the model is asked to predict."""
-    if architecture.family == "decoder":
-        return CausalTask(architecture.pad_id)
-    special = (architecture.bos_id, architecture.eos_id, architecture.pad_id, architecture.mask_id)
-    return MaskedTask(spec.config.masking, spec.config.seed, architecture.vocab_size, special)
+def layer_sampling(config: PretrainConfig) -> list[Callback]:
+    """Return the callback that freezes layers, where LISA is on: the only one that changes what a step computes."""
+    return [LayerSampling(config.lisa)] if config.lisa.enabled else []
+
+
+def callbacks(spec: WorkerSpec, logging: Logging) -> list[Callback]:
+    """Return what is due around the steps of a run, in order: a step that is undone is neither logged nor saved."""
+    config = spec.config
+    monitoring = [Monitoring(monitors.make(config.monitors), spec.rollbacks)] if config.monitors else []
+    return [
+        *layer_sampling(config),
+        NonFiniteSteps(spec.diagnostics),
+        *monitoring,
+        Validation(),
+        logging,
+        Checkpointing(),
+    ]
+
+
+def open_logs(
+    spec: WorkerSpec, architecture: ArchitectureConfig, state: State, ranks: Ranks, peak_flops: float
+) -> Logging:
+    """Note the attempt, and open the records at the step that training goes on from; files on rank 0 only."""
+    work = work_before(spec.config, architecture)
+    if ranks.rank != 0:
+        return Logging(None, None, work, peak_flops)
+    starts = [attempt["resumed_at"] for attempt in read_records(spec.attempts)]
+    lines = [json.dumps({"resumed_at": step}) + "\n" for step in (*starts, state.step)]
+    artifact.write_text(spec.attempts, "".join(lines))
+    metrics, losses = (MetricsLog(path, resume_at=state.step) for path in (spec.metrics, spec.losses))
+    return Logging(metrics, losses, work, peak_flops)
 
 
 def facts(spec: WorkerSpec, architecture: ArchitectureConfig, state: State) -> dict[str, Any]:
@@ -142,7 +197,7 @@ def facts(spec: WorkerSpec, architecture: ArchitectureConfig, state: State) -> d
         "parameters": count_parameters(architecture),
         "steps": state.step,
         "tokens": sum(
-            phases.tokens_by_length(phases.plan(spec.config), state.step, architecture.max_positions).values()
+            phases.tokens_by_length(phases.phases_of(spec.config), state.step, architecture.max_positions).values()
         ),
         "skipped_steps": state.skipped,
         "rollbacks": [asdict(rollback) for rollback in state.rollbacks],
@@ -175,10 +230,10 @@ def _rounded(value: float) -> float:
 
 def work_before(config: PretrainConfig, architecture: ArchitectureConfig) -> Callable[[int], Work]:
     """Return the function that tells what was done before a step."""
-    plan, packed = phases.plan(config), architecture.max_positions
+    stretches, packed = phases.phases_of(config), architecture.max_positions
 
     def work(step: int) -> Work:
-        tokens = phases.tokens_by_length(plan, step, packed)
+        tokens = phases.tokens_by_length(stretches, step, packed)
         flops = sum(count * flops_per_token(architecture, length) for length, count in tokens.items())
         return Work(sum(tokens.values()), flops)
 
@@ -206,72 +261,18 @@ def device_of(spec: WorkerSpec) -> torch.device:
     return device
 
 
-def make_feed(spec: WorkerSpec, architecture: ArchitectureConfig, ranks: Ranks) -> Feed:
-    """Return what the training reads and is validated on."""
-    config = spec.config
-    return Feed(
-        train=ShardReader(spec.data, "train"),
-        validation=ShardReader(spec.data, "validation"),
-        task=task_for(spec, architecture),
-        ranks=ranks,
-        seed=config.seed,
-        plan=phases.plan(config),
-        micro_batch_size=config.micro_batch_size,
-        validation_sequences=config.validation_sequences,
-    )
-
-
-def make_trainer(
-    spec: WorkerSpec,
-    architecture: ArchitectureConfig,
-    engine: engines.Engine,
-    saves: Saves | None,
-    state: State,
-    journal: Journal,
-    stop: Callable[[], bool],
-    peak_flops: float,
-) -> Trainer:
-    """Return the loop over the spec's data; it saves nothing without `saves`; `peak_flops` is of all ranks together."""
-    return Trainer(
-        config=spec.config,
-        engine=engine,
-        feed=make_feed(spec, architecture, engine.ranks),
-        saves=saves,
-        state=state,
-        diagnostics=spec.scratch / "diagnostics",
-        rollbacks=spec.rollbacks,
-        journal=journal,
-        stop_requested=stop,
-        work=work_before(spec.config, architecture),
-        peak_flops=peak_flops,
-    )
-
-
-def _open_journal(spec: WorkerSpec, state: State, ranks: Ranks) -> Journal:
-    """Cut the records back to the step that training goes on from, and note the attempt; on rank 0 only."""
-    if ranks.rank != 0:
-        return Journal()
-    starts = [attempt["resumed_at"] for attempt in read_records(spec.attempts)]
-    lines = [json.dumps({"resumed_at": step}) + "\n" for step in (*starts, state.step)]
-    artifact.write_text(spec.attempts, "".join(lines))
-    return Journal(
-        metrics=MetricsLog(spec.metrics, resume_at=state.step), losses=MetricsLog(spec.losses, resume_at=state.step)
-    )
-
-
 def _finish(
     spec: WorkerSpec,
-    architecture: ArchitectureConfig,
-    found: dict[str, Any],
+    final: dict[str, Any],
     weights: dict[str, torch.Tensor],
     own: Peak,
     fallbacks: int,
 ) -> None:
     """Write the model, then the observations, and last the facts, whose existence says that all is there."""
-    model_export.write_model(spec.model, architecture, weights, spec.export_precision or spec.config.precision)
+    model_export.write_model(spec.model, spec.architecture, weights, spec.export_precision or spec.config.precision)
     model_export.copy_tokenizer(spec.data, spec.model)
     model_export.write_json(spec.observations, _observations(spec, own) | {"checkpoint_fallbacks": fallbacks})
-    model_export.write_json(spec.facts, found)
+    model_export.write_json(spec.facts, final)
 
 
 def _observations(spec: WorkerSpec, own: Peak) -> dict[str, Any]:

@@ -5,7 +5,7 @@ checkpoints/            see `checkpoint.py`
 metrics.jsonl           what the stage follows
 losses.jsonl            exact losses of every step, for `training.json`
 attempts.jsonl          where each attempt began
-rollbacks.json          returns from loss spikes; none, no file
+rollbacks.json          returns to a checkpoint; none, no file
 diagnostics/step-N.json what is known of a step that was not finite
 logs/rank-N.log         output of the ranks
 model/                  final weights and architecture
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from models.architectures.config import ArchitectureConfig
 from pipelines.training.config import PretrainConfig
 
-PRETRAINING = "pipelines.training.objectives:pretraining"
+PRETRAINING = "pipelines.training.loss_module:pretraining"
 
 
 class WorkerSpec(BaseModel):
@@ -41,7 +41,7 @@ class WorkerSpec(BaseModel):
     init_weights: Path | None = None
     """Model folder with the weights to start from; None starts from random ones."""
     objective: str = PRETRAINING
-    """Import string `module:factory` of an `ObjectiveFactory`: what is trained, and by which loss. Training imports no
+    """Import string `module:factory` of an `LossModuleFactory`: what is trained, and by which loss. Training imports no
     method of compression; a method that trains names its own factory here."""
     objective_settings: dict[str, Any] = {}
     """What the factory reads; JSON values."""
@@ -76,8 +76,13 @@ class WorkerSpec(BaseModel):
 
     @property
     def rollbacks(self) -> Path:
-        """The returns from loss spikes; see `loss_spikes.py`."""
+        """The returns to a checkpoint; see `rollbacks.py`."""
         return self.scratch / "rollbacks.json"
+
+    @property
+    def diagnostics(self) -> Path:
+        """Folder of what is known of steps that were not finite."""
+        return self.scratch / "diagnostics"
 
     @property
     def logs(self) -> Path:

@@ -29,11 +29,13 @@ from torch import Tensor, nn
 
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig, count_parameters, flops_per_token, preset
+from models.objectives.causal import next_tokens
 from models.optim.adamw import AdamW
 from models.optim.lamb import Lamb
 from models.optim.lars import Lars
-from pipelines.training.objectives import CausalTask, Objective
-from pipelines.training.throughput import TimeSplit, memory_bytes, peak
+from pipelines.training.data_loader import Batch
+from pipelines.training.loss_module import LossModule
+from pipelines.training.metrics import TimeSplit, memory_bytes, peak
 
 LAMB_BYTES = 40
 """Traffic of LAMB for each parameter: m, v, g and x read, m and v written; then m, v and x read, x written."""
@@ -84,12 +86,12 @@ def trained(
     loss_chunk: int | None,
 ) -> dict[str, Any]:
     """Train a few steps and return the figures; weights are fp32, arithmetic is bf16."""
-    objective = Objective(build(config, seed=0), loss_chunk).to(device)
+    objective = LossModule(build(config, seed=0), loss_chunk).to(device)
     if compiled:
         objective.compile_model()
     optimizer = Lamb(objective.named_parameters(), lr=1e-4, max_grad_norm=1.0, compiled=device.type == "cuda")
     tokens = torch.randint(4, config.vocab_size, (batch_size, config.max_positions)).numpy()
-    batch = CausalTask(2).batch(tokens, tokens[:, 0], tokens[:, 0]).to(device)
+    batch = Batch.of(tokens, next_tokens(tokens, 2)).to(device)
     split = TimeSplit(device)
 
     def step() -> None:

@@ -22,9 +22,11 @@ import torch
 
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig, preset
+from models.objectives.causal import next_tokens
 from models.optim import lisa
 from models.optim.lamb import Lamb
-from pipelines.training.objectives import CausalTask, Objective
+from pipelines.training.data_loader import Batch
+from pipelines.training.loss_module import LossModule
 
 VOCABULARY, LENGTH, BATCH = 4096, 256, 4
 IDS = {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
@@ -32,14 +34,14 @@ IDS = {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
 
 def arm(config: ArchitectureConfig, active: list[int] | None) -> tuple[Callable[[], dict[str, float]], Lamb]:
     """Return a step that gives the seconds of its parts, and its optimizer."""
-    objective = Objective(build(config, seed=0))
+    objective = LossModule(build(config, seed=0))
     optimizer = Lamb(lisa.layer_groups(objective.named_parameters()), lr=1e-3)
     if active is not None:
         names = lisa.active_names([name for name, _ in objective.named_parameters()], active)
         lisa.set_requires_grad(objective, names)
         optimizer.set_active(names)
     tokens = torch.randint(4, VOCABULARY, (BATCH, LENGTH)).numpy()
-    batch = CausalTask(2).batch(tokens, tokens[:, 0], tokens[:, 0])
+    batch = Batch.of(tokens, next_tokens(tokens, 2))
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
     def step() -> dict[str, float]:

@@ -25,9 +25,11 @@ import torch
 
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig, preset
+from models.objectives.causal import next_tokens
 from models.optim.lamb import Lamb
 from pipelines.core.launcher import launch
-from pipelines.training.objectives import CausalTask, Objective
+from pipelines.training.data_loader import Batch
+from pipelines.training.loss_module import LossModule
 from pipelines.training.zero_binding import attach
 
 VOCABULARY, LENGTH, BATCH = 4096, 256, 4
@@ -40,7 +42,7 @@ def engine_step(arguments: argparse.Namespace, make: Callable[[Any], torch.optim
 
     shape = preset("decoder", arguments.preset).model_dump()
     config = ArchitectureConfig(**shape, vocab_size=VOCABULARY, max_positions=LENGTH, **IDS)
-    objective = Objective(build(config, seed=0))
+    objective = LossModule(build(config, seed=0))
     settings = {
         "train_micro_batch_size_per_gpu": BATCH,
         "zero_optimization": {"stage": arguments.zero},
@@ -52,7 +54,7 @@ def engine_step(arguments: argparse.Namespace, make: Callable[[Any], torch.optim
         attach(engine)
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
     tokens = torch.randint(4, VOCABULARY, (BATCH, LENGTH), generator=generator).numpy()
-    batch = CausalTask(2).batch(tokens, tokens[:, 0], tokens[:, 0])
+    batch = Batch.of(tokens, next_tokens(tokens, 2))
 
     def step() -> float:
         torch.distributed.barrier()

@@ -32,15 +32,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from models.architectures.build import build
 from pipelines.core.launcher import launch
 from pipelines.data import shards
+from pipelines.training import trainer as training
 from pipelines.training import worker
 from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.config import PretrainConfig
 from pipelines.training.engine import create
-from pipelines.training.metrics import read_records
-from pipelines.training.objectives import Objective
+from pipelines.training.loss_module import LossModule
+from pipelines.training.metrics import peak, read_records
 from pipelines.training.optimizers import make_optimizer
-from pipelines.training.throughput import peak
-from pipelines.training.trainer import State
 from pipelines.training.worker_spec import WorkerSpec
 
 VOCABULARY, LENGTH, BATCH = 4096, 256, 8
@@ -96,14 +95,22 @@ def bare(model: nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
 def trainer(order: WorkerSpec) -> Callable[[], None]:
     """Return one step of the trainer, with data, metrics and all."""
     architecture = order.config.architecture(order.index)
-    objective = Objective(build(architecture, seed=0))
+    objective = LossModule(build(architecture, seed=0))
     device = worker.device_of(order)
     engine = create(order.config, objective, lambda named: make_optimizer(order.config, named), device)
-    state = State()
-    journal = worker._open_journal(order, state, engine.ranks)
+    state = training.State()
     checkpoints = Checkpoints(order.checkpoints, 2)
-    flops = peak(device, "fp32").flops
-    made = worker.make_trainer(order, architecture, engine, checkpoints, state, journal, worker.StopRequest(), flops)
+    logging = worker.open_logs(order, architecture, state, engine.ranks, peak(device, "fp32").flops)
+    made = training.Trainer(
+        config=order.config,
+        engine=engine,
+        loader=worker.make_loader(order, architecture, engine.ranks),
+        checkpointer=checkpoints,
+        state=state,
+        callbacks=worker.callbacks(order, logging),
+        stop_requested=worker.StopRequest(),
+    )
+    made.start()
     return made.advance
 
 

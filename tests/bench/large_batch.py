@@ -40,15 +40,13 @@ from pipelines.data.config import PrepareConfig, PrepareJob
 from pipelines.data.shards import ShardReader
 from pipelines.stages import STAGES
 from pipelines.training import phases
+from pipelines.training.callbacks import validate
 from pipelines.training.config import PretrainConfig
-from pipelines.training.data_loader import Feed
+from pipelines.training.data_loader import DataLoader
 from pipelines.training.distributed import Ranks
 from pipelines.training.engine import PlainEngine
-from pipelines.training.objectives import Objective
+from pipelines.training.loss_module import LossModule, make_objective
 from pipelines.training.optimizers import learning_rate, make_optimizer
-from pipelines.training.trainer import validate
-from pipelines.training.worker import task_for
-from pipelines.training.worker_spec import WorkerSpec
 
 RESULTS = Path(__file__).with_name("large_batch_results.jsonl")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -233,33 +231,32 @@ def train(cell: Cell, data: Artifact, device: torch.device) -> Result:
     """Train one cell and return its line."""
     config = cell.config()
     index = data.read_json("index.json")
-    spec = WorkerSpec(config=config, index=index, data=data.path, scratch=data.path, device="cpu")
     architecture = config.architecture(index)
-    objective = Objective(build(architecture, seed=config.seed))
+    objective = LossModule(build(architecture, seed=config.seed))
     engine = PlainEngine(
         objective, lambda named: make_optimizer(config, named), device=device, precision=config.precision
     )
-    feed = Feed(
+    loader = DataLoader(
         train=ShardReader(data.path, "train"),
         validation=ShardReader(data.path, "validation"),
-        task=task_for(spec, architecture),
+        objective=make_objective(config, architecture),
         ranks=Ranks(0, 1, device),
         seed=config.seed,
-        plan=phases.plan(config),
+        phases=phases.phases_of(config),
         micro_batch_size=config.micro_batch_size,
         validation_sequences=config.validation_sequences,
     )
     started = time.monotonic()
-    skipped = sum(one_step(engine, feed, config, step) for step in range(config.steps))
-    loss = validate(engine, feed)
+    skipped = sum(one_step(engine, loader, config, step) for step in range(config.steps))
+    loss = validate(engine, loader)
     facts = {"rate": cell.rate, "steps": cell.steps, "warmup": cell.warmup, "skipped": skipped}
     finite = loss == loss and loss != float("inf")
     return {**asdict(cell), **facts, "loss": loss if finite else None, "seconds": round(time.monotonic() - started, 1)}
 
 
-def one_step(engine: PlainEngine, feed: Feed, config: PretrainConfig, step: int) -> bool:
+def one_step(engine: PlainEngine, loader: DataLoader, config: PretrainConfig, step: int) -> bool:
     """Do one step; return whether it was skipped because something was not finite."""
-    batches = feed.batches(step)
+    batches = [batch.to(engine.ranks.device) for batch in loader.batches(step)]
     targets = sum(batch.targets for batch in batches)
     for number, batch in enumerate(batches, start=1):
         engine.backward(engine.loss(batch) / targets, last=number == len(batches))

@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.architectures.build import build
+from models.objectives.causal import next_tokens
 from models.optim import lisa, schedule
 from models.optim.adamw import AdamW
 from pipelines.core.artifact import Artifact
@@ -42,7 +43,8 @@ from pipelines.core.provenance import CHECKOUT
 from pipelines.data import packing, tokenizer
 from pipelines.training import data_order
 from pipelines.training.config import PretrainConfig
-from pipelines.training.objectives import CausalTask, Objective
+from pipelines.training.data_loader import Batch
+from pipelines.training.loss_module import LossModule
 
 RESULTS = Path(__file__).with_name("lisa_quality_results.jsonl")
 TUNED_ON = "python-docs"
@@ -118,7 +120,7 @@ class Arm:
     weights: list[float] | None = None
 
     def __post_init__(self) -> None:
-        self.objective = Objective(self.model)
+        self.objective = LossModule(self.model)
         trainable = [(name, p) for name, p in self.objective.named_parameters() if p.requires_grad]
         self.optimizer = AdamW(
             lisa.layer_groups(trainable) if self.active is not None else trainable, weight_decay=0.01
@@ -135,7 +137,7 @@ class Arm:
 
     def step(self, tokens: np.ndarray[Any, Any], rate: float) -> dict[str, int]:
         """Take one step; return the bytes held at its peak, by kind."""
-        batch = CausalTask(-1).batch(tokens, np.zeros(len(tokens), np.int64), np.zeros(len(tokens), np.int64))
+        batch = Batch.of(tokens, next_tokens(tokens, -1))
         kept: dict[int, int] = {}
         own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
 
@@ -181,7 +183,7 @@ def bits_per_byte(arm: Arm, text: Text) -> float:
     nats, targets = 0.0, 0
     with torch.no_grad():
         for rows in np.array_split(text.held_out, 16):
-            batch = CausalTask(-1).batch(rows, np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64))
+            batch = Batch.of(rows, next_tokens(rows, -1))
             nats += float(arm.objective(batch.inputs_BT, batch.targets_BT))
             targets += batch.targets
     return nats / targets / math.log(2) / text.bytes_per_token

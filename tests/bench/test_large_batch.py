@@ -47,7 +47,7 @@ def test_the_rate_grows_with_the_root_of_the_batch_and_the_warmup_share_with_the
     assert large.warmup / large.steps == pytest.approx(16 * small.warmup / small.steps)
     settings = large.config()
     assert (settings.family, settings.optimizer.name, settings.batch_size) == ("encoder", "lamb", 64)
-    peak = phases.plan(settings)[0].learning_rate(large.warmup - 1)
+    peak = phases.phases_of(settings)[0].learning_rate(large.warmup - 1)
     assert peak == pytest.approx(large.rate)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.architectures.build import build
-from models.architectures.config import ArchitectureConfig
-from models.architectures.predict import IGNORED, final_norm, language_nats, layer_outputs, logits, stack, summed_nats
+from models.architectures.config import IGNORED, ArchitectureConfig
+from models.architectures.predict import final_norm, language_nats, layer_outputs, logits, stack, summed_nats
 
 FAMILIES = ["decoder", "encoder"]
 VOCABULARY, BATCH, LENGTH = 53, 3, 11

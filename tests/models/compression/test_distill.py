@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.architectures import predict
 from models.architectures.build import build
-from models.architectures.config import ArchitectureConfig, Shape
+from models.architectures.config import IGNORED, ArchitectureConfig, Shape
 from models.compression import distill
 from models.compression.distill import Config
 from models.compression.training_method import Step
@@ -29,13 +29,13 @@ def model(layers: int, seed: int, **changes: Any) -> Any:
 def step() -> Step:
     tokens = torch.randint(4, 31, (2, 12), generator=torch.Generator().manual_seed(0))
     targets = tokens.roll(-1, 1)
-    targets[:, -1] = predict.IGNORED
+    targets[:, -1] = IGNORED
     return Step(model(2, seed=0), model(4, seed=1), tokens, targets, number=0, seed=0)
 
 
 def asked_logits(network: Any, step: Step) -> Tensor:
     with torch.no_grad():
-        return network(input_ids=step.inputs_BT).logits[step.targets_BT != predict.IGNORED]
+        return network(input_ids=step.inputs_BT).logits[step.targets_BT != IGNORED]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -74,7 +74,7 @@ def test_features_of_other_width_are_compared_by_the_angles_between_tokens() -> 
 def test_the_loss_is_the_weighted_sum_of_its_three_parts(soft: float, features: float, step: Step) -> None:
     config = Config(soft=soft, features=features, temperature=2.0)
     student, teacher = asked_logits(step.student, step), asked_logits(step.teacher, step)
-    labels = predict.summed_nats(student, step.targets_BT[step.targets_BT != predict.IGNORED])
+    labels = predict.summed_nats(student, step.targets_BT[step.targets_BT != IGNORED])
     expected = (1 - soft) * float(labels) + soft * float(distill.soft_nats(teacher, student, 2.0))
     if features:
         with torch.no_grad():

@@ -13,10 +13,12 @@ import torch
 
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
+from models.objectives.causal import next_tokens
 from pipelines.core.launcher import launch
 from pipelines.training.config import PretrainConfig
+from pipelines.training.data_loader import Batch
 from pipelines.training.engine import PlainEngine, create, deepspeed_settings, set_lr
-from pipelines.training.objectives import Batch, CausalTask, Objective
+from pipelines.training.loss_module import LossModule
 from pipelines.training.optimizers import learning_rate, make_optimizer
 
 CPU = torch.device("cpu")
@@ -32,7 +34,7 @@ def config(**changes: Any) -> PretrainConfig:
 
 
 def plain(settings: PretrainConfig) -> PlainEngine:
-    made = create(settings, Objective(build(ARCHITECTURE, seed=0)), lambda named: make_optimizer(settings, named), CPU)
+    made = create(settings, LossModule(build(ARCHITECTURE, seed=0)), lambda named: make_optimizer(settings, named), CPU)
     assert isinstance(made, PlainEngine)
     return made
 
@@ -41,8 +43,7 @@ def batches(step: int) -> list[Batch]:
     """Two micro batches with unequal numbers of targets."""
     tokens = np.random.Generator(np.random.Philox(step)).integers(4, 31, (4, 12))
     tokens[0, 4:] = 2
-    task = CausalTask(pad_id=2)
-    return [task.batch(part, np.arange(2), np.zeros(2, int)) for part in (tokens[:2], tokens[2:])]
+    return [Batch.of(part, next_tokens(part, 2)) for part in (tokens[:2], tokens[2:])]
 
 
 def test_the_plain_engine_trains_as_a_loop_written_by_hand() -> None:
@@ -66,7 +67,7 @@ def test_the_plain_engine_trains_as_a_loop_written_by_hand() -> None:
         by_hand.zero_grad()
         assert record.grad_norm == pytest.approx(norm.item(), rel=1e-4)
         assert not record.skipped
-    for (name, ours), theirs in zip(engine.objective.named_parameters(), model.parameters(), strict=True):
+    for (name, ours), theirs in zip(engine.module.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0, msg=name)
 
 
@@ -74,13 +75,13 @@ def test_gradients_of_micro_batches_add_up_and_are_cleared_by_the_step() -> None
     engine = plain(config())
     parts = batches(0)
     engine.backward(engine.loss(parts[0]), last=False)
-    first = [p.grad.clone() for p in engine.objective.parameters() if p.grad is not None]
+    first = [p.grad.clone() for p in engine.module.parameters() if p.grad is not None]
     engine.backward(engine.loss(parts[0]), last=True)
-    second = [p.grad for p in engine.objective.parameters() if p.grad is not None]
+    second = [p.grad for p in engine.module.parameters() if p.grad is not None]
     for one, two in zip(first, second, strict=True):
         torch.testing.assert_close(two, 2 * one)
     engine.step(0.1)
-    assert all(p.grad is None for p in engine.objective.parameters())
+    assert all(p.grad is None for p in engine.module.parameters())
 
 
 def test_bf16_computes_coarsely_and_keeps_float32_masters() -> None:
@@ -89,7 +90,7 @@ def test_bf16_computes_coarsely_and_keeps_float32_masters() -> None:
     losses = exact.loss(batch).item(), coarse.loss(batch).item()
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
-    assert {parameter.dtype for parameter in coarse.objective.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in coarse.module.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ["lamb", "adamw", "lars"])

@@ -14,12 +14,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from models.objectives import causal, masked
+from models.objectives.base import ObjectiveContext
 from pipelines.core.errors import ConfigError
 from pipelines.training import phases
 from pipelines.training.config import PretrainConfig
-from pipelines.training.data_loader import Feed
+from pipelines.training.data_loader import DataLoader
 from pipelines.training.distributed import Ranks
-from pipelines.training.objectives import CausalTask, MaskedTask
 from pipelines.training.optimizers import learning_rate
 from pipelines.training.worker_spec import WorkerSpec
 
@@ -55,14 +56,17 @@ class Numbers:
         return 4 + np.asarray(indices)[:, None] * self.sequence_length + np.arange(self.sequence_length)
 
 
-def feed(config: PretrainConfig, *, rank: int = 0, world: int = 1, task: Any = None) -> Feed:
-    return Feed(
+CAUSAL = causal.Objective(ObjectiveContext(0, 500, 0, 1, 2, 3), causal.Objective.Config())
+
+
+def loader(config: PretrainConfig, *, rank: int = 0, world: int = 1, objective: Any = None) -> DataLoader:
+    return DataLoader(
         train=Numbers(7),
         validation=Numbers(3),
-        task=task or CausalTask(2),
+        objective=objective or CAUSAL,
         ranks=Ranks(rank, world, torch.device("cpu")),
         seed=config.seed,
-        plan=phases.plan(config),
+        phases=phases.phases_of(config),
         micro_batch_size=config.micro_batch_size,
         validation_sequences=3,
     )
@@ -73,7 +77,7 @@ def feed(config: PretrainConfig, *, rank: int = 0, world: int = 1, task: Any = N
 
 def test_a_run_without_phases_is_one() -> None:
     config = PretrainConfig.model_validate({**PLAIN, "steps": 60, "batch_size": 4})
-    (only,) = phases.plan(config)
+    (only,) = phases.phases_of(config)
     assert (only.first, only.end, only.batch(0), only.batch(59), only.sequence_length) == (0, 60, 4, 4, None)
 
 
@@ -84,21 +88,21 @@ def test_steps_and_batch_of_the_run_follow_from_the_phases_and_survive_a_round_t
 
 
 def test_every_step_belongs_to_one_phase() -> None:
-    plan = phases.plan(settings())
+    plan = phases.phases_of(settings())
     assert [phases.at(plan, step).number for step in range(17)] == [0] * 10 + [1] * 7
 
 
 def test_the_batch_doubles_at_even_distances_and_then_stays() -> None:
-    first = phases.plan(settings())[0]
+    first = phases.phases_of(settings())[0]
     sizes = [first.batch(step) for step in range(10)]
     assert sizes == [4, 4, 8, 8, 8, 16, 16, 16, 16, 16]
-    assert phases.batch_stairs(2, 16, 30) == ((0, 2), (10, 4), (20, 8), (30, 16))
+    assert phases.doubling_batches(2, 16, 30) == ((0, 2), (10, 4), (20, 8), (30, 16))
     walked = [first.samples_before(step) for step in range(11)]
     assert walked == [sum(sizes[:step]) for step in range(11)]
 
 
 def test_tokens_are_counted_by_length() -> None:
-    plan = phases.plan(settings())
+    plan = phases.phases_of(settings())
     assert phases.tokens_by_length(plan, 0, 24) == {6: 0, 24: 0}
     assert phases.tokens_by_length(plan, 3, 24) == {6: 16 * 6, 24: 0}
     assert phases.tokens_by_length(plan, 15, 24) == {6: 112 * 6, 24: 40 * 24}
@@ -150,7 +154,7 @@ def test_equal_warmup_steps_are_epochs_in_proportion_to_the_batch() -> None:
 
 def test_a_phase_of_short_sequences_shows_every_piece_once_an_epoch() -> None:
     config = settings([{**TWO[0], "batch_size": 4, "batch_warmup": None}])
-    made = feed(config)
+    made = loader(config)
     shown = [batch.inputs_BT for step in range(7) for batch in made.batches(step)]
     rows = torch.cat(shown).tolist()
     assert sorted(row[0] for row in rows) == [4 + 6 * piece for piece in range(28)]
@@ -161,9 +165,9 @@ def test_a_phase_of_short_sequences_shows_every_piece_once_an_epoch() -> None:
 def test_every_world_shows_the_same_samples_at_every_step_of_every_phase(world: int) -> None:
     config = settings(micro_batch_size=1)
     for step in range(15):
-        alone = torch.cat([batch.inputs_BT for batch in feed(config).batches(step)])
+        alone = torch.cat([batch.inputs_BT for batch in loader(config).batches(step)])
         parts = [
-            torch.cat([b.inputs_BT for b in feed(config, rank=r, world=world).batches(step)]) for r in range(world)
+            torch.cat([b.inputs_BT for b in loader(config, rank=r, world=world).batches(step)]) for r in range(world)
         ]
         assert sorted(torch.cat(parts).tolist()) == sorted(alone.tolist())
 
@@ -171,8 +175,8 @@ def test_every_world_shows_the_same_samples_at_every_step_of_every_phase(world: 
 def test_a_phase_repeats_neither_the_order_nor_the_masks_of_the_one_before() -> None:
     same = [{"steps": 3, "batch_size": 4, "schedule": {"warmup": 0}}] * 2
     config = settings(same, family="encoder")
-    task = MaskedTask(config.masking, 0, 400, (0, 1, 2, 3))
-    made = feed(config, task=task)
+    objective = masked.Objective(ObjectiveContext(0, 400, 0, 1, 2, 3), masked.MaskingConfig())
+    made = loader(config, objective=objective)
     assert made.ids(0).tolist() != made.ids(3).tolist()
     hidden = {
         (row[0], tuple(targets))
@@ -184,11 +188,11 @@ def test_a_phase_repeats_neither_the_order_nor_the_masks_of_the_one_before() -> 
 
 
 def test_a_length_that_does_not_divide_the_packed_one_is_refused_with_those_that_do() -> None:
-    odd = phases.plan(settings([{**TWO[0], "sequence_length": 7}]))[0]
+    odd = phases.phases_of(settings([{**TWO[0], "sequence_length": 7}]))[0]
     with pytest.raises(
         ConfigError, match=r"sequence_length = 7 does not divide prepare.sequence_length = 24"
     ) as caught:
-        phases.pieces(odd, 24)
+        phases.chunks_a_sequence(odd, 24)
     assert caught.value.hint == "valid: 2, 3, 4, 6, 8, 12, 24"
 
 
@@ -287,7 +291,7 @@ def test_a_large_batch_recipe_is_the_schedule_of_the_paper(name: str) -> None:
     from flows import recipe
 
     config = recipe.resolve(name).pretrain
-    short, long = phases.plan(config)
+    short, long = phases.phases_of(config)
     assert config.optimizer.name == "lamb"
     assert short.sequence_length is not None
     assert long.sequence_length is not None

@@ -60,27 +60,45 @@ def test_the_step_is_done_again_from_the_same_weights_on_the_same_samples(
 ) -> None:
     """What was NaN by injection comes out as a step on the weights that step 4 left: nothing but it was wrong."""
     path = spoilt(**changes)
+    described = path.read_text()
     report = replay(path)
     assert (report.step, report.checkpoint, report.again) == (6, 3, 1)
     assert report.finite
-    assert sorted(n for piece in report.pieces for n in piece.samples) == sorted(report.recorded["sample_ids"])
+    assert sorted(n for piece in report.micro_batches for n in piece.samples) == sorted(report.recorded["sample_ids"])
     assert "All is finite here: look at the memory, device and network of the run; it was rank 0." in report.lines()
     resumed = run_plain(tmp_path / "run", max_skipped=1, checkpoint={"every": 3}, **changes)
     assert resumed == 0  # the fault has passed: the loss of the quiet fifth step is the one of a replay of it
+    assert not list(path.parent.iterdir())  # steps that were taken anew without a fault are nobody's skipped steps
+    path.write_text(described)
     losses = {record["step"]: record["loss"] for record in read_records(tmp_path / "run" / "metrics.jsonl")}
     fifth = replay(describe(path, step=5, sample_ids=[]))
-    targets = sum(piece.targets for piece in fifth.pieces)
-    again = sum(piece.nats_per_target * piece.targets for piece in fifth.pieces) / targets
+    targets = sum(piece.targets for piece in fifth.micro_batches)
+    again = sum(piece.nats_per_target * piece.targets for piece in fifth.micro_batches) / targets
     assert again == pytest.approx(losses[5], rel=1e-6)
+
+
+def test_a_replay_trusts_no_description_of_an_earlier_attempt(
+    run_plain: Run, spoilt: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 5 was skipped in the first attempt and trained in the second, where 6 and 7 fail: 5 is trained again."""
+    spoilt()
+    plan = tmp_path / "faults.json"
+    plan.write_text(json.dumps([{"point": "train.loss", "step": n, "action": "nan"} for n in (6, 7)]))
+    monkeypatch.setenv("INGOT_FAULTS", str(plan))
+    monkeypatch.setattr(injection, "_visits", Counter())
+    assert run_plain(tmp_path / "run", max_skipped=1, steps=9, checkpoint={"every": 3}) == NumericError.exit_code
+    assert sorted(path.stem for path in (tmp_path / "run" / "diagnostics").iterdir()) == ["step-6", "step-7"]
+    monkeypatch.delenv("INGOT_FAULTS")
+    assert replay(tmp_path / "run" / "diagnostics" / "step-7.json").again == 2
 
 
 def test_ranks_are_told_apart_by_the_order_of_the_micro_batches(spoilt: Callable[..., Path], tmp_path: Path) -> None:
     path = spoilt()
-    order = tmp_path / "run" / "worker_spec.json"
-    spec = WorkerSpec.model_validate_json(order.read_text())
+    spec_path = tmp_path / "run" / "worker_spec.json"
+    spec = WorkerSpec.model_validate_json(spec_path.read_text())
     many = spec.config.model_copy(update={"world_size": 2, "engine": "deepspeed", "zero_stage": 2})
-    order.write_text(spec.model_copy(update={"config": many}).model_dump_json())
-    assert [piece.rank for piece in replay(path).pieces] == [0, 1, 0, 1]
+    spec_path.write_text(spec.model_copy(update={"config": many}).model_dump_json())
+    assert [piece.rank for piece in replay(path).micro_batches] == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize(

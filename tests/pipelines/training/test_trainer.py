@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
-from collections.abc import Callable, Mapping
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,21 +15,45 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.architectures.build import build
+from models.architectures.config import IGNORED
+from models.objectives import causal
+from models.objectives.base import ObjectiveContext
 from models.optim.sharded_optimizer import FragmentOptimizer
 from pipelines.core.errors import IntegrityError, NumericError, Preempted
+from pipelines.training.callbacks import (
+    Checkpointing,
+    LayerSampling,
+    Logging,
+    NonFiniteSteps,
+    Validation,
+    Work,
+    ratios_by_group,
+    validate,
+)
 from pipelines.training.config import PretrainConfig
-from pipelines.training.data_loader import Feed
+from pipelines.training.data_loader import Batch, DataLoader
 from pipelines.training.distributed import Ranks
 from pipelines.training.engine import PlainEngine
-from pipelines.training.objectives import IGNORED, CausalTask, Objective
+from pipelines.training.loss_module import LossModule
+from pipelines.training.metrics import MetricsLog, TimeSplit, read_records
 from pipelines.training.optimizers import make_optimizer
-from pipelines.training.phases import plan
-from pipelines.training.trainer import Journal, State, Trainer, Work, ratios_by_group, validate
+from pipelines.training.phases import phases_of
+from pipelines.training.trainer import State, Trainer
 from pipelines.training.worker_spec import WorkerSpec
 
 CPU = torch.device("cpu")
+OBJECTIVE = causal.Objective(ObjectiveContext(0, 61, 0, 1, 2, 3), causal.Objective.Config())
+
+
+def work_of(step: int) -> Work:
+    return Work(192 * step, 192.0 * step)
+
+
+def log(path: Path) -> MetricsLog:
+    return MetricsLog(path, resume_at=0)
 
 
 @dataclass
@@ -72,49 +100,59 @@ class Setting:
     """A trainer and what it was made of."""
 
     trainer: Trainer
-    saves: Recorder
+    checkpointer: Recorder
     engine: PlainEngine
-    feed: Feed
+    loader: DataLoader
 
 
 Make = Callable[..., Setting]
 
 
 @pytest.fixture
-def make(plain_spec: Callable[..., WorkerSpec], tmp_path: Path) -> Make:
+def make(plain_spec: Callable[..., WorkerSpec], tmp_path: Path) -> Iterator[Make]:
+    opened: list[Logging] = []
+
     def setting(stop: Callable[[], bool] = lambda: False, state: State | None = None, **changes: Any) -> Setting:
         spec = plain_spec(tmp_path, **changes)
         config = spec.config
-        objective = Objective(build(config.architecture(spec.index), seed=0))
-        engine = PlainEngine(objective, lambda named: make_optimizer(config, named), device=CPU, precision="fp32")
-        feed = feed_of(config, validation=7)
-        saves = Recorder()
+        module = LossModule(build(config.architecture(spec.index), seed=0))
+        engine = PlainEngine(module, lambda named: make_optimizer(config, named), device=CPU, precision="fp32")
+        loader = loader_of(config, validation=7)
+        checkpointer = Recorder()
+        logging = Logging(log(tmp_path / "metrics.jsonl"), log(tmp_path / "losses.jsonl"), work_of, peak_flops=1.0)
+        opened.append(logging)
         trainer = Trainer(
             config=config,
             engine=engine,
-            feed=feed,
-            saves=saves,
+            loader=loader,
+            checkpointer=checkpointer,
             state=state or State(),
-            diagnostics=tmp_path / "diagnostics",
-            rollbacks=tmp_path / "rollbacks.json",
-            journal=Journal(),
+            callbacks=[
+                *([LayerSampling(config.lisa)] if config.lisa.enabled else []),
+                NonFiniteSteps(tmp_path / "diagnostics"),
+                Validation(),
+                logging,
+                Checkpointing(),
+            ],
             stop_requested=stop,
-            work=lambda step: Work(192 * step, 192.0 * step),
-            peak_flops=1.0,
         )
-        return Setting(trainer, saves, engine, feed)
+        return Setting(trainer, checkpointer, engine, loader)
 
-    return setting
+    yield setting
+    for logging in opened:
+        logging.close()
 
 
-def feed_of(config: PretrainConfig, *, train: int = 40, validation: int = 7, rank: int = 0, world: int = 1) -> Feed:
-    return Feed(
+def loader_of(
+    config: PretrainConfig, *, train: int = 40, validation: int = 7, rank: int = 0, world: int = 1
+) -> DataLoader:
+    return DataLoader(
         train=Sequences(train),
         validation=Sequences(validation),
-        task=CausalTask(2),
+        objective=OBJECTIVE,
         ranks=Ranks(rank, world, CPU),
         seed=config.seed,
-        plan=plan(config),
+        phases=phases_of(config),
         micro_batch_size=config.micro_batch_size,
         validation_sequences=config.validation_sequences,
     )
@@ -126,7 +164,7 @@ def test_the_update_does_not_depend_on_how_the_batch_is_cut(micro: int, make: Ma
     whole, cut = make(micro_batch_size=8, steps=3), make(micro_batch_size=micro, steps=3)
     whole.trainer.run()
     cut.trainer.run()
-    pairs = zip(whole.engine.objective.named_parameters(), cut.engine.objective.parameters(), strict=True)
+    pairs = zip(whole.engine.module.named_parameters(), cut.engine.module.parameters(), strict=True)
     for (name, one), other in pairs:
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0, msg=name)
 
@@ -135,16 +173,17 @@ def test_validation_is_the_mean_over_all_targets_of_the_sample(make: Make) -> No
     made = make(validation_sequences=5, micro_batch_size=2)
     nats = targets = 0.0
     for number in [0, 1, 2, 4, 5]:
-        batch = made.feed.task.batch(Sequences(7).take([number]), np.array([number]), np.zeros(1, int))
+        arrays = OBJECTIVE.targets(Sequences(7).take([number]), np.array([number]), np.zeros(1, int))
+        batch = Batch.of(*arrays)
         nats += made.engine.loss(batch).item()
         targets += batch.targets
-    assert validate(made.engine, made.feed) == pytest.approx(nats / targets, rel=1e-6)
+    assert validate(made.engine, made.loader) == pytest.approx(nats / targets, rel=1e-6)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_rank_validates_as_many_batches_and_no_sequence_counts_twice(world: int) -> None:
     config = PretrainConfig(world_size=1, batch_size=8, micro_batch_size=2, validation_sequences=5)
-    shares = [list(feed_of(config, rank=rank, world=world).validation_batches()) for rank in range(world)]
+    shares = [list(loader_of(config, rank=rank, world=world).validation_batches()) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
     rows = [row for share in shares for b in share for row in zip(b.inputs_BT, b.targets_BT, strict=True)]
     asked = [inputs.tolist() for inputs, targets in rows if (targets != IGNORED).any()]
@@ -153,47 +192,47 @@ def test_every_rank_validates_as_many_batches_and_no_sequence_counts_twice(world
 
 def test_validation_leaves_no_gradient(make: Make) -> None:
     made = make()
-    validate(made.engine, made.feed)
-    assert all(parameter.grad is None for parameter in made.engine.objective.parameters())
+    validate(made.engine, made.loader)
+    assert all(parameter.grad is None for parameter in made.engine.module.parameters())
 
 
 def test_a_split_without_sequences_is_refused() -> None:
     with pytest.raises(IntegrityError, match="the validation split of the prepare artifact holds no sequence"):
-        feed_of(PretrainConfig(), validation=0)
+        loader_of(PretrainConfig(), validation=0)
 
 
-def test_a_request_to_stop_saves_and_ends_before_the_next_step(make: Make) -> None:
+def test_a_request_to_stop_checkpointer_and_ends_before_the_next_step(make: Make) -> None:
     requests = iter([False, False, False, True])
     made = make(stop=lambda: next(requests), checkpoint={"every": 100})
     with pytest.raises(Preempted, match="stopped after step 3"):
         made.trainer.run()
-    ((step, state),) = made.saves.saved
+    ((step, state),) = made.checkpointer.saved
     assert (step, state["step"]) == (3, 3)
 
 
 def test_checkpoints_come_at_their_interval_and_at_the_end(make: Make) -> None:
     made = make(steps=7, checkpoint={"every": 3})
     made.trainer.run()
-    assert [step for step, _ in made.saves.saved] == [3, 6, 7]
+    assert [step for step, _ in made.checkpointer.saved] == [3, 6, 7]
 
 
-def test_a_stop_at_a_saved_step_saves_no_second_time(make: Make) -> None:
+def test_a_stop_at_a_saved_step_checkpointer_no_second_time(make: Make) -> None:
     requests = iter([False, False, True])
     made = make(stop=lambda: next(requests), checkpoint={"every": 2})
     with pytest.raises(Preempted):
         made.trainer.run()
-    assert [step for step, _ in made.saves.saved] == [2]
+    assert [step for step, _ in made.checkpointer.saved] == [2]
 
 
 def test_amid_non_finite_steps_nothing_is_saved(make: Make) -> None:
     made = make(checkpoint={"every": 1}, max_skipped=1)
     made.trainer.advance()
     with torch.no_grad():
-        next(made.engine.objective.parameters()).fill_(float("nan"))
+        next(made.engine.module.parameters()).fill_(float("nan"))
     made.trainer.advance()
     with pytest.raises(NumericError, match="step 3 was not finite, 2 in a row"):
         made.trainer.advance()
-    assert [step for step, _ in made.saves.saved] == [1]
+    assert [step for step, _ in made.checkpointer.saved] == [1]
     assert made.trainer.state.skipped == 2
 
 
@@ -204,7 +243,7 @@ def test_lisa_draws_at_intervals_and_freezes_the_rest(make: Make) -> None:
         made.trainer.advance()
         (active,) = made.trainer.state.active or []
         seen.append(active)
-        for name, parameter in made.engine.objective.named_parameters():
+        for name, parameter in made.engine.module.named_parameters():
             assert parameter.requires_grad == (".layers." not in name or f".layers.{active}." in name)
     assert all(len(set(seen[i : i + 3])) == 1 for i in range(0, 12, 3))
     assert len(set(seen)) > 1
@@ -216,7 +255,7 @@ def test_lisa_goes_on_with_the_saved_layers_in_mid_interval(make: Make) -> None:
     made = make(steps=3, state=State(step=2, active=[2]), lisa={"enabled": True, "layers": 1, "interval": 100})
     made.trainer.run()
     assert made.trainer.state.active == [2]
-    frozen = [n for n, p in made.engine.objective.named_parameters() if not p.requires_grad]
+    frozen = [n for n, p in made.engine.module.named_parameters() if not p.requires_grad]
     assert frozen
     assert all(".layers.0." in name or ".layers.1." in name for name in frozen)
 
@@ -230,3 +269,67 @@ def test_trust_ratios_are_averaged_over_the_tensors_of_a_group(make: Make) -> No
     assert len(of_layer) == 7
     assert groups["layer.1"] == pytest.approx(math.fsum(of_layer) / 7)
     assert set(groups) == {"embedding", "layer.0", "layer.1", "layer.2"}
+
+
+# ---- what a step reads from the device ------------------------------------------------------------------------------
+
+
+class HostReads(TorchDispatchMode):
+    """Counts reads of a tensor's value by the host (`float`, `bool`, `item`), by the function that asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_function: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            frames = traceback.extract_stack()
+            own = [
+                f
+                for f in frames
+                if "/tests/" not in f.filename and any(part in f.filename for part in ("/pipelines/", "/models/"))
+            ]
+            self.by_function[own[-1].name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["lamb", "adamw"])
+def test_a_step_without_a_record_reads_what_the_optimizer_decides_by_and_nothing_else(name: str, make: Make) -> None:
+    """Each read makes the host wait for the device: the loss, the targets and the request to stop need none."""
+    made = make(steps=8, log_every=100, validate_every=100, checkpoint={"every": 100}, optimizer={"name": name})
+    made.trainer.advance()  # what is made once
+    with HostReads() as reads:
+        for _ in range(4):
+            made.trainer.advance()
+    assert set(reads.by_function) <= {"_recorded_norm", "_step"}
+    assert sum(reads.by_function.values()) <= 3 * 4
+    assert len(made.trainer.losses._own) == 5
+
+
+def test_losses_that_were_read_late_are_those_of_every_step(make: Make, tmp_path: Path) -> None:
+    make(steps=7, log_every=1).trainer.run()
+    each = (tmp_path / "losses.jsonl").read_bytes()
+    (tmp_path / "losses.jsonl").unlink()
+    make(steps=7, log_every=3, validate_every=100, checkpoint={"every": 2}).trainer.run()
+    late = read_records(tmp_path / "losses.jsonl")
+    assert [record["step"] for record in late] == list(range(1, 8))
+    assert [record["loss"] for record in late] == [json.loads(line)["loss"] for line in each.splitlines()]
+
+
+def test_speed_counts_the_work_since_the_last_record(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A validation between two records makes one of its own: the next one must not count those steps again."""
+    made = make(steps=10, log_every=4, validate_every=5)
+
+    @contextlib.contextmanager
+    def one_second(split: TimeSplit, part: str) -> Iterator[None]:
+        yield
+        split._seconds[part] = split._seconds.get(part, 0.0) + (part == "step")
+
+    monkeypatch.setattr(TimeSplit, "__call__", one_second)
+    made.trainer.run()
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == [4, 5, 8, 10]
+    assert [record["tokens_per_s"] for record in records] == [192.0] * 4
+    assert [record["mfu"] for record in records] == [192.0] * 4

@@ -19,7 +19,7 @@ from pipelines.core.artifact import Artifact
 from pipelines.core.errors import NumericError, Preempted
 from pipelines.training.distributed import Ranks
 from pipelines.training.metrics import read_records
-from pipelines.training.worker import StopRequest, task_for
+from pipelines.training.worker import StopRequest
 from pipelines.training.worker_spec import WorkerSpec
 
 Run = Callable[..., int]
@@ -78,14 +78,17 @@ def validation_by_hand(spec: WorkerSpec, model: Any) -> tuple[float, int]:
     """Sum the nats of every validation target, one sequence at a time, on plain logits."""
     import numpy as np
 
+    from models.architectures.config import IGNORED
     from pipelines.data.shards import ShardReader
-    from pipelines.training.objectives import IGNORED, VALIDATION_EPOCH
+    from pipelines.training.data_loader import VALIDATION_EPOCH, Batch
+    from pipelines.training.loss_module import make_objective
 
     reader = ShardReader(spec.data, "validation")
-    task = task_for(spec, spec.config.architecture(spec.index))
+    objective = make_objective(spec.config, spec.architecture)
     nats, count = 0.0, 0
     for number in range(len(reader)):
-        batch = task.batch(reader.take(np.array([number])), np.array([number]), np.array([VALIDATION_EPOCH]))
+        samples, epochs = np.array([number]), np.array([VALIDATION_EPOCH])
+        batch = Batch.of(*objective.targets(reader.take(samples), samples, epochs))
         with torch.no_grad():
             chances = model(input_ids=batch.inputs_BT).logits.log_softmax(-1)[0]
         for position, target in enumerate(batch.targets_BT[0].tolist()):
