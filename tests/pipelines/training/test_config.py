@@ -40,7 +40,10 @@ INDEX = {"vocab_size": 512, "sequence_length": 64, "bos_id": 0, "eos_id": 1, "pa
         ({"optimizer": {"lr": float("inf")}}, "finite number"),
         ({"optimizer": {"betas": (0.9, 1.0)}}, "less than 1"),
         ({"optimizer": {"clamp": (2.0, 1.0)}}, r"clamp = \[2\.0, 1\.0\] is no interval"),
-        ({"masking": {"mask": 0.9, "random": 0.2}}, r"mask \+ random = 1\.1; together they may be at most 1"),
+        (
+            {"family": "encoder", "objective_settings": {"mask": 0.9, "random": 0.2}},
+            r"mask \+ random = 1\.1; together they may be at most 1",
+        ),
         ({"checkpoint": {"keep": 1}}, "greater than or equal to 2"),
         ({"precision": "bf16", "zero_stage": 0}, "DeepSpeed keeps no fp32 masters there; valid: 1, 2, 3"),
         ({"precision": "fp16"}, "'fp32' or 'bf16'"),
@@ -60,8 +63,10 @@ def test_accumulation_fills_the_batch() -> None:
     assert PretrainConfig(batch_size=48, micro_batch_size=4, world_size=3).accumulation == 4
 
 
-def test_lisa_layers_count_only_when_lisa_is_on() -> None:
-    assert PretrainConfig.model_validate({"lisa": {"layers": 50}}).lisa.layers == 50
+def test_any_setting_of_lisa_switches_it_on_unless_its_switch_says_otherwise() -> None:
+    assert PretrainConfig.model_validate({"lisa": {"layers": 2}}).lisa.enabled
+    assert not PretrainConfig.model_validate({"lisa": {}}).lisa.enabled
+    assert PretrainConfig.model_validate({"lisa": {"enabled": False, "layers": 50}}).lisa.layers == 50
 
 
 def test_each_rule_has_a_rate_of_its_own_unless_one_is_given() -> None:
