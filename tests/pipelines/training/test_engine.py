@@ -15,7 +15,7 @@ from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
 from models.objectives.causal import next_tokens
 from pipelines.core.launcher import launch
-from pipelines.training.config import PretrainConfig
+from pipelines.training.config import OptimizerConfig, PretrainConfig
 from pipelines.training.data_loader import Batch
 from pipelines.training.engine import PlainEngine, create, deepspeed_settings, set_lr
 from pipelines.training.loss_module import LossModule
@@ -95,7 +95,8 @@ def test_bf16_computes_coarsely_and_keeps_float32_masters() -> None:
 
 @pytest.mark.parametrize("name", ["lamb", "adamw", "lars"])
 def test_the_configured_rule_is_used_with_its_settings(name: str) -> None:
-    settings = config(optimizer={"name": name, "lr": 0.3, "weight_decay": 0.2, "clip": None, "betas": (0.8, 0.9)})
+    betas = (0.8, OptimizerConfig().betas[1]) if name == "lars" else (0.8, 0.9)  # lars has the first moment only
+    settings = config(optimizer={"name": name, "lr": 0.3, "weight_decay": 0.2, "clip": None, "betas": betas})
     optimizer = make_optimizer(settings, list(build(ARCHITECTURE, seed=0).named_parameters()))
     group = optimizer.param_groups[0]
     assert type(optimizer).__name__.lower() == name

@@ -239,6 +239,7 @@ def test_a_run_of_two_phases_resumes_in_each_with_the_same_bytes(
     changes: dict[str, Any] = {
         "phases": [{**TWO[0], "steps": 6, "batch_warmup": {"start": 4, "steps": 4}}, {**TWO[1], "steps": 3}],
         "optimizer": {"lr_scaling": {"base_batch": 4}, "lr": 0.01},
+        "schedule": {},
         "steps": 9,
         "batch_size": 16,
         "validate_every": 100,
@@ -310,6 +311,8 @@ def test_a_job_with_a_length_that_does_not_fit_is_refused_before_it_starts(
     from pipelines.core.stage import StageContext
     from pipelines.training.stage import make_worker_spec
 
-    config = plain_spec(tmp_path, phases=[{**TWO[0], "sequence_length": 5}], steps=10, batch_size=16).config
+    config = plain_spec(
+        tmp_path, phases=[{**TWO[0], "sequence_length": 5}], schedule={}, steps=10, batch_size=16
+    ).config
     with pytest.raises(ConfigError, match="sequence_length = 5 does not divide"):
         make_worker_spec(config, prepared, StageContext("pretrain", tmp_path, compute=ComputeConfig(device="cpu")))

@@ -82,7 +82,7 @@ def test_a_replay_trusts_no_description_of_an_earlier_attempt(
 ) -> None:
     """Step 5 was skipped in the first attempt and trained in the second, where 6 and 7 fail: 5 is trained again."""
     spoilt()
-    plan = tmp_path / "faults.json"
+    plan = tmp_path / "later.json"  # a plan of its own: a fault fires once in its life
     plan.write_text(json.dumps([{"point": "train.loss", "step": n, "action": "nan"} for n in (6, 7)]))
     monkeypatch.setenv("INGOT_FAULTS", str(plan))
     monkeypatch.setattr(injection, "_visits", Counter())

@@ -301,6 +301,10 @@ def test_a_step_without_a_record_reads_what_the_optimizer_decides_by_and_nothing
     with HostReads() as reads:
         for _ in range(4):
             made.trainer.advance()
+    config = made.trainer.config
+    passes = 4 * config.batch_size // config.micro_batch_size
+    # transformers 5.23 looks for packed sequences in the positions that it made itself: one read a forward pass.
+    assert reads.by_function.pop("forward", 0) <= passes
     assert set(reads.by_function) <= {"_recorded_norm", "_step"}
     assert sum(reads.by_function.values()) <= 3 * 4
     assert len(made.trainer.losses._own) == 5
