@@ -22,6 +22,7 @@ from flows.cli import app
 from flows.config import RunConfig
 from models.compression import registry
 from pipelines.core.errors import BY_EXIT_CODE
+from pipelines.training.monitors import registry as monitors
 from tests.docs.pages import CHECKOUT, NAMES, PLACEHOLDER, read
 
 SECTIONS = tuple(RunConfig.model_fields)
@@ -56,6 +57,8 @@ def has_key(path: str) -> bool:
     """Return whether a recipe may hold this dotted path."""
     models: list[Any] = [RunConfig]
     parts = [part for part in path.split(".") if not part.isdigit() and part != "*"]
+    if parts[:2] == ["pretrain", "monitors"] and len(parts) > 2:
+        return parts[2] in monitors.names() and set(parts[3:]) <= set(monitors.get(parts[2]).Config.model_fields)
     for part in parts:
         fields = [field for model in models for key, field in model.model_fields.items() if part in (key, field.alias)]
         if not fields:

@@ -134,7 +134,10 @@ def test_ranks_of_a_trained_child_are_identity_but_do_not_part_it_from_its_unfin
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["pretrain.lisa.layers=2"], "pretrain.lisa.layers does nothing while pretrain.lisa.enabled is off"),
+        (
+            ["pretrain.lisa.enabled=false", "pretrain.lisa.layers=2"],
+            "pretrain.lisa.layers does nothing while pretrain.lisa.enabled is off",
+        ),
         (["compute.retries=0", "compute.retry_delay_s=3"], "compute.retry_delay_s does nothing while compute.retries"),
         (
             ["evaluate.probes.latency.enabled=false", "evaluate.probes.latency.repeats=3"],
