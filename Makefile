@@ -26,7 +26,7 @@ test-pipelines: $(VENV)/.installed-dev
 # Unit tests that train nothing, in two halves side by side. What trains, starts ranks or services, or is marked `slow`, is
 # left to `make test`. The selection is this list and that mark, nothing else.
 QUICK_TENSORS = tests/models
-QUICK_PIPELINES = tests/style tests/docs tests/flows tests/pipelines/core tests/pipelines/measure tests/pipelines/report
+QUICK_PIPELINES = tests/style tests/docs tests/flows tests/pipelines/core tests/pipelines/report
 QUICK = -q -m "not slow and not exactness and not faults_full" --timeout 60
 
 quick: $(VENV)/.installed-dev
