@@ -22,6 +22,7 @@ from flows.cli import app
 from flows.config import RunConfig
 from models.compression import registry
 from pipelines.core.errors import BY_EXIT_CODE
+from pipelines.evaluation import probe
 from pipelines.training.monitors import registry as monitors
 from tests.docs.pages import CHECKOUT, NAMES, PLACEHOLDER, read
 
@@ -59,6 +60,8 @@ def has_key(path: str) -> bool:
     parts = [part for part in path.split(".") if not part.isdigit() and part != "*"]
     if parts[:2] == ["pretrain", "monitors"] and len(parts) > 2:
         return parts[2] in monitors.names() and set(parts[3:]) <= set(monitors.get(parts[2]).Config.model_fields)
+    if parts[:2] == ["evaluate", "probes"] and len(parts) > 2:
+        return parts[2] in probe.names() and set(parts[3:]) <= set(probe.get(parts[2]).Settings.model_fields)
     for part in parts:
         fields = [field for model in models for key, field in model.model_fields.items() if part in (key, field.alias)]
         if not fields:

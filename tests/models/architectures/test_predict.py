@@ -60,7 +60,10 @@ def test_chunks_change_neither_loss_nor_gradients(family: str, chunk: int, batch
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     for (name, one), (_, other) in zip(whole.named_parameters(), cut.named_parameters(), strict=True):
-        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6, msg=name)
+        assert one.grad is not None
+        # Another order of summation rounds by an ulp of the largest term, also where the terms cancel.
+        largest = max(1.0, float(one.grad.abs().max()))
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6 * largest, msg=name)
 
 
 def test_chunks_hold_fewer_logits_at_a_time(batch: tuple[Tensor, Tensor]) -> None:
