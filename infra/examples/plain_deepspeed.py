@@ -82,9 +82,9 @@ def main() -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    from pipelines.training.zero_binding import attach
+    from pipelines.training.zero_binding import attach, skip_shared_memory_build
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else the first CPU run compiles it for minutes
+    skip_shared_memory_build()  # else the first CPU run compiles it for minutes
     deepspeed.init_distributed(verbose=False)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(SEED)

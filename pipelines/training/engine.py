@@ -177,9 +177,11 @@ def prepare(module: LossModule, optimizer: FragmentOptimizer, config: PretrainCo
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
 
+    from pipelines.training.zero_binding import skip_shared_memory_build
+
     if os.environ.pop("ACCELERATE_USE_CPU", None):
         raise ConfigError("ACCELERATE_USE_CPU is set: Accelerate would drop DeepSpeed", hint="unset it and run again")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_shared_memory_build()
     deepspeed.utils.logger.setLevel("WARNING")
     settings = deepspeed_settings(config, sum(p.numel() for p in module.parameters()))
     accelerator = Accelerator(

@@ -68,6 +68,28 @@ def _located(engine: Any) -> tuple[Layout, Tensor]:
     return _counted(*read(engine, names))
 
 
+def skip_shared_memory_build() -> None:
+    """Keep DeepSpeed from compiling its shared-memory extension at the first CPU process group.
+
+    That takes minutes, and a build that was killed leaves a lock on which every later run waits for ever. Call it
+    before `init_distributed`.
+
+    Raises:
+        ConfigError: this DeepSpeed lists its extensions in another way.
+    """
+    import deepspeed
+
+    try:
+        operators = deepspeed.ops.__compatible_ops__
+        operators["deepspeed_shm_comm"]  # the name is checked: setting an unknown one would do nothing
+        operators["deepspeed_shm_comm"] = False
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"DeepSpeed {deepspeed.__version__} lists its extensions in an unknown way: {error!r}",
+            hint="install the version of deepspeed that infra/constraints.txt names",
+        ) from error
+
+
 def refresh_weights(engine: Any) -> None:
     """Push the fp32 masters to the live weights, after masters were loaded. Call it on every rank."""
     zero = engine.optimizer

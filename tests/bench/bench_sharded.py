@@ -30,7 +30,7 @@ from models.optim.lamb import Lamb
 from pipelines.core.launcher import launch
 from pipelines.training.data_loader import Batch
 from pipelines.training.loss_module import LossModule
-from pipelines.training.zero_binding import attach
+from pipelines.training.zero_binding import attach, skip_shared_memory_build
 
 VOCABULARY, LENGTH, BATCH = 4096, 256, 4
 IDS = {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
@@ -71,7 +71,7 @@ def work(arguments: argparse.Namespace) -> None:
     import deepspeed
 
     torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_shared_memory_build()
     deepspeed.init_distributed("gloo", verbose=False)
     steps = {
         "AdamW": engine_step(arguments, lambda named: torch.optim.AdamW([p for _, p in named], lr=1e-4)),

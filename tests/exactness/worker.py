@@ -25,7 +25,7 @@ from torch import nn
 
 from models.optim import lisa
 from models.optim.sharded_optimizer import FragmentOptimizer
-from pipelines.training.zero_binding import attach
+from pipelines.training.zero_binding import attach, skip_shared_memory_build
 
 Case = dict[str, Any]
 
@@ -33,7 +33,7 @@ Case = dict[str, Any]
 def main() -> None:
     """Run all cases of the file."""
     torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_shared_memory_build()
     deepspeed.init_distributed("gloo", verbose=False)
     cases = json.loads(Path(sys.argv[1]).read_text())
     for case in cases:

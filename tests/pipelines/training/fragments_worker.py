@@ -24,7 +24,7 @@ from torch import nn
 
 from models.optim.adamw import AdamW
 from models.optim.lamb import Lamb
-from pipelines.training.zero_binding import attach, refresh_weights
+from pipelines.training.zero_binding import attach, refresh_weights, skip_shared_memory_build
 
 
 def model() -> nn.Module:
@@ -114,7 +114,7 @@ def by_callable() -> float:
 def main() -> None:
     """Run everything and write it down."""
     torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_shared_memory_build()
     deepspeed.init_distributed("gloo", verbose=False)
     facts = {
         "refreshed": {f"z{stage}": refreshed(stage) for stage in range(4)},

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from pipelines.core.errors import ConfigError
+from pipelines.training.zero_binding import skip_shared_memory_build
+
 pytestmark = pytest.mark.timeout(600)
 WORLD = 2
 
@@ -110,3 +113,16 @@ def test_half_precision_gives_the_same_losses_at_every_stage(facts: list[dict[st
 
 def test_an_optimizer_made_by_a_callable_is_bound_by_the_models_names(facts: list[dict[str, Any]]) -> None:
     assert all(rank["by_callable"] > 0 for rank in facts)
+
+
+def test_a_deepspeed_that_names_its_extensions_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Setting an unknown name would do nothing, and the first run would compile for minutes, or wait for ever."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    deepspeed = pytest.importorskip("deepspeed")
+    extensions = deepspeed.ops.__compatible_ops__
+    monkeypatch.setitem(extensions, "deepspeed_shm_comm", True)
+    skip_shared_memory_build()
+    assert extensions["deepspeed_shm_comm"] is False
+    monkeypatch.delitem(extensions, "deepspeed_shm_comm")
+    with pytest.raises(ConfigError, match="lists its extensions in an unknown way"):
+        skip_shared_memory_build()
