@@ -127,7 +127,7 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any], mode: FakeDevic
             kwargs["device"] = torch.device("cpu")  # where the numbers are
     if mode is not None and there:
         mode.syncs += packet is _aten._local_scalar_dense
-        if packet in _CROSS and not to_device:
+        if packet in _CROSS and not to_device and torch.device(kwargs.get("device") or "cpu").type == "cpu":
             mode.to_host.append(tuple(args[1 if packet is _aten.copy_ else 0].shape))
     plain_args, plain_kwargs = tree_map(_host, (tuple(args), kwargs))
     result = func(*plain_args, **plain_kwargs)

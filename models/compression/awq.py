@@ -110,7 +110,8 @@ class Method(WeightMethod[Config], config=Config):
             ValueError: no usable second moment.
         """
         hessian_II = statistics.second_moment("awq", weight_OI.shape[1])
-        scale_I = search_scale(weight_OI, hessian_II, config) if config.input_scales else torch.ones(weight_OI.shape[1])
+        ones_I = torch.ones(weight_OI.shape[1], device=weight_OI.device)
+        scale_I = search_scale(weight_OI, hessian_II, config) if config.input_scales else ones_I
         scaled_OI, moment_II = weight_OI.float() * scale_I, hessian_II / torch.outer(scale_I, scale_I).double()
         codes = int_grid.nearest(scaled_OI, int_grid.fit(scaled_OI, config))
         if config.clip == "mse":
@@ -128,5 +129,5 @@ class Method(WeightMethod[Config], config=Config):
     def baselines(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG002
         """Return round to nearest in the same storage, input scales of one included."""
         codes = int_grid.nearest(weight_OI, int_grid.fit(weight_OI, config))
-        ones = torch.ones(weight_OI.shape[1], dtype=torch.bfloat16)
+        ones = torch.ones(weight_OI.shape[1], dtype=torch.bfloat16, device=weight_OI.device)
         return {"rtn": ScaledPacked(codes, ones) if config.input_scales else codes}

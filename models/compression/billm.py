@@ -111,7 +111,7 @@ def salient_columns(weight_OB: Tensor, order_B: Tensor, most: int) -> Tensor:
     """Return the mask of salient columns: the first k of `order_B`, with the k whose block error is least."""
 
     def mask(count: int) -> Tensor:
-        return torch.zeros(len(order_B), dtype=torch.bool).index_fill_(0, order_B[:count].cpu(), value=True)
+        return torch.zeros_like(order_B, dtype=torch.bool).index_fill_(0, order_B[:count], value=True)
 
     def error(salient_B: Tensor) -> float:
         twice_OB, once_OB = _twice(weight_OB, salient_B), binary.fit(weight_OB, (~salient_B).expand_as(weight_OB))
@@ -119,7 +119,7 @@ def salient_columns(weight_OB: Tensor, order_B: Tensor, most: int) -> Tensor:
         return float((dense_OB - weight_OB).square().sum())
 
     limit = min(most, len(order_B) - 1)
-    candidates = [mask(count).to(weight_OB.device) for count in range(min(1, limit), limit + 1)]
+    candidates = [mask(count) for count in range(min(1, limit), limit + 1)]
     return min(candidates, key=error)
 
 

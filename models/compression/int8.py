@@ -65,7 +65,8 @@ def input_range(rows_NI: Tensor, calibrator: str) -> float:
 
 def _scale(rows: Tensor, config: Config) -> Tensor:
     """Return the scale [1] of what the calibrator is shown."""
-    return int_grid.storable(torch.tensor([input_range(rows, config.calibrator) / 127], dtype=torch.float32))
+    scale = input_range(rows, config.calibrator) / 127
+    return int_grid.storable(torch.tensor([scale], dtype=torch.float32, device=rows.device))
 
 
 class Method(WeightMethod[Config], config=Config):

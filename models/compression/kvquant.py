@@ -93,7 +93,7 @@ def k_means(unit: Tensor, weight: Tensor, bits: int) -> Codebook:
     if not bool(w.sum() > 0):
         w = torch.ones_like(w)
     mass, moment = _running(w), _running(w * x)
-    middles = (torch.arange(1 << bits, dtype=torch.float64) + 0.5) / (1 << bits) * mass[-1]
+    middles = (torch.arange(1 << bits, dtype=torch.float64, device=x.device) + 0.5) / (1 << bits) * mass[-1]
     centres = x[torch.searchsorted(mass[1:].contiguous(), middles).clamp(max=len(x) - 1)]
     for _ in range(_ROUNDS):
         cuts = torch.searchsorted(x, (centres[1:] + centres[:-1]) / 2)

@@ -83,7 +83,7 @@ def importance(weight_OI: Tensor, statistics: Statistics, config: Config) -> Ten
         ValueError: it was not measured.
     """
     if config.weighting == "none":
-        return torch.ones(weight_OI.shape)
+        return torch.ones_like(weight_OI, dtype=torch.float32)
     if config.weighting == "hessian":
         moment_II = statistics.second_moment("lq_lora", weight_OI.shape[1])
         found_OI = moment_II.diagonal().float().expand(weight_OI.shape)
@@ -151,7 +151,8 @@ class Method(WeightMethod[Config], config=Config):
 
     def baselines(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG002
         """Return the start of QLoRA: the weight rounded alone, beside an adapter of zeros of the same size."""
-        left_OR, right_RI = (torch.zeros(size, dtype=torch.bfloat16) for size in _adapter_shapes(weight_OI, config))
+        sizes = _adapter_shapes(weight_OI, config)
+        left_OR, right_RI = (torch.zeros(s, dtype=torch.bfloat16, device=weight_OI.device) for s in sizes)
         return {"qlora": AdaptedPacked(normal_float.quantize(weight_OI, config), left_OR, right_RI)}
 
     def allocation(self, config: Config) -> BitAllocation[Config] | None:

@@ -45,7 +45,7 @@ def begin(weight_OI: Tensor, config: Config) -> lq_lora.AdaptedPacked:
     fields = lq_lora.Config.model_fields.keys() & type(config).model_fields.keys()
     split = lq_lora.Config(weighting="none", **{name: getattr(config, name) for name in fields})
     if config.init_from == "lq":
-        return lq_lora.decompose(weight_OI.float(), torch.ones(weight_OI.shape), split)
+        return lq_lora.decompose(weight_OI.float(), torch.ones_like(weight_OI, dtype=torch.float32), split)
     rows, columns = weight_OI.shape
     rank = min(config.rank, rows, columns)
     generator = torch.Generator().manual_seed(rows * columns + rank)

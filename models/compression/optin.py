@@ -68,7 +68,7 @@ def importance(
 def _parts(sizes_U: Tensor, count: int) -> Iterator[Tensor]:
     """Yield masks of `count` units each, neighbours in size."""
     for part in torch.argsort(sizes_U, stable=True).split(count):
-        mask_U = torch.zeros(len(sizes_U), dtype=torch.bool)
+        mask_U = torch.zeros_like(sizes_U, dtype=torch.bool)
         mask_U[part] = True
         yield mask_U
 

@@ -83,7 +83,7 @@ class MixedPacked(Packed):
         """Return the weight [O, I], float32."""
         size = self.salient_OI.shape[1] // self.levels.scale_OG.shape[1]
         scale_OI, mean_OI, amplitude_OI = (values.repeat_interleave(size, dim=1) for values in self.levels)
-        dense_OI = torch.empty(self.salient_OI.shape)
+        dense_OI = torch.empty(self.salient_OI.shape, device=self.salient_OI.device)
         dense_OI[self.salient_OI] = self.codes.float() * scale_OI[self.salient_OI]
         others_OI = ~self.salient_OI
         dense_OI[others_OI] = binary.two_values(mean_OI[others_OI], amplitude_OI[others_OI], self.signs)

@@ -63,8 +63,10 @@ class QuikPacked(Packed):
 
     def dequantize(self) -> Tensor:
         """Return the weight [O, I], float32."""
-        dense_OI = torch.empty(len(self.outliers_OK), len(self._kept) + len(self.index_K))
-        dense_OI[:, self._kept] = self.rounded.dequantize()
+        kept = self._kept
+        shape = (len(self.outliers_OK), len(kept) + len(self.index_K))
+        dense_OI = torch.empty(shape, device=self.outliers_OK.device)
+        dense_OI[:, kept] = self.rounded.dequantize()
         dense_OI[:, self.index_K.long()] = self.outliers_OK.float()
         return dense_OI
 
@@ -85,7 +87,7 @@ class QuikPacked(Packed):
 
 def others(index_K: Tensor, columns: int) -> Tensor:
     """Return the columns that are not in `index_K`, increasing."""
-    mask = torch.ones(columns, dtype=torch.bool)
+    mask = torch.ones(columns, dtype=torch.bool, device=index_K.device)
     mask[index_K.long()] = False
     return mask.nonzero().flatten()
 
@@ -141,4 +143,5 @@ class Method(WeightMethod[Config], config=Config):
     def baselines(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:
         """Return as many features at random in 16 bits, everything else the same."""
         generator = torch.Generator().manual_seed(0)
-        return {"random": _pack(weight_OI, statistics, config, torch.rand(weight_OI.shape[1], generator=generator))}
+        score_I = torch.rand(weight_OI.shape[1], generator=generator).to(weight_OI.device)
+        return {"random": _pack(weight_OI, statistics, config, score_I)}

@@ -1,1 +1,1 @@
-"""The compress stage: calibration, the layer walk and the packed export."""
+"""The compress stage: calibration, a driver for each kind of method, and the packed variant."""

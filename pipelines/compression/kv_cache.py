@@ -308,7 +308,7 @@ def _compare(run: CompressionRun, base: PreTrainedModel, tables: Mapping[str, Se
     return baselines.compare(run, text, contenders(), count=2 + len(others), left_out=LEFT_OUT)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def cache_bytes(model: PreTrainedModel, text: QuickEval, exact_tokens: int) -> tuple[float, float]:
     """Return the bytes that a cache holds for a token, and those of the codes for a quantized token."""
     ids_BT = torch.from_numpy(text.batches[0].ids).to(text.device)

@@ -124,7 +124,7 @@ def pack(run: CompressionRun, spec: WorkerSpec) -> CompressionReport:
     model = qat_objective.student(settings, spec.architecture, spec.config.seed)
     if parameters.steps:
         qat_objective.load_trained(model, spec.model)
-    packed = method.finish(model.to(run.device), parameters)
+    packed = method.finish(model, parameters)  # on the CPU, where the student was put together
     plain = run.context.scratch / "plain"
     _write_plain(cast("PreTrainedModel", model), packed, run.source, plain)
     bare, reader = meta_init.build(plain), WeightReader(plain)

@@ -33,7 +33,7 @@ def exists(folder: Path) -> bool:
 def write(folder: Path, tables: Sequence[Tables], method: str, config: MethodConfig) -> None:
     """Write the tables of all layers."""
     stored = {
-        f"layers.{number}.{side}.{name}": tensor.contiguous()
+        f"layers.{number}.{side}.{name}": tensor.cpu().contiguous()
         for number, table in enumerate(tables)
         for side in _SIDES
         for name, tensor in getattr(table, side).tensors().items()

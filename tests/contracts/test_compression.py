@@ -29,6 +29,7 @@ from pipelines.core.stage import StageContext
 from pipelines.data import shards
 from pipelines.modelio.folder import WeightReader
 from pipelines.modelio.load import load_model
+from tests.fake_device import DEVICE, FakeDevice, host
 
 IDS = {"bos_id": 60, "eos_id": 61, "pad_id": 62, "mask_id": 63}
 WEIGHT_METHODS = registry.names("weight")
@@ -84,6 +85,23 @@ def test_compression_is_deterministic_and_leaves_its_input_alone(method: Method,
     assert torch.equal(weight, before)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_layer_stays_on_its_device_and_the_numbers_are_those_of_the_cpu(method: Method, layer: Any) -> None:
+    """On a device that refuses to meet a tensor of the CPU, as CUDA does: nothing is made elsewhere or taken back."""
+    weight, seen = layer
+    config = method.Config()
+    packed, others = method.compress(weight, seen, config), method.baselines(weight, seen, config)
+    with FakeDevice() as fake:
+        there = {key: v.to(DEVICE) if isinstance(v, Tensor) else v for key, v in vars(seen).items()}
+        moved = weight.to(DEVICE), Statistics(**there), config
+        made, others_made = method.compress(*moved), method.baselines(*moved)
+        pairs = [(made, packed), *((others_made[name], other) for name, other in others.items())]
+        for mine, expected in pairs:
+            assert mine.dequantize().device == DEVICE
+            assert torch.equal(host(mine.dequantize()), expected.dequantize())
+        large = [shape for shape in fake.to_host if len(shape) > 1]
+        assert not large, "copied to the host"
 
 
 def test_the_packed_round_trip_is_bit_exact(method: Method, layer: Any, tmp_path: Path) -> None:

@@ -62,11 +62,12 @@ def pack_digits(digits_OI: Tensor, base: int) -> Tensor:
     """Return uint8 [O, ceil(I / k)] with k digits of the base in each byte, lowest first."""
     count = PER_BYTE[base]
     padded = torch.nn.functional.pad(digits_OI.to(torch.uint8), (0, -digits_OI.shape[1] % count))
-    places = torch.tensor([base**place for place in range(count)], dtype=torch.uint8)
+    places = torch.tensor([base**place for place in range(count)], dtype=torch.uint8, device=digits_OI.device)
     return (padded.unflatten(1, (-1, count)) * places).sum(-1, dtype=torch.uint8)
 
 
 def unpack_digits(bytes_OB: Tensor, base: int, columns: int) -> Tensor:
     """Return the digits [O, columns], uint8."""
-    places = torch.tensor([base**place for place in range(PER_BYTE[base])], dtype=torch.uint8)
+    powers = [base**place for place in range(PER_BYTE[base])]
+    places = torch.tensor(powers, dtype=torch.uint8, device=bytes_OB.device)
     return (bytes_OB.unsqueeze(-1) // places % base).flatten(1)[:, :columns].contiguous()

@@ -56,9 +56,8 @@ class NormalFloat:
     def dequantize(self) -> Tensor:
         """Return the weight [O, I], float32."""
         scale = _scales(self.magnitudes, self.tops, self.least, self.config)
-        return _expand(scale, self.config.block, self.shape) * levels(self.config.bits)[self.codes.long()].view(
-            self.shape
-        )
+        unit = levels(self.config.bits).to(self.codes.device)[self.codes.long()].view(self.shape)
+        return _expand(scale, self.config.block, self.shape) * unit
 
     def tensors(self) -> dict[str, Tensor]:
         """Return codes and magnitudes as packed bits, lowest bit first, and everything else."""
@@ -95,7 +94,8 @@ def quantize(weight_OI: Tensor, config: NormalFloatConfig) -> NormalFloat:
     share = (magnitude - least) / _spread(tops, config.super_block, len(magnitude)).clamp(min=1e-30)
     magnitudes = (share * steps).round().clamp(0, steps).to(torch.uint8)
     scale = _scales(magnitudes, tops, least, config).clamp(min=1e-30)
-    middles = (levels(config.bits)[1:] + levels(config.bits)[:-1]) / 2
+    points = levels(config.bits).to(weight_OI.device)
+    middles = (points[1:] + points[:-1]) / 2
     codes = torch.bucketize(weight_OI.float() / _expand(scale, config.block, (rows, columns)), middles)
     return NormalFloat(codes.flatten().to(torch.uint8), magnitudes, tops, least, (rows, columns), config)
 
@@ -116,14 +116,14 @@ def restore(tensors: Mapping[str, Tensor], config: NormalFloatConfig) -> NormalF
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Return unsigned codes of so many bits as uint8, lowest bit first, nothing between them."""
-    places = torch.arange(bits, dtype=torch.uint8)
+    places = torch.arange(bits, dtype=torch.uint8, device=codes.device)
     return pack_flat(((codes.unsqueeze(1) >> places) & 1).bool().flatten())
 
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     """Return `count` unsigned codes, uint8."""
     planes = unpack_flat(packed, count * bits).view(count, bits).to(torch.uint8)
-    return (planes << torch.arange(bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return (planes << torch.arange(bits, dtype=torch.uint8, device=packed.device)).sum(1, dtype=torch.uint8)
 
 
 def _scales(magnitudes: Tensor, tops: Tensor, least: Tensor, config: NormalFloatConfig) -> Tensor:

@@ -77,7 +77,7 @@ class SparsePacked(Packed):
 
     def dequantize(self) -> Tensor:
         """Return the weight [O, I], float32, zero where pruned."""
-        dense_OI = torch.zeros(self.mask_OI.shape, dtype=torch.float32)
+        dense_OI = torch.zeros(self.mask_OI.shape, dtype=torch.float32, device=self.values.device)
         dense_OI[self.mask_OI] = self.values.to(torch.float32)
         return dense_OI if self.scale_O is None else dense_OI * self.scale_O.to(torch.float32).unsqueeze(1)
 
@@ -160,11 +160,11 @@ def keep_pattern(score_OI: Tensor, kept: int, of: int) -> Tensor:
 def pack_bits(mask_OI: Tensor) -> Tensor:
     """Return uint8 [O, ceil(I/8)], lowest bit first."""
     padded = torch.nn.functional.pad(mask_OI.to(torch.uint8), (0, -mask_OI.shape[1] % 8))
-    weights = 2 ** torch.arange(8, dtype=torch.uint8)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask_OI.device)
     return (padded.unflatten(1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(bits_OB: Tensor, columns: int) -> Tensor:
     """Return the bool mask [O, columns]."""
-    places = torch.arange(8, dtype=torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device=bits_OB.device)
     return ((bits_OB.unsqueeze(-1) >> places) & 1).flatten(1)[:, :columns].bool()

@@ -39,7 +39,7 @@ def least_squares(values: Tensor) -> float:
     """Return the range with the least squared error, rounding and clipping together."""
     counts_B, centres_B = histogram(values)
     top = float(values.abs().max())
-    ranges = top * torch.arange(1, _FRACTIONS + 1, dtype=torch.float64) / _FRACTIONS
+    ranges = top * torch.arange(1, _FRACTIONS + 1, dtype=torch.float64, device=values.device) / _FRACTIONS
     scale = ranges.unsqueeze(1) / (_LEVELS - 1)
     rounded = (centres_B / scale).round().clamp(max=_LEVELS - 1) * scale
     errors = ((rounded - centres_B).square() * counts_B).sum(1)
@@ -59,7 +59,7 @@ def histogram(values: Tensor) -> tuple[Tensor, Tensor]:
     size = values.abs().flatten().float()
     top = float(size.max()) or 1.0
     counts_B = torch.histc(size, BINS, 0.0, top).double()
-    return counts_B, (torch.arange(BINS, dtype=torch.float64) + 0.5) * (top / BINS)
+    return counts_B, (torch.arange(BINS, dtype=torch.float64, device=size.device) + 0.5) * (top / BINS)
 
 
 def _divergence(counts_B: Tensor, width: int) -> Tensor:
@@ -67,10 +67,10 @@ def _divergence(counts_B: Tensor, width: int) -> Tensor:
     kept = counts_B[:width]
     clipped = kept.clone()
     clipped[-1] += counts_B[width:].sum()
-    level = torch.arange(width) * _LEVELS // width
+    level = torch.arange(width, device=kept.device) * _LEVELS // width
     filled = (kept > 0).double()
-    mass = torch.zeros(_LEVELS, dtype=torch.float64).index_add_(0, level, kept)
-    places = torch.zeros(_LEVELS, dtype=torch.float64).index_add_(0, level, filled)
+    mass = kept.new_zeros(_LEVELS).index_add_(0, level, kept)
+    places = kept.new_zeros(_LEVELS).index_add_(0, level, filled)
     spread = (mass / places.clamp(min=1))[level] * filled
     p, q = clipped / clipped.sum(), spread / spread.sum()
     seen = p > 0

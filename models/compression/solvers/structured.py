@@ -85,8 +85,8 @@ class MaskedModel(Protocol):
 
 
 def keep_best(groups_LG: Tensor, neurons_LF: Tensor, config: StructureConfig) -> Structure:
-    """Return the structure that keeps the highest scores of each layer."""
-    return Structure(_highest(groups_LG, config.heads), _highest(neurons_LF, config.neurons))
+    """Return the structure that keeps the highest scores of each layer; its masks are on the CPU."""
+    return Structure(_highest(groups_LG.cpu(), config.heads), _highest(neurons_LF.cpu(), config.neurons))
 
 
 def draw(model: MaskedModel, config: StructureConfig, seed: int) -> Structure:
