@@ -258,10 +258,11 @@ def test_a_variant_stands_beside_its_baselines_in_the_report(make: Make) -> None
 
 def test_a_variant_is_compared_on_as_many_documents_as_asked_for(make: Make) -> None:
     """Weights that are trained and weights that are rounded are measured by one quick evaluation."""
-    few = make({"method": "paretoq", "bits": 3, "steps": 0, "baseline_documents": 3}, here=False).report
+    table = {"method": "paretoq", "bits": 3, "steps": 0, "baselines": False}
+    few = make(table | {"baseline_documents": 3}, here=False).report
     assert few["comparison"]["items"] == 3
     assert few["comparison"]["baselines"] == {}
-    none = make({"method": "paretoq", "bits": 3, "steps": 0, "baseline_documents": 0}, name="none", here=False).report
+    none = make(table | {"baseline_documents": 0}, name="none", here=False).report
     assert "comparison" not in none
 
 
@@ -276,7 +277,7 @@ def test_layers_can_be_left_alone(make: Make) -> None:
     ("table", "message"),
     [
         ({"method": "sortednet", "depth": 9}, "sortednet: depth 9, but the model has 3 layers; valid: 1 to 3"),
-        ({"method": "distill", "layers": 4}, "distill: layers = 4 is more than the 3 of the parent"),
+        ({"method": "distill", "layers": 4}, "distill: layers = 4 is more than the 3 of the base"),
         ({"method": "paretoq", "lisa_layers": 7}, "lisa.layers = 7; the model has 3 layers, valid: 1 to 3"),
     ],
 )
