@@ -55,7 +55,7 @@ def test_a_parent_that_rounds_its_inputs_is_refused(
 ) -> None:
     bench = small()
     parent = published(compress(bench, first | {"samples": 8})[0])
-    with pytest.raises(ConfigError, match=r"gptq cannot start from this parent: model\.layers\.0\.\S+ rounds") as found:
+    with pytest.raises(ConfigError, match=r"gptq cannot start from this base: model\.layers\.0\.\S+ rounds") as found:
         compress(bench, {"method": "gptq"}, parent=parent)
     assert "quantize inputs last" in str(found.value.hint)
 
