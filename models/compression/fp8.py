@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from models.compression.base import Calibration, MethodConfig, Packed, Statistics, WeightMethod
-from models.compression.formats import float8, int_grid
+from models.compression.formats import int_grid
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -42,12 +42,11 @@ class FloatPacked(Packed):
     """One byte a weight; its inputs are rounded to the same format."""
 
     codes_OI: Tensor
-    """uint8."""
+    """float8_e4m3fn or float8_e5m2."""
     scale: Tensor
     """[1]."""
     input_scale: Tensor
     """[1] float32."""
-    form: Literal["e4m3", "e5m2"]
 
     @property
     def storage(self) -> str:
@@ -56,25 +55,20 @@ class FloatPacked(Packed):
 
     def dequantize(self) -> Tensor:
         """Return the weight [O, I], float32."""
-        return float8.decode(self.codes_OI, _format(self.form)) * self.scale.float()
+        return self.codes_OI.float() * self.scale.float()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return codes and scales."""
-        dtype = torch.float8_e4m3fn if self.form == "e4m3" else torch.float8_e5m2
-        return {
-            "weight": self.codes_OI.view(dtype),
-            "weight_scale": self.scale,
-            "input_scale": self.input_scale,
-        }
+        return {"weight": self.codes_OI, "weight_scale": self.scale, "input_scale": self.input_scale}
 
     def inputs(self, x: Tensor) -> Tensor:
         """Return x rounded to the format, saturating."""
-        scale, form = self.input_scale.to(x.device), _format(self.form)
-        return (float8.decode(float8.encode(x.float() / scale, form), form) * scale).to(x.dtype)
+        scale = self.input_scale.to(x.device)
+        return (rounded(x.float() / scale, self.codes_OI.dtype).float() * scale).to(x.dtype)
 
     def scheme(self) -> dict[str, Any] | None:
         """Return the compressed-tensors arguments of the weight; None for E5M2."""
-        return _arguments() if self.form == "e4m3" else None
+        return _arguments() if self.codes_OI.dtype == torch.float8_e4m3fn else None
 
     def input_scheme(self) -> dict[str, Any] | None:
         """Return the compressed-tensors arguments of the inputs."""
@@ -85,13 +79,23 @@ class FloatPacked(Packed):
         return replace(self, scale=self.scale.float())
 
 
-def tensor_scale(values: Tensor, form: float8.Format) -> Tensor:
-    """Return [1] float32, exact in bfloat16: what takes the largest magnitude to the largest of the format."""
-    return int_grid.storable((values.abs().max() / form.largest).float().reshape(1))
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values in an 8-bit floating-point type: the nearest, ties to even, the largest for what lies beyond.
+
+    torch rounds so, but makes infinity or NaN of what lies beyond; NaN stays NaN.
+    """
+    largest = torch.finfo(dtype).max
+    return values.float().clamp(-largest, largest).to(dtype)
 
 
-def _format(name: str) -> float8.Format:
-    return float8.E4M3 if name == "e4m3" else float8.E5M2
+def tensor_scale(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return [1] float32, exact in bfloat16: what takes the largest magnitude to the largest of the type."""
+    return int_grid.storable((values.abs().max() / torch.finfo(dtype).max).float().reshape(1))
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """Return the type that a configuration names."""
+    return torch.float8_e4m3fn if config.form == "e4m3" else torch.float8_e5m2
 
 
 def _arguments() -> dict[str, Any]:
@@ -112,12 +116,11 @@ class Method(WeightMethod[Config], config=Config):
         Raises:
             ValueError: no sample of inputs.
         """
-        rows_NI, form = statistics.rows("fp8", weight_OI.shape[1]), _format(config.form)
-        scale, input_scale = tensor_scale(weight_OI, form), tensor_scale(rows_NI, form) * 2**config.margin
-        codes_OI = float8.encode(weight_OI.float() / scale, form)
-        return FloatPacked(codes_OI, scale.to(torch.bfloat16), input_scale, config.form)
+        rows_NI, dtype = statistics.rows("fp8", weight_OI.shape[1]), dtype_of(config)
+        scale, input_scale = tensor_scale(weight_OI, dtype), tensor_scale(rows_NI, dtype) * 2**config.margin
+        return FloatPacked(rounded(weight_OI.float() / scale, dtype), scale.to(torch.bfloat16), input_scale)
 
     def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:
         """Rebuild a packed weight from its stored tensors."""
-        codes_OI = tensors["weight"].view(torch.uint8)
-        return FloatPacked(codes_OI, tensors["weight_scale"], tensors["input_scale"], config.form)
+        codes_OI = tensors["weight"].view(dtype_of(config))
+        return FloatPacked(codes_OI, tensors["weight_scale"], tensors["input_scale"])

@@ -148,7 +148,7 @@ def channel_ranges(x_NC: Tensor, share: float) -> Tensor:
 
 def _codebook(x: Tensor, low: Tensor, high: Tensor, dense: Tensor, fisher: Tensor, config: Config) -> Codebook:
     if config.codebook == "uniform":
-        return uniform(config.bits)
+        return uniform(config.bits).to(x.device)
     unit = to_unit(x.float(), low, high)
     weight = ((high - low) / 2).square().expand_as(x) * (fisher if config.fisher else 1.0)
     codebook = k_means(unit[dense], weight[dense], config.bits)

@@ -49,8 +49,8 @@ def begin(weight_OI: Tensor, config: Config) -> lq_lora.AdaptedPacked:
     rows, columns = weight_OI.shape
     rank = min(config.rank, rows, columns)
     generator = torch.Generator().manual_seed(rows * columns + rank)
-    right_RI = torch.randn(rank, columns, generator=generator) * columns**-0.5
-    left_OR = torch.zeros(rows, rank, dtype=torch.bfloat16)
+    right_RI = torch.randn(rank, columns, generator=generator).to(weight_OI.device) * columns**-0.5
+    left_OR = torch.zeros(rows, rank, dtype=torch.bfloat16, device=weight_OI.device)
     return lq_lora.AdaptedPacked(normal_float.quantize(weight_OI, split), left_OR, right_RI.to(torch.bfloat16))
 
 

@@ -137,7 +137,7 @@ def factored(model: nn.Module) -> dict[str, FactoredLinear]:
 def dense(module: FactoredLinear) -> nn.Linear:
     """Return the layer with its factors multiplied out."""
     weight_OI = module.left_OR.detach() @ module.right_RI.detach()
-    linear = torch.nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=module.bias is not None)
+    linear = torch.nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=module.bias is not None, device="meta")
     linear.weight = torch.nn.Parameter(weight_OI)
     if module.bias is not None:
         linear.bias = module.bias

@@ -82,7 +82,7 @@ class Method(StructureMethod[Config], config=Config):
 
     def select(self, model: MaskedModel, config: Config) -> Structure:
         """Return the structure that keeps the most important units of each layer."""
-        sizes = model.magnitudes()
+        sizes = {kind: size_LU.cpu() for kind, size_LU in model.magnitudes().items()}
         scores = {kind: torch.zeros_like(sizes[kind], dtype=torch.float64) for kind in ("groups", "neurons")}
         for unit_kind, share, at_once in (
             ("groups", config.heads, 1),

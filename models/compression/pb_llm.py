@@ -89,6 +89,11 @@ class MixedPacked(Packed):
         dense_OI[others_OI] = binary.two_values(mean_OI[others_OI], amplitude_OI[others_OI], self.signs)
         return dense_OI
 
+    def to(self, device: torch.device) -> MixedPacked:
+        """Return the same on another device."""
+        salient_OI, codes, signs = (tensor.to(device) for tensor in (self.salient_OI, self.codes, self.signs))
+        return MixedPacked(salient_OI, codes, signs, Levels(*(values_OG.to(device) for values_OG in self.levels)))
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the stored tensors; the module docstring says what they are."""
         return {

@@ -71,6 +71,7 @@ def quantize(weight_OI: Tensor, salient_OI: Tensor, frozen_OI: Tensor, config: C
 
 def pack(weight_OI: Tensor, start: pb_llm.MixedPacked, config: Config) -> pb_llm.MixedPacked:
     """Return the codes of the start beside the signs and levels of now."""
+    start = start.to(weight_OI.device)
     now = pb_llm.fit(weight_OI, start.salient_OI, config.stored)._replace(scale_OG=start.levels.scale_OG)
     return replace(pb_llm.pack(weight_OI.float(), start.salient_OI, now), codes=start.codes)
 

@@ -1,1 +1,1 @@
-"""How a compressed tensor is stored: integer grids, sparse, binary, NF, FP8, and rounded inputs."""
+"""How a compressed tensor is stored: integer grids, sparse, binary, NF, and rounded inputs."""

@@ -37,6 +37,10 @@ class Codebook:
         """Return the codebook whose codes change halfway between two levels."""
         return cls(levels_L, (levels_L[1:] + levels_L[:-1]) / 2)
 
+    def to(self, device: torch.device) -> Codebook:
+        """Return the same levels on another device."""
+        return Codebook(self.levels_L.to(device), self.edges.to(device))
+
     def encode(self, unit: Tensor) -> Tensor:
         """Return the codes of entries in the unit interval, uint8, in their shape."""
         return torch.bucketize(unit.contiguous(), self.edges).to(torch.uint8)
@@ -145,9 +149,8 @@ class Quantizer:
 
     def to(self, device: torch.device) -> Quantizer:
         """Return the same tables on another device."""
-        book = Codebook(self.codebook.levels_L.to(device), self.codebook.edges.to(device))
         range_2C = None if self.range_2C is None else self.range_2C.to(device)
-        return Quantizer(self.bits, book, self.outliers, range_2C, self.group)
+        return Quantizer(self.bits, self.codebook.to(device), self.outliers, range_2C, self.group)
 
     def _ends(self, ranges_NR: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Return lowest and highest of every entry, or of every row where it is one group."""

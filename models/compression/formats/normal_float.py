@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -59,6 +59,11 @@ class NormalFloat:
         unit = levels(self.config.bits).to(self.codes.device)[self.codes.long()].view(self.shape)
         return _expand(scale, self.config.block, self.shape) * unit
 
+    def to(self, device: torch.device) -> NormalFloat:
+        """Return the same on another device."""
+        codes, magnitudes, tops, least = (t.to(device) for t in (self.codes, self.magnitudes, self.tops, self.least))
+        return replace(self, codes=codes, magnitudes=magnitudes, tops=tops, least=least)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return codes and magnitudes as packed bits, lowest bit first, and everything else."""
         return {
@@ -72,7 +77,7 @@ class NormalFloat:
 
 @functools.cache
 def levels(bits: int) -> Tensor:
-    """Return the 2^bits levels, increasing from -1 to 1, zero among them; one more above zero than below."""
+    """Return the 2^bits levels on the CPU, increasing from -1 to 1, zero among them; one more above zero than below."""
     half = 1 << (bits - 1)
     below = torch.special.ndtri(torch.linspace(1 - _OFFSET, 0.5, half, dtype=torch.float64))
     above = torch.special.ndtri(torch.linspace(0.5, _OFFSET, half + 1, dtype=torch.float64))[1:]

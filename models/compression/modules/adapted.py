@@ -35,7 +35,7 @@ class AdaptedLinear(nn.Module):
     def pack(self) -> AdaptedPacked:
         """Return the layer as stored: the base's own codes, the adapter in bfloat16."""
         left_OR, right_RI = (factor.detach().to(torch.bfloat16) for factor in (self.left_OR, self.right_RI))
-        return AdaptedPacked(self.quantized, left_OR.contiguous(), right_RI.contiguous())
+        return AdaptedPacked(self.quantized.to(left_OR.device), left_OR.contiguous(), right_RI.contiguous())
 
 
 def freeze(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""FP8 on one layer, against torch's casts."""
+"""FP8 on one layer, and the rounding of torch's casts against the formats written out."""
 
 from __future__ import annotations
 
@@ -10,6 +10,46 @@ from models.compression import fp8, int8
 from models.compression.base import Statistics
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+def magnitudes(mantissa: int, bias: int, last: int) -> Tensor:
+    """Return the finite magnitudes of a format in the order of their codes, from the definition (arXiv 2209.05433)."""
+    codes = torch.arange(last + 1)
+    exponent, fraction = codes >> mantissa, (codes % (1 << mantissa)).double() / (1 << mantissa)
+    return torch.exp2((exponent.clamp(min=1) - bias).double()) * (fraction + (exponent > 0).double())
+
+
+TABLES = {"e4m3": magnitudes(3, 7, 0x7E), "e5m2": magnitudes(2, 15, 0x7B)}
+
+
+@pytest.mark.parametrize("form", ["e4m3", "e5m2"])
+def test_every_finite_code_stands_for_what_the_format_says(form: str) -> None:
+    table = TABLES[form]
+    codes = torch.arange(len(table)).to(torch.uint8)
+    assert torch.equal(codes.view(DTYPES[form]).double(), table)
+    assert torch.equal((codes + 0x80).view(DTYPES[form]).double(), -table)
+    assert torch.finfo(DTYPES[form]).max == table[-1]
+
+
+@pytest.mark.parametrize("form", ["e4m3", "e5m2"])
+def test_rounding_is_to_the_nearest_ties_to_even_and_stays_at_the_largest(form: str) -> None:
+    """Every midpoint, both its neighbours in float32, and numbers of all sizes, one by one against the table."""
+    table, generator = TABLES[form], torch.Generator().manual_seed(0)
+    middle = ((table[1:] + table[:-1]) / 2).float()
+    near = [torch.nextafter(middle, torch.full_like(middle, end)) for end in (0.0, float("inf"))]
+    powers = torch.exp2(torch.randint(-18, 18, (2000,), generator=generator).float())
+    largest = float(table[-1])
+    beyond = largest * torch.tensor([1.0, 1.03, 1.0715, 1.08, 1.2, 1e9, float("inf")])
+    values = torch.cat([middle, *near, torch.randn(2000, generator=generator) * powers, beyond, torch.zeros(1)])
+    values = torch.cat([values, -values])
+    apart = (values.double().abs().clamp(max=largest).unsqueeze(1) - table).abs()
+    nearest = apart == apart.min(1, keepdim=True).values
+    even = torch.arange(len(table)) % 2 == 0
+    place = (nearest.long() * 2 + (nearest & even).long()).argmax(1)
+    result = fp8.rounded(values, DTYPES[form])
+    assert torch.equal(result.view(torch.uint8) & 0x7F, place.to(torch.uint8))
+    assert torch.equal(result.float().signbit(), values.signbit())
+    assert bool(fp8.rounded(torch.tensor([float("nan")]), DTYPES[form]).isnan())
 
 
 @pytest.fixture(scope="module")
