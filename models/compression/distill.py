@@ -6,8 +6,8 @@
 widths as || h/|h| - h'/|h'| ||^2, of different ones as the squared difference of the cosines between all tokens of a
 sequence, so that no projection has to be learned and thrown away.
 
-The student starts from evenly spread layers of the model that it is made from, or, behind a pruned child (`from`), from
-that child; the teacher is the pretrained model of the run. The child is an ordinary, smaller model.
+The student starts from evenly spread layers of the model that it is made from, or, behind a pruned variant (`from`),
+from that variant; the teacher is the pretrained model of the run. The variant is an ordinary, smaller model.
 """
 
 from __future__ import annotations

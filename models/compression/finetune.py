@@ -1,4 +1,4 @@
-"""Continued training without compression: the neutral arm of every method that trains.
+"""Continued training without compression: the baseline of every method that trains.
 
 Briefly trained models get better with any further step, so what a method gains is what it gains beyond this.
 """

@@ -196,5 +196,7 @@ class Method(WeightMethod[Config], config=Config):
         random_OI = highest(sparse.random_score(weight_OI), config.salient)
         salient_OI = highest(score(weight_OI, hessian_II, config.salience), config.salient)
         alone = pack(weight_OI.float(), salient_OI, fit(weight_OI, salient_OI, config))
-        arms: dict[str, Packed] = {"rtn": alone}
-        return arms | ({"random": _compensated(weight_OI, hessian_II, random_OI, config)} if config.salient else {})
+        baselines: dict[str, Packed] = {"rtn": alone}
+        return baselines | (
+            {"random": _compensated(weight_OI, hessian_II, random_OI, config)} if config.salient else {}
+        )

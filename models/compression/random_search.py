@@ -1,7 +1,7 @@
 """Random search over structures: draw some, keep the one with the lowest calibration loss.
 
-The control that every structured method has to beat: with as many trials as the method has measurements it is a serious
-opponent, and a method that does not beat its median chose no better than chance.
+The baseline that every structured method has to beat: with as many trials as the method has measurements it is a
+serious opponent, and a method that does not beat its median chose no better than chance.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from models.compression.structure_method import StructureMethod
 class Config(StructureConfig):
     """Parameters of random search."""
 
-    trials: int = Field(16, ge=1, le=10_000, description="random structures drawn; the best becomes the child")
+    trials: int = Field(16, ge=1, le=10_000, description="random structures drawn; the best becomes the variant")
 
 
 class Method(StructureMethod[Config], config=Config):

@@ -1,8 +1,8 @@
 """SortedNet: a model trained so that each of its first d layers, with the shared norm and head, is a model of its own.
 
 One forward pass gives the state after every layer; the loss is the mean of the nats of all chosen depths (the variant
-for fine-tuning, SoFT, arXiv 2309.08968). The child is cut at one depth and is an ordinary model; `steps = 0` with
-`from` cuts an already sorted child again, at any depth, without training.
+for fine-tuning, SoFT, arXiv 2309.08968). The variant is cut at one depth and is an ordinary model; `steps = 0` with
+`from` cuts an already sorted variant again, at any depth, without training.
 """
 
 from __future__ import annotations

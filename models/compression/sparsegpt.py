@@ -114,9 +114,9 @@ class Method(WeightMethod[Config], config=Config):
     def baselines(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:
         """Return masks by Wanda's score, by magnitude and at random, each of the same size, nothing compensated."""
         hessian_II = statistics.second_moment("sparsegpt", weight_OI.shape[1])
-        arms = {
+        baselines = {
             "wanda": scores(weight_OI, hessian_II),
             "magnitude": weight_OI.abs(),
             "random": sparse.random_score(weight_OI),
         }
-        return {name: sparse.pack(weight_OI, _whole_mask(score, config), config) for name, score in arms.items()}
+        return {name: sparse.pack(weight_OI, _whole_mask(score, config), config) for name, score in baselines.items()}

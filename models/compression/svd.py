@@ -119,7 +119,7 @@ class Method(WeightMethod[Config], config=Config):
         generator = torch.Generator().manual_seed(0)
         draw_IR = torch.randn(weight_OI.shape[1], rank, generator=generator, dtype=torch.float64)
         basis_IR = torch.linalg.qr(draw_IR.to(weight_OI.device)).Q
-        arms = {"random": _pack(weight_OI.double() @ basis_IR, basis_IR.T, config)}
+        baselines = {"random": _pack(weight_OI.double() @ basis_IR, basis_IR.T, config)}
         if config.metric != "weight":
-            arms["plain"] = self.compress(weight_OI, statistics, config.model_copy(update={"metric": "weight"}))
-        return arms
+            baselines["plain"] = self.compress(weight_OI, statistics, config.model_copy(update={"metric": "weight"}))
+        return baselines

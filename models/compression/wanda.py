@@ -45,5 +45,5 @@ class Method(WeightMethod[Config], config=Config):
 
     def baselines(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> dict[str, Packed]:  # noqa: ARG002
         """Return pruning by magnitude, and at random, with the same share of zeros in the same storage."""
-        arms = {"magnitude": weight_OI.abs(), "random": sparse.random_score(weight_OI)}
-        return {name: sparse.pack(weight_OI, sparse.keep(score, config), config) for name, score in arms.items()}
+        baselines = {"magnitude": weight_OI.abs(), "random": sparse.random_score(weight_OI)}
+        return {name: sparse.pack(weight_OI, sparse.keep(score, config), config) for name, score in baselines.items()}
