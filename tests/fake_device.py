@@ -30,10 +30,46 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyPrivateUse1Hook, _setup_privateuseone_for_python_backend
+
+
+class _NoDevices:
+    """What torch asks the module of a backend: no device is to be had.
+
+    Test files are collected together, so the others compute on the CPU as they would without this one.
+    """
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return False
+
+    def device_count(self) -> int:
+        return 0
+
+    def current_device(self) -> int:
+        return 0
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        del seed
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
+
+class _NotAvailable(_DummyPrivateUse1Hook):
+    """The same answer from below."""
+
+    def is_available(self) -> bool:
+        return False
+
 
 _NAME = "ingotfake"
-_setup_privateuseone_for_python_backend(_NAME)
+_setup_privateuseone_for_python_backend(_NAME, backend_module=_NoDevices(), hook=_NotAvailable())
 DEVICE = torch.device(_NAME, 0)
 _aten = torch.ops.aten
 _CROSS = {_aten.copy_, _aten._to_copy, _aten.set_}

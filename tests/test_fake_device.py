@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.fake_device import DEVICE, FakeDevice, host
 
@@ -78,3 +79,17 @@ def test_a_module_trains_on_it_as_on_the_cpu() -> None:
     with FakeDevice():
         result = trained(DEVICE)
     assert torch.equal(host(result), trained(torch.device("cpu")))
+
+
+def test_the_rest_of_the_process_sees_no_accelerator() -> None:
+    """Test files are collected together: what this one registers must change nothing for the others."""
+    assert torch.accelerator.current_accelerator(check_available=True) is None
+    assert not torch.accelerator.is_available()
+    assert torch.accelerator.device_count() == 0
+    before = torch.get_rng_state()
+    with torch.random.fork_rng():
+        torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    weight = torch.ones(3, requires_grad=True)
+    checkpoint(lambda w: (w * w).sum(), weight, use_reentrant=False).backward()
+    assert torch.equal(weight.grad, torch.full((3,), 2.0))
