@@ -179,8 +179,12 @@ def halves(bench: Any, opened: Any) -> dict[str, float]:
     return losses | {"parent": float(judge.losses(None).mean())}
 
 
-def test_optin_loses_less_than_chance_at_equal_size(halves: dict[str, float]) -> None:
-    """Held-out nats a byte when this was written: 2.08, best of eight draws 2.21, their median 2.25, magnitude 3.13."""
+def test_optin_loses_far_less_than_the_largest_weights_at_equal_size(halves: dict[str, float]) -> None:
+    """Held-out nats a byte on two bench models, trained with schedules that differ in their last steps.
+
+    One: optin 2.10, best of eight draws 2.21, their median 2.25, magnitude 3.13. The other: optin 2.26, best 2.22,
+    median 2.25, magnitude 3.15. So nothing is claimed against random draws at this size: one model cannot tell.
+    """
     lost = {name: loss - halves["parent"] for name, loss in halves.items()}
-    assert 0 < lost["optin"] < 0.8 * lost["random median"]
-    assert lost["optin"] < lost["random best"]
+    assert 0 < lost["optin"] < 0.5 * lost["magnitude"]
+    assert lost["random best"] <= lost["random median"] < lost["magnitude"]
