@@ -33,20 +33,22 @@ from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.backend_registration import _DummyPrivateUse1Hook, _setup_privateuseone_for_python_backend
 
 
-class _NoDevices:
-    """What torch asks the module of a backend: no device is to be had.
+class _Backend:
+    """What torch asks the module of a backend: the device is there inside a `FakeDevice` block, and nowhere else.
 
     Test files are collected together, so the others compute on the CPU as they would without this one.
     """
+
+    active = False
 
     def is_initialized(self) -> bool:
         return True
 
     def is_available(self) -> bool:
-        return False
+        return self.active
 
     def device_count(self) -> int:
-        return 0
+        return int(self.active)
 
     def current_device(self) -> int:
         return 0
@@ -61,15 +63,18 @@ class _NoDevices:
         return [torch.float16, torch.bfloat16]
 
 
-class _NotAvailable(_DummyPrivateUse1Hook):
+_BACKEND = _Backend()
+
+
+class _Hook(_DummyPrivateUse1Hook):
     """The same answer from below."""
 
     def is_available(self) -> bool:
-        return False
+        return _BACKEND.active
 
 
 _NAME = "ingotfake"
-_setup_privateuseone_for_python_backend(_NAME, backend_module=_NoDevices(), hook=_NotAvailable())
+_setup_privateuseone_for_python_backend(_NAME, backend_module=_BACKEND, hook=_Hook())
 DEVICE = torch.device(_NAME, 0)
 _aten = torch.ops.aten
 _CROSS = {_aten.copy_, _aten._to_copy, _aten.set_}
@@ -123,6 +128,7 @@ class FakeDevice(TorchDispatchMode):
         self._lifted = False
 
     def __enter__(self) -> Self:
+        _BACKEND.active = True
         self._lifted = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(1, device=DEVICE)` is made on the CPU, then moved
         return super().__enter__()
@@ -132,6 +138,7 @@ class FakeDevice(TorchDispatchMode):
     ) -> None:
         torch._C._set_only_lift_cpu_tensors(self._lifted)
         super().__exit__(kind, error, trace)
+        _BACKEND.active = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

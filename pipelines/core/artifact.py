@@ -204,6 +204,15 @@ def load(path: Path) -> Artifact:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new one, never a part, also after a power cut."""
+    replace_text(path, text)
+    sync(path.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """`write_text` without forcing the folder's names on to the disk: a power cut may bring the old text back.
+
+    Nothing is touched after the new text can be seen, so a reader may move the folder as soon as it sees it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -212,7 +221,7 @@ def write_text(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    fault_point("artifact.after_replace", path=path)
 
 
 def sync(path: Path) -> None:

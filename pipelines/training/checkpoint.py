@@ -171,7 +171,8 @@ class Checkpoints:
         record = checkpoint_io.write(path, job.held.tensors)
         spans = [(piece.name, piece.start, piece.numel) for piece in job.held.tensors if piece.kind == MASTER]
         note = {"file": path.name, "record": record.model_dump(), "spans": spans}
-        artifact.write_text(_note(build, rank), json.dumps(note))
+        # Rank 0 may publish, and so rename the folder, as soon as it sees the last note.
+        artifact.replace_text(_note(build, rank), json.dumps(note))
 
     def _others_have_written(self, job: _Save) -> bool:
         build = self._build(job.held.step)

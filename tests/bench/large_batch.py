@@ -50,9 +50,9 @@ from pipelines.training.optimizers import learning_rate, make_optimizer
 
 RESULTS = Path(__file__).with_name("large_batch_results.jsonl")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "lamb": {"name": "lamb", "eps": 1e-6, "clip": None},
-    "adamw": {"name": "adamw", "eps": 1e-8, "clip": None},
-    "adamw+clip": {"name": "adamw", "eps": 1e-8, "clip": 1.0},
+    "lamb": {"name": "lamb", "betas": (0.9, 0.999), "eps": 1e-6, "clip": None},
+    "adamw": {"name": "adamw", "betas": (0.9, 0.999), "eps": 1e-8, "clip": None},
+    "adamw+clip": {"name": "adamw", "betas": (0.9, 0.999), "eps": 1e-8, "clip": 1.0},
     "lars": {"name": "lars", "clip": None},
 }
 TASKS = {"causal": "decoder", "masked": "encoder"}
@@ -153,7 +153,7 @@ class Cell:
             {
                 "family": TASKS[self.task],
                 "preset": preset.model,
-                "optimizer": {**OPTIMIZERS[self.optimizer], "lr": self.rate, "betas": (0.9, 0.999)},
+                "optimizer": {**OPTIMIZERS[self.optimizer], "lr": self.rate},
                 "schedule": {"warmup": self.warmup, "decay": "polynomial", "power": 1.0},
                 "engine": "plain",
                 "world_size": 1,

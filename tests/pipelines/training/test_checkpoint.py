@@ -314,3 +314,10 @@ def test_a_crash_on_one_rank_inside_a_save_is_told_to_the_others(ranks: Run, tmp
     assert ended.codes == [1, 1]
     assert "InjectedFaultError" in ended.results[1]["message"]
     assert "failed on rank 1; see its log" in ended.results[0]["message"]
+
+
+def test_a_checkpoint_is_published_while_the_last_writer_is_held_up_behind_its_note(ranks: Run, tmp_path: Path) -> None:
+    """Rank 0 renames the folder as soon as it sees all notes: their writers touch nothing in it after that."""
+    late = [{"point": "artifact.after_replace", "action": "delay", "seconds": 2.0, "rank": 1}]
+    done = ranks("train", 2, tmp_path, layout="flat", steps=4, wait=False, faults=late).result
+    assert done["steps"] == [2, 4]
