@@ -297,4 +297,9 @@ def _json_number(value: float) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is written. The interpreter's own end joins nothing of ours, and a thread that a communication library left
+    # behind has aborted it there ("terminate called without an active exception"), which made a failure of a success.
+    os._exit(code)
