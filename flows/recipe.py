@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from flows import renamed_keys
 from pipelines.core.errors import ConfigError
+from pipelines.core.redaction import redact_value
 from pipelines.core.settings import idle_keys
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _explain(root: type[BaseModel], error: Any) -> str:
         near = difflib.get_close_matches(str(error["loc"][-1]), _fields(root, error["loc"][:-1]), n=1, cutoff=0.5)
         return f"{path} is not a key" + (f"; did you mean {near[0]!r}?" if near else "")
     reason = error["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
+    shown = "" if isinstance(error["input"], dict) else f" = {redact_value(str(error['loc'][-1]), error['input'])!r}"
     return f"{path}{shown}: {reason}" if path else reason
 
 

@@ -6,6 +6,7 @@ import contextlib
 import datetime as dt
 import itertools
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pydantic import BaseModel, Field
 from pipelines.core.artifact import write_text
 from pipelines.core.errors import ConfigError
 from pipelines.core.processes import ProcessName, this_process
+from pipelines.core.redaction import HIDDEN, redact, redact_override, redact_value
 from pipelines.core.store import Store
 
 RECORD = "run.json"
@@ -22,6 +24,7 @@ REPORT = "report.html"
 PARETO = "pareto.json"
 """Every variant by method and bits, as rows: what the report shows of compression."""
 
+_TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 _CAME_TO_ITS_END = ("done", "refused")
 """A run that the gate refused has done all there was to do; running it again would only refuse again."""
 
@@ -49,6 +52,7 @@ class RunRecord(BaseModel):
     id: str
     recipe: str
     overrides: list[str]
+    """Without secrets, like `config`: see `command`."""
     config: dict[str, Any]
     data_hash: str
     status: str = "running"
@@ -64,11 +68,30 @@ class RunRecord(BaseModel):
     """What `pretrain.from` led to when the run began; an alias may name other weights by now."""
     tracking_url: str | None = None
     tracking_pending: bool = False
+    """Whether MLflow lacks a part of this run; `ingot sync` sends it."""
+    tracking_problem: str | None = None
 
     def pin(self, overrides: list[str]) -> list[str]:
         """Return overrides that start from the same weights as this run, wherever the aliases point by now."""
         pinned = f"pretrain.from={self.init_weights}"
         return overrides if self.init_weights is None or pinned in overrides else [*overrides, pinned]
+
+    def command(self) -> list[str]:
+        """Return the overrides that make this run again.
+
+        Raises:
+            ConfigError: one of them held a secret, which no record keeps.
+        """
+        overrides = self.pin(self.overrides)
+        if os.environ.get(_TRACKING_VARIABLE):
+            overrides = [o for o in overrides if not (o.startswith("tracking.uri=") and HIDDEN in o)]
+        if lost := [o.partition("=")[0] for o in overrides if HIDDEN in o]:
+            raise ConfigError(
+                f"{', '.join(lost)} of run {self.id} held a secret, which no record keeps",
+                hint="give the whole command of that run again"
+                + (f", or set ${_TRACKING_VARIABLE}" if lost == ["tracking.uri"] else ""),
+            )
+        return overrides
 
     @property
     def at_work(self) -> bool:
@@ -111,8 +134,8 @@ class Runs:
         record = RunRecord(
             id=self._claim(f"{now:%Y%m%d-%H%M%S}-{Path(recipe).stem}"),
             recipe=recipe,
-            overrides=overrides,
-            config=dict(config),
+            overrides=[redact_override(override) for override in overrides],
+            config={name: redact_value(name, value) for name, value in config.items()},
             data_hash=data_hash,
             started_at=now.isoformat(timespec="seconds"),
             process=this_process(),
@@ -140,7 +163,8 @@ class Runs:
 
     def finish(self, record: RunRecord, status: str, exit_code: int, error: str | None = None) -> None:
         """Close the record."""
-        record.status, record.exit_code, record.error = status, exit_code, error
+        record.status, record.exit_code = status, exit_code
+        record.error = None if error is None else redact(error)
         record.finished_at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         self.save(record)
 
@@ -157,7 +181,8 @@ class Runs:
 
     def cut_off(self, recipe: str, overrides: list[str]) -> RunRecord | None:
         """Return the newest run of this very command, if it has not come to its end (it may be at work)."""
-        same = [run for run in self.all() if run.recipe == recipe and run.overrides in (overrides, run.pin(overrides))]
+        shown = [redact_override(override) for override in overrides]
+        same = [run for run in self.all() if run.recipe == recipe and run.overrides in (shown, run.pin(shown))]
         return same[-1] if same and same[-1].status not in _CAME_TO_ITS_END else None
 
     def pareto(self, run_id: str) -> list[dict[str, Any]]:

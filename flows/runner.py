@@ -17,6 +17,7 @@ from flows.run_plan import RunPlan
 from flows.run_record import PARETO, REPORT, NodeRecord, RunRecord, Runs
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import GateRefused, IngotError, Preempted
+from pipelines.core.redaction import redact
 from pipelines.core.stage import Progress, TrackingTarget
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Execution:
     def failed(self, name: str, error: BaseException) -> None:
         """Note in the record that a node ended with an error."""
         record = self.record.nodes[name]
-        record.state, record.message = "failed", str(error)
+        record.state, record.message = "failed", redact(str(error))
         self._save(at_once=True)
 
     def report(self) -> Path:
@@ -187,4 +188,5 @@ def closing(execution: Execution) -> Iterator[None]:
         finally:
             execution.session.close(status)
             execution.record.tracking_pending = execution.session.pending
+            execution.record.tracking_problem = execution.session.problem
             execution.runs.save(execution.record)

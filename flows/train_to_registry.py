@@ -38,6 +38,7 @@ from flows.run_plan import RunPlan
 from flows.runner import Execution, closing, open_execution
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import DiskFullError, Preempted, TransientError
+from pipelines.core.redaction import redact_override
 from pipelines.core.stage import Progress
 
 FLOW_NAME = "train-to-registry"
@@ -86,7 +87,9 @@ def run_planned(plan: RunPlan, wait_s: float | None = None) -> str:
         return _carry_out(plan, wait_s)
 
     asked = plan.selection
-    return planned(plan.recipe, list(plan.overrides), asked.only, asked.since, list(asked.force), wait_s)
+    return planned(
+        plan.recipe, [redact_override(o) for o in plan.overrides], asked.only, asked.since, list(asked.force), wait_s
+    )
 
 
 def _carry_out(plan: RunPlan, wait_s: float | None) -> str:

@@ -84,13 +84,13 @@ def resume(run_id: str | None, *, as_json: bool, quiet: bool) -> None:
         raise ConfigError(f"{record.id} is at work ({record.process})", hint="`ingot status`")
     if not record.unfinished:
         raise ConfigError(f"{record.id} is finished ({record.status})", hint=f"`ingot run -r {record.recipe}`")
-    run(record.recipe, record.pin(record.overrides), None, None, [], wait_s=None, as_json=as_json, quiet=quiet)
+    run(record.recipe, record.command(), None, None, [], wait_s=None, as_json=as_json, quiet=quiet)
 
 
 def promote(candidate: str | None, run_id: str | None, *, as_json: bool) -> None:
     """Put a model of a finished run through the gate."""
     record = Runs(lookup.store().root).get(run_id)
-    overrides = record.pin(record.overrides) + ([f"promote.candidate={candidate}"] if candidate else [])
+    overrides = record.command() + ([f"promote.candidate={candidate}"] if candidate else [])
     run(record.recipe, overrides, "promote", None, ["promote"], wait_s=None, as_json=as_json, quiet=False)
 
 
@@ -170,7 +170,7 @@ def _summary(run_id: str, made: RunPlan, *, as_json: bool) -> None:
     if record.tracking_url:
         print(f"MLflow: {record.tracking_url}")
     if record.tracking_pending:
-        print("MLflow could not be reached for part of the run; the metrics are in the artifacts.")
+        print(f"MLflow lacks a part of this run, which `ingot sync` sends: {record.tracking_problem}")
 
 
 def headline(summary: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from flows.commands.run import headline
 from flows.run_record import RunRecord, Runs
 from pipelines.core import fingerprint
 from pipelines.core.artifact import Artifact
+from pipelines.core.redaction import redact_value
 
 
 def status(run_id: str | None, *, as_json: bool) -> None:
@@ -39,7 +40,7 @@ def _show_status(record: RunRecord) -> None:
 def show(target: str, recipe_name: str, overrides: list[str], *, as_json: bool) -> None:
     """Print one run, one artifact, the resolved configuration, or its JSON schema."""
     if target == "config":
-        print(json.dumps(recipe.resolve(recipe_name, overrides).model_dump(mode="json"), indent=1))
+        print(json.dumps(redact_value("", recipe.resolve(recipe_name, overrides).model_dump(mode="json")), indent=1))
     elif target == "schema":
         from flows.config import RunConfig
 

@@ -126,11 +126,11 @@ def sync(*, as_json: bool) -> None:
     Raises:
         TransientError: it still cannot be reached.
     """
-    from pipelines.tracking.config import TrackingConfig
+    from pipelines.tracking.config import TrackingConfig, recorded
     from pipelines.tracking.sync import sync as send_pending
 
     runs = Runs(store().root).all()
-    config = TrackingConfig(**runs[-1].config["tracking"]) if runs else TrackingConfig()
+    config = recorded(runs[-1].config["tracking"]) if runs else TrackingConfig()
     results = send_pending(config, store().root)
     rows = [{"run": r.run_id, "state": "sent" if r.synced else "pending", "message": r.message} for r in results]
     console.table(rows, ["run", "state", "message"], as_json=as_json)

@@ -19,7 +19,7 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 _SHAPES = (
-    (re.compile(r"(?P<keep>[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/@]+@"), rf"\g<keep>{HIDDEN}@"),
+    (re.compile(r"(?P<keep>[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/]+@"), rf"\g<keep>{HIDDEN}@"),
     (
         re.compile(
             r"(?P<keep>[?&;](?:[\w-]*(?:token|signature|secret|password|credential|api_?key|access_?key)|sig)=)[^&\s;#]+",
@@ -58,6 +58,12 @@ def redact_value(name: str, value: Any) -> Any:
     if value is not None and not isinstance(value, bool) and is_secret_name(name):
         return HIDDEN
     return redact(value) if isinstance(value, str) else value
+
+
+def redact_override(override: str) -> str:
+    """Return a `dotted.path=value` as it may be shown: its value is hidden when the last part of its path says so."""
+    path, equals, value = override.partition("=")
+    return f"{path}{equals}{redact_value(path.rpartition('.')[2], value)}"
 
 
 def _secrets_of_environment() -> list[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from html import escape
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from pipelines.core.artifact import Artifact
 from pipelines.core.redaction import redact, redact_value
@@ -21,7 +23,24 @@ _CARD_NAMES = {"public-domain": "pdm", "public domain": "pdm"}
 _KNOWN = {"pdm", "cc0-1.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-4.0", "apache-2.0", "mit"}
 _KEY_DIGITS = 16
 
-_PAGE = jinja2.Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True).from_string(  # noqa: S701 - Markdown
+
+def _as_text(value: Any) -> Any:
+    """Return a value so that Markdown shows it as text: no HTML, no link, no column or line of its own.
+
+    Fields of a corpus stand in the card, and whoever wrote them is not to write into the pages that show it.
+    """
+    if isinstance(value, Markup):
+        return value
+    text = escape(str(value), quote=False).replace("](", "]\\(").replace("|", "\\|")
+    return " ".join(text.splitlines())
+
+
+_PAGE = jinja2.Environment(
+    autoescape=False,  # noqa: S701 - Markdown: `_as_text` does it
+    finalize=_as_text,
+    trim_blocks=True,
+    lstrip_blocks=True,
+).from_string(
     """\
 # {{ title }}
 
@@ -125,8 +144,8 @@ def render(
     page = _PAGE.render(
         title=f"{config.model_name}: {facts.name}",
         sentence=_sentence(facts),
-        loading=how.sentence,
-        snippet=how.snippet(_LOADER[facts.family]),
+        loading=Markup(how.sentence),  # noqa: S704 - ours
+        snippet=Markup(how.snippet(_LOADER[facts.family])),  # noqa: S704 - ours
         sources=sources,
         data_sentence=_data_sentence(prepare),
         training=_training_rows(inputs, facts),
@@ -142,6 +161,11 @@ def render(
         commit=record.git_commit if record else "unknown",
     )
     return f"---\n{front}---\n\n{redact(page)}"
+
+
+def without_front_matter(card: str) -> str:
+    """Return the page for people alone: MLflow would show the front matter as a heading."""
+    return card.partition("\n---\n")[2].lstrip()
 
 
 def source_rows(prepare: Artifact) -> list[dict[str, Any]]:
@@ -167,9 +191,9 @@ def _front_matter(
     only = _CARD_NAMES.get(licences[0].lower(), licences[0].lower()) if len(licences) == 1 else None
     front: dict[str, Any] = {"license": only if only in _KNOWN else "other"}
     if only not in _KNOWN:
-        front |= {"license_name": "licences-of-the-corpus", "license_details": "; ".join(licences) or "unknown"}
+        front |= {"license_name": "licences-of-the-corpus", "license_details": escape("; ".join(licences)) or "unknown"}
     front |= {"library_name": "transformers", "pipeline_tag": _PIPELINE[facts.family], "tags": ["ingot", facts.method]}
-    front["datasets"] = [row["source"] for row in sources]
+    front["datasets"] = [escape(row["source"]) for row in sources]
     base = next((one for one in models.values() if one.fingerprint == facts.base), None)
     if base is not None:
         front["base_model"] = f"{config.model_name}/{base.name}-{base.fingerprint[:_KEY_DIGITS]}"

@@ -95,7 +95,11 @@ class _Promotion:
         if self._registry.find(facts) is None:
             package.build(model, facts, text, folder)
         version = self._registry.register(
-            facts, folder, version_tags(facts, model, self._inputs["prepare"]), run_id=self._run_id, description=text
+            facts,
+            folder,
+            version_tags(facts, model, self._inputs["prepare"]),
+            run_id=self._run_id,
+            description=model_card.without_front_matter(text),
         )
         shutil.rmtree(folder, ignore_errors=True)
         self._registry.mark_candidate(version)

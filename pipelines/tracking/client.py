@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.core import lock
+from pipelines.core import lock, sqlite_file
 from pipelines.core.errors import ConfigError, IngotError, TransientError
 from pipelines.core.redaction import redact
 from pipelines.tracking.config import TrackingConfig, artifact_root, resolve_uri
@@ -17,6 +18,9 @@ from pipelines.tracking.config import TrackingConfig, artifact_root, resolve_uri
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+log = logging.getLogger(__name__)
+
+_SQLITE = "sqlite:///"
 _OURS = {
     # A registry that unpickles runs whatever its files say; ours never needs to.
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
@@ -38,7 +42,18 @@ _LOUD = (
     "alembic.runtime.migration",
 )
 MIGRATION_WAIT_S = 120.0
-_LASTING = {"PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_PARAMETER_VALUE", "ENDPOINT_NOT_FOUND", "BAD_REQUEST"}
+_WORK = ("runs", "registered_models", "datasets", "params", "metrics")
+"""Tables of MLflow's database with a row as soon as anybody worked with it."""
+_SETTLED_S = 30.0
+"""A database that was written since may still be at its migrations, by a server of the user's."""
+_CREDENTIAL_CODES = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
+_SAYS_CREDENTIALS = re.compile(
+    r"unauthori[sz]ed|unauthenticated|not authenticated|forbidden|access denied|\b40[13]\b", re.I
+)
+_CREDENTIALS_HINT = (
+    "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; then the same command goes on"
+)
+_LASTING = {"INVALID_PARAMETER_VALUE", "ENDPOINT_NOT_FOUND", "BAD_REQUEST"}
 """MLflow's answers that another attempt would get again."""
 
 
@@ -52,7 +67,8 @@ def set_environment(timeout_s: int) -> None:
 def connect(config: TrackingConfig, store_root: Path) -> MlflowClient:
     """Return a client of the tracking store and registry in force.
 
-    A SQLite database that does not exist yet is created here (seconds), by one process at a time.
+    A SQLite database that does not exist yet is created here (seconds), by one process at a time; a process that is
+    killed meanwhile leaves none.
     """
     set_environment(config.timeout_s)
     for name in _LOUD:
@@ -60,19 +76,53 @@ def connect(config: TrackingConfig, store_root: Path) -> MlflowClient:
     from mlflow import MlflowClient
 
     uri = resolve_uri(config, store_root)
-    if not uri.startswith("sqlite:"):
+    if not uri.startswith(_SQLITE):
         return MlflowClient(uri, uri)
-    Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    with lock.hold(lease_folder(uri, store_root) / "mlflow.lock", what="MLflow's database", wait_s=MIGRATION_WAIT_S):
+    what, leases = "MLflow's database", lease_folder(uri, store_root)
+    with lock.hold(leases / "mlflow.lock", what=what, wait_s=MIGRATION_WAIT_S):
+        _ensure_database(Path(uri.removeprefix(_SQLITE)))
         client = MlflowClient(uri, uri)
         client.get_experiment("0")
     return client
 
 
+def _ensure_database(path: Path) -> None:
+    """Lay out MLflow's SQLite database where there is none, or where one was cut off before it held anything."""
+    if path.is_file():
+        try:
+            _open_database(path)
+        except Exception:  # whatever MLflow, alembic or SQLite say of a database that is half laid out
+            _close_database(path)
+            if not sqlite_file.is_empty(path, _WORK, settled_s=_SETTLED_S):
+                raise
+            log.warning("%s was left half laid out, and empty; it is now %s", path, sqlite_file.set_aside(path))
+    if not path.is_file():
+        sqlite_file.create(path, _lay_out)
+
+
+def _lay_out(path: Path) -> None:
+    _open_database(path)
+    _close_database(path)
+
+
+def _open_database(path: Path) -> None:
+    """Let MLflow open a SQLite database, which lays out a new one (100 migrations, seconds)."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    SqlAlchemyStore(f"{_SQLITE}{path}", (path.parent / "mlartifacts").as_uri())
+
+
+def _close_database(path: Path) -> None:
+    """Close what MLflow's table of engines keeps open: the file is about to be renamed."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    SqlAlchemyStore._get_or_create_engine(f"{_SQLITE}{path}").dispose()  # noqa: SLF001 - nothing public closes it
+
+
 def lease_folder(uri: str, store_root: Path) -> Path:
     """Return where leases on an MLflow lie: beside a SQLite database, which stores may share; else in the store."""
-    database = Path(uri.removeprefix("sqlite:///"))
-    return (database.parent if uri.startswith("sqlite:") else store_root) / "leases"
+    database = Path(uri.removeprefix(_SQLITE))
+    return (database.parent if uri.startswith(_SQLITE) else store_root) / "leases"
 
 
 def experiment_id(client: MlflowClient, config: TrackingConfig, store_root: Path) -> str:
@@ -100,7 +150,7 @@ def reachable(uri: str, *, what: str) -> Iterator[None]:
 
     Raises:
         TransientError: MLflow did not answer, or answered that it cannot now.
-        ConfigError: MLflow understood and refused.
+        ConfigError: MLflow understood and refused; wrong credentials are called that.
     """
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException
@@ -111,15 +161,34 @@ def reachable(uri: str, *, what: str) -> Iterator[None]:
     except IngotError:
         raise
     except (MlflowException, RequestException, SQLAlchemyError, ConnectionError) as error:
+        if refuses_credentials(error):
+            raise ConfigError(f"{what}: {explain(error, uri)}", hint=_CREDENTIALS_HINT) from error
         if getattr(error, "error_code", None) in _LASTING:
             raise ConfigError(
                 f"{what}: MLflow at {redact(uri)} refused: {redact(_first_line(error))}",
-                hint="check tracking.uri, and the user and password or token of MLFLOW_TRACKING_*",
+                hint="check tracking.uri",
             ) from error
         raise TransientError(
-            f"{what}: tracking pending, MLflow at {redact(uri)} failed: {redact(_first_line(error))}",
+            f"{what}: tracking pending, {explain(error, uri)}",
             hint="every artifact is published; when MLflow answers again, `ingot sync` and `ingot promote` finish it",
         ) from error
+
+
+def explain(error: BaseException, uri: str) -> str:
+    """Return in one line, without secrets, what went wrong with MLflow; wrong credentials are called that."""
+    failed = "refused the credentials" if refuses_credentials(error) else "failed"
+    return f"MLflow at {redact(uri)} {failed}: {redact(_first_line(error))}"
+
+
+def refuses_credentials(error: BaseException) -> bool:
+    """Return whether MLflow, or a proxy before it, answered 401 or 403."""
+    answer = getattr(error, "response", None)  # of requests, where artifacts go over HTTP
+    if answer is not None:
+        return answer.status_code in {401, 403}
+    told = getattr(error, "json", None)  # of MLflow: an answer in JSON, whose status it drops
+    if isinstance(told, dict) and "error_code" not in told:
+        return _SAYS_CREDENTIALS.search(str(told)) is not None
+    return getattr(error, "error_code", None) in _CREDENTIAL_CODES
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, field_validator
 
+from pipelines.core.errors import ConfigError
+from pipelines.core.redaction import HIDDEN, redact
 from pipelines.core.settings import NOT_IDENTITY, Settings
 from pipelines.core.stage import TrackingTarget
 
@@ -46,10 +50,26 @@ class TrackingConfig(Settings):
         scheme = value.partition(":")[0].partition("+")[0]
         if scheme not in _SCHEMES:
             raise ValueError(
-                f"{value!r} is neither a database nor a server (one of {', '.join(_SCHEMES)}): "
+                f"{redact(value)!r} is neither a database nor a server (one of {', '.join(_SCHEMES)}): "
                 "the model registry needs one, a plain folder will not do"
             )
         return value
+
+
+def recorded(table: Mapping[str, Any]) -> TrackingConfig:
+    """Return the settings that a run record has; where a password was removed from the URI, the environment's.
+
+    Raises:
+        ConfigError: the environment names none either.
+    """
+    if HIDDEN not in (table.get("uri") or ""):
+        return TrackingConfig(**table)
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ConfigError(
+            f"MLflow was at {table['uri']}: the password is in no record",
+            hint="set MLFLOW_TRACKING_URI to the whole URI",
+        )
+    return TrackingConfig(**{**table, "uri": None})
 
 
 def config_of(target: TrackingTarget) -> TrackingConfig:

@@ -36,9 +36,10 @@ class Feeder:
         self._jobs: queue.Queue[tuple[Job, bool, threading.Event] | None] = queue.Queue(_WAITING_JOBS)
         self._closed_until = 0.0
         self._pause_s = _PAUSE_S
-        self._warned = False
         self.faults = 0
         """Jobs that failed or were dropped."""
+        self.problem: str | None = None
+        """What the last failure was; None when there was none."""
         self._thread = threading.Thread(target=self._work, name="mlflow-feeder", daemon=True)
         self._thread.start()
 
@@ -101,6 +102,6 @@ class Feeder:
         self.faults += 1
         self._closed_until = time.monotonic() + self._pause_s
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
-        level = logging.DEBUG if self._warned else logging.WARNING
-        self._warned = True
-        log.log(level, "tracking pending: %s (`ingot sync` completes it later)", self._describe(error))
+        level = logging.DEBUG if self.problem else logging.WARNING
+        self.problem = self._describe(error)
+        log.log(level, "tracking pending: %s (`ingot sync` completes it later)", self.problem)

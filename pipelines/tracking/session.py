@@ -17,6 +17,7 @@ from pipelines.core.provenance import git_commit
 from pipelines.core.redaction import redact
 from pipelines.core.stage import Progress
 from pipelines.tracking import record as records
+from pipelines.tracking.client import explain
 from pipelines.tracking.config import TrackingConfig, resolve_uri
 from pipelines.tracking.feeder import Feeder
 from pipelines.tracking.mirror import Mirror, open_mirror
@@ -83,7 +84,7 @@ class Session:
         self._points: collections.deque[tuple[str, Point]] = collections.deque(maxlen=_WAITING_POINTS)
         self._mirror: Mirror | None = None
         self._lease = contextlib.ExitStack()
-        self._feeder = Feeder(self._flush, describe=lambda error: redact(str(error).partition("\n")[0]))
+        self._feeder = Feeder(self._flush, describe=lambda error: explain(error, self.uri))
         self._done = not mirrors
         self._save()
         self._opened = self._put(lambda mirror: mirror.open_run())
@@ -103,6 +104,13 @@ class Session:
     def pending(self) -> bool:
         """Whether MLflow lacks, or may lack, a part of this run; final after `close`."""
         return self._record.pending if self._done else self._feeder.faults > 0
+
+    @property
+    def problem(self) -> str | None:
+        """What MLflow's last failure was, in a line without secrets; None when nothing is pending."""
+        if not self.pending:
+            return None
+        return self._feeder.problem or f"it did not keep up within tracking.finish_s = {self._config.finish_s:g} s"
 
     @contextlib.contextmanager
     def stage(self, node: str, *, fingerprint: str, params: Mapping[str, Any]) -> Iterator[StageRun]:

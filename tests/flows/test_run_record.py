@@ -48,6 +48,27 @@ def test_a_finished_run_says_how_it_ended(tmp_path: Path) -> None:
     assert not found.at_work
 
 
+SECRET = ["pretrain.steps=2", "tracking.uri=http://u:c4n4ry@host:5000"]
+
+
+def test_a_password_stands_in_no_record_and_the_same_command_still_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Runs(tmp_path)
+    config = {"tracking": {"uri": "http://u:c4n4ry@host:5000"}}
+    record = runs.start(recipe="smoke", overrides=SECRET, config=config, data_hash="d", nodes={})
+    runs.finish(record, "failed", 4, "http://u:c4n4ry@host:5000 does not answer")
+    assert "c4n4ry" not in (runs.folder(record.id) / "run.json").read_text()
+    cut_off = runs.cut_off("smoke", SECRET)
+    assert cut_off is not None
+    assert cut_off.id == record.id
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match=r"tracking.uri of run .* held a secret"):
+        cut_off.command()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://u:c4n4ry@host:5000")
+    assert cut_off.command() == SECRET[:1]
+
+
 def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     name = this_process().model_copy(update={"pid": ended.pid, "start": start_of(ended.pid) or "ended"})

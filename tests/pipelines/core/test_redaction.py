@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.core.redaction import HIDDEN, is_secret_name, redact, redact_value
+from pipelines.core.redaction import HIDDEN, is_secret_name, redact, redact_override, redact_value
 
 CANARY = "c4n4ry-Zq81"
 
@@ -14,6 +14,7 @@ CANARY = "c4n4ry-Zq81"
     [
         f"postgresql://ingot:{CANARY}@db.example:5432/mlflow",
         f"https://{CANARY}@mlflow.example/api",
+        f"http://ingot:p@{CANARY}@mlflow.example/api",
         f"GET https://bucket.s3.example/key?X-Amz-Signature={CANARY}&X-Amz-Date=2026",
         f"https://account.blob.example/c?sv=2024&sig={CANARY}",
         f"Authorization: Bearer {CANARY}.{CANARY}",
@@ -52,6 +53,12 @@ def test_names_of_secrets_are_known(name: str) -> None:
 )
 def test_ordinary_names_are_not_secrets(name: str) -> None:
     assert not is_secret_name(name)
+
+
+def test_an_override_is_cleaned_by_its_shape_and_by_its_name() -> None:
+    assert redact_override(f"tracking.uri=http://u:{CANARY}@host") == f"tracking.uri=http://{HIDDEN}@host"
+    assert redact_override(f"remote.password={CANARY}") == f"remote.password={HIDDEN}"
+    assert redact_override("pretrain.steps=20") == "pretrain.steps=20"
 
 
 def test_settings_are_cleaned_at_every_depth() -> None:

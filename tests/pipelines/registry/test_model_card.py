@@ -131,3 +131,26 @@ def test_the_card_hides_what_the_environment_keeps_secret(world: Any, monkeypatc
     front, page = rendered(inputs)
     assert front["datasets"] == ["***"]
     assert "shakespeare" not in page
+
+
+def test_what_a_corpus_says_is_shown_as_text_and_never_obeyed(world: Any) -> None:
+    inputs = world.candidate(2.0)
+    names = ["<script>alert(1)</script>", "[go](javascript:alert(1)) | x\n# a heading"]
+    sources = {name: {"read": 5, "kept": 4, "licenses": ["<img src=x onerror=alert(1)>"]} for name in names}
+    (inputs["prepare"].path / "report.json").write_text(json.dumps({"sources": sources}))
+    world.promote(inputs)
+    versions = world.client().search_model_versions("name = 'ingot'")
+    front, page = rendered(inputs)
+    for text in (page, yaml.safe_dump(front), versions[0].description):
+        assert "<script" not in text
+        assert "<img" not in text
+    assert "](javascript" not in page
+    assert "\n# a heading" not in page
+    assert "| &lt;script&gt;alert(1)&lt;/script&gt; |" in page
+
+
+def test_mlflow_shows_the_page_without_the_front_matter(world: Any) -> None:
+    world.promote(world.candidate(2.0))
+    description = world.client().search_model_versions("name = 'ingot'")[0].description
+    assert description.startswith("# ingot: pretrain\n")
+    assert "model-index" not in description

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipelines.tracking.config import TrackingConfig, artifact_root, resolve_uri
+from pipelines.core.errors import ConfigError
+from pipelines.tracking.config import TrackingConfig, artifact_root, recorded, resolve_uri
 
 
 def test_the_default_is_sqlite_in_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,3 +51,13 @@ def test_configuration_and_session_import_no_mlflow() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_password_that_a_record_lost_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"uri": "http://***@host:5000", "experiment": "mine"}
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match="in no record"):
+        recorded(table)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://u:p@host:5000")
+    config = recorded(table)
+    assert (config.uri, config.experiment) == (None, "mine")
