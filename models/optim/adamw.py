@@ -10,7 +10,7 @@ from typing import Any
 
 from models.optim import kernels
 from models.optim.fragment_state import Exclude, one_dimensional
-from models.optim.moments import check_adam
+from models.optim.kernels import check_adam
 from models.optim.sharded_optimizer import FragmentOptimizer, Span
 
 

@@ -1,13 +1,13 @@
 """Which part of which tensor this rank updates, and how sums over tensors become sums over ranks.
 
-Under ZeRO a rank holds a flat slice ("owner") of many tensors' elements. A *fragment* is the intersection of one tensor
-with one slice. Per-tensor quantities are sums over fragments, here and on the other ranks:
+Under ZeRO a rank holds a flat partition of many tensors' elements. A *fragment* is the intersection of one tensor with
+one partition. Per-tensor quantities are sums over fragments, here and on the other ranks:
 
-    tensors   |--a--|------b------|-c-|----d----|
-    owners    [      rank 0      |      rank 1      ]      (the end of rank 1 is alignment padding: no fragment)
-    fragments  a     b.0           b.1  c    d
+    tensors     |--a--|------b------|-c-|----d----|
+    partitions  [      rank 0      |      rank 1      ]      (the end of rank 1 is alignment padding: no fragment)
+    fragments    a     b.0           b.1  c    d
 
-Without ZeRO every owner is a parameter and has exactly one fragment.
+Without ZeRO every partition is a parameter and has exactly one fragment.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ class Fragment:
     start: int
     """Where the fragment begins in the flattened tensor."""
     numel: int
-    owner: Tensor
+    partition: Tensor
     """The fp32 partition, or the parameter itself, whose `.grad` the engine fills."""
     offset: int = 0
-    """Where the fragment begins in the flattened owner."""
+    """Where the fragment begins in the flattened partition."""
 
     @property
     def master(self) -> Tensor:
         """Live 1-D view of the fp32 master weights, [numel]."""
-        return self.of(self.owner)
+        return self.of(self.partition)
 
     @property
     def whole(self) -> bool:
-        """Whether the owner holds this fragment and nothing else."""
-        return self.numel == self.owner.numel()
+        """Whether the partition holds this fragment and nothing else."""
+        return self.numel == self.partition.numel()
 
-    def of(self, owner_like: Tensor) -> Tensor:
-        """Return the 1-D view of this fragment in a tensor laid out like the owner (a gradient, a moment)."""
-        flat = owner_like.detach().view(-1)
+    def of(self, like: Tensor) -> Tensor:
+        """Return the 1-D view of this fragment in a tensor laid out like the partition (a gradient, a moment)."""
+        flat = like.detach().view(-1)
         return flat if flat.numel() == self.numel else flat.narrow(0, self.offset, self.numel)
 
 
@@ -65,19 +65,19 @@ class Layout:
     """This rank's, in the order of `shapes`."""
     shapes: dict[str, tuple[int, ...]]
     """All tensors of the model, same order on all ranks."""
-    homes: dict[str, Tensor]
-    """The owner on this rank that belongs to each tensor's group, whether or not it holds a part of the tensor."""
+    partition_of: dict[str, Tensor]
+    """The partition on this rank that belongs to each tensor's group, whether or not it holds a part of the tensor."""
     reduce: Callable[[Tensor], Tensor] | None = None
     """Sums a tensor over the ranks that share the tensors; None where each rank holds them whole."""
-    publish: Callable[[Sequence[Tensor]], None] | None = None
-    """Copies owners to the live weights, for engines that do so before the step is complete."""
+    copy_to_weights: Callable[[Sequence[Tensor]], None] | None = None
+    """Copies partitions to the live weights, for engines that do so before the step is complete."""
     skipped: Callable[[], bool] = nobody_skips
     """Whether the engine itself skipped the last step (non-finite gradients), so that `step()` was not called."""
 
     @property
-    def owners(self) -> list[Tensor]:
-        """All owners of this rank; a step is complete when each has been passed to `step()`."""
-        return list({id(owner): owner for owner in self.homes.values()}.values())
+    def partitions(self) -> list[Tensor]:
+        """All partitions of this rank; a step is complete when each has been passed to `step()`."""
+        return list({id(partition): partition for partition in self.partition_of.values()}.values())
 
 
 def whole_tensors(groups: Sequence[Mapping[str, Any]]) -> Layout:
@@ -117,7 +117,7 @@ class TensorSums:
         self._scalar_places: list[int] = []
         self._vectors: list[Tensor] = []
         self._vector_places: list[int] = []
-        self.device = layout.owners[0].device
+        self.device = layout.partitions[0].device
 
     def add(self, tensor: int, row: int, parts: Sequence[Tensor]) -> None:
         """Add scalars to one sum of the tensor at position `tensor`."""

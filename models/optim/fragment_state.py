@@ -1,8 +1,8 @@
 """What the optimizers remember: moments per fragment, step counts per tensor, and which tensors are active.
 
-Moments live in one of two places. While every tensor is active, one flat buffer per owner in `optimizer.state`, where
-torch's and DeepSpeed's own checkpoints look for it. Once tensors come and go (LISA), one buffer per fragment, so that
-memory falls to the active share.
+Moments live in one of two places. While every tensor is active, one flat buffer per partition in `optimizer.state`,
+where torch's and DeepSpeed's own checkpoints look for it. Once tensors come and go (LISA), one buffer per fragment, so
+that memory falls to the active share.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class FragmentState(Optimizer):
 
     def _use(self, layout: Layout) -> None:
         for fragment in layout.fragments:
-            if fragment.owner.dtype not in (torch.float32, torch.float64):
+            if fragment.partition.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
-                    f"{fragment.name}: master weights are {fragment.owner.dtype}; float32 is needed, because updates "
-                    "smaller than the rounding of a half-precision weight would be lost"
+                    f"{fragment.name}: master weights are {fragment.partition.dtype}; float32 is needed, because "
+                    "updates smaller than the rounding of a half-precision weight would be lost"
                 )
         self._layout = layout
         self._excluded = {name for name, shape in layout.shapes.items() if self.exclude and self.exclude(name, shape)}
@@ -88,7 +88,7 @@ class FragmentState(Optimizer):
         """Return live 1-D views of a fragment's moments by name; empty where none are allocated."""
         if fragment.name in self._pieces:
             return dict(self._pieces[fragment.name])
-        flat = self.state.get(fragment.owner, {})
+        flat = self.state.get(fragment.partition, {})
         return {name: fragment.of(flat[name]) for name in self.moment_names if name in flat}
 
     def load_fragment_state(self, fragment: Fragment, tensors: Mapping[str, Tensor]) -> None:
@@ -121,25 +121,25 @@ class FragmentState(Optimizer):
             return held
         cut = any(other.name in self._pieces for other in self._beside(fragment))
         if fragment.whole or (self._active is None and not cut):
-            flat = {name: torch.zeros_like(fragment.owner, requires_grad=False) for name in self.moment_names}
-            self.state[fragment.owner].update(flat)
+            flat = {name: torch.zeros_like(fragment.partition, requires_grad=False) for name in self.moment_names}
+            self.state[fragment.partition].update(flat)
         else:
             self._pieces[fragment.name] = {name: torch.zeros_like(fragment.master) for name in self.moment_names}
         return self.fragment_state(fragment)
 
     def _beside(self, fragment: Fragment) -> list[Fragment]:
-        return [other for other in self.layout.fragments if other.owner is fragment.owner]
+        return [other for other in self.layout.fragments if other.partition is fragment.partition]
 
     def _drop(self, names: Collection[str]) -> None:
         """Free the moments of tensors; flat moments that other tensors share are cut into pieces first."""
         for fragment in self.layout.fragments:
             if fragment.name not in names:
                 continue
-            if fragment.owner in self.state and not fragment.whole:
+            if fragment.partition in self.state and not fragment.whole:
                 for other in self._beside(fragment):
                     views = self.fragment_state(other)
                     self._pieces[other.name] = {name: view.clone() for name, view in views.items()}
-            self.state.pop(fragment.owner, None)
+            self.state.pop(fragment.partition, None)
             self._pieces.pop(fragment.name, None)
 
     # ---- step counts and the active set ---------------------------------------------------------------------------

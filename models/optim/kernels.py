@@ -3,7 +3,7 @@
 torch's optimizers are built on `_fused_adamw_` and `_fused_sgd_`; only their names are private. Per tensor:
 
     adamw_   m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g^2         c = 1 - b^step; step = inf: no correction
-             x = (1 - lr weight_decay) x - lr (m / c1) / (sqrt(v / c2) + eps)
+             x = (1 - lr weight_decay) x - lr (m / c1) / (sqrt(v / c2) + eps)        c1, c2: `corrections`
     sgd_     m = momentum m + (1 - dampening) (g + weight_decay x)          x = x - lr m
 
 `compiled_sums` turns an update rule into one kernel that reads its arrays once and writes sums of squares only.
@@ -26,6 +26,26 @@ DOT = 1 << 16
 """Elements of one float32 sum of squares: its relative error stays near 1e-7, as a dot product keeps many sums."""
 ROW = 1024
 """Elements that a compiled kernel sums in float32; rows are added up in float64."""
+
+
+def corrections(betas: tuple[float, float], step: float) -> tuple[float, float]:
+    """Return the two bias corrections (c1, c2) of a tensor's `step`-th update, counted from 1; (1, 1) at infinity."""
+    return 1 - betas[0] ** step, 1 - betas[1] ** step
+
+
+def check_adam(lr: float, betas: tuple[float, float], eps: float) -> None:
+    """Refuse impossible hyperparameters.
+
+    Raises:
+        ValueError: naming the value and its range.
+    """
+    if not lr >= 0:
+        raise ValueError(f"lr is {lr}: it must not be negative")
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}: it must not be negative")
+    for beta in betas:
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas are {betas}: each must be at least 0 and below 1")
 
 
 def adamw_(

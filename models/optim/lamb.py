@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.optim import kernels
 from models.optim.fragment_state import Exclude, one_dimensional
-from models.optim.moments import check_adam, corrections
+from models.optim.kernels import check_adam, corrections
 from models.optim.sharded_optimizer import FragmentOptimizer, Span
 
 VARIANTS: dict[str, dict[str, Any]] = {

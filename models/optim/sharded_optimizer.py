@@ -192,16 +192,16 @@ class FragmentOptimizer(FragmentState):
                 loss = closure()
         called: set[int] = set()
         for group in self.param_groups:
-            for owner in group["params"]:
-                called.add(id(owner))
-                self._pending[id(owner)] = (owner.grad, group)
-        owners = self.layout.owners
-        if all(id(owner) in self._pending for owner in owners):
+            for partition in group["params"]:
+                called.add(id(partition))
+                self._pending[id(partition)] = (partition.grad, group)
+        partitions = self.layout.partitions
+        if all(id(partition) in self._pending for partition in partitions):
             self._step()
             self._pending.clear()
-            earlier = [owner for owner in owners if id(owner) not in called]
-            if earlier and self.layout.publish is not None:
-                self.layout.publish(earlier)
+            earlier = [partition for partition in partitions if id(partition) not in called]
+            if earlier and self.layout.copy_to_weights is not None:
+                self.layout.copy_to_weights(earlier)
         return loss
 
     def _step(self) -> None:
@@ -232,11 +232,19 @@ class FragmentOptimizer(FragmentState):
 
     def _taking_part(self) -> list[str]:
         """Return the tensors with a gradient, on this rank or another, that are active."""
-        homes = self.layout.homes
-        return [name for name in homes if self._is_active(name) and self._pending[id(homes[name])][0] is not None]
+        partition_of = self.layout.partition_of
+        return [
+            name
+            for name in partition_of
+            if self._is_active(name) and self._pending[id(partition_of[name])][0] is not None
+        ]
 
     def _decay(self, name: str) -> float:
-        return 0.0 if name in self._excluded else float(self._pending[id(self.layout.homes[name])][1]["weight_decay"])
+        return (
+            0.0
+            if name in self._excluded
+            else float(self._pending[id(self.layout.partition_of[name])][1]["weight_decay"])
+        )
 
     def _spans(self) -> list[Span]:
         """Return the fragments that take part, with their arrays."""
@@ -247,7 +255,7 @@ class FragmentOptimizer(FragmentState):
                 state, decay = self._allocated(fragment), self._decay(name)
                 span = Span(
                     tensor=index[name],
-                    group=self._pending[id(fragment.owner)][1],
+                    group=self._pending[id(fragment.partition)][1],
                     decay=decay,
                     step=self._counters.get(name, 0) + 1,
                     adapted=self.adaptive and self.adapts(name, decay),
@@ -259,11 +267,11 @@ class FragmentOptimizer(FragmentState):
         return spans
 
     def _gradient(self, fragment: Fragment) -> Tensor:
-        gradient = self._pending[id(fragment.owner)][0]
+        gradient = self._pending[id(fragment.partition)][0]
         assert gradient is not None
         if gradient.is_sparse:
             raise ValueError(f"{fragment.name}: the gradient is sparse; {type(self).__name__} needs a dense one")
-        return fragment.of(gradient.contiguous().to(fragment.owner.dtype))
+        return fragment.of(gradient.contiguous().to(fragment.partition.dtype))
 
     def _gradient_sums(self, spans: list[Span]) -> Tensor:
         """Return the sums of squares [1, tensors] of the gradients, on the host."""
@@ -344,7 +352,7 @@ class FragmentOptimizer(FragmentState):
             decay = self._decay(name)
             if self.adapts(name, decay):
                 _, under, over = values[index[name]]
-                group = self._pending[id(self.layout.homes[name])][1]
+                group = self._pending[id(self.layout.partition_of[name])][1]
                 self._ratios[name] = factors[index[name]] = self.ratio(under, over, group, decay)
         return factors
 

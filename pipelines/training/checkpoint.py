@@ -46,10 +46,10 @@ _BEAT_S = 1.0
 
 
 @dataclass
-class _Save:
+class _PendingSave:
     """One save, from the snapshot to publication."""
 
-    held: Snapshot
+    snapshot: Snapshot
     ranks: Ranks
     written: threading.Event = field(default_factory=threading.Event)
     abandoned: bool = False
@@ -72,7 +72,7 @@ class Checkpoints:
             )
         self.folder = folder
         self.keep = keep
-        self._job: _Save | None = None
+        self._pending: _PendingSave | None = None
 
     @property
     def fallbacks(self) -> int:
@@ -116,89 +116,93 @@ class Checkpoints:
         ranks = _ranks(rank, world)
         if _agreed(ranks, self._final(step).exists()):
             return
-        job = _Save(snapshot.take(step, optimizer, state, ranks, copy=not wait), ranks)
-        self._start(job)
-        self._job = job
+        pending = _PendingSave(snapshot.take(step, optimizer, state, ranks, copy=not wait), ranks)
+        self._start(pending)
+        self._pending = pending
         if wait:
             self.finish()
 
     def finish(self) -> None:
         """Wait for a save in the background; a collective call. Raises what `save` raises."""
-        if self._job is None:
+        if self._pending is None:
             return
-        job, self._job = self._job, None
+        pending, self._pending = self._pending, None
         for last in (False, True):
-            fault = self._outcome(job)
+            fault = self._outcome(pending)
             if fault is None:
                 return
-            if job.ranks.rank == 0:
-                shutil.rmtree(self._build(job.held.step), ignore_errors=True)
+            if pending.ranks.rank == 0:
+                shutil.rmtree(self._build(pending.snapshot.step), ignore_errors=True)
                 if not last:
                     self._make_room()
             if last or not isinstance(fault, TransientError):
                 raise fault
             log.warning("%s; trying once more with older checkpoints removed", fault.message)
-            job.ranks.barrier()
-            job.error, job.abandoned = None, False
-            job.written.clear()
-            self._start(job)
+            pending.ranks.barrier()
+            pending.error, pending.abandoned = None, False
+            pending.written.clear()
+            self._start(pending)
 
-    def _start(self, job: _Save) -> None:
-        build = self._build(job.held.step)
-        if job.ranks.rank == 0:
-            fault_point("checkpoint.before_write", step=job.held.step)
+    def _start(self, pending: _PendingSave) -> None:
+        build = self._build(pending.snapshot.step)
+        if pending.ranks.rank == 0:
+            fault_point("checkpoint.before_write", step=pending.snapshot.step)
             shutil.rmtree(build, ignore_errors=True)
             build.mkdir(parents=True)
-        job.ranks.barrier()
-        job.thread = threading.Thread(target=self._work, args=(job,), name=f"checkpoint-{job.held.step}")
-        job.thread.start()
+        pending.ranks.barrier()
+        pending.thread = threading.Thread(
+            target=self._work, args=(pending,), name=f"checkpoint-{pending.snapshot.step}"
+        )
+        pending.thread.start()
 
-    def _work(self, job: _Save) -> None:
+    def _work(self, pending: _PendingSave) -> None:
         """Write this rank's share, and on rank 0 publish when every rank has; runs in a thread, without collectives."""
         try:
-            if job.ranks.rank < job.held.writers:
-                self._write_share(job)
-            job.written.set()
-            if job.ranks.rank == 0 and self._others_have_written(job):
-                self._publish(job)
+            if pending.ranks.rank < pending.snapshot.writers:
+                self._write_share(pending)
+            pending.written.set()
+            if pending.ranks.rank == 0 and self._others_have_written(pending):
+                self._publish(pending)
         except Exception as error:  # noqa: BLE001 - it is raised again in `finish`, on all ranks
-            job.error = error
-            job.written.set()
+            pending.error = error
+            pending.written.set()
 
-    def _write_share(self, job: _Save) -> None:
-        build, rank = self._build(job.held.step), job.ranks.rank
+    def _write_share(self, pending: _PendingSave) -> None:
+        build, rank = self._build(pending.snapshot.step), pending.ranks.rank
         path = build / f"rank-{rank:05d}.safetensors"
-        record = checkpoint_io.write(path, job.held.tensors)
-        spans = [(piece.name, piece.start, piece.numel) for piece in job.held.tensors if piece.kind == MASTER]
+        record = checkpoint_io.write(path, pending.snapshot.tensors)
+        spans = [(piece.name, piece.start, piece.numel) for piece in pending.snapshot.tensors if piece.kind == MASTER]
         note = {"file": path.name, "record": record.model_dump(), "spans": spans}
         # Rank 0 may publish, and so rename the folder, as soon as it sees the last note.
         artifact.replace_text(_note(build, rank), json.dumps(note))
 
-    def _others_have_written(self, job: _Save) -> bool:
-        build = self._build(job.held.step)
-        missing = set(range(job.held.writers))
+    def _others_have_written(self, pending: _PendingSave) -> bool:
+        build = self._build(pending.snapshot.step)
+        missing = set(range(pending.snapshot.writers))
         pause = threading.Event()
-        while not job.abandoned:
+        while not pending.abandoned:
             missing = {rank for rank in missing if not _note(build, rank).exists()}
             if not missing:
                 return True
             pause.wait(_POLL_S)
         return False
 
-    def _publish(self, job: _Save) -> None:
-        build = self._build(job.held.step)
-        fault_point("checkpoint.after_shards", step=job.held.step, path=build)
-        notes = [json.loads(_note(build, rank).read_text(encoding="utf-8")) for rank in range(job.held.writers)]
+    def _publish(self, pending: _PendingSave) -> None:
+        build = self._build(pending.snapshot.step)
+        fault_point("checkpoint.after_shards", step=pending.snapshot.step, path=build)
+        notes = [json.loads(_note(build, rank).read_text(encoding="utf-8")) for rank in range(pending.snapshot.writers)]
         spans = [tuple(span) for note in notes for span in note["spans"]]
-        if gaps := list(checkpoint_io.uncovered(job.held.shapes, spans)):
+        if gaps := list(checkpoint_io.uncovered(pending.snapshot.shapes, spans)):
             raise IngotError("the ranks do not hold every weight exactly once: " + "; ".join(gaps[:3]))
-        for rank in range(job.held.writers):
+        for rank in range(pending.snapshot.writers):
             _note(build, rank).unlink()
-        artifact.write_text(build / STATE, json.dumps({**json.loads(job.held.state), "shapes": job.held.shapes}))
+        artifact.write_text(
+            build / STATE, json.dumps({**json.loads(pending.snapshot.state), "shapes": pending.snapshot.shapes})
+        )
         files = {note["file"]: FileRecord.model_validate(note["record"]) for note in notes}
         state = build / STATE
         files[STATE] = FileRecord(sha256=fingerprint.hash_file(state), size=state.stat().st_size)
-        identity = {"stage": "checkpoint", "step": job.held.step}
+        identity = {"stage": "checkpoint", "step": pending.snapshot.step}
         manifest = Manifest(
             stage="checkpoint",
             node="pretrain",
@@ -206,40 +210,42 @@ class Checkpoints:
             identity=identity,
             parents={},
             files=files,
-            summary={"step": job.held.step, "world": job.ranks.world},
+            summary={"step": pending.snapshot.step, "world": pending.ranks.world},
         )
-        artifact.commit(build, self._final(job.held.step), manifest)
+        artifact.commit(build, self._final(pending.snapshot.step), manifest)
         self._prune(self.keep)
 
-    def _outcome(self, job: _Save) -> IngotError | Exception | None:
+    def _outcome(self, pending: _PendingSave) -> IngotError | Exception | None:
         """Wait for all ranks, and return what went wrong on any of them; the same kind of error on every rank."""
-        assert job.thread is not None
-        while not job.written.wait(_BEAT_S):
+        assert pending.thread is not None
+        while not pending.written.wait(_BEAT_S):
             beat()
         try:
-            job.abandoned = not _agreed(job.ranks, job.error is None, every=True)
+            pending.abandoned = not _agreed(pending.ranks, pending.error is None, every=True)
         except BaseException:
-            job.abandoned = True  # a rank is gone: rank 0 must not wait for its share
+            pending.abandoned = True  # a rank is gone: rank 0 must not wait for its share
             raise
-        while job.thread.is_alive():
+        while pending.thread.is_alive():
             beat()
-            job.thread.join(_BEAT_S)
-        full = disk.is_full(job.error)
-        failed = job.ranks.gathered(float(job.error is not None))
-        without_space, needed = job.ranks.summed(
-            [float(full), float(job.held.bytes if job.ranks.rank < job.held.writers else 0)]
+            pending.thread.join(_BEAT_S)
+        full = disk.is_full(pending.error)
+        failed = pending.ranks.gathered(float(pending.error is not None))
+        without_space, needed = pending.ranks.summed(
+            [float(full), float(pending.snapshot.bytes if pending.ranks.rank < pending.snapshot.writers else 0)]
         )
         if not any(failed):
             return None
         if without_space and without_space == sum(failed):
             free = shutil.disk_usage(self.folder).free
             return TransientError(
-                f"no space for the checkpoint of step {job.held.step} in {self.folder}: it needs {needed:.0f} bytes, "
-                f"{free} are free",
+                f"no space for the checkpoint of step {pending.snapshot.step} in {self.folder}: it needs {needed:.0f} "
+                f"bytes, {free} are free",
                 hint="free some space and run the same command again: it goes on from the newest checkpoint",
             )
         blamed = ", ".join(str(rank) for rank, error in enumerate(failed) if error)
-        return job.error or IngotError(f"the checkpoint of step {job.held.step} failed on rank {blamed}; see its log")
+        return pending.error or IngotError(
+            f"the checkpoint of step {pending.snapshot.step} failed on rank {blamed}; see its log"
+        )
 
     # ---- retention ------------------------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ class Engine(Protocol):
         """Update the weights and clear the gradients."""
         ...
 
-    def publish_weights(self) -> None:
+    def copy_to_weights(self) -> None:
         """Make the model compute with the optimizer's master weights, after these were loaded."""
         ...
 
@@ -86,7 +86,7 @@ class PlainEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return self.optimizer.last_step
 
-    def publish_weights(self) -> None:
+    def copy_to_weights(self) -> None:
         """Do nothing: the parameters are the master weights."""
 
 
@@ -121,7 +121,7 @@ class DeepSpeedEngine:
         self._engine.step()
         return self.optimizer.last_step
 
-    def publish_weights(self) -> None:
+    def copy_to_weights(self) -> None:
         """Copy the loaded master weights into the live (possibly half-precision, possibly sharded) weights."""
         self._fragments.refresh_weights(self._engine)
 

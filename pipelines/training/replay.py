@@ -163,7 +163,7 @@ def _restored(spec: WorkerSpec, step: int) -> Trainer:
     state = State()
     if step or step in checkpoints.steps():
         state = State(**checkpoints.load(step, engine.optimizer))
-        engine.publish_weights()
+        engine.copy_to_weights()
     state.rollbacks = max(state.rollbacks, rollbacks.read(spec.rollbacks), key=len)
     trainer = Trainer(
         config=spec.config,

@@ -17,7 +17,7 @@ from pipelines.training.checkpoint_io import MASTER, Piece
 from pipelines.training.distributed import Ranks
 
 STATE = "state.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def take(step: int, optimizer: FragmentOptimizer, state: Mapping[str, Any], rank
                 tensors[piece] = tensor.detach().to("cpu", copy=True) if copy else tensor
     content = {"format": FORMAT, "step": step, "counters": optimizer.counters(), "state": dict(state)}
     # ZeRO 0: every rank holds all of it, and one copy is enough. 48 bits are exact in the float64 that is gathered.
-    held = int(fingerprint.digest([piece.key for piece in sorted(tensors)])[:12], 16)
-    writers = 1 if len(set(ranks.gathered(float(held)))) == 1 else ranks.world
+    contents = int(fingerprint.digest([piece.key for piece in sorted(tensors)])[:12], 16)
+    writers = 1 if len(set(ranks.gathered(float(contents)))) == 1 else ranks.world
     return Snapshot(step, writers, tensors, dict(optimizer.layout.shapes), fingerprint.canonical_json(content))
 
 

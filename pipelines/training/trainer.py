@@ -223,7 +223,7 @@ class Trainer:
         assert self.checkpointer is not None, "going back needs checkpoints"
         ranks = self.engine.ranks
         restored = self.checkpointer.go_back(step, self.engine.optimizer, rank=ranks.rank, world=ranks.world)
-        self.engine.publish_weights()
+        self.engine.copy_to_weights()
         self.losses.forget()
         self.state = State(**restored)
         self.saved = self.state.step

@@ -105,7 +105,7 @@ def pretrain(spec: WorkerSpec, stop: StopRequest) -> None:
     checkpoints = Checkpoints(spec.checkpoints, config.checkpoint.keep)
     saved = checkpoints.load_latest(engine.optimizer, rank=ranks.rank, world=ranks.world)
     if saved is not None:
-        engine.publish_weights()
+        engine.copy_to_weights()
     state = State() if saved is None else State(**saved)
     state.rollbacks = max(state.rollbacks, rollbacks.read(spec.rollbacks), key=len)
     own = peak(device, config.precision)

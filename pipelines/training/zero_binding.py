@@ -149,43 +149,43 @@ def _stage_1_and_2(engine: Any, names: dict[int, str]) -> tuple[Layout, Found]:
     zero = engine.optimizer
     layout, found = _mapped(zero, zero.bit16_groups, zero.single_partition_of_fp32_groups, names, engine.device)
 
-    def publish(owners: Sequence[Tensor]) -> None:
-        for partitions, owner, group in zip(
+    def copy_to_weights(partitions: Sequence[Tensor]) -> None:
+        for slices, partition, group in zip(
             zero.parallel_partitioned_bit16_groups,
             zero.single_partition_of_fp32_groups,
             zero.real_dp_process_group,
             strict=True,
         ):
-            if any(owner is one for one in owners):
-                partitions[dist.get_rank(group)].data.copy_(owner.data)
+            if any(partition is one for one in partitions):
+                slices[dist.get_rank(group)].data.copy_(partition.data)
 
-    return _completed(layout, publish=publish, skipped=lambda: bool(zero.overflow)), found
+    return _completed(layout, copy_to_weights=copy_to_weights, skipped=lambda: bool(zero.overflow)), found
 
 
 def _bf16(engine: Any, names: dict[int, str]) -> tuple[Layout, Found]:
     zero = engine.optimizer
     layout, found = _mapped(zero, zero.bf16_groups, zero.fp32_groups_flat_partition, names, engine.device)
-    return _completed(layout, publish=None, skipped=lambda: bool(zero.overflow)), found
+    return _completed(layout, copy_to_weights=None, skipped=lambda: bool(zero.overflow)), found
 
 
 def _mapped(
-    zero: Any, groups: list[list[Tensor]], owners: list[Tensor], names: dict[int, str], device: torch.device
+    zero: Any, groups: list[list[Tensor]], partitions: list[Tensor], names: dict[int, str], device: torch.device
 ) -> tuple[Layout, Found]:
     """Read the addresses that ZeRO 1 and 2 keep on each parameter, for groups and their fp32 partitions."""
     found: Found = []
-    shapes, homes = {}, {}
-    for parameters, owner in zip(groups, owners, strict=True):
+    shapes, partition_of = {}, {}
+    for parameters, partition in zip(groups, partitions, strict=True):
         for parameter in parameters:
             name = names[id(parameter)]
-            shapes[name], homes[name] = tuple(parameter.shape), owner
+            shapes[name], partition_of[name] = tuple(parameter.shape), partition
             mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # noqa: SLF001
             if mapping is None:
                 continue
             low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-            fragment = Fragment(name, shapes[name], low.start, high.numel, owner, high.start)
+            fragment = Fragment(name, shapes[name], low.start, high.numel, partition, high.start)
             found.append((fragment, parameter.detach().reshape(-1).narrow(0, low.start, low.numel)))
     reduce = _reducer(zero.real_dp_process_group[0], device)
-    return Layout(tuple(fragment for fragment, _ in found), shapes, homes, reduce), found
+    return Layout(tuple(fragment for fragment, _ in found), shapes, partition_of, reduce), found
 
 
 def _stage_3(engine: Any, names: dict[int, str]) -> tuple[Layout, Found]:
@@ -197,31 +197,31 @@ def _stage_3(engine: Any, names: dict[int, str]) -> tuple[Layout, Found]:
             hint="every parameter group needs a trainable parameter when the engine is created",
         )
     found: Found = []
-    shapes, homes = {}, {}
+    shapes, partition_of = {}, {}
     rank = dist.get_rank(zero.dp_process_group)
-    for parameters, owner in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+    for parameters, partition in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
         for parameter in parameters:
             name = names[id(parameter)]
-            shapes[name], homes[name] = tuple(parameter.ds_shape), owner
+            shapes[name], partition_of[name] = tuple(parameter.ds_shape), partition
             _, offset, room = zero.grad_position[zero.get_param_id(parameter)]
             start = rank * room
             # The last partitions of a tensor end in padding that DeepSpeed leaves uninitialised.
             numel = max(0, min(room, parameter.ds_numel - start))
             if numel:
-                fragment = Fragment(name, shapes[name], start, numel, owner, offset)
+                fragment = Fragment(name, shapes[name], start, numel, partition, offset)
                 found.append((fragment, parameter.ds_tensor.detach().reshape(-1).narrow(0, 0, numel)))
 
-    def publish(owners: Sequence[Tensor]) -> None:
+    def copy_to_weights(partitions: Sequence[Tensor]) -> None:
         late = [
             number
-            for number, owner in enumerate(zero.fp32_partitioned_groups_flat)
-            if any(owner is one for one in owners)
+            for number, partition in enumerate(zero.fp32_partitioned_groups_flat)
+            if any(partition is one for one in partitions)
         ]
         _push_stage_3(zero, late)
 
     reduce = _reducer(zero.dp_process_group, engine.device)
-    layout = Layout(tuple(fragment for fragment, _ in found), shapes, homes, reduce)
-    return _completed(layout, publish=publish, skipped=lambda: bool(zero.overflow)), found
+    layout = Layout(tuple(fragment for fragment, _ in found), shapes, partition_of, reduce)
+    return _completed(layout, copy_to_weights=copy_to_weights, skipped=lambda: bool(zero.overflow)), found
 
 
 _READERS: dict[str, Callable[[Any, dict[int, str]], tuple[Layout, Found]]] = {
@@ -232,9 +232,9 @@ _READERS: dict[str, Callable[[Any, dict[int, str]], tuple[Layout, Found]]] = {
 
 
 def _completed(
-    layout: Layout, publish: Callable[[Sequence[Tensor]], None] | None, skipped: Callable[[], bool]
+    layout: Layout, copy_to_weights: Callable[[Sequence[Tensor]], None] | None, skipped: Callable[[], bool]
 ) -> Layout:
-    return Layout(layout.fragments, layout.shapes, layout.homes, layout.reduce, publish, skipped)
+    return Layout(layout.fragments, layout.shapes, layout.partition_of, layout.reduce, copy_to_weights, skipped)
 
 
 def _push_stage_3(zero: Any, sub_groups: Sequence[int]) -> None:

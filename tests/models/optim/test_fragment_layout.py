@@ -10,11 +10,11 @@ from models.optim.fragment_layout import Fragment, Layout, TensorSums, whole_ten
 
 
 def test_a_master_is_a_live_view_of_its_owner() -> None:
-    owner = torch.arange(10.0)
-    fragment = Fragment("w", (4, 4), start=8, numel=3, owner=owner, offset=5)
+    partition = torch.arange(10.0)
+    fragment = Fragment("w", (4, 4), start=8, numel=3, partition=partition, offset=5)
     fragment.master.mul_(2)
-    assert owner.tolist() == [0, 1, 2, 3, 4, 10, 12, 14, 8, 9]
-    owner.data = torch.zeros(10)
+    assert partition.tolist() == [0, 1, 2, 3, 4, 10, 12, 14, 8, 9]
+    partition.data = torch.zeros(10)
     assert fragment.master.tolist() == [0, 0, 0]
 
 
@@ -39,7 +39,7 @@ def test_a_tensor_that_is_not_contiguous_is_refused() -> None:
 
 def test_sums_are_added_up_in_float64_over_blocks_and_ranks() -> None:
     layout = whole_tensors([{"params": [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]}])
-    both = Layout(layout.fragments, layout.shapes, layout.homes, reduce=lambda sums: 2 * sums)
+    both = Layout(layout.fragments, layout.shapes, layout.partition_of, reduce=lambda sums: 2 * sums)
     sums = TensorSums(2, both)
     sums.add(0, 1, [torch.tensor(2.0**25), torch.tensor(1.0)])
     sums.add_rows([1], torch.tensor([[3.0, 4.0]], dtype=torch.float64))
@@ -49,6 +49,6 @@ def test_sums_are_added_up_in_float64_over_blocks_and_ranks() -> None:
 def test_a_rank_without_a_part_takes_part_in_the_sum_with_zeros() -> None:
     layout = whole_tensors([{"params": [nn.Parameter(torch.ones(2))]}])
     given = []
-    both = Layout((), layout.shapes, layout.homes, reduce=lambda sums: given.append(sums.clone()) or sums + 1)
+    both = Layout((), layout.shapes, layout.partition_of, reduce=lambda sums: given.append(sums.clone()) or sums + 1)
     assert TensorSums(1, both).over_ranks().tolist() == [[1.0]]
     assert given[0].tolist() == [[0.0]]

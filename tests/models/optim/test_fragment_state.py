@@ -19,14 +19,14 @@ SHAPES = {"a": (5, 7), "b": (3, 3), "c": (4,)}
 
 
 def flat_optimizer(kind: Any = Lamb) -> tuple[Any, nn.Parameter]:
-    """Return an optimizer bound to one owner that holds two tensors and padding."""
-    owner = nn.Parameter(torch.arange(1.0, 13.0))
+    """Return an optimizer bound to one partition that holds two tensors and padding."""
+    partition = nn.Parameter(torch.arange(1.0, 13.0))
     optimizer = kind([("x", nn.Parameter(torch.ones(2, 3))), ("y", nn.Parameter(torch.ones(2, 2)))], lr=0.1)
     shapes = {"x": (2, 3), "y": (2, 2)}
-    parts = (Fragment("x", (2, 3), 0, 6, owner, 0), Fragment("y", (2, 2), 0, 4, owner, 6))
-    optimizer.param_groups[0]["params"] = [owner]
-    optimizer.bind(Layout(parts, shapes, dict.fromkeys(shapes, owner)))
-    return optimizer, owner
+    parts = (Fragment("x", (2, 3), 0, 6, partition, 0), Fragment("y", (2, 2), 0, 4, partition, 6))
+    optimizer.param_groups[0]["params"] = [partition]
+    optimizer.bind(Layout(parts, shapes, dict.fromkeys(shapes, partition)))
+    return optimizer, partition
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_a_tensor_that_returns_starts_anew(named: Any, fill: Any) -> None:
 
 
 def test_a_tensor_that_stays_active_keeps_its_moments() -> None:
-    optimizer, owner = flat_optimizer()
-    owner.grad = torch.ones(12)
+    optimizer, partition = flat_optimizer()
+    partition.grad = torch.ones(12)
     optimizer.step()
     x, y = optimizer.fragments
     kept = {name: tensor.clone() for name, tensor in optimizer.fragment_state(y).items()}
@@ -95,16 +95,16 @@ def test_a_tensor_that_stays_active_keeps_its_moments() -> None:
 
 
 def test_flat_moments_lie_where_deepspeeds_checkpoints_look() -> None:
-    optimizer, owner = flat_optimizer(AdamW)
-    owner.grad = torch.ones(12)
+    optimizer, partition = flat_optimizer(AdamW)
+    partition.grad = torch.ones(12)
     optimizer.step()
-    assert optimizer.state[owner]["exp_avg"].shape == owner.shape
+    assert optimizer.state[partition]["exp_avg"].shape == partition.shape
 
 
 def test_moments_by_fragment_are_refused_by_torchs_state_dict() -> None:
-    optimizer, owner = flat_optimizer()
+    optimizer, partition = flat_optimizer()
     optimizer.set_active(["x"])
-    owner.grad = torch.ones(12)
+    partition.grad = torch.ones(12)
     optimizer.step()
     with pytest.raises(ValueError, match="fragment_state"):
         optimizer.state_dict()

@@ -162,7 +162,7 @@ def test_all_norms_of_a_step_go_through_one_collective_or_two_with_clipping(
     calls: list[tuple[int, ...]] = []
     layout = optimizer.layout
     reduce = lambda sums: calls.append(tuple(sums.shape)) or sums  # noqa: E731
-    optimizer.bind(type(layout)(layout.fragments, layout.shapes, layout.homes, reduce=reduce))
+    optimizer.bind(type(layout)(layout.fragments, layout.shapes, layout.partition_of, reduce=reduce))
     fill(parameters, 0)
     optimizer.step()
     assert calls == [(1, 12), (3, 12)][-expected:]

@@ -56,11 +56,11 @@ def test_a_step_moves_weights_and_moments_as_float64_does_at_any_length(rule: An
 
 
 def test_a_step_writes_no_element_beside_a_view() -> None:
-    owners = [torch.full((100,), -7.0) for _ in range(4)]
-    views = [owner[3:40].copy_(array) for owner, array in zip(owners, tensors(4, 37), strict=True)]
+    partitions = [torch.full((100,), -7.0) for _ in range(4)]
+    views = [partition[3:40].copy_(array) for partition, array in zip(partitions, tensors(4, 37), strict=True)]
     native.apply("lamb", [views], [LAMB])
-    for owner in owners:
-        assert (torch.cat([owner[:3], owner[40:]]) == -7).all()
+    for partition in partitions:
+        assert (torch.cat([partition[:3], partition[40:]]) == -7).all()
 
 
 def test_a_tensor_without_a_trust_ratio_is_measured_by_its_gradient_alone() -> None:
@@ -96,8 +96,8 @@ def test_a_gradient_that_cannot_be_squared_shows_in_the_sums_of_its_own_tensor_o
 
 
 def test_elements_beside_a_view_are_not_looked_at() -> None:
-    owners = [torch.full((100,), math.nan) for _ in range(4)]
-    views = [owner[3:40].copy_(array) for owner, array in zip(owners, tensors(4, 37), strict=True)]
+    partitions = [torch.full((100,), math.nan) for _ in range(4)]
+    views = [partition[3:40].copy_(array) for partition, array in zip(partitions, tensors(4, 37), strict=True)]
     assert torch.equal(
         native.measure("lamb", [views], [LAMB], [True]), native.measure("lamb", [tensors(4, 37)], [LAMB], [True])
     )

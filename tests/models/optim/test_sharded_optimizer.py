@@ -39,18 +39,18 @@ def two_ranks(parameters: dict[str, nn.Parameter], cut: int, make: Callable[[], 
 
     ranks = []
     for rank, (low, high) in enumerate([(0, cut), (cut, len(flat))]):
-        owner = nn.Parameter(torch.cat([flat[low:high], torch.full((3,), math.nan)]))  # ends in padding
+        partition = nn.Parameter(torch.cat([flat[low:high], torch.full((3,), math.nan)]))  # ends in padding
         found, at = [], 0
         for name, parameter in parameters.items():
             first, last = max(at, low), min(at + parameter.numel(), high)
             if first < last:
-                found.append(Fragment(name, tuple(parameter.shape), first - at, last - first, owner, first - low))
+                found.append(Fragment(name, tuple(parameter.shape), first - at, last - first, partition, first - low))
             at += parameter.numel()
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         optimizer = make()
-        optimizer.param_groups[0]["params"] = [owner]
-        optimizer.bind(Layout(tuple(found), shapes, dict.fromkeys(shapes, owner), reducer(rank)))
-        ranks.append((optimizer, owner))
+        optimizer.param_groups[0]["params"] = [partition]
+        optimizer.bind(Layout(tuple(found), shapes, dict.fromkeys(shapes, partition), reducer(rank)))
+        ranks.append((optimizer, partition))
     return ranks
 
 
@@ -64,10 +64,10 @@ def step_together(ranks: list[tuple[Any, nn.Parameter]]) -> None:
 
 
 def hand_out(gradients: dict[str, Tensor], ranks: list[tuple[Any, nn.Parameter]]) -> None:
-    for optimizer, owner in ranks:
-        owner.grad = torch.full_like(owner, math.nan)  # padding must not be looked at
+    for optimizer, partition in ranks:
+        partition.grad = torch.full_like(partition, math.nan)  # padding must not be looked at
         for f in optimizer.fragments:
-            f.of(owner.grad).copy_(gradients[f.name].flatten()[f.start : f.start + f.numel])
+            f.of(partition.grad).copy_(gradients[f.name].flatten()[f.start : f.start + f.numel])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -161,7 +161,12 @@ def test_an_engine_that_steps_group_by_group_gets_one_step_at_the_last_call(name
     optimizer = Lamb([{"params": [pair]} for pair in parameters.items()], lr=0.01, max_grad_norm=1.0)
     layout = optimizer.layout
     optimizer.bind(
-        Layout(layout.fragments, layout.shapes, layout.homes, publish=lambda owners: pushed.extend(map(id, owners)))
+        Layout(
+            layout.fragments,
+            layout.shapes,
+            layout.partition_of,
+            copy_to_weights=lambda partitions: pushed.extend(map(id, partitions)),
+        )
     )
     whole = Lamb(together.items(), lr=0.01, max_grad_norm=1.0)
     groups = optimizer.param_groups

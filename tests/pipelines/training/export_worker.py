@@ -25,10 +25,10 @@ def main() -> None:
     distributed.init_process_group("gloo")
     ranks = Ranks.current(torch.device("cpu"))
     parts = PARTS[ranks.rank]
-    owner = torch.cat([WHOLE[name].flatten()[start : start + numel] for name, start, numel in parts])
+    partition = torch.cat([WHOLE[name].flatten()[start : start + numel] for name, start, numel in parts])
     fragments, offset = [], 0
     for name, start, numel in parts:
-        fragments.append(Fragment(name, tuple(WHOLE[name].shape), start, numel, owner, offset))
+        fragments.append(Fragment(name, tuple(WHOLE[name].shape), start, numel, partition, offset))
         offset += numel
     shapes = {name: tuple(tensor.shape) for name, tensor in WHOLE.items()}
 
@@ -36,8 +36,8 @@ def main() -> None:
         distributed.all_reduce(sums)
         return sums
 
-    optimizer = Lamb([("model.a", torch.nn.Parameter(owner))])
-    optimizer.bind(Layout(tuple(fragments), shapes, dict.fromkeys(shapes, owner), reduce))
+    optimizer = Lamb([("model.a", torch.nn.Parameter(partition))])
+    optimizer.bind(Layout(tuple(fragments), shapes, dict.fromkeys(shapes, partition), reduce))
     gathered = gather_weights(optimizer, ranks)
     counts = ranks.gathered(float(len(gathered)))
     if ranks.rank == 0:

@@ -54,7 +54,7 @@ def gradient(name: str, step: int) -> Tensor:
 
 
 def whole(rank: int, world: int) -> tuple[list[tuple[str, int, int]], list[list[str]]]:
-    """ZeRO 0: every rank holds every tensor; an owner for each."""
+    """ZeRO 0: every rank holds every tensor; a partition for each."""
     return [(name, 0, math.prod(shape)) for name, shape in SHAPES.items()], [[name] for name in SHAPES]
 
 
@@ -93,18 +93,20 @@ LAYOUTS = {"whole": whole, "flat": flat, "each": each}
 def make(layout: str, rank: int, world: int) -> FragmentOptimizer:
     """An optimizer over the toy tensors, cut as this rank holds them."""
     cuts, groups = LAYOUTS[layout](rank, world)
-    fragments, homes = [], {}
+    fragments, partition_of = [], {}
     for names in groups:
         mine = [cut for cut in cuts if cut[0] in names]
-        owner = torch.nn.Parameter(torch.zeros(sum(cut[2] for cut in mine) + 2))  # two elements of padding
-        homes |= dict.fromkeys(names, owner)
+        partition = torch.nn.Parameter(torch.zeros(sum(cut[2] for cut in mine) + 2))  # two elements of padding
+        partition_of |= dict.fromkeys(names, partition)
         offset = 0
         for name, start, numel in mine:
-            fragments.append(Fragment(name, SHAPES[name], start, numel, owner, offset))
+            fragments.append(Fragment(name, SHAPES[name], start, numel, partition, offset))
             fragments[-1].master.copy_(initial(name)[start : start + numel])
             offset += numel
-    optimizer = AdamW(list({id(owner): owner for owner in homes.values()}.values()), lr=0.1, weight_decay=0.1)
-    optimizer.bind(Layout(tuple(fragments), SHAPES, homes, None if layout == "whole" or world == 1 else summed))
+    optimizer = AdamW(
+        list({id(partition): partition for partition in partition_of.values()}.values()), lr=0.1, weight_decay=0.1
+    )
+    optimizer.bind(Layout(tuple(fragments), SHAPES, partition_of, None if layout == "whole" or world == 1 else summed))
     return optimizer
 
 
@@ -116,11 +118,11 @@ def summed(tensor: Tensor) -> Tensor:
 
 def update(optimizer: FragmentOptimizer, step: int) -> None:
     """One step with the gradients of that step."""
-    for owner in optimizer.layout.owners:
-        owner.grad = torch.zeros_like(owner)
+    for partition in optimizer.layout.partitions:
+        partition.grad = torch.zeros_like(partition)
     for fragment in optimizer.fragments:
         end = fragment.start + fragment.numel
-        fragment.of(fragment.owner.grad).copy_(gradient(fragment.name, step)[fragment.start : end])
+        fragment.of(fragment.partition.grad).copy_(gradient(fragment.name, step)[fragment.start : end])
     optimizer.step()
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from models.optim.moments import check_adam, corrections
+from models.optim.kernels import check_adam, corrections
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.5), (0.95, 0.0)])
