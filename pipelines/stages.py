@@ -31,7 +31,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "compress",
-            version=5,
+            version=6,
             entry="pipelines.compression.stage:run",
             observations=("observations.json", "metrics.jsonl"),
             settings="pipelines.compression.config:CompressConfig",
