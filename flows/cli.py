@@ -46,12 +46,16 @@ def plan(
     only: Only = None,
     since: Since = None,
     force: Force = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option("--world-size", min=1, help="Plan for so many ranks on a machine that is not this one."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a run would do, and why. Starts nothing, changes nothing."""
+    """Say what a run would do, why, and what it takes. Starts nothing, changes nothing."""
     from flows.commands import run as command
 
-    command.plan(recipe, overrides or [], only, since, force or [], as_json=as_json)
+    command.plan(recipe, overrides or [], only, since, force or [], as_json=as_json, world_size=world_size)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from flows.config import RunConfig
 from flows.graph import Identified
 from flows.planner import Selection, Step
 from flows.run_record import Runs
+from pipelines.core.machine import machine_of
 from pipelines.core.provenance import CHECKOUT
 from pipelines.core.request import ArtifactRef, StageRequest
 from pipelines.core.stage import TrackingTarget
@@ -73,16 +74,19 @@ class RunPlan:
         return planner.is_done(self.steps)
 
 
-def make(name: str, overrides: Sequence[str] = (), selection: Selection | None = None) -> RunPlan:
+def make(
+    name: str, overrides: Sequence[str] = (), selection: Selection | None = None, *, elsewhere: bool = False
+) -> RunPlan:
     """Return the plan of a run; touches nothing.
 
     Args:
         name: a recipe, by name or path.
         overrides: `dotted.path=value` settings over the recipe.
         selection: nodes that were asked for.
+        elsewhere: the plan is for a machine that is not this one; so it is also where an executor carries stages away.
 
     Raises:
-        ConfigError: a setting, a stage or a model that does not exist.
+        ConfigError: a setting, a stage or a model that does not exist, or a stage that cannot fit into memory.
         TransientError: the registry that `pretrain.from` names does not answer.
     """
     selection = selection or Selection()
@@ -91,7 +95,9 @@ def make(name: str, overrides: Sequence[str] = (), selection: Selection | None =
     data_hash = versioning.data_hash(config.data, CHECKOUT)
     init_weights = graph.init_weights_of(config, store.root)
     identified = graph.identify(config, data_hash, init_weights)
-    steps = planner.make(identified, store, selection)
+    machine = machine_of(config.compute, elsewhere=elsewhere or config.compute.executor != "local")
+    corpus_bytes = versioning.tracked_bytes(config.data, CHECKOUT)
+    steps = planner.make(identified, store, selection, machine=machine, corpus_bytes=corpus_bytes)
     return RunPlan(name, tuple(pinned), config, selection, store, data_hash, init_weights, identified, tuple(steps))
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
 from flows import console, run_plan
 from flows.commands import lookup
-from flows.planner import Selection
+from flows.planner import Selection, Step
 from flows.run_plan import RunPlan
 from flows.run_record import REPORT, Runs
 from pipelines.core.errors import ConfigError, Preempted
@@ -30,12 +31,21 @@ _LONGEST_SHOWN = 24
 
 
 def plan(
-    name: str, overrides: list[str], only: str | None, since: str | None, force: list[str], *, as_json: bool
+    name: str,
+    overrides: list[str],
+    only: str | None,
+    since: str | None,
+    force: list[str],
+    *,
+    as_json: bool,
+    world_size: int | None = None,
 ) -> None:
-    """Print the plan of a run."""
-    made = run_plan.make(name, overrides, Selection(only, since, tuple(force)))
+    """Print the plan of a run; with `world_size` of a run on so many ranks of a machine that is not this one."""
+    ranks = [] if world_size is None else [f"pretrain.world_size={world_size}"]
+    selection = Selection(only, since, tuple(force))
+    made = run_plan.make(name, [*overrides, *ranks], selection, elsewhere=world_size is not None)
     if as_json:
-        print(json.dumps([step.as_dict() for step in made.steps], indent=1))
+        print(json.dumps(_rows(made), indent=1))
         return
     _print_plan(made)
     print("Nothing was started.")
@@ -114,21 +124,63 @@ def _stop(_signum: int, _frame: FrameType | None) -> NoReturn:
     raise Preempted("the run was asked to stop", hint="the same command goes on where it stopped")
 
 
+def _rows(made: RunPlan) -> list[dict[str, Any]]:
+    """Return the steps as JSON values."""
+    return [step.as_dict(made.config.compute.price_per_hour) for step in made.steps]
+
+
 def _print_plan(made: RunPlan) -> None:
-    steps = made.steps
-    rows = [
-        {"stage": s.node, "state": s.state, "why": s.why, "estimate": console.duration(s.estimate_s)} for s in steps
-    ]
-    console.table(rows, ["stage", "state", "why", "estimate"], as_json=False)
-    for step in steps:
+    to_run = [step for step in made.steps if step.runs]
+    console.table(
+        [_row(step) for step in made.steps], ["stage", "state", "why", "time", "memory", "disk"], as_json=False
+    )
+    for step in made.steps:
         if step.warning:
             print(f"  note: {step.node}: {step.warning}")
-    cached = sum(s.state == "cached" for s in steps)
-    to_run = [s for s in steps if s.state in {"run", "waits"}]
-    known = [s.estimate_s for s in to_run if s.estimate_s is not None]
-    time = f", about {console.duration(sum(known))}" if to_run and len(known) == len(to_run) else ""
-    disk = f", {console.size(sum(s.size or 0 for s in to_run))}" if known else ""
-    print(f"{cached} cached, {len(to_run)} to run{time}{disk}. {_champion_line(made)}")
+    _print_sources(to_run)
+    cached = sum(step.state == "cached" for step in made.steps)
+    print(f"{cached} cached, {len(to_run)} to run{_totals(made, to_run)}. {_champion_line(made)}")
+
+
+def _row(step: Step) -> dict[str, str]:
+    """Return a line of the plan: what is done already takes nothing any more."""
+    estimate, runs = step.estimate, step.runs
+    memory = console.size(estimate.memory_bytes) if runs else "-"
+    return {
+        "stage": step.node,
+        "state": step.state,
+        "why": step.why,
+        "time": console.duration(step.seconds),
+        "memory": f"{estimate.ranks} x {memory}" if estimate.ranks > 1 and runs and estimate.memory_bytes else memory,
+        "disk": console.size(estimate.disk_bytes) if runs else "-",
+    }
+
+
+def _print_sources(to_run: Sequence[Step]) -> None:
+    """Say what the times rest on, and of the longest stage exactly."""
+    timed = [(step, step.estimate.time) for step in to_run if step.estimate.time is not None]
+    if not timed:
+        return
+    by_source: dict[str, list[str]] = {}
+    for step, time in timed:
+        by_source.setdefault(time.source, []).append(step.node)
+    groups = [f"{source}: {', '.join(nodes)}" for source, nodes in sorted(by_source.items())]
+    longest, time = max(timed, key=lambda each: each[1].seconds)
+    print(f"  times {'; '.join(groups)}. {longest.node}, the longest, is {time.source}: {time.basis}")
+
+
+def _totals(made: RunPlan, to_run: Sequence[Step]) -> str:
+    """Return time, disk and cost of what runs, as far as they are known."""
+    times = [step.seconds for step in to_run if step.seconds is not None]
+    disk = [step.estimate.disk_bytes for step in to_run if step.estimate.disk_bytes is not None]
+    price = made.config.compute.price_per_hour
+    costs = [cost for step in to_run if (cost := step.estimate.cost(price)) is not None]
+    parts = [
+        f", about {console.duration(sum(times))}" if times and len(times) == len(to_run) else "",
+        f", at most {console.size(sum(disk))} of disk" if disk else "",
+        f", {sum(costs):.2f} at {price:g} a rank-hour" if costs else "",
+    ]
+    return "".join(parts)
 
 
 def _champion_line(made: RunPlan) -> str:
@@ -144,8 +196,7 @@ def _champion_line(made: RunPlan) -> str:
 def _report_cached(made: RunPlan, *, as_json: bool) -> None:
     if as_json:
         champion = history.champion(made.store.root, made.config.promote.model_name)
-        rows = [step.as_dict() for step in made.steps]
-        print(json.dumps({"status": "cached", "steps": rows, "champion": champion}, indent=1, default=str))
+        print(json.dumps({"status": "cached", "steps": _rows(made), "champion": champion}, indent=1, default=str))
         return
     _print_plan(made)
     print("Everything is cached: nothing was run.")

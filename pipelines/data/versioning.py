@@ -62,6 +62,12 @@ def data_hash(config: DataConfig, checkout: Path = CHECKOUT) -> str:
     return str(_tracked(config, checkout)["md5"])
 
 
+def tracked_bytes(config: DataConfig, checkout: Path = CHECKOUT) -> int | None:
+    """Return the size of the configured corpus as DVC tracks it; None where the DVC file does not say."""
+    size = _tracked(config, checkout)["size"]
+    return size if isinstance(size, int) else None
+
+
 def _tracked(config: DataConfig, checkout: Path) -> dict[str, Any]:
     """Return the entry of data.dvc for the corpus: md5, size, nfiles."""
     text = _dvc_file(config, checkout)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +24,7 @@ from models.architectures.config import (
     flops_per_token,
     preset,
 )
+from models.architectures.transformers_internals import without_initialization
 
 TOKENS = {"vocab_size": 53, "max_positions": 16, "bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
 SMALL = {"width": 24, "layers": 4, "heads": 4, "ffn_width": 40, "local_window": 4}
@@ -45,6 +48,16 @@ def architecture(**values: Any) -> ArchitectureConfig:
 def test_the_formula_counts_the_parameters_of_the_built_model(values: dict[str, Any]) -> None:
     config = architecture(**values)
     model = build(config, seed=0)
+    assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("family", ["decoder", "encoder"])
+def test_the_formula_counts_the_parameters_of_every_preset(family: Family, name: str) -> None:
+    config = ArchitectureConfig(**preset(family, name).model_dump(), **{**TOKENS, "vocab_size": 32_000})
+    with without_initialization(), init_empty_weights(include_buffers=False):
+        model = importlib.import_module(f"models.architectures.{family}").construct(config)
+    model.tie_weights()
     assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
