@@ -24,6 +24,8 @@ data = typer.Typer(help="The corpus: DVC for people who do not want to learn DVC
 app.add_typer(data, name="data")
 
 _KEPT_RUNS = 3
+_MODEL = "`champion`, NAME@ALIAS, NAME/VERSION, a node (or RUN/NODE), a fingerprint or a folder"
+"""How any artifact is named; `flows.commands.lookup` finds it."""
 
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help="Name of a recipe, or the path of a TOML file.")]
 Overrides = Annotated[
@@ -95,7 +97,7 @@ def status(run_id: RunId = None, as_json: Json = False) -> None:
 
 @app.command()
 def show(
-    target: Annotated[str, typer.Argument(help="A run, an artifact (fingerprint or node name), `config` or `schema`.")],
+    target: Annotated[str, typer.Argument(help=f"A run, {_MODEL}, `config` or `schema`.")],
     overrides: Overrides = None,
     recipe: Recipe = "demo",
     as_json: Json = False,
@@ -108,8 +110,8 @@ def show(
 
 @app.command()
 def diff(
-    old: Annotated[str, typer.Argument(help="A run or an artifact.")],
-    new: Annotated[str, typer.Argument(help="A run or an artifact.")],
+    old: Annotated[str, typer.Argument(help=f"A run, or {_MODEL}.")],
+    new: Annotated[str, typer.Argument(help="The same.")],
     as_json: Json = False,
 ) -> None:
     """Say which settings, inputs and results differ between two runs or two artifacts."""
@@ -134,9 +136,11 @@ def list_(
 @app.command()
 def promote(
     candidate: Annotated[
-        str | None, typer.Argument(help="`pretrain` or a child; the recipe's choice if left out.")
+        str | None, typer.Argument(help=f"{_MODEL}, or a run; the recipe's choice if left out.")
     ] = None,
-    run_id: Annotated[str | None, typer.Option("--run", help="The run that made it; the newest if left out.")] = None,
+    run_id: Annotated[
+        str | None, typer.Option("--run", help="The run that made it; the newest that has it if left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Put a model of a finished run through the gate, and make it champion if it passes."""
@@ -147,7 +151,9 @@ def promote(
 
 @app.command()
 def rollback(
-    model: Annotated[str | None, typer.Argument(help="Registered model; the only one if left out.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Registered model, or NAME@champion; the only one if left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make the previous champion the champion again."""
@@ -158,7 +164,7 @@ def rollback(
 
 @app.command()
 def export(
-    target: Annotated[str, typer.Argument(help="`champion`, a node of the newest run, or a fingerprint.")],
+    target: Annotated[str, typer.Argument(help=f"{_MODEL}, or a run.")],
     destination: Annotated[str, typer.Argument(help="Folder to create, or the .gguf file.")],
     file_format: Annotated[
         str,
@@ -186,7 +192,7 @@ def export(
 
 @app.command()
 def verify(
-    target: Annotated[str | None, typer.Argument(help="Fingerprint or node; every artifact if left out.")] = None,
+    target: Annotated[str | None, typer.Argument(help=f"A run, or {_MODEL}; every artifact if left out.")] = None,
     as_json: Json = False,
 ) -> None:
     """Hash artifacts again and compare them with their manifests."""

@@ -209,5 +209,5 @@ class Runs:
                 hint="`ingot list runs` shows them",
             )
         if name is not None and len(runs) > 1:
-            raise ConfigError(f"{name!r} names {len(runs)} runs", hint="`ingot list runs` shows their full ids")
+            raise ConfigError(f"{name!r} names {len(runs)} runs: {', '.join(run.id for run in runs[::-1])}")
         return runs[-1]

@@ -98,9 +98,15 @@ def resume(run_id: str | None, *, as_json: bool, quiet: bool) -> None:
 
 
 def promote(candidate: str | None, run_id: str | None, *, as_json: bool) -> None:
-    """Put a model of a finished run through the gate."""
-    record = Runs(lookup.store().root).get(run_id)
-    overrides = record.command() + ([f"promote.candidate={candidate}"] if candidate else [])
+    """Put a model of a finished run through the gate.
+
+    Args:
+        candidate: a model, as `lookup` finds it; None for the choice of the run's recipe.
+        run_id: the run that made it; the newest that has it if left out.
+        as_json: print JSON.
+    """
+    record, name = lookup.find_candidate(candidate, run_id)
+    overrides = record.command() + ([f"promote.candidate={name}"] if name else [])
     run(record.recipe, overrides, "promote", None, ["promote"], wait_s=None, as_json=as_json, quiet=False)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from flows import console
-from flows.commands.lookup import find, find_artifact, store
+from flows.commands.lookup import find, find_model, find_registered, store
 from flows.run_record import RunRecord, Runs
 from pipelines.core import garbage
 from pipelines.core.artifact import Artifact
-from pipelines.core.errors import ConfigError, IntegrityError, TransientError
+from pipelines.core.errors import IntegrityError, TransientError
 from pipelines.core.garbage import Garbage
 from pipelines.registry import history
 
@@ -100,11 +100,7 @@ def export(target: str, destination: str, file_format: str, precision: str | Non
     from pipelines.deploy import export as deploy
 
     deploy.check(Path(destination), file_format, precision)
-    source = find_artifact(_champion_fingerprint() if target == "champion" else target)
-    if source is None or not (source.path / "model").is_dir():
-        raise ConfigError(
-            f"{target!r} is no model", hint="`ingot list artifacts` shows pretrain and compress artifacts"
-        )
+    source = find_model(target)
     said = deploy.write(source, Path(destination), file_format, precision, weights_only=weights_only)
     print(f"{source.manifest.node} -> {destination}; {said}")
 
@@ -113,7 +109,7 @@ def rollback(model: str | None, *, as_json: bool) -> None:
     """Make the previous champion the champion again."""
     from pipelines.registry import registry
 
-    record = registry.rollback(store().root, model or _only_model())
+    record = registry.rollback(store().root, find_registered(model))
     if as_json:
         print(json.dumps(record, indent=1, default=str))
     else:
@@ -141,17 +137,3 @@ def sync(*, as_json: bool) -> None:
 def _artifacts_of(run: RunRecord) -> list[Artifact]:
     found = [store().find(node.stage, node.fingerprint) for node in run.nodes.values()]
     return [each for each in found if each is not None]
-
-
-def _only_model() -> str:
-    names = history.models(store().root)
-    if len(names) != 1:
-        raise ConfigError(f"there are {len(names)} registered models: {', '.join(names)}", hint="name one")
-    return names[0]
-
-
-def _champion_fingerprint() -> str:
-    champion = history.champion(store().root, _only_model())
-    if champion is None:
-        raise ConfigError("there is no champion yet", hint="`ingot run` makes one")
-    return str(champion["fingerprint"])
