@@ -27,7 +27,7 @@ _KEPT_RUNS = 3
 _MODEL = "`champion`, NAME@ALIAS, NAME/VERSION, a node (or RUN/NODE), a fingerprint or a folder"
 """How any artifact is named; `flows.commands.lookup` finds it."""
 
-Recipe = Annotated[str, typer.Option("--recipe", "-r", help="Name of a recipe, or the path of a TOML file.")]
+Recipe = Annotated[str, typer.Option("--recipe", "-r", help="Name of a recipe, path of a TOML file, or a run.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted settings over the recipe.")
 ]
@@ -101,11 +101,12 @@ def show(
     overrides: Overrides = None,
     recipe: Recipe = "demo",
     as_json: Json = False,
+    as_toml: Annotated[bool, typer.Option("--toml", help="`config` as a recipe, for `--recipe`.")] = False,
 ) -> None:
     """Show everything known of one thing: where it came from, what it holds, how it measured."""
     from flows.commands import show as command
 
-    command.show(target, recipe, overrides or [], as_json=as_json)
+    command.show(target, recipe, overrides or [], as_json=as_json, as_toml=as_toml)
 
 
 @app.command()

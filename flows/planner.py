@@ -54,6 +54,8 @@ class Selection:
     only: str | None = None
     since: str | None = None
     force: Collection[str] = ()
+    finished: Collection[str] = ()
+    """Nodes that an earlier attempt at this very run has executed: what was forced then is not forced once more."""
 
     def check(self, graph: Mapping[str, Identified]) -> None:
         """Refuse names that are neither a node nor a stage of this graph.
@@ -68,6 +70,8 @@ class Selection:
 
     def forced(self, node: Identified, graph: Mapping[str, Identified]) -> bool:
         """Return whether the node's body must run even if its artifact exists."""
+        if node.node.name in self.finished:
+            return False
         return any(_named(node, name) for name in self.force) or (
             self.since is not None and (_named(node, self.since) or _below(node, self.since, graph))
         )

@@ -1,11 +1,14 @@
-"""Recipes: named TOML files, one level of inheritance after another, and dotted overrides from the command line."""
+"""Recipes: named TOML files, one level of inheritance after another, and dotted overrides from the command line.
+
+A run can stand in a recipe's place: it is the configuration that it had.
+"""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +16,13 @@ from pydantic import BaseModel, ValidationError
 
 from flows import renamed_keys
 from pipelines.core.errors import ConfigError
-from pipelines.core.redaction import redact_value
+from pipelines.core.provenance import CHECKOUT
+from pipelines.core.redaction import HIDDEN, redact_value
 from pipelines.core.settings import idle_keys
 
 if TYPE_CHECKING:
     from flows.config import RunConfig
+    from flows.run_record import RunRecord
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -37,37 +42,93 @@ def resolve(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the validated `RunConfig` of a recipe with overrides.
 
     Args:
-        recipe: a name from `names()` or the path of a TOML file.
+        recipe: a name from `names()`, the path of a TOML file, or the id of a run, whose configuration is taken.
         overrides: `dotted.path=value`; the value is TOML, or a plain string where it is not valid TOML.
 
     Raises:
         ConfigError: naming the dotted path, the value, and the nearest valid name or range; the new name of a key that
             was renamed; keys that do nothing because the switch of their section is off.
     """
-    from flows.config import RunConfig
-
+    if not overrides and (run := run_called(recipe)) is not None:
+        return validated(run.table(full=True))
     table = load(recipe)
     for override in overrides:
         apply(table, override)
-    renamed_keys.refuse(table)
-    try:
-        config = RunConfig.model_validate(table)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(RunConfig, e) for e in error.errors())) from None
+    config = validated(table)
     if idle := list(idle_keys(config)):
         lines = [f"{key} does nothing while {switch} is off" for key, switch in idle]
         raise ConfigError("\n".join(lines), hint="switch it on, or leave the key out")
     return config
 
 
+def validated(table: Mapping[str, Any]) -> RunConfig:
+    """Return the `RunConfig` of a whole table, in which a key that does nothing may stand.
+
+    Raises:
+        ConfigError: see `resolve`.
+    """
+    from flows.config import RunConfig
+
+    renamed_keys.refuse(dict(table))
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(RunConfig, e) for e in error.errors())) from None
+
+
+def to_toml(config: RunConfig) -> str:
+    """Return a recipe that resolves to this configuration: what was set, without secrets.
+
+    Raises:
+        ConfigError: a setting is None where that is not its default; no TOML file can say so.
+    """
+    import tomlkit
+
+    table = redact_value("", config.model_dump(mode="json", exclude_unset=True))
+    lost = list(_drop(table, "", lambda value: isinstance(value, str) and HIDDEN in value))
+    left_out = list(_drop(table, "", lambda value: value is None))
+    if not lost and validated(table) != config:
+        raise ConfigError(f"TOML has no value for None, which is not the default of {', '.join(left_out)}")
+    notes = [f"# {path} held a secret and is left out\n" for path in lost]
+    return "".join(notes) + tomlkit.dumps(table)
+
+
+def _drop(node: Any, path: str, wanted: Callable[[Any], bool]) -> Iterator[str]:
+    """Remove the keys with such values from a table, and yield their dotted paths."""
+    for key in list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+        where = f"{path}.{key}".removeprefix(".")
+        if isinstance(key, str) and wanted(node[key]):
+            del node[key]
+            yield where
+        else:
+            yield from _drop(node[key], where, wanted)
+
+
+def run_called(name: str) -> RunRecord | None:
+    """Return the run of the default store with this id or the only one whose id begins so; recipes come first.
+
+    Raises:
+        ConfigError: several runs begin so.
+    """
+    if name.endswith(".toml") or name in names():
+        return None
+    from flows.config import StoreConfig
+    from flows.run_record import Runs
+
+    runs = Runs(CHECKOUT / StoreConfig().path)
+    return runs.get(name) if runs.named(name) else None
+
+
 def load(recipe: str) -> dict[str, Any]:
     """Return the merged table of a recipe and of what it extends."""
+    if (run := run_called(recipe)) is not None:
+        return run.table(full=False)
     path = Path(recipe) if recipe.endswith(".toml") else RECIPES / f"{recipe}.toml"
     if not path.is_file():
         near = difflib.get_close_matches(recipe, names(), n=1)
         raise ConfigError(
             f"there is no recipe {recipe!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
-            hint=f"recipes: {', '.join(names())}; or give the path of a .toml file",
+            hint=f"recipes: {', '.join(names())}; or give the path of a .toml file, or a run",
         )
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flows import graph, planner, recipe
 from flows.config import RunConfig
 from flows.graph import Identified
 from flows.planner import Selection, Step
-from flows.run_record import Runs
+from flows.run_record import RunRecord, Runs
 from pipelines.core.machine import machine_of
 from pipelines.core.provenance import CHECKOUT
 from pipelines.core.request import ArtifactRef, StageRequest
@@ -27,6 +27,7 @@ class RunPlan:
     """Everything that is decided before a run starts."""
 
     recipe: str
+    """Its name or path; of a run that is repeated or gone on with, the recipe of that run."""
     overrides: tuple[str, ...]
     """Those of the command, and the weights that the command began with when it was cut off."""
     config: RunConfig
@@ -80,7 +81,7 @@ def make(
     """Return the plan of a run; touches nothing.
 
     Args:
-        name: a recipe, by name or path.
+        name: a recipe, by name or path, or a run whose configuration is taken.
         overrides: `dotted.path=value` settings over the recipe.
         selection: nodes that were asked for.
         elsewhere: the plan is for a machine that is not this one; so it is also where an executor carries stages away.
@@ -89,8 +90,37 @@ def make(
         ConfigError: a setting, a stage or a model that does not exist, or a stage that cannot fit into memory.
         TransientError: the registry that `pretrain.from` names does not answer.
     """
-    selection = selection or Selection()
     config, pinned = _resolve(name, list(overrides))
+    if (repeated := recipe.run_called(name)) is not None:
+        name, pinned = repeated.recipe, [*repeated.overrides, *pinned]
+    return _of(config, name, pinned, selection or Selection(), elsewhere=elsewhere)
+
+
+def again(record: RunRecord, store: Store, change: Mapping[str, Any], selection: Selection) -> RunPlan:
+    """Return the plan of a run with the configuration that an earlier one had, in that one's store.
+
+    Neither its recipe nor the folder it was started in is asked: the record has every setting.
+
+    Args:
+        record: the earlier run.
+        store: where its record lies.
+        change: dotted path -> value to set instead.
+        selection: nodes that are asked for.
+
+    Raises:
+        ConfigError: this checkout no longer knows a setting, or one held a secret.
+    """
+    table = record.table(full=True)
+    overrides = [f"{path}={value}" for path, value in change.items()]
+    for override in overrides:
+        recipe.apply(table, override)
+    table["store"] = {"path": str(store.root)}
+    return _of(recipe.validated(table), record.recipe, [*record.pin(record.overrides), *overrides], selection)
+
+
+def _of(
+    config: RunConfig, name: str, overrides: list[str], selection: Selection, *, elsewhere: bool = False
+) -> RunPlan:
     store = Store(CHECKOUT / config.store.path)
     data_hash = versioning.data_hash(config.data, CHECKOUT)
     init_weights = graph.init_weights_of(config, store.root)
@@ -98,7 +128,7 @@ def make(
     machine = machine_of(config.compute, elsewhere=elsewhere or config.compute.executor != "local")
     corpus_bytes = versioning.tracked_bytes(config.data, CHECKOUT)
     steps = planner.make(identified, store, selection, machine=machine, corpus_bytes=corpus_bytes)
-    return RunPlan(name, tuple(pinned), config, selection, store, data_hash, init_weights, identified, tuple(steps))
+    return RunPlan(name, tuple(overrides), config, selection, store, data_hash, init_weights, identified, tuple(steps))
 
 
 def _resolve(name: str, overrides: list[str]) -> tuple[RunConfig, list[str]]:

@@ -14,7 +14,7 @@ from flows import executors, planner
 from flows.executors import Executor
 from flows.graph import Identified
 from flows.run_plan import RunPlan
-from flows.run_record import PARETO, REPORT, NodeRecord, RunRecord, Runs
+from flows.run_record import PARETO, REPORT, NodeRecord, RunRecord, Runs, SelectionRecord
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import GateRefused, IngotError, Preempted
 from pipelines.core.redaction import redact
@@ -146,7 +146,18 @@ def open_execution(plan: RunPlan, *, console: Callable[[Progress], None], wait_s
         name: NodeRecord(stage=node.node.stage.name, fingerprint=node.fingerprint, resume_key=node.resume_key)
         for name, node in plan.graph.items()
     }
-    record = runs.start(recipe=plan.recipe, overrides=overrides, config=resolved, data_hash=plan.data_hash, nodes=nodes)
+    asked = plan.selection
+    record = runs.start(
+        recipe=plan.recipe,
+        overrides=overrides,
+        config=resolved,
+        data_hash=plan.data_hash,
+        nodes=nodes,
+        settings=plan.config.model_dump(mode="json", exclude_unset=True),
+        selection=SelectionRecord(
+            only=asked.only, since=asked.since, force=list(asked.force), finished=list(asked.finished)
+        ),
+    )
     session = open_session(
         plan.config.tracking,
         plan.store.root,

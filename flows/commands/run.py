@@ -13,7 +13,7 @@ from flows import console, run_plan
 from flows.commands import lookup
 from flows.planner import Selection, Step
 from flows.run_plan import RunPlan
-from flows.run_record import REPORT, Runs
+from flows.run_record import REPORT, RunRecord, Runs, SelectionRecord
 from pipelines.core.errors import ConfigError, Preempted
 from pipelines.core.provenance import CHECKOUT
 from pipelines.data import versioning
@@ -65,6 +65,10 @@ def run(
     """Run a recipe; a run with nothing to do is answered from the plan, before any flow or model code loads."""
     console.set_quiet(quiet)
     made = run_plan.make(name, overrides, Selection(only, since, tuple(force)))
+    _carry_out(made, wait_s=wait_s, as_json=as_json, quiet=quiet)
+
+
+def _carry_out(made: RunPlan, *, wait_s: float | None, as_json: bool, quiet: bool) -> None:
     data = made.config.data
     if data.rev is None and (CHECKOUT / data.path).exists():
         # Also when everything is cached: a corpus that was changed by accident is never passed over in silence.
@@ -78,23 +82,39 @@ def run(
 
 
 def resume(run_id: str | None, *, as_json: bool, quiet: bool) -> None:
-    """Run an unfinished run's recipe again; every finished stage is found in the store, every other one goes on.
+    """Go on with an unfinished run: its configuration and its selection are those of its record.
+
+    Every finished stage is found in the store, every other one goes on. What the run was to force and has executed is
+    not executed once more.
 
     Raises:
         ConfigError: the run is finished, or still at work.
     """
+    console.set_quiet(quiet)
     runs = Runs(lookup.store().root)
     if run_id is None:
-        unfinished = [run.id for run in runs.all() if run.unfinished]
+        unfinished = runs.unfinished()
         if not unfinished:
             raise ConfigError("there is no unfinished run", hint="`ingot list runs` shows all of them")
-        run_id = unfinished[-1]
+        run_id = unfinished[-1].id
     record = runs.get(run_id)
     if record.at_work:
         raise ConfigError(f"{record.id} is at work ({record.process})", hint="`ingot status`")
     if not record.unfinished:
-        raise ConfigError(f"{record.id} is finished ({record.status})", hint=f"`ingot run -r {record.recipe}`")
-    run(record.recipe, record.command(), None, None, [], wait_s=None, as_json=as_json, quiet=quiet)
+        raise ConfigError(f"{record.id} is finished ({record.status})", hint=f"`ingot run --recipe {record.id}`")
+    if record.selection is None:
+        console.say(f"{record.id} was recorded by a version that kept no selection: all its stages are meant")
+    made = run_plan.again(record, lookup.store(), {}, _selection_of(record))
+    if made.data_hash != record.data_hash:
+        console.say(f"the corpus has changed since {record.id} began: what reads it runs again")
+    _carry_out(made, wait_s=None, as_json=as_json, quiet=quiet)
+
+
+def _selection_of(record: RunRecord) -> Selection:
+    """Return what a run was asked for, less the forced nodes that it has executed."""
+    asked = record.selection or SelectionRecord()
+    executed = [name for name, node in record.nodes.items() if node.state == "done" and name not in asked.finished]
+    return Selection(asked.only, asked.since, tuple(asked.force), (*asked.finished, *executed))
 
 
 def promote(candidate: str | None, run_id: str | None, *, as_json: bool) -> None:
@@ -106,8 +126,9 @@ def promote(candidate: str | None, run_id: str | None, *, as_json: bool) -> None
         as_json: print JSON.
     """
     record, name = lookup.find_candidate(candidate, run_id)
-    overrides = record.command() + ([f"promote.candidate={name}"] if name else [])
-    run(record.recipe, overrides, "promote", None, ["promote"], wait_s=None, as_json=as_json, quiet=False)
+    change = {"promote.candidate": name} if name else {}
+    made = run_plan.again(record, lookup.store(), change, Selection(only="promote", force=("promote",)))
+    _carry_out(made, wait_s=None, as_json=as_json, quiet=False)
 
 
 def _run_flow(plan: RunPlan, wait_s: float | None) -> str:

@@ -12,6 +12,7 @@ from flows.commands.run import headline
 from flows.run_record import RunRecord, Runs
 from pipelines.core import fingerprint
 from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError
 from pipelines.core.redaction import redact_value
 
 
@@ -37,9 +38,17 @@ def _show_status(record: RunRecord) -> None:
         print(f"Go on with: ingot resume {record.id}")
 
 
-def show(target: str, recipe_name: str, overrides: list[str], *, as_json: bool) -> None:
-    """Print one run, one artifact, the resolved configuration, or its JSON schema."""
-    if target == "config":
+def show(target: str, recipe_name: str, overrides: list[str], *, as_json: bool, as_toml: bool = False) -> None:
+    """Print one run, one artifact, the resolved configuration, or its JSON schema.
+
+    Raises:
+        ConfigError: see `lookup.find`; or something other than the configuration is wanted as TOML.
+    """
+    if as_toml and target != "config":
+        raise ConfigError("--toml prints a recipe", hint="ingot show config --toml --recipe NAME")
+    if target == "config" and as_toml:
+        print(recipe.to_toml(recipe.resolve(recipe_name, overrides)), end="")
+    elif target == "config":
         print(json.dumps(redact_value("", recipe.resolve(recipe_name, overrides).model_dump(mode="json")), indent=1))
     elif target == "schema":
         from flows.config import RunConfig

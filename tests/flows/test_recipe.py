@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flows import recipe
+from flows import graph, recipe
 from flows.config import RunConfig
 from pipelines.core.errors import ConfigError
 
@@ -158,3 +158,22 @@ def test_switching_a_section_off_takes_back_what_was_said_of_it_before(tmp_path:
     above = tmp_path / "above.toml"
     above.write_text('extends = "mine.toml"\n[pretrain.lisa]\nenabled = false\n')
     assert not recipe.resolve(str(above)).pretrain.lisa.enabled
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_a_resolved_recipe_written_as_toml_is_the_same_run(name: str, tmp_path: Path) -> None:
+    config = recipe.resolve(name, ["pretrain.seed=7"])
+    path = tmp_path / "mine.toml"
+    path.write_text(recipe.to_toml(config))
+    again = recipe.resolve(str(path))
+    assert again == config
+    assert graph.identify(again, "d") == graph.identify(config, "d")
+
+
+def test_none_is_left_out_of_toml_where_it_is_the_default_and_a_secret_always(tmp_path: Path) -> None:
+    table = {"data": {"rev": None}, "pretrain": {"seed": 3}, "tracking": {"uri": "http://u:c4n4ry@host:5000"}}
+    path = tmp_path / "mine.toml"
+    path.write_text(recipe.to_toml(recipe.validated(table)))
+    assert "c4n4ry" not in path.read_text()
+    assert "# tracking.uri held a secret and is left out" in path.read_text()
+    assert recipe.resolve(str(path)) == recipe.validated({"pretrain": {"seed": 3}})
