@@ -205,15 +205,29 @@ def verify(
 @app.command()
 def gc(
     keep: Annotated[
-        int, typer.Option("--keep", min=0, help="Newest runs whose artifacts and checkpoints stay.")
+        int,
+        typer.Option(
+            "--keep", min=0, help="How many of the newest finished runs stay, and of those that can be gone on with."
+        ),
     ] = _KEPT_RUNS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask; needed where there is no terminal.")] = False,
     as_json: Json = False,
 ) -> None:
     """Remove artifacts, checkpoints and leftovers that no run at work, new run or registered model needs."""
     from flows.commands import store as command
 
-    command.gc(keep, dry_run=dry_run, as_json=as_json)
+    command.gc(keep, dry_run=dry_run, yes=yes, as_json=as_json)
+
+
+@app.command()
+def delete(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of a run or its beginning.")], as_json: Json = False
+) -> None:
+    """Remove the record and the report of a run; `ingot gc` frees what only that run needed."""
+    from flows.commands import store as command
+
+    command.delete(run_id, as_json=as_json)
 
 
 @app.command()

@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from flows import console
-from pipelines.core import lock
+from pipelines.core import disk, lock
 from pipelines.core.artifact import write_text
 from pipelines.core.errors import ConfigError, IntegrityError
 from pipelines.core.processes import ProcessName, this_process
@@ -135,9 +136,14 @@ class RunRecord(BaseModel):
         return "killed" if self.status == "running" and not self.at_work else self.status
 
     @property
+    def ended(self) -> bool:
+        """Whether it has done all there was to do."""
+        return self.status in _CAME_TO_ITS_END
+
+    @property
     def unfinished(self) -> bool:
         """Whether it stopped before its end, so that `ingot resume` has something to go on with."""
-        return self.status not in _CAME_TO_ITS_END and not self.at_work
+        return not self.ended and not self.at_work
 
 
 class Runs:
@@ -246,6 +252,13 @@ class Runs:
         same = [run for run in self.all() if run.recipe == recipe and run.overrides in (shown, run.pin(shown))]
         return same[-1] if same and same[-1].status not in _CAME_TO_ITS_END else None
 
+    def remove(self, run_id: str) -> int:
+        """Remove the record and the report of a run; return the bytes they took."""
+        folder = self.folder(run_id)
+        size = disk.size_of(folder)
+        shutil.rmtree(folder)
+        return size
+
     def pareto(self, run_id: str) -> list[dict[str, Any]]:
         """Return the rows of a run's variants by method and bits, as its report shows them; empty without a report."""
         path = self.folder(run_id) / PARETO
@@ -265,8 +278,8 @@ class Runs:
             IntegrityError: its record is damaged.
         """
         runs = self.all() if name is None else self.named(name)
-        if not runs and name and (self.folder(name) / RECORD).exists():
-            return self._read(self.folder(name) / RECORD)
+        if name and [run.id for run in runs] != [name] and (self.folder(name) / RECORD).exists():
+            return self._read(self.folder(name) / RECORD)  # it is damaged; no other is meant by its whole id
         if not runs:
             raise ConfigError(
                 "there is no run yet" if name is None else f"there is no run {name!r}",

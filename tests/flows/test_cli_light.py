@@ -28,6 +28,7 @@ VERBS = (
     "data",
     "verify",
     "gc",
+    "delete",
     "doctor",
 )
 Ingot = Callable[..., subprocess.CompletedProcess[str]]
