@@ -64,6 +64,10 @@ def test_children_that_became_equal_are_one_child() -> None:
         ("pretrain.model.heads=7", ["pretrain", "heads = 7", "valid"]),
         ("compress.0.method=gtpq", ["gtpq", "gptq"]),
         ("compress.0.bitts=4", ["compress.0", "bitts", "bits"]),
+        ("evaluate.probes.latency.repeat=3", ["evaluate.probes.latency.repeat = 3", "'repeats'"]),
+        ("pretrain.monitors.loss_spikes.facto=3", ["pretrain.monitors.loss_spikes.facto = 3", "'factor'"]),
+        ("pretrain.monitors.loss_spikes.window=3", ["pretrain.monitors.loss_spikes.factor: Field required"]),
+        ("pretrain.objective_settings.mask=1", ["pretrain.objective_settings.mask = 1", "(valid: none)"]),
         ("promote.candidate=nobody", ["promote.candidate", "nobody"]),
     ],
 )
