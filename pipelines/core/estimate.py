@@ -36,16 +36,45 @@ class Time:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """The memory that the ranks of a stage take, in bytes."""
+
+    ranks: int = 1
+    """Processes that compute side by side."""
+    rank_bytes: int = 0
+    """What each holds on its device at the peak."""
+    first_bytes: int = 0
+    """What the first one holds beyond that."""
+    host_bytes: int = 0
+    """What each holds in the CPU's memory beside a GPU."""
+
+    def fit(self, machine: Machine) -> bool:
+        """Tell whether a machine holds it; what is not known of the machine is no obstacle."""
+        return self.fits_device(machine) and (
+            machine.host_bytes is None or self.ranks * self.host_bytes <= machine.host_bytes
+        )
+
+    def fits_device(self, machine: Machine) -> bool:
+        """Tell whether the devices hold it: the memory of a machine's CPU, which ranks share, or a GPU for each."""
+        together = self.ranks if machine.shared else 1
+        needed = together * self.rank_bytes + self.first_bytes
+        return machine.memory_bytes is None or needed <= machine.memory_bytes
+
+    def told(self, machine: Machine) -> str:
+        """Return the memory of the devices in words."""
+        if machine.shared and self.ranks > 1:
+            more = f" and {gigabytes(self.first_bytes)}" if self.first_bytes else ""
+            return f"{self.ranks} ranks of {gigabytes(self.rank_bytes)}{more}"
+        return gigabytes(self.rank_bytes + self.first_bytes)
+
+
+@dataclass(frozen=True)
 class Remedy:
     """Settings under which a stage takes less memory."""
 
     settings: tuple[str, ...]
     """`dotted.path=value`, as the command line takes them."""
-    ranks: int
-    memory_bytes: int
-    """Of a rank."""
-    host_bytes: int = 0
-    """Of a rank, in the CPU's memory beside a GPU's."""
+    needs: Needs
 
 
 @dataclass(frozen=True)
@@ -56,8 +85,10 @@ class Estimate:
     """Processes that compute side by side."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """Bytes that a rank holds on its device at the peak, by what they are for."""
+    first_bytes: int = 0
+    """Bytes that the first rank holds beyond that."""
     host_memory: Mapping[str, int] = field(default_factory=dict)
-    """Bytes that it holds in the CPU's memory, where the device is a GPU; empty where they are not known."""
+    """Bytes that a rank holds in the CPU's memory, where the device is a GPU; empty where they are not known."""
     time: Time | None = None
     """None where nothing is known of it."""
     flops: float | None = None
@@ -70,9 +101,14 @@ class Estimate:
     """Settings that take less memory, the mildest first."""
 
     @property
+    def needs(self) -> Needs:
+        """The memory of all ranks."""
+        return Needs(self.ranks, sum(self.memory.values()), self.first_bytes, sum(self.host_memory.values()))
+
+    @property
     def memory_bytes(self) -> int | None:
-        """Bytes of a rank on its device; None where they are not known."""
-        return sum(self.memory.values()) if self.memory else None
+        """Bytes of the rank that holds most, on its device; None where they are not known."""
+        return self.needs.rank_bytes + self.first_bytes if self.memory else None
 
     @property
     def disk_bytes(self) -> int | None:
@@ -91,6 +127,7 @@ class Estimate:
             "ranks": self.ranks,
             "memory_bytes": self.memory_bytes,
             "memory": dict(self.memory),
+            "first_bytes": self.first_bytes,
             "host_memory": dict(self.host_memory),
             "seconds": self.time and self.time.seconds,
             "source": self.time and self.time.source,
@@ -160,42 +197,27 @@ def refuse_what_does_not_fit(node: str, estimate: Estimate, machine: Machine) ->
     Raises:
         ConfigError: naming what is needed, what there is, and settings that would fit, with what they would need.
     """
-    needed, host = estimate.memory_bytes, sum(estimate.host_memory.values())
-    if needed is None or fits(machine, estimate.ranks, needed, host):
+    needs = estimate.needs
+    if needs.fit(machine):
         return
-    if fits(machine, estimate.ranks, needed):
-        parts, of_what, there = (
-            estimate.host_memory,
-            " of the CPU's memory",
-            f"there are {gigabytes(machine.host_bytes or 0)}",
-        )
+    if needs.fits_device(machine):
+        parts, there = estimate.host_memory, f"there are {gigabytes(machine.host_bytes or 0)}"
+        needed = f"{needs.ranks} ranks of {gigabytes(needs.host_bytes)} are needed of the CPU's memory"
     else:
-        parts, of_what, there = estimate.memory, "", f"{machine.memory_name} {gigabytes(machine.memory_bytes or 0)}"
-    each = f"{estimate.ranks} ranks of " if estimate.ranks > 1 and (machine.shared or of_what) else ""
-    most = ", ".join(
-        f"{name} {gigabytes(size)}" for name, size in sorted(parts.items(), key=lambda one: -one[1])[:_SHOWN]
-    )
-    fitting = [one for one in estimate.remedies if fits(machine, one.ranks, one.memory_bytes, one.host_bytes)]
-    hints = "; or ".join(_told(one, machine) for one in fitting[:_SHOWN])
+        parts, there = estimate.memory, f"{machine.memory_name} {gigabytes(machine.memory_bytes or 0)}"
+        needed = f"{needs.told(machine)} are needed"
+    largest = sorted(parts.items(), key=lambda part: -part[1])[:_SHOWN]
+    most = ", ".join(f"{name} {gigabytes(size)}" for name, size in largest)
+    fitting = [remedy for remedy in estimate.remedies if remedy.needs.fit(machine)][:_SHOWN]
+    hints = "; or ".join(f"{' '.join(remedy.settings)} ({remedy.needs.told(machine)})" for remedy in fitting)
     raise ConfigError(
-        f"{node} cannot fit: {each}{gigabytes(sum(parts.values()))} are needed{of_what} ({most}), {there}",
+        f"{node} cannot fit: {needed} ({most}), {there}",
         hint=f"it would fit with {hints}"
         if hints
         else "no setting makes it fit here; `--world-size N` plans for a machine that is not this one",
     )
 
 
-def fits(machine: Machine, ranks: int, memory_bytes: int, host_bytes: int = 0) -> bool:
-    """Tell whether ranks with so much memory each fit the machine; what is not known of it is no obstacle."""
-    device = machine.memory_bytes is None or machine.total_of(ranks, memory_bytes) <= machine.memory_bytes
-    return device and (machine.host_bytes is None or ranks * host_bytes <= machine.host_bytes)
-
-
 def gigabytes(count: float) -> str:
     """Return bytes in GB (10^9), three digits."""
     return f"{count / _GIGA:.3g} GB" if count < 1000 * _GIGA else f"{count / _GIGA:,.0f} GB"
-
-
-def _told(remedy: Remedy, machine: Machine) -> str:
-    each = f"{remedy.ranks} ranks of " if machine.shared and remedy.ranks > 1 else ""
-    return f"{' '.join(remedy.settings)} ({each}{gigabytes(remedy.memory_bytes)})"

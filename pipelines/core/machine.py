@@ -36,10 +36,6 @@ class Machine:
     cores: int | None = None
     """Cores that the ranks share; None: not known, or as many as they want."""
 
-    def total_of(self, ranks: int, memory_bytes: int) -> int:
-        """Return what ranks with so much each take from `memory_bytes`."""
-        return memory_bytes * ranks if self.shared else memory_bytes
-
 
 def machine_of(compute: ComputeConfig, *, elsewhere: bool = False) -> Machine:
     """Return the machine that a plan is for.

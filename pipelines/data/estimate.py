@@ -13,6 +13,8 @@ _TEXT_OF_COMPRESSED = 3.6
 """Bytes of text in a byte of compressed JSON Lines."""
 _TEXT_RATE = 0.2e6
 """Bytes of text a second that a worker cleans, compares and tokenizes."""
+_DOCUMENT = 5000
+"""Bytes of text of a document, where they have not been counted."""
 _START_S = 5.0
 _BYTES_PER_DOUBLING = 0.53
 """What a doubling of a vocabulary beyond single bytes adds to the bytes of a token, in English and code."""
@@ -31,8 +33,10 @@ def estimate_prepare(job: PrepareJob, context: EstimateContext) -> Estimate:
     splits = _counted_tokens(context)
     if splits is not None and context.made is not None:
         facts["vocab_size"] = context.made.manifest.summary["vocab_size"]
+        facts["test_documents"] = context.made.manifest.summary["test_documents"]
     elif text is not None:
         splits = _expected_tokens(prepare, text)
+        facts["test_documents"] = max(1, round(prepare.test_fraction * text / _DOCUMENT))
     if splits is None:
         return Estimate(facts=facts)
     width = 2 if facts["vocab_size"] <= 1 << 16 else 4

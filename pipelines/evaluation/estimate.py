@@ -26,19 +26,25 @@ def estimate_evaluate(config: EvaluateConfig, context: EstimateContext) -> Estim
     parameters, tokens = context.fact("parameters"), context.fact("test_tokens")
     if parameters is None or tokens is None:
         return Estimate()
+    documents = context.fact("test_documents")
+    share = min(1.0, config.max_documents / documents) if config.max_documents and documents else 1.0
     length = config.context or context.fact("sequence_length")
     overlap = length / (config.stride or 0.75 * length)
     asked = len(config.tasks.names) * config.tasks.items * _ITEM_TOKENS + config.kl_tokens
 
     def work(parameters: float, tokens: float) -> float:
-        """Seconds of this evaluation on the CPU, of a model and a test split."""
+        """Seconds of an evaluation laid out like this one on the CPU, of a model on so many tokens."""
         return _FIXED_S + (tokens * overlap + asked) * 2.0 * parameters / _RATE["cpu"]
 
     def work_of(found: Artifact) -> float | None:
-        known = context.number_behind(found, "parameters"), context.number_behind(found, "test_tokens")
-        return None if known[0] is None or known[1] is None else work(known[0], known[1])
+        names = ("parameters", "test_tokens", "test_documents", "documents")
+        numbers = [number for name in names if (number := context.number_behind(found, name)) is not None]
+        if len(numbers) < len(names):
+            return None
+        parameters, tokens, documents, scored = numbers
+        return work(parameters, tokens * scored / documents)
 
-    flops = (tokens * overlap + asked) * context.fact("forward_flops_per_token", 2.0 * parameters)
+    flops = (tokens * share * overlap + asked) * context.fact("forward_flops_per_token", 2.0 * parameters)
     peak, device = context.machine.peak_flops, context.machine.device
     stated = Time(
         _FIXED_S + flops / (_RATE[device] if peak is None else peak / 2), "stated", "no earlier run; an assumed rate"
@@ -49,7 +55,7 @@ def estimate_evaluate(config: EvaluateConfig, context: EstimateContext) -> Estim
             "weights": context.fact("dense_bytes"),
             "logits": _LOGITS_HELD * _FLOAT * config.batch_tokens * context.fact("vocab_size"),
         },
-        time=context.scaled_duration(work(parameters, tokens), work_of) or stated,
+        time=context.scaled_duration(work(parameters, tokens * share), work_of) or stated,
         flops=flops,
         disk={"results": _RESULTS},
     )

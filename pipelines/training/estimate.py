@@ -14,10 +14,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from models.architectures.config import PRESETS, ArchitectureConfig, Shape, count_parameters, flops_per_token, preset
-from pipelines.core import estimate
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
-from pipelines.core.estimate import Estimate, EstimateContext, Remedy, Time
+from pipelines.core.estimate import Estimate, EstimateContext, Needs, Remedy, Time
 from pipelines.training import memory, peaks, phases, room
 from pipelines.training.config import PretrainConfig
 
@@ -65,6 +64,7 @@ def estimate_pretrain(config: PretrainConfig, context: EstimateContext) -> Estim
     return Estimate(
         ranks=config.world_size,
         memory=held.device,
+        first_bytes=held.first_bytes,
         host_memory=held.host,
         time=_time(config, architecture, context),
         flops=flops(config, architecture),
@@ -74,9 +74,7 @@ def estimate_pretrain(config: PretrainConfig, context: EstimateContext) -> Estim
             "metrics": _RECORD_BYTES * config.steps,
         },
         facts=facts(config, architecture),
-        remedies=remedies(config, architecture, machine.device)
-        if not estimate.fits(machine, config.world_size, held.device_bytes, held.host_bytes)
-        else (),
+        remedies=remedies(config, architecture, machine.device) if not _needs(config, held).fit(machine) else (),
     )
 
 
@@ -291,6 +289,10 @@ def _spread(config: PretrainConfig, ranks: int) -> dict[str, Any]:
     return {"world_size": ranks, "zero_stage": 3, "batch_size": max(config.batch_size, ranks), **_LEANEST}
 
 
+def _needs(config: PretrainConfig, held: memory.Memory) -> Needs:
+    return Needs(config.world_size, held.device_bytes, held.first_bytes, held.host_bytes)
+
+
 def _remedy(
     config: PretrainConfig, architecture: ArchitectureConfig, device: str, changes: Mapping[str, Any]
 ) -> Remedy | None:
@@ -306,7 +308,7 @@ def _remedy(
         return None
     held = memory.of_rank(changed, model, device)
     settings = tuple(_settings("pretrain", news))
-    return Remedy(settings, changed.world_size, held.device_bytes, held.host_bytes) if settings else None
+    return Remedy(settings, _needs(changed, held)) if settings else None
 
 
 def _presets_below(config: PretrainConfig, architecture: ArchitectureConfig) -> list[str]:

@@ -46,6 +46,13 @@ class Memory:
     """On the device that computes."""
     host: Mapping[str, int]
     """In the CPU's memory beside a GPU; empty where the CPU computes."""
+    first_bytes: int = 0
+    """What rank 0 holds on the device beyond that, when it gathers the trained weights to write them."""
+
+    @property
+    def most_bytes(self) -> int:
+        """Of the rank that holds most, on the device."""
+        return self.device_bytes + self.first_bytes
 
     @property
     def device_bytes(self) -> int:
@@ -72,12 +79,14 @@ def of_rank(config: PretrainConfig, architecture: ArchitectureConfig, device: st
     ]
     largest = max(micro_batches, key=lambda each: sum(pass_bytes(config, architecture, *each).values()))
     computing = pass_bytes(config, architecture, *largest)
-    snapshot = {"checkpoint being written": _snapshot_bytes(config, architecture)}
+    snapshot, gathered = _snapshot_bytes(config, architecture), FP32 * count_parameters(architecture)
     if device == "cpu":
-        process = {"process": _PROCESS[config.engine]}
-        return Memory(process | _added(states, offloaded) | computing | snapshot, {})
-    process = {"process": _CUDA_CONTEXT}
-    return Memory(process | states | computing, {"process": _HOST_PROCESS} | offloaded | snapshot)
+        training = computing | {"checkpoint being written": snapshot}
+        beyond = max(0, gathered - sum(training.values()))  # those are gone when the weights are gathered
+        return Memory({"process": _PROCESS[config.engine]} | _added(states, offloaded) | training, {}, beyond)
+    written = {"checkpoint or model being written": max(snapshot, gathered // config.world_size)}
+    host = {"process": _HOST_PROCESS} | offloaded | written
+    return Memory({"process": _CUDA_CONTEXT} | states | computing, host)
 
 
 def state_bytes(config: PretrainConfig, architecture: ArchitectureConfig) -> tuple[dict[str, int], dict[str, int]]:

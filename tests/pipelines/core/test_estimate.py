@@ -9,7 +9,7 @@ import pytest
 from pipelines.core import artifact, provenance
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
-from pipelines.core.estimate import Estimate, EstimateContext, Remedy, Time, refuse_what_does_not_fit
+from pipelines.core.estimate import Estimate, EstimateContext, Needs, Remedy, Time, refuse_what_does_not_fit
 from pipelines.core.machine import Machine
 
 SHARED = Machine("cpu", 10 * 10**9, "this machine has", shared=True)
@@ -69,9 +69,9 @@ def test_ranks_share_the_memory_of_a_machine_but_not_that_of_their_gpus(machine:
 
 def test_a_refusal_says_what_is_needed_for_what_what_there_is_and_which_settings_fit() -> None:
     remedies = (
-        Remedy(("a.b=1",), 2, 6 * 10**9),
-        Remedy(("a.b=2", "c=3"), 2, 4 * 10**9),
-        Remedy(("d=4",), 1, 9 * 10**9),
+        Remedy(("a.b=1",), Needs(2, 6 * 10**9)),
+        Remedy(("a.b=2", "c=3"), Needs(2, 4 * 10**9)),
+        Remedy(("d=4",), Needs(1, 9 * 10**9)),
     )
     estimate = Estimate(ranks=2, memory={"weights": 4 * 10**9, "logits": 3 * 10**9}, remedies=remedies)
     with pytest.raises(ConfigError) as caught:

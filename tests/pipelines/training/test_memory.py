@@ -71,6 +71,16 @@ def test_what_should_take_less_takes_less(leaner: dict[str, Any]) -> None:
     assert bytes_of[1] < bytes_of[0]
 
 
+def test_the_first_rank_gathers_all_weights_at_the_end_whatever_its_share_of_the_rest_is() -> None:
+    few, many = (
+        memory.of_rank(each, model(each), "cpu") for each in (config(world_size=1), config(preset="7b", world_size=32))
+    )
+    assert few.first_bytes == 0  # the checkpoint that it copied while training was larger
+    passes = {name: many.device[name] for name in ("activations", "logits", "checkpoint being written")}
+    assert many.first_bytes == 4 * count_parameters(model(config(preset="7b"))) - sum(passes.values()) > 0
+    assert many.most_bytes == many.device_bytes + many.first_bytes
+
+
 def test_longer_sequences_and_larger_vocabularies_take_more() -> None:
     settings = config()
     of = [
