@@ -88,11 +88,21 @@ def resume(run_id: RunId = None, as_json: Json = False, quiet: Quiet = False) ->
 
 
 @app.command()
-def status(run_id: RunId = None, as_json: Json = False) -> None:
+def status(
+    run_id: RunId = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the run ends, and exit as it did; Ctrl-C stops looking.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show how far a run is."""
     from flows.commands import show as command
 
-    command.status(run_id, as_json=as_json)
+    try:
+        code = command.status(run_id, follow=follow, as_json=as_json)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -88,6 +88,7 @@ def make(
     *,
     machine: Machine | None = None,
     corpus_bytes: int | None = None,
+    last: Mapping[str, str] | None = None,
 ) -> list[Step]:
     """Return the plan of a run, one step a node, in execution order.
 
@@ -97,6 +98,7 @@ def make(
         selection: which nodes were asked for.
         machine: what computes; None for a CPU of which nothing is known.
         corpus_bytes: size of the corpus, where it is known.
+        last: node -> fingerprint in the last run of the same recipe: what a node that runs is compared with first.
 
     Raises:
         ConfigError: a stage or node that does not exist, or one that runs and cannot fit the machine's memory.
@@ -111,7 +113,7 @@ def make(
     )
     steps: dict[str, Step] = {}
     for name, node in graph.items():
-        steps[name] = _step(node, graph, steps, store, history, selection, known)
+        steps[name] = _step(node, graph, steps, store, history, selection, known, last or {})
         if steps[name].runs:
             refuse_what_does_not_fit(name, steps[name].estimate, known.machine)
     return list(steps.values())
@@ -130,11 +132,13 @@ def _step(
     history: list[Artifact],
     selection: Selection,
     known: EstimateContext,
+    last: Mapping[str, str],
 ) -> Step:
     name, stage, key = node.node.name, node.node.stage, node.fingerprint
     cached = store.find(stage.name, key)
     earlier = _by_distance(node, history)
-    relative = cached or (earlier[0] if earlier else None)
+    of_same_recipe = store.find(stage.name, last[name]) if name in last else None
+    relative = cached or of_same_recipe or (earlier[0] if earlier else None)
     rebuilt = [source for source in node.node.inputs.values() if before[source].state in {"run", "waits"}]
     state: State
     if selection.leaves_out(node):
@@ -163,7 +167,7 @@ def _step(
 
 
 def _why(node: Identified, relative: Artifact, graph: Mapping[str, Identified]) -> str:
-    """Name the fields that differ from the closest earlier artifact."""
+    """Name the fields that differ from the earlier artifact that this one is compared with."""
     old, new = relative.manifest.identity, node.identity
     stage = node.node.stage.name
     fields = [

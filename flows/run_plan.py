@@ -127,7 +127,8 @@ def _of(
     identified = graph.identify(config, data_hash, init_weights)
     machine = machine_of(config.compute, elsewhere=elsewhere or config.compute.executor != "local")
     corpus_bytes = versioning.tracked_bytes(config.data, CHECKOUT)
-    steps = planner.make(identified, store, selection, machine=machine, corpus_bytes=corpus_bytes)
+    last = Runs(store.root).last_of(name)
+    steps = planner.make(identified, store, selection, machine=machine, corpus_bytes=corpus_bytes, last=last)
     return RunPlan(name, tuple(overrides), config, selection, store, data_hash, init_weights, identified, tuple(steps))
 
 

@@ -10,11 +10,12 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from flows import console
 from pipelines.core import disk, lock
@@ -53,6 +54,13 @@ class NodeRecord(BaseModel):
     total: int = 0
     summary: dict[str, Any] = Field(default_factory=dict)
     artifact: str | None = None
+
+    @model_validator(mode="after")
+    def _bits_per_byte_alone_are_of_the_test_split(self) -> NodeRecord:
+        """Older versions called what training measures on validation text by the same name."""
+        if self.stage == "pretrain" and "bits_per_byte" in self.summary:
+            self.summary["validation_bits_per_byte"] = self.summary.pop("bits_per_byte")
+        return self
 
 
 class SelectionRecord(BaseModel):
@@ -134,6 +142,29 @@ class RunRecord(BaseModel):
     def state(self) -> str:
         """The status, or `killed` where a run that says it is running has lost its process."""
         return "killed" if self.status == "running" and not self.at_work else self.status
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it has taken, or took; of one that was killed, until its last sign of life."""
+        if self.finished_at is not None:
+            end = dt.datetime.fromisoformat(self.finished_at).timestamp()
+        elif self.folder is not None and not self.at_work:
+            end = (self.folder / RECORD).stat().st_mtime
+        else:
+            end = time.time()
+        return max(0.0, end - dt.datetime.fromisoformat(self.started_at).timestamp())
+
+    @property
+    def result(self) -> str | None:
+        """The headline number: bits per byte of the promoted model, else of the base model, as far as it came."""
+        summaries = {name: node.summary for name, node in self.nodes.items()}
+        promoted = summaries.get("promote", {})
+        if "bits_per_byte" in promoted:
+            return f"{promoted['bits_per_byte']:.4g} bits/byte ({promoted['candidate']})"
+        if "bits_per_byte" in (evaluated := summaries.get("evaluate.pretrain", {})):
+            return f"{evaluated['bits_per_byte']:.4g} bits/byte (pretrain)"
+        validated = summaries.get("pretrain", {}).get("validation_bits_per_byte")
+        return None if validated is None else f"{validated:.4g} validation bits/byte"
 
     @property
     def ended(self) -> bool:
@@ -251,6 +282,14 @@ class Runs:
         shown = [redact_override(override) for override in overrides]
         same = [run for run in self.all() if run.recipe == recipe and run.overrides in (shown, run.pin(shown))]
         return same[-1] if same and same[-1].status not in _CAME_TO_ITS_END else None
+
+    def last_of(self, recipe: str) -> dict[str, str]:
+        """Return node -> fingerprint of what the newest runs of a recipe made, or found made."""
+        made: dict[str, str] = {}
+        for run in self.all()[::-1]:
+            nodes = run.nodes.items() if run.recipe == recipe else ()
+            made = {name: node.fingerprint for name, node in nodes if node.state in {"done", "cached"}} | made
+        return made
 
     def remove(self, run_id: str) -> int:
         """Remove the record and the report of a run; return the bytes they took."""

@@ -1,4 +1,4 @@
-"""list: models, champions, runs, artifacts, recipes, compressors, optimizers."""
+"""list: models, champions, runs, artifacts (newest first), recipes, compressors, optimizers."""
 
 from __future__ import annotations
 
@@ -51,12 +51,15 @@ def _runs() -> Rows:
             "id": run.id,
             "recipe": run.recipe,
             "status": run.state,
+            "result": run.result,
+            "seconds": run.seconds,
+            "took": console.duration(run.seconds),
             "started_at": run.started_at,
             "finished_at": run.finished_at,
             "overrides": run.overrides,
             "data_hash": run.data_hash,
         }
-        for run in Runs(store().root).all()
+        for run in Runs(store().root).all()[::-1]
     ]
 
 
@@ -73,7 +76,7 @@ def _artifacts() -> Rows:
             "path": str(a.path),
             "summary": a.manifest.summary,
         }
-        for a in store().artifacts()
+        for a in reversed(list(store().artifacts()))
     ]
 
 
@@ -105,7 +108,7 @@ def _first_line(source: Path) -> str:
 _LISTS: dict[str, tuple[Callable[[], Rows], list[str]]] = {
     "models": (_models, ["name", "version", "aliases", "path", "metrics"]),
     "champions": (_champions, ["time", "model", "action", "version", "who", "why"]),
-    "runs": (_runs, ["id", "status", "recipe", "started_at", "overrides"]),
+    "runs": (_runs, ["id", "status", "result", "took", "recipe", "overrides"]),
     "artifacts": (_artifacts, ["fingerprint", "node", "size", "created_at", "path"]),
     "recipes": (_recipes, ["name", "description"]),
     "compressors": (_compressors, ["name", "kind", "bits", "calibration", "paper"]),

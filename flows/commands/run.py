@@ -28,6 +28,8 @@ _QUIET_LIBRARIES = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _LONGEST_SHOWN = 24
+HEADLINES = ("bits_per_byte", "validation_bits_per_byte", "ratio", "validation_loss")
+"""What a result is judged by, first things first."""
 
 
 def plan(
@@ -252,7 +254,8 @@ def _summary(run_id: str, made: RunPlan, *, as_json: bool) -> None:
 
 
 def headline(summary: dict[str, Any]) -> str:
-    """Return the first few facts of a stage summary in one line, numbers first."""
+    """Return the first few facts of a stage summary in one line: headline numbers, other numbers, words."""
+    summary = {key: summary[key] for key in HEADLINES if key in summary} | summary
     numbers = {k: f"{v:.4g}" for k, v in summary.items() if isinstance(v, float)}
     numbers |= {k: str(v) for k, v in summary.items() if isinstance(v, int) and not isinstance(v, bool)}
     words = {k: v for k, v in summary.items() if isinstance(v, str) and len(v) <= _LONGEST_SHOWN}

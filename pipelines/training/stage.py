@@ -107,8 +107,12 @@ def summary(out_dir: Path) -> Summary:
     """Return the headline numbers of a finished artifact folder."""
     facts = read_json(out_dir / "training.json")
     observed = read_json(out_dir / "observations.json")
-    names = ("family", "preset", "parameters", "steps", "tokens", "validation_loss", "bits_per_byte", "skipped_steps")
-    return {name: facts[name] for name in names} | {"tokens_per_s": observed["tokens_per_s"]}
+    names = ("family", "preset", "parameters", "steps", "tokens", "validation_loss", "skipped_steps")
+    # `bits_per_byte` alone is that of the test split, which only an evaluation measures.
+    return {name: facts[name] for name in names} | {
+        "validation_bits_per_byte": facts["bits_per_byte"],
+        "tokens_per_s": observed["tokens_per_s"],
+    }
 
 
 def progress(record: Record, total: int, node: str, seconds_per_step: float | None) -> Progress:

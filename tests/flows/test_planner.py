@@ -107,6 +107,18 @@ def test_a_changed_method_is_told_by_name(store: Store) -> None:
     assert "group_size" in changed.why or "method" in changed.why
 
 
+def test_the_last_run_of_the_same_recipe_is_compared_with_before_a_closer_one_of_another(store: Store) -> None:
+    mine, closer = graph_of("pretrain.seed=7", "pretrain.steps=900"), graph_of("pretrain.seed=8")
+    publish(store, mine)
+    publish(store, closer)
+    wanted = graph_of("pretrain.seed=9")
+    assert why(planner.make(wanted, store), "pretrain") == "pretrain.seed: 8 -> 9"
+    last = {name: node.fingerprint for name, node in mine.items()}
+    reason = why(planner.make(wanted, store, last=last), "pretrain")
+    assert "pretrain.seed: 7 -> 9" in reason
+    assert "pretrain.steps: 900 -> " in reason
+
+
 def test_a_field_without_effect_on_results_changes_nothing(store: Store) -> None:
     publish(store, graph_of())
     assert planner.is_done(planner.make(graph_of("compute.retries=7", "pretrain.log_every=5"), store))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flows import console
 from flows.run_record import PARETO, NodeRecord, RunRecord, Runs
 from pipelines.core import lock
 from pipelines.core.errors import ConfigError, IntegrityError
@@ -116,6 +117,7 @@ def test_those_who_ask_whether_a_run_is_at_work_do_not_see_one_another(tmp_path:
 
 
 def test_one_damaged_record_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console.set_quiet(False)
     runs = Runs(tmp_path)
     sound = start(runs)
     for name, text in (("torn", '{"id": "to'), ("wrong", '{"id": 1}'), ("list", "[]"), ("binary", "\udcff")):
@@ -235,3 +237,17 @@ def test_a_command_that_came_to_its_end_begins_anew(status: str, tmp_path: Path)
     runs.finish(start(runs), status, 0)
     assert runs.cut_off("smoke", ["a=1"]) is None
     assert start(runs).pin(["a=1"]) == ["a=1"]
+
+
+def test_the_last_of_a_recipe_is_node_for_node_what_its_newest_runs_made(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    for recipe, states in (("mine", "done done"), ("mine", "cached failed"), ("other", "done done")):
+        record = start(runs, recipe)
+        record.nodes = {
+            name: NodeRecord(stage=name, fingerprint=f"{name} of {record.id}", state=state)
+            for name, state in zip(("prepare", "pretrain"), states.split(), strict=True)
+        }
+        runs.finish(record, "done", 0)
+    first, second, _ = runs.all()
+    assert runs.last_of("mine") == {"prepare": f"prepare of {second.id}", "pretrain": f"pretrain of {first.id}"}
+    assert runs.last_of("nothing") == {}

@@ -27,7 +27,7 @@ def test_a_run_that_came_to_its_end_is_not_gone_on_with(
     runs = Runs(tmp_path)
     record = runs.start(recipe="smoke", overrides=[], config={}, data_hash="d", nodes={})
     runs.finish(record, status, 0)
-    show_command.status(None, as_json=False)
+    show_command.status(None, follow=False, as_json=False)
     assert "ingot resume" not in capsys.readouterr().out
     with pytest.raises(ConfigError, match="there is no unfinished run"):
         run_command.resume(None, as_json=False, quiet=True)
@@ -51,7 +51,7 @@ def test_status_offers_to_go_on_with_a_run_that_failed(
     runs = Runs(tmp_path)
     record = runs.start(recipe="smoke", overrides=[], config={}, data_hash="d", nodes={})
     runs.finish(record, "failed", 4)
-    show_command.status(None, as_json=False)
+    show_command.status(None, follow=False, as_json=False)
     assert f"Go on with: ingot resume {record.id}" in capsys.readouterr().out
 
 
