@@ -94,6 +94,10 @@ def _gate(record: Mapping[str, Any], artifact: Artifact | None) -> Facts:
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
+_SAID = {"bits_per_byte": "validation_bits_per_byte"}
+"""Fact of training.json -> its name on the page, where `bits_per_byte` alone is that of the test split."""
+
+
 def training(artifact: Artifact | None) -> Facts | None:
     """Return the curves and facts of pretraining, None without its artifact."""
     if artifact is None:
@@ -105,7 +109,9 @@ def training(artifact: Artifact | None) -> Facts | None:
     steps = Axis("optimizer step")
     return {
         # An encoder has no bits per byte of its own kind, so that fact is None: left out like the lists.
-        "facts": {name: v for name, v in facts.items() if v is not None and not isinstance(v, list | dict)},
+        "facts": {
+            _SAID.get(name, name): v for name, v in facts.items() if v is not None and not isinstance(v, list | dict)
+        },
         "observed": observed,
         "loss": charts.lines(_losses(rows), steps, Axis("loss, nats per token"), "Loss over steps"),
         "rate": _line(rows, "lr", steps, Axis("learning rate", zero=True), "Learning rate over steps"),
