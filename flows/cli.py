@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -27,7 +27,12 @@ _KEPT_RUNS = 3
 _MODEL = "`champion`, NAME@ALIAS, NAME/VERSION, a node (or RUN/NODE), a fingerprint or a folder"
 """How any artifact is named; `flows.commands.lookup` finds it."""
 
-Recipe = Annotated[str, typer.Option("--recipe", "-r", help="Name of a recipe, path of a TOML file, or a run.")]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", "-r", help="Name of a recipe, path of a TOML file, or a run; default: the recipe of ingot.toml."
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted settings over the recipe.")
 ]
@@ -42,9 +47,28 @@ RunId = Annotated[
 
 
 @app.command()
+def new(
+    place: Annotated[str, typer.Argument(metavar="FOLDER", help="Name or path of the folder to create.")],
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="Folder, file or URL of the corpus: JSON Lines, Parquet or plain text. Later if left out."
+        ),
+    ] = None,
+    family: Annotated[
+        Literal["decoder", "encoder"], typer.Option(help="decoder: writes on; encoder: embeds and fills in.")
+    ] = "decoder",
+) -> None:
+    """Make a project with a corpus, a recipe and a store of its own, and show its first plan."""
+    from flows.commands import new as command
+
+    command.new(place, corpus, family)
+
+
+@app.command()
 def plan(
     overrides: Overrides = None,
-    recipe: Recipe = "demo",
+    recipe: Recipe = None,
     only: Only = None,
     since: Since = None,
     force: Force = None,
@@ -63,7 +87,7 @@ def plan(
 @app.command()
 def run(
     overrides: Overrides = None,
-    recipe: Recipe = "demo",
+    recipe: Recipe = None,
     only: Only = None,
     since: Since = None,
     force: Force = None,
@@ -109,7 +133,7 @@ def status(
 def show(
     target: Annotated[str, typer.Argument(help=f"A run, {_MODEL}, `config` or `schema`.")],
     overrides: Overrides = None,
-    recipe: Recipe = "demo",
+    recipe: Recipe = None,
     as_json: Json = False,
     as_toml: Annotated[bool, typer.Option("--toml", help="`config` as a recipe, for `--recipe`.")] = False,
 ) -> None:
@@ -309,3 +333,7 @@ def main() -> None:
             with contextlib.suppress(OSError, IngotError):
                 print(f"  -> {reclaimable(_KEPT_RUNS)}", file=sys.stderr)
         sys.exit(known.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,8 +11,8 @@ from typing import Any, get_args
 from flows import console, recipe
 from flows.commands.lookup import store
 from flows.run_record import Runs
+from pipelines.core import program, project
 from pipelines.core.errors import ConfigError
-from pipelines.core.provenance import CHECKOUT
 
 Rows = list[dict[str, Any]]
 
@@ -81,7 +81,8 @@ def _artifacts() -> Rows:
 
 
 def _recipes() -> Rows:
-    return [{"name": name, "description": recipe.description(name)} for name in recipe.names()]
+    here = project.find_any()
+    return [{"name": name, "description": recipe.description(name, here)} for name in recipe.names(here)]
 
 
 def _compressors() -> Rows:
@@ -95,7 +96,7 @@ def _optimizers() -> Rows:
     from pipelines.training.config import OptimizerConfig
 
     return [
-        {"name": name, "description": _first_line(CHECKOUT / "models" / "optim" / f"{name}.py")}
+        {"name": name, "description": _first_line(program.ROOT / "models" / "optim" / f"{name}.py")}
         for name in get_args(OptimizerConfig.model_fields["name"].annotation)
     ]
 

@@ -24,10 +24,9 @@ from typing import Any
 from flows import console
 from flows.config import StoreConfig
 from flows.run_record import RunRecord, Runs
-from pipelines.core import artifact
+from pipelines.core import artifact, project
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, TransientError
-from pipelines.core.provenance import CHECKOUT
 from pipelines.core.store import Store
 from pipelines.registry import history
 from pipelines.registry.initial_weights import REGISTERED
@@ -40,8 +39,8 @@ _SHOWN = 8
 
 
 def store() -> Store:
-    """Return the checkout's default store."""
-    return Store(CHECKOUT / StoreConfig().path)
+    """Return the project's default store."""
+    return Store(project.find() / StoreConfig().path)
 
 
 def find(target: str) -> RunRecord | Artifact:

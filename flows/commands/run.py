@@ -15,7 +15,6 @@ from flows.planner import Selection, Step
 from flows.run_plan import RunPlan
 from flows.run_record import REPORT, RunRecord, Runs, SelectionRecord
 from pipelines.core.errors import ConfigError, Preempted
-from pipelines.core.provenance import CHECKOUT
 from pipelines.data import versioning
 from pipelines.registry import history
 
@@ -33,7 +32,7 @@ HEADLINES = ("bits_per_byte", "validation_bits_per_byte", "ratio", "validation_l
 
 
 def plan(
-    name: str,
+    name: str | None,
     overrides: list[str],
     only: str | None,
     since: str | None,
@@ -49,12 +48,12 @@ def plan(
     if as_json:
         print(json.dumps(_rows(made), indent=1))
         return
-    _print_plan(made)
+    print_plan(made)
     print("Nothing was started.")
 
 
 def run(
-    name: str,
+    name: str | None,
     overrides: list[str],
     only: str | None,
     since: str | None,
@@ -72,14 +71,14 @@ def run(
 
 def _carry_out(made: RunPlan, *, wait_s: float | None, as_json: bool, quiet: bool) -> None:
     data = made.config.data
-    if data.rev is None and (CHECKOUT / data.path).exists():
+    if data.rev is None and (made.project / data.path).exists():
         # Also when everything is cached: a corpus that was changed by accident is never passed over in silence.
-        versioning.verify(data, CHECKOUT)
+        versioning.verify(data, made.project)
     if made.is_done():
         _report_cached(made, as_json=as_json)
         return
     if not quiet and not as_json:
-        _print_plan(made)
+        print_plan(made)
     _summary(_run_flow(made, wait_s), made, as_json=as_json)
 
 
@@ -158,7 +157,8 @@ def _rows(made: RunPlan) -> list[dict[str, Any]]:
     return [step.as_dict(made.config.compute.price_per_hour) for step in made.steps]
 
 
-def _print_plan(made: RunPlan) -> None:
+def print_plan(made: RunPlan) -> None:
+    """Print the steps of a plan, and what they come to."""
     to_run = [step for step in made.steps if step.runs]
     console.table(
         [_row(step) for step in made.steps], ["stage", "state", "why", "time", "memory", "disk"], as_json=False
@@ -227,7 +227,7 @@ def _report_cached(made: RunPlan, *, as_json: bool) -> None:
         champion = history.champion(made.store.root, made.config.promote.model_name)
         print(json.dumps({"status": "cached", "steps": _rows(made), "champion": champion}, indent=1, default=str))
         return
-    _print_plan(made)
+    print_plan(made)
     print("Everything is cached: nothing was run.")
 
 

@@ -11,7 +11,7 @@ from flows import console, recipe
 from flows.commands.lookup import find, store
 from flows.commands.run import HEADLINES, headline
 from flows.run_record import RECORD, RunRecord, Runs
-from pipelines.core import fingerprint
+from pipelines.core import fingerprint, project
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
 from pipelines.core.redaction import redact_value
@@ -80,7 +80,7 @@ def _show_status(record: RunRecord) -> None:
         print(f"Go on with: ingot resume {record.id}")
 
 
-def show(target: str, recipe_name: str, overrides: list[str], *, as_json: bool, as_toml: bool = False) -> None:
+def show(target: str, recipe_name: str | None, overrides: list[str], *, as_json: bool, as_toml: bool = False) -> None:
     """Print one run, one artifact, the resolved configuration, or its JSON schema.
 
     Raises:
@@ -88,10 +88,11 @@ def show(target: str, recipe_name: str, overrides: list[str], *, as_json: bool, 
     """
     if as_toml and target != "config":
         raise ConfigError("--toml prints a recipe", hint="ingot show config --toml --recipe NAME")
-    if target == "config" and as_toml:
-        print(recipe.to_toml(recipe.resolve(recipe_name, overrides)), end="")
-    elif target == "config":
-        print(json.dumps(redact_value("", recipe.resolve(recipe_name, overrides).model_dump(mode="json")), indent=1))
+    if target == "config":
+        root = project.find_any()
+        config = recipe.resolve(*recipe.from_here(recipe_name, overrides, root), root)
+        text = json.dumps(redact_value("", config.model_dump(mode="json")), indent=1) + "\n"
+        print(recipe.to_toml(config) if as_toml else text, end="")
     elif target == "schema":
         from flows.config import RunConfig
 

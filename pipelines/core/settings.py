@@ -12,6 +12,10 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 NOT_IDENTITY: dict[str, Any] = {"identity": False}
 """`Field(json_schema_extra=NOT_IDENTITY)` marks a field that cannot change a result (worker counts, log level)."""
 
+PATH: dict[str, Any] = {"path": True}
+"""Marks a field that names a file or a folder: typed on a command line it starts at the working directory, in a recipe
+at the project."""
+
 ELASTIC: dict[str, Any] = {"elastic": True}
 """`Field(json_schema_extra=ELASTIC)` marks a field that changes a result by rounding only (number of ranks, sharding):
 it is identity, but a run that was cut short under one value may go on under another."""

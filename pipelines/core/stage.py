@@ -63,6 +63,8 @@ class StageContext:
     tracking: TrackingTarget = field(default_factory=TrackingTarget)
     store: Path = Path(".ingot")
     """Root of the store."""
+    project: Path | None = None
+    """The user's project, where data.dvc is; None: the one around the working directory."""
 
 
 class StageFunction(Protocol):

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.core import program
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import LockedError, Preempted
-from pipelines.core.provenance import git_commit
 from pipelines.core.redaction import redact
 from pipelines.core.stage import Progress
 from pipelines.tracking import record as records
@@ -263,7 +263,7 @@ def open_session(
         run_id=run_id,
         recipe=recipe,
         experiment=config.experiment,
-        git_commit=git_commit(),
+        git_commit=program.commit(),
         data_hash=data_hash,
         params=clean(params),
     )

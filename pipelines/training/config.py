@@ -13,7 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, field_va
 from models.architectures.config import PRESETS, ArchitectureConfig, Family, Shape, preset
 from models.objectives import registry as objectives
 from models.optim import batch_split
-from pipelines.core.settings import ELASTIC, NOT_IDENTITY, Settings, validated_at
+from pipelines.core.settings import ELASTIC, NOT_IDENTITY, PATH, Settings, validated_at
 from pipelines.training.monitors import registry as monitors
 
 _REGISTERED = re.compile(r"models:/[^/@:]+(?:@[^/@:]+|/\d+)")
@@ -256,7 +256,7 @@ class PretrainConfig(Settings):
         alias="from",
         description="Weights to start from: models:/NAME@champion, models:/NAME/3, an artifact or a model folder; "
         "empty: random ones.",
-        json_schema_extra=NOT_IDENTITY,  # the bytes that it leads to stand for it
+        json_schema_extra=NOT_IDENTITY | PATH,  # the bytes that it leads to stand for it
     )
     family: Family = Field("decoder", description="decoder: causal LM (Llama); encoder: masked LM (ModernBERT).")
     preset: Annotated[str, AfterValidator(_known_preset)] = Field("4m", description="Named model size.")

@@ -14,7 +14,7 @@ from flows.run_record import PARETO, NodeRecord, RunRecord, Runs
 from pipelines.core import lock
 from pipelines.core.errors import ConfigError, IntegrityError
 from pipelines.core.processes import ProcessName, this_process
-from pipelines.core.provenance import CHECKOUT
+from pipelines.core.program import ROOT as CHECKOUT
 
 
 def start(runs: Runs, recipe: str = "smoke") -> RunRecord:
