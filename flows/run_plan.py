@@ -110,7 +110,7 @@ def make(
 
 
 def again(record: RunRecord, store: Store, change: Mapping[str, Any], selection: Selection) -> RunPlan:
-    """Return the plan of a run with the configuration that an earlier one had, in that one's store.
+    """Return the plan of a run with the configuration that an earlier one had, in that one's store and project.
 
     Neither its recipe nor the folder it was started in is asked: the record has every setting.
 
@@ -129,7 +129,9 @@ def again(record: RunRecord, store: Store, change: Mapping[str, Any], selection:
         recipe.apply(table, override)
     table["store"] = {"path": str(store.root)}
     pinned = [*record.pin(record.overrides), *overrides]
-    return _of(recipe.validated(table), record.recipe, pinned, selection, projects.find())
+    known = record.project is not None and projects.find_any(Path(record.project)) == Path(record.project)
+    root = Path(record.project) if known and record.project else projects.find()
+    return _of(recipe.validated(table), record.recipe, pinned, selection, root)
 
 
 def _of(

@@ -85,6 +85,8 @@ class RunRecord(BaseModel):
     """Every setting that was in force, defaults too."""
     selection: SelectionRecord | None = None
     """None in a record of an older version, which kept neither this nor `settings`."""
+    project: str | None = None
+    """Root of the project whose corpus it reads; None in a record of an older version."""
     data_hash: str
     status: str = "running"
     """running, done, refused, preempted, failed."""
@@ -198,6 +200,7 @@ class Runs:
         nodes: dict[str, NodeRecord],
         settings: Mapping[str, Any] | None = None,
         selection: SelectionRecord | None = None,
+        project: Path | None = None,
     ) -> RunRecord:
         """Create the record of a run that begins now, and hold its lock until `finish` or the end of this process."""
         now = dt.datetime.now(dt.UTC)
@@ -208,6 +211,7 @@ class Runs:
             settings=redact_value("", settings or {}),
             config=redact_value("", config),
             selection=selection or SelectionRecord(),
+            project=None if project is None else str(project),
             data_hash=data_hash,
             started_at=now.isoformat(timespec="seconds"),
             process=this_process(),

@@ -151,6 +151,7 @@ def open_execution(plan: RunPlan, *, console: Callable[[Progress], None], wait_s
         recipe=plan.recipe,
         overrides=overrides,
         config=resolved,
+        project=plan.project,
         data_hash=plan.data_hash,
         nodes=nodes,
         settings=plan.config.model_dump(mode="json", exclude_unset=True),

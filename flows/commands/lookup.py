@@ -39,8 +39,9 @@ _SHOWN = 8
 
 
 def store() -> Store:
-    """Return the project's default store."""
-    return Store(project.find() / StoreConfig().path)
+    """Return the default store: the project's, or that of $INGOT_STORE, which may lie outside of any."""
+    path = Path(StoreConfig().path)
+    return Store(path if path.is_absolute() else project.find() / path)
 
 
 def find(target: str) -> RunRecord | Artifact:
