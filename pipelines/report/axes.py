@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 NONE = "\N{EN DASH}"
 """Stands where there is no number."""
 _NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
+_WORTH_A_BREAK = 3.0
+_RATIO_PLACES = (3, 6)
+_LOWER_PART = 0.72
+"""Share of a broken axis that its lower part has."""
 _COUNT_UNITS = ("", "k", "M", "G", "T")
 
 
@@ -45,6 +50,66 @@ class Scale:
             if len(marks) >= 3:
                 return marks
         return _linear_ticks(self.low, self.high, about)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A vertical scale in two parts: what lies close together below, what lies far off above it.
+
+    It is used like a `Scale`; between the parts nothing is to scale.
+    """
+
+    lower: Scale
+    upper: Scale
+
+    @property
+    def start(self) -> float:
+        """Pixel of the low end."""
+        return self.lower.start
+
+    @property
+    def end(self) -> float:
+        """Pixel of the high end."""
+        return self.upper.end
+
+    @property
+    def log(self) -> bool:
+        """Both parts are linear."""
+        return False
+
+    def __call__(self, value: float) -> float:
+        """Return the pixel of a value."""
+        return self.lower(value) if value <= self.lower.high else self.upper(value)
+
+    def ticks(self, about: int = 5) -> list[float]:
+        """Return round values of both parts."""
+        return self.lower.ticks(about) + self.upper.ticks(2)
+
+
+def fit_broken(values: Iterable[float], start: float, end: float, *, far: Iterable[float] = ()) -> Scale | Broken:
+    """Return a scale that keeps values apart that lie close together, beside others that lie far off.
+
+    It is broken at the widest gap between neighbours, where what lies below the gap would take less than a third of
+    the axis; else it is an ordinary one.
+
+    Args:
+        values: what has to be told apart: the part below the break holds at least two of them.
+        start: pixel of the low end.
+        end: pixel of the high end, above `start` on the page.
+        far: values that may lie above the break.
+    """
+    near = sorted(v for v in values if finite(v))
+    every = sorted(near + [v for v in far if finite(v)])
+    gaps = [(b - a, a, b) for a, b in pairwise(every) if len(near) > 1 and a >= near[1]]
+    gap, low_end, high_start = max(gaps, default=(0.0, 0.0, 0.0))
+    if not gap or (low_end - every[0]) * _WORTH_A_BREAK > every[-1] - every[0]:
+        return fit(every, start, end, pad=0.06)
+    middle = start + (end - start) * _LOWER_PART
+    room = 14.0 if start > end else -14.0
+    return Broken(
+        fit([v for v in every if v <= low_end], start, middle, pad=0.1),
+        fit([v for v in every if v >= high_start], middle - room, end, pad=0.2),
+    )
 
 
 def fit(
@@ -114,6 +179,20 @@ def number(value: float | None, digits: int = 3) -> str:
         return f"{value:.{digits - 1}e}".replace("e-0", "e-").replace("e+0", "e")
     places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:,.{places}f}"
+
+
+def ratio(value: float | None, *others: float | None) -> str:
+    """Return a ratio with the digits that tell it, and the others shown beside it, from one: 1.00021, not 1.
+
+    Args:
+        value: the ratio.
+        *others: the ends of its interval, which get as many digits.
+    """
+    if value is None or not math.isfinite(value):
+        return number(value)
+    apart = [abs(v - 1.0) for v in (value, *others) if v is not None and math.isfinite(v) and v != 1.0]
+    places = 2 - math.floor(math.log10(max(apart))) - 1 if apart else _RATIO_PLACES[0]
+    return f"{value:,.{min(max(places, _RATIO_PLACES[0]), _RATIO_PLACES[1])}f}"
 
 
 def tick(value: float) -> str:

@@ -6,7 +6,8 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,8 @@ _LOUD = (
     "alembic",
     "alembic.runtime.migration",
 )
+_UPLOADS_AT_ONCE = 3
+"""Few: a server that answers one request after another must still answer each within `tracking.timeout_s`."""
 MIGRATION_WAIT_S = 120.0
 _WORK = ("runs", "registered_models", "datasets", "params", "metrics")
 """Tables of MLflow's database with a row as soon as anybody worked with it."""
@@ -142,6 +145,22 @@ def experiment_id(client: MlflowClient, config: TrackingConfig, store_root: Path
         if known is None:
             raise
         return str(known.experiment_id)
+
+
+def upload(client: MlflowClient, run_id: str, files: Mapping[str, Path]) -> None:
+    """Send files to an MLflow run, a few at a time: to a slow server each costs a request.
+
+    Args:
+        client: connection to MLflow.
+        run_id: MLflow's id of the run.
+        files: name in MLflow -> file; both end alike.
+    """
+
+    def send(item: tuple[str, Path]) -> None:
+        client.log_artifact(run_id, str(item[1]), item[0].rpartition("/")[0] or None)
+
+    with ThreadPoolExecutor(_UPLOADS_AT_ONCE, thread_name_prefix="mlflow-upload") as pool:
+        list(pool.map(send, files.items()))
 
 
 @contextlib.contextmanager
