@@ -100,6 +100,8 @@ class RunRecord(BaseModel):
     init_weights: str | None = None
     """What `pretrain.from` led to when the run began; an alias may name other weights by now."""
     tracking_url: str | None = None
+    tracking_uri: str | None = None
+    """Where MLflow is, without secrets."""
     tracking_pending: bool = False
     """Whether MLflow lacks a part of this run; `ingot sync` sends it."""
     tracking_problem: str | None = None
@@ -110,6 +112,11 @@ class RunRecord(BaseModel):
         """Return overrides that start from the same weights as this run, wherever the aliases point by now."""
         pinned = f"pretrain.from={self.init_weights}"
         return overrides if self.init_weights is None or pinned in overrides else [*overrides, pinned]
+
+    def promoted(self, model: str) -> str | None:
+        """Return the version of a registered model that this run made champion; None for none."""
+        summaries = [node.summary for node in self.nodes.values() if node.stage == "promote"]
+        return next((str(s["version"]) for s in summaries if s.get("model") == model and "version" in s), None)
 
     def table(self, *, full: bool) -> dict[str, Any]:
         """Return the settings of this run, with the weights that it began with, wherever the aliases point by now.

@@ -92,11 +92,11 @@ class Registry:
         self._ensure_model()
         place = f"models/{facts.name}-{facts.fingerprint[:_KEY_DIGITS]}"
         files = {f"{place}/{file.relative_to(folder).as_posix()}": file for file in folder.rglob("*") if file.is_file()}
-        upload(self._client, run_id, files)
+        artifact_uri = self._client.get_run(run_id).info.artifact_uri
+        upload(self._client, artifact_uri, files)
         fault_point("promote.after_upload")
-        source = f"{self._client.get_run(run_id).info.artifact_uri}/{place}"
         version = self._client.create_model_version(
-            self.model, source, run_id=run_id, tags=dict(tags), description=description
+            self.model, f"{artifact_uri}/{place}", run_id=run_id, tags=dict(tags), description=description
         )
         fault_point("promote.after_version")
         return version

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,6 +12,9 @@ NONE = "\N{EN DASH}"
 _NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 _WORTH_A_BREAK = 3.0
+"""A lower part that would have less than the third of an ordinary axis gets a part of its own."""
+_VERY_FAR = 20.0
+_GAP_PIXELS = 14.0
 _RATIO_PLACES = (3, 6)
 _LOWER_PART = 0.72
 """Share of a broken axis that its lower part has."""
@@ -86,30 +89,41 @@ class Broken:
         return self.lower.ticks(about) + self.upper.ticks(2)
 
 
-def fit_broken(values: Iterable[float], start: float, end: float, *, far: Iterable[float] = ()) -> Scale | Broken:
+def fit_broken(
+    intervals: Sequence[tuple[float, float, float]], start: float, end: float, *, far: Sequence[float] = ()
+) -> Scale | Broken:
     """Return a scale that keeps values apart that lie close together, beside others that lie far off.
 
-    It is broken at the widest gap between neighbours, where what lies below the gap would take less than a third of
-    the axis; else it is an ordinary one.
+    It is broken above the values, or above the lower group of them where the others lie very far off; unless what
+    lies below the break would have enough room on an ordinary axis too.
 
     Args:
-        values: what has to be told apart: the part below the break holds at least two of them.
+        intervals: low, value and high of what has to be told apart; a low or high may be NaN.
         start: pixel of the low end.
-        end: pixel of the high end, above `start` on the page.
-        far: values that may lie above the break.
+        end: pixel of the high end.
+        far: what may lie above the break, such as baselines.
     """
-    near = sorted(v for v in values if finite(v))
-    every = sorted(near + [v for v in far if finite(v)])
-    gaps = [(b - a, a, b) for a, b in pairwise(every) if len(near) > 1 and a >= near[1]]
-    gap, low_end, high_start = max(gaps, default=(0.0, 0.0, 0.0))
-    if not gap or (low_end - every[0]) * _WORTH_A_BREAK > every[-1] - every[0]:
+    values = sorted(value for _, value, _ in intervals)
+    every = sorted(filter(finite, [v for interval in intervals for v in interval] + list(far)))
+    if not values:
+        return fit(every, start, end, pad=0.06)
+    highest = _end_of_lower_group(values)
+    group = [v for interval in intervals if interval[1] <= highest for v in interval if finite(v)]
+    reach = max(group) + (max(group) - min(group))
+    below, above = [v for v in every if v <= reach], [v for v in every if v > reach]
+    if not above or (below[-1] - below[0]) * _WORTH_A_BREAK > above[-1] - below[0]:
         return fit(every, start, end, pad=0.06)
     middle = start + (end - start) * _LOWER_PART
-    room = 14.0 if start > end else -14.0
-    return Broken(
-        fit([v for v in every if v <= low_end], start, middle, pad=0.1),
-        fit([v for v in every if v >= high_start], middle - room, end, pad=0.2),
-    )
+    gap = math.copysign(_GAP_PIXELS, end - start)
+    return Broken(fit(below, start, middle, pad=0.1), fit(above, middle + gap, end, pad=0.2))
+
+
+def _end_of_lower_group(values: list[float]) -> float:
+    """Return the highest of sorted values; where some lie very far off, the highest of at least two below them."""
+    for below, above in pairwise(values[1:]):
+        if below > values[0] and above - values[0] > _VERY_FAR * (below - values[0]):
+            return below
+    return values[-1]
 
 
 def fit(

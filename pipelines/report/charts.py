@@ -129,7 +129,7 @@ def axes(frame: Frame, x: Axis, y: Axis) -> str:
 def _break(left: float, below: float, above: float) -> str:
     """Return the two strokes across an axis that is not to scale here."""
     strokes = "".join(f'<path d="M{left - 6} {y + 3:.1f}l12 -6" class="axis"/>' for y in (below, above))
-    text = f'<text x="{left + 12}" y="{(below + above) / 2 + 4:.1f}" class="key">not to scale across this gap</text>'
+    text = f'<text x="{left + 12}" y="{(below + above) / 2 + 4:.1f}" class="break">not to scale across this gap</text>'
     return strokes + text
 
 

@@ -27,6 +27,8 @@ _OURS = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # It would print the address of every run, a password in it included.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 _RETRIES = {
     # MLflow's own defaults wait for up to 7 x 120 s on a server that does not answer.
@@ -38,6 +40,7 @@ _RETRIES = {
 _LOUD = (
     "urllib3.connectionpool",
     "mlflow.store.db.utils",
+    "mlflow.store.model_registry.abstract_store",
     "mlflow.tracking._model_registry.client",
     "alembic",
     "alembic.runtime.migration",
@@ -147,17 +150,20 @@ def experiment_id(client: MlflowClient, config: TrackingConfig, store_root: Path
         return str(known.experiment_id)
 
 
-def upload(client: MlflowClient, run_id: str, files: Mapping[str, Path]) -> None:
+def upload(client: MlflowClient, artifact_uri: str, files: Mapping[str, Path]) -> None:
     """Send files to an MLflow run, a few at a time: to a slow server each costs a request.
 
     Args:
         client: connection to MLflow.
-        run_id: MLflow's id of the run.
+        artifact_uri: where the run keeps its files; `client.log_artifact` would ask for it anew for each.
         files: name in MLflow -> file; both end alike.
     """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    repository = get_artifact_repository(artifact_uri, tracking_uri=client.tracking_uri)
 
     def send(item: tuple[str, Path]) -> None:
-        client.log_artifact(run_id, str(item[1]), item[0].rpartition("/")[0] or None)
+        repository.log_artifact(str(item[1]), item[0].rpartition("/")[0] or None)
 
     with ThreadPoolExecutor(_UPLOADS_AT_ONCE, thread_name_prefix="mlflow-upload") as pool:
         list(pool.map(send, files.items()))

@@ -57,6 +57,7 @@ class Mirror:
         self._record = record
         self._known: dict[str, dict[str, set[int]]] = {}
         self._opened: set[str] = set()
+        self._artifact_uris: dict[str, str] = {}
         self._complete: set[tuple[str, str]] = set()
 
     def open_run(self) -> str:
@@ -131,7 +132,9 @@ class Mirror:
         if mlflow_id is None:
             told.new = False
             self._save()
-            mlflow_id = str(self._client.create_run(self.experiment, run_name=name, tags=tags).info.run_id)
+            info = self._client.create_run(self.experiment, run_name=name, tags=tags).info
+            mlflow_id = str(info.run_id)
+            self._artifact_uris[mlflow_id] = str(info.artifact_uri)
             self._known[mlflow_id] = {}
             self._describe(mlflow_id, {}, flatten(params))
         else:
@@ -183,7 +186,7 @@ class Mirror:
         self.log_points(self.open_run(), points_of(overview, step=0, timestamp_ms=created))
         files = {name: published.path / name for name in _SMALL_FILES}
         sent = {n: file for n, file in files.items() if file.is_file() and file.stat().st_size <= _SMALL_BYTES}
-        upload(self._client, mlflow_id, sent)
+        upload(self._client, self._artifact_uri(mlflow_id), sent)
 
     def _steps(self, mlflow_id: str, key: str) -> set[int]:
         """Return the steps that MLflow has of a metric; asked once, then remembered."""
@@ -196,13 +199,19 @@ class Mirror:
         return known.setdefault(key, set())
 
     def _send_file(self, mlflow_id: str, path: Path, name: str) -> None:
-        folder, _, base = name.rpartition("/")
+        base = name.rpartition("/")[2]
         if base == path.name:
-            self._client.log_artifact(mlflow_id, str(path), folder or None)
+            upload(self._client, self._artifact_uri(mlflow_id), {name: path})
             return
         with tempfile.TemporaryDirectory() as scratch:
             copy = shutil.copyfile(path, Path(scratch) / base)
-            self._client.log_artifact(mlflow_id, str(copy), folder or None)
+            upload(self._client, self._artifact_uri(mlflow_id), {name: copy})
+
+    def _artifact_uri(self, mlflow_id: str) -> str:
+        """Return where a run keeps its files; asked once, then remembered."""
+        if mlflow_id not in self._artifact_uris:
+            self._artifact_uris[mlflow_id] = self._client.get_run(mlflow_id).info.artifact_uri
+        return self._artifact_uris[mlflow_id]
 
 
 def open_mirror(config: TrackingConfig, store_root: Path, record: TrackingRecord, save: Callable[[], None]) -> Mirror:
