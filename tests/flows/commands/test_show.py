@@ -15,7 +15,7 @@ import pytest
 from flows.commands import list as list_command
 from flows.commands import lookup, show
 from flows.run_record import PARETO, NodeRecord, RunRecord, Runs
-from pipelines.core.provenance import CHECKOUT
+from pipelines.core.program import ROOT as CHECKOUT
 from pipelines.core.store import Store
 
 
