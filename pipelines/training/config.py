@@ -259,7 +259,9 @@ class PretrainConfig(Settings):
         json_schema_extra=NOT_IDENTITY | PATH,  # the bytes that it leads to stand for it
     )
     family: Family = Field("decoder", description="decoder: causal LM (Llama); encoder: masked LM (ModernBERT).")
-    preset: Annotated[str, AfterValidator(_known_preset)] = Field("4m", description="Named model size.")
+    preset: Annotated[str, AfterValidator(_known_preset)] = Field(
+        "4m", description="Model size: parameters at a vocabulary of 4,096 tokens."
+    )
     model: ModelOverrides = Field(default_factory=ModelOverrides, description="Values of the preset to replace.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="The update rule.")
     lisa: LisaConfig = Field(default_factory=LisaConfig, description="Train a few layers at a time.")

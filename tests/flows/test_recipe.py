@@ -9,6 +9,7 @@ import pytest
 
 from flows import graph, recipe
 from flows.config import RunConfig
+from models.architectures.config import DEMO_VOCABULARY
 from pipelines.core.errors import ConfigError
 
 
@@ -181,3 +182,14 @@ def test_none_is_left_out_of_toml_where_it_is_the_default_and_a_secret_always(tm
     assert "c4n4ry" not in path.read_text()
     assert "# tracking.uri held a secret and is left out" in path.read_text()
     assert recipe.resolve(str(path)) == recipe.validated({"pretrain": {"seed": 3}})
+
+
+def test_presets_are_named_by_the_vocabulary_that_the_demo_has() -> None:
+    assert recipe.resolve("demo").prepare.vocab_size == DEMO_VOCABULARY
+
+
+@pytest.mark.parametrize(("old", "new"), [("124m", "90m"), ("350m", "300m")])
+def test_a_preset_that_was_renamed_is_refused_with_its_new_name(old: str, new: str) -> None:
+    with pytest.raises(ConfigError, match=f"pretrain.preset = '{old}' is called '{new}' now"):
+        recipe.resolve("smoke", [f"pretrain.preset={old}"])
+    assert recipe.resolve("smoke", [f"pretrain.preset={new}"]).pretrain.preset == new

@@ -155,8 +155,8 @@ def test_seven_billion_parameters_are_refused_on_a_laptop_with_settings_that_fit
         ConfigError, match=r"pretrain cannot fit: 2 ranks of \d+ GB are needed .*this machine has 16 GB"
     ) as caught:
         refuse_what_does_not_fit("pretrain", found, LAPTOP)
-    assert "pretrain.preset=124m" in str(caught.value)
-    for remedy in [each for each in found.remedies if "pretrain.preset=124m" in each.settings]:
+    assert "pretrain.preset=90m" in str(caught.value)
+    for remedy in [each for each in found.remedies if "pretrain.preset=90m" in each.settings]:
         assert remedy.needs.ranks * remedy.needs.rank_bytes + remedy.needs.first_bytes <= 16e9
 
 
