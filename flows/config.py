@@ -10,8 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from flows import executors
 from pipelines.compression.config import CompressConfig
 from pipelines.core.compute import ComputeConfig
-from pipelines.core.settings import NOT_IDENTITY, PATH, Settings
+from pipelines.core.settings import NOT_IDENTITY, Settings
 from pipelines.data.config import DataConfig, PrepareConfig
+from pipelines.evaluation import probe
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.registry.config import PromoteConfig
 from pipelines.tracking.config import TrackingConfig
@@ -24,8 +25,8 @@ class StoreConfig(Settings):
     path: str = Field(
         default_factory=lambda: os.environ.get("INGOT_STORE", ".ingot"),
         min_length=1,
-        description="Folder of the store; relative to the project. Default: $INGOT_STORE, else .ingot.",
-        json_schema_extra=NOT_IDENTITY | PATH,
+        description="Folder of the store; relative to the checkout. Default: $INGOT_STORE, else .ingot.",
+        json_schema_extra=NOT_IDENTITY,
     )
 
 
@@ -61,6 +62,13 @@ class RunConfig(Settings):
             raise ValueError(
                 "prepare.tokenizer = 'init_weights' takes the tokenizer of pretrain.from, which is not set"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _probes_fit_the_family(self) -> RunConfig:
+        for name, settings in self.evaluate.probes.items():
+            if settings.enabled and (reason := probe.get(name).misfit(settings, self.pretrain.family)):
+                raise ValueError(f"evaluate.probes.{name}: {reason}")
         return self
 
     @model_validator(mode="after")

@@ -13,7 +13,6 @@ STAGES: dict[str, Stage] = {
             entry="pipelines.data.stage:run",
             observations=("report.json", "quarantine.jsonl"),
             settings="pipelines.data.config:PrepareJob",
-            estimate="pipelines.data.estimate:estimate_prepare",
             corpus="reads",
         ),
         Stage(
@@ -27,17 +26,15 @@ STAGES: dict[str, Stage] = {
             "pretrain",
             version=3,
             entry="pipelines.training.stage:run",
-            observations=("metrics.jsonl", "observations.json"),
+            observations=("metrics.jsonl", "observations.json", "samples.jsonl"),
             settings="pipelines.training.config:PretrainConfig",
-            estimate="pipelines.training.estimate:estimate_pretrain",
         ),
         Stage(
             "compress",
-            version=6,
+            version=5,
             entry="pipelines.compression.stage:run",
             observations=("observations.json", "metrics.jsonl"),
             settings="pipelines.compression.config:CompressConfig",
-            estimate="pipelines.compression.estimate:estimate_compress",
         ),
         Stage(
             "evaluate",
@@ -45,7 +42,6 @@ STAGES: dict[str, Stage] = {
             entry="pipelines.evaluation.stage:run",
             observations=("observations.json",),
             settings="pipelines.evaluation.config:EvaluateConfig",
-            estimate="pipelines.evaluation.estimate:estimate_evaluate",
         ),
         Stage(
             "promote",

@@ -56,6 +56,27 @@ def logits(model: nn.Module, hidden_ND: Tensor) -> Tensor:
     return known.lm_head(hidden_ND) if hasattr(known, "lm_head") else known.decoder(known.head(hidden_ND))
 
 
+def greedy(model: nn.Module, prompt_BT: Tensor, count: int) -> Tensor:
+    """Return the `count` tokens [B, count] that a decoder finds likeliest one after the other.
+
+    It takes as many passes whatever comes out: under ZeRO-3 every rank must take as many as the others.
+    """
+    body, given_BT, cache, tokens = cast("Any", model).model, prompt_BT, None, list[Tensor]()
+    for _ in range(count):
+        output = body(input_ids=given_BT, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        given_BT = logits(model, output.last_hidden_state[:, -1:]).argmax(dim=-1)
+        tokens.append(given_BT)
+    return torch.cat(tokens, dim=1)
+
+
+def filled_in(model: nn.Module, inputs_BT: Tensor, mask_id: int) -> Tensor:
+    """Return inputs [B, T] with the token that an encoder finds likeliest in place of every mask."""
+    mask_BT = inputs_BT == mask_id
+    guesses_N = logits(model, hidden_states(model, inputs_BT)[mask_BT]).argmax(dim=-1)
+    return inputs_BT.masked_scatter(mask_BT, guesses_N)
+
+
 def summed_nats(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """Return the summed cross entropy in float32; `IGNORED` targets add nothing."""
     return functional.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")

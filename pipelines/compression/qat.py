@@ -107,6 +107,7 @@ def training_settings(parameters: TrainedConfig, shape: Shape, seed: int) -> Pre
         | {"family": shape.family, "preset": "0.5m", "model": sizes, "steps": steps, "seed": seed}
         | {"optimizer": {"name": parameters.optimizer, "lr": parameters.lr, "weight_decay": parameters.weight_decay}}
         | {"schedule": {"warmup": min(int(parameters.warmup * steps), steps - 1), "decay": parameters.decay}}
+        | {"samples": False}  # the evaluation samples every variant as it is stored
         | {"lisa": lisa | {"interval": parameters.lisa_interval}, "checkpoint": {"every": parameters.checkpoint_every}}
     )
 

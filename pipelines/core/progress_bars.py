@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,3 +23,18 @@ def bars() -> Iterator[None]:
         yield
     finally:
         tqdm.__init__ = shown
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Show neither bars nor logged warnings inside the block, for a command whose output is an answer.
+
+    Libraries log while they are imported, too: of extensions and accelerators that are not there.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with bars():
+            yield
+    finally:
+        logging.disable(before)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from pipelines.core.settings import Settings, validated_at
+from pipelines.core.settings import Settings
 from pipelines.evaluation import probe
 from pipelines.evaluation.probe import ProbeSettings
 from pipelines.measure.config import BatchSettings
@@ -57,7 +57,8 @@ class EvaluateConfig(BatchSettings):
     probes: dict[str, SerializeAsAny[ProbeSettings]] = Field(
         default_factory=dict,
         description="What else is measured, one table a probe: `relative` (embedding spaces of encoders) and `latency` "
-        "unless their `enabled` is false, and every other probe that is named here.",
+        "unless their `enabled` is false, and every other probe that is named here, as `samples` (texts at fixed "
+        "prompts).",
     )
 
     @property
@@ -94,5 +95,12 @@ def _probe_settings(name: str, table: Any) -> ProbeSettings:
         raise ValidationError.from_exception_data(
             "EvaluateConfig", [InitErrorDetails(type=detail, loc=(name,), input=table)]
         ) from None
-    settings: ProbeSettings = validated_at(known.Settings, table, name)
+    try:
+        settings: ProbeSettings = known.Settings.model_validate(table)
+    except ValidationError as error:
+        details = [
+            InitErrorDetails(type=e["type"], loc=(name, *e["loc"]), input=e["input"], ctx=e.get("ctx", {}))
+            for e in error.errors()
+        ]
+        raise ValidationError.from_exception_data("EvaluateConfig", details) from None
     return settings

@@ -14,7 +14,7 @@ import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -78,6 +78,8 @@ class Measurement:
     """Stands in observations.json."""
     array: NDArray[np.float64] | None = None
     """Kept as NAME.npy, a part of the result: what later evaluations are compared with."""
+    rows: Sequence[Mapping[str, Any]] | None = None
+    """Kept as NAME.json, a part of the result: what people read."""
 
 
 S = TypeVar("S", bound=ProbeSettings)
@@ -102,6 +104,10 @@ class Probe(ABC, Generic[S]):
         if subject.scorer.family not in self.families:
             wanted = " and ".join(sorted(self.families))
             return f"it measures {wanted} models; the family of this one is {subject.scorer.family}"
+        return None
+
+    def misfit(self, settings: S, family: Family) -> str | None:  # noqa: ARG002 - most settings fit all families
+        """Return which setting does nothing or cannot work for the models of a run; None where all fit."""
         return None
 
     def measure(self, subject: Subject, settings: S) -> Measurement:

@@ -6,6 +6,7 @@ document_bytes.npy     bytes of each document (of its masked tokens for an encod
 task_outcomes.json     0 or 1 for each item of each task, for paired comparison
 tasks/                 the tasks as lm-eval reads them
 PROBE.npy              what a probe keeps for later comparisons, as `relative.npy`
+PROBE.json             what a probe keeps for people to read, as `samples.json`
 observations.json      latency, memory and time: not part of the result
 """
 
@@ -200,13 +201,15 @@ def _run_probes(
             observations[name] = dict(measured.observation)
         if measured.array is not None:
             np.save(out_dir / f"{name}.npy", measured.array, allow_pickle=False)
+        if measured.rows is not None:
+            _write(out_dir / f"{name}.json", [dict(row) for row in measured.rows])
     return observations
 
 
 # ---- output -----------------------------------------------------------------------------------------------------
 
 
-def _write(path: Path, value: Json) -> None:
+def _write(path: Path, value: Json | list[Json]) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 

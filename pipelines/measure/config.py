@@ -42,3 +42,26 @@ class BatchSettings(Settings):
                 f"valid: {self.context} or more"
             )
         return self
+
+
+class SamplingSettings(Settings):
+    """How a decoder's next token is drawn from what it predicts."""
+
+    temperature: float = Field(
+        default=0.8, ge=0.0, le=100.0, description="Divides the logits before a token is drawn; 0 takes the likeliest."
+    )
+    top_k: int | None = Field(default=None, ge=1, description="Draw from this many of the likeliest tokens. None: all.")
+    top_p: float | None = Field(
+        default=None,
+        gt=0.0,
+        lt=1.0,
+        description="Draw from the likeliest tokens that together have this probability. None: all.",
+    )
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="Seed of the draws of every text. None: 0.")
+
+    @model_validator(mode="after")
+    def _every_setting_counts(self) -> Self:
+        idle = [name for name in ("top_k", "top_p", "seed") if getattr(self, name) is not None]
+        if self.temperature == 0.0 and idle:
+            raise ValueError(f"{', '.join(idle)} does nothing with temperature 0: nothing is drawn")
+        return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,8 +96,12 @@ def choose(documents: list[Document], limit: int | None) -> tuple[Document, ...]
     """Return at most `limit` documents in their order, picked by the hash of their ids: no source is favoured."""
     if limit is None or limit >= len(documents):
         return tuple(documents)
-    ranked = sorted(range(len(documents)), key=lambda i: (hashlib.sha256(documents[i].id.encode()).digest(), i))
-    return tuple(documents[i] for i in sorted(ranked[:limit]))
+    return tuple(documents[i] for i in sorted(ranked(documents)[:limit]))
+
+
+def ranked(documents: Sequence[Document]) -> list[int]:
+    """Return the positions of documents by the hash of their ids: an order that favours no source."""
+    return sorted(range(len(documents)), key=lambda i: (hashlib.sha256(documents[i].id.encode()).digest(), i))
 
 
 def tokenize(documents: tuple[Document, ...], tokenizer: Path, index: dict[str, Any]) -> tuple[Ids, ...]:

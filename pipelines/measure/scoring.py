@@ -6,7 +6,6 @@ Shape letters as in `windows.py`; V is the vocabulary.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from models.architectures.config import Family
 from models.compression.modules.quantized_cache import QuantizedCache
 from pipelines.core.errors import IntegrityError, NumericError
 from pipelines.measure.windows import Batch
+from pipelines.modelio import folder
 from pipelines.modelio import load as compressed
 
 # ---- pure functions ---------------------------------------------------------------------------------------------
@@ -39,6 +39,23 @@ def kl_divergence(base_NV: Tensor, variant_NV: Tensor) -> Tensor:
     base_log = functional.log_softmax(base_NV.float(), dim=-1)
     variant_log = functional.log_softmax(variant_NV.float(), dim=-1)
     return (base_log.exp() * (base_log - variant_log)).sum(dim=-1)
+
+
+def refuse_not_finite(logits_NV: Tensor, name: str) -> None:
+    """Refuse what a damaged model computes.
+
+    Args:
+        logits_NV: what it predicts.
+        name: how errors call the model.
+
+    Raises:
+        NumericError: a logit is not finite.
+    """
+    # A sum is finite only if all its terms are: one cheap pass instead of a comparison of every logit.
+    if not bool(torch.isfinite(logits_NV.sum())):
+        raise NumericError(
+            f"{name} gives logits that are not finite", hint="the model is damaged or diverged; train it again"
+        )
 
 
 # ---- models -----------------------------------------------------------------------------------------------------
@@ -90,23 +107,8 @@ class Scorer:
         everything = logits_BLV.flatten(0, 1)
         # When every output is scored, in order, the selection would only copy.
         logits_NV = everything if len(row_N) == len(everything) else logits_BLV[row_N, column_N]
-        # A sum is finite only if all its terms are: one cheap pass instead of a comparison of every logit.
-        if not bool(torch.isfinite(logits_NV.sum())):
-            raise NumericError(
-                f"{self.name} gives logits that are not finite", hint="the model is damaged or diverged; train it again"
-            )
+        refuse_not_finite(logits_NV, self.name)
         return logits_NV
-
-
-def family_of(model: Path) -> Family:
-    """Return the family of a Hugging Face model folder, from the architecture named in its config.json."""
-    names = json.loads((model / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-    for ending, family in (("ForCausalLM", "decoder"), ("ForMaskedLM", "encoder")):
-        if any(name.endswith(ending) for name in names):
-            return family  # type: ignore[return-value]
-    raise IntegrityError(
-        f"{model / 'config.json'} names the architectures {names}; expected one that ends in ForCausalLM or ForMaskedLM"
-    )
 
 
 def load(model: Path, device: str) -> Scorer:
@@ -115,7 +117,7 @@ def load(model: Path, device: str) -> Scorer:
     Raises:
         IntegrityError: the folder does not hold a readable model.
     """
-    family = family_of(model)
+    family = folder.family_of(model)
     transformers_logging.disable_progress_bar()
     auto = AutoModelForCausalLM if family == "decoder" else AutoModelForMaskedLM
     try:
@@ -179,6 +181,16 @@ def cache_bytes_per_token(scorer: Scorer, batch: Batch) -> float | None:
     if isinstance(cache, QuantizedCache):
         return cache.stored_bytes / ids_BL.numel()
     return float(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / ids_BL.numel())
+
+
+def embed(scorer: Scorer, tokens_T: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the mean of an encoder's last hidden states over the tokens of one text [D]."""
+    scorer.check_device()
+    ids_BT = torch.from_numpy(tokens_T)[None].to(scorer.device)
+    with torch.inference_mode():
+        hidden_BTD = scorer.model.base_model(input_ids=ids_BT).last_hidden_state
+    mean_D: NDArray[np.float64] = hidden_BTD[0].double().mean(dim=0).cpu().numpy()
+    return mean_D
 
 
 def _forward(scorer: Scorer, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from models.architectures.config import Family
 from models.compression import registry
 from models.compression.base import Packed
 from pipelines.core.errors import IntegrityError
@@ -124,6 +125,21 @@ class WeightWriter:
         save_file(dict(sorted(self._pending.items())), self._part(len(self._shards)), metadata={"format": "pt"})
         self._shards.append(sorted(self._pending))
         self._pending, self._size = {}, 0
+
+
+def family_of(model: Path) -> Family:
+    """Return the family of a model folder, from the architecture that its config.json names.
+
+    Raises:
+        IntegrityError: it names none that ends in ForCausalLM or ForMaskedLM.
+    """
+    names = json.loads((model / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    for ending, family in (("ForCausalLM", "decoder"), ("ForMaskedLM", "encoder")):
+        if any(name.endswith(ending) for name in names):
+            return family  # type: ignore[return-value]
+    raise IntegrityError(
+        f"{model / 'config.json'} names the architectures {names}; expected one that ends in ForCausalLM or ForMaskedLM"
+    )
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -11,12 +11,14 @@ from markupsafe import Markup
 
 from pipelines.core.artifact import Artifact
 from pipelines.core.redaction import redact, redact_value
+from pipelines.measure import answers
 from pipelines.modelio import load_instructions
 from pipelines.registry.config import PromoteConfig
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.gate import Decision
 
 _PIPELINE = {"decoder": "text-generation", "encoder": "fill-mask"}
+_LOADER = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM"}
 _CARD_NAMES = {"public-domain": "pdm", "public domain": "pdm"}
 """Licences whose name on model cards is not simply theirs in lower case."""
 _KNOWN = {"pdm", "cc0-1.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-4.0", "apache-2.0", "mit"}
@@ -91,6 +93,16 @@ _PAGE = jinja2.Environment(
 {% endfor %}
 {% endif %}
 
+{% if samples %}
+## What it writes
+
+| prompt | the model's text |
+|---|---|
+{% for prompt, text in samples %}
+| {{ prompt }} | {{ text }} |
+{% endfor %}
+
+{% endif %}
 ## Gate
 
 {{ verdict }}
@@ -144,7 +156,7 @@ def render(
         title=f"{config.model_name}: {facts.name}",
         sentence=_sentence(facts),
         loading=Markup(how.sentence),  # noqa: S704 - ours
-        snippet=Markup(how.snippet(load_instructions.LOADER[facts.family])),  # noqa: S704 - ours
+        snippet=Markup(how.snippet(_LOADER[facts.family])),  # noqa: S704 - ours
         sources=sources,
         data_sentence=_data_sentence(prepare),
         training=_training_rows(inputs, facts),
@@ -152,6 +164,7 @@ def render(
         models=[_model_row(one) for one in models.values()],
         baselines=sorted((name, f"{bits:.4f}") for one in models.values() for name, bits in one.baselines.items()),
         tasks=[{"name": name} | {k: f"{v:.4g}" for k, v in _numbers(row).items()} for name, row in facts.tasks.items()],
+        samples=_samples(inputs[f"evaluation:{facts.name}"]),
         verdict=f"{decision.candidate}: {'accepted' if decision.accepted else 'refused'} ({decision.rule}).",
         checks=decision.checks,
         limits=_limits(facts),
@@ -253,6 +266,13 @@ def _model_row(one: Evidence) -> dict[str, str]:
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in row.items() if isinstance(value, int | float)}
+
+
+def _samples(evaluation: Artifact) -> list[tuple[str, str]]:
+    """Return the fixed prompts of an evaluation and what the model made of each; none where it kept no texts."""
+    if answers.FILE not in evaluation.manifest.files:
+        return []
+    return [(row["prompt"], "\n".join(answers.lines(row))) for row in evaluation.read_json(answers.FILE)]
 
 
 def _limits(facts: Evidence) -> list[str]:

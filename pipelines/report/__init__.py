@@ -20,21 +20,15 @@ from pipelines.report import axes, compression, sections
 _TEMPLATE = "report.html.j2"
 
 
-def write(
-    run_record: dict[str, Any],
-    artifacts: Mapping[str, Artifact],
-    path: Path,
-    earlier: Mapping[str, Artifact] | None = None,
-) -> None:
+def write(run_record: dict[str, Any], artifacts: Mapping[str, Artifact], path: Path) -> None:
     """Write the report of a run; a reader sees the old page or the new one.
 
     Args:
         run_record: what `RunRecord.model_dump()` returns.
         artifacts: node name -> artifact; what a run did not reach is missing, and the page says so.
         path: the HTML file; its folder exists.
-        earlier: pretraining of earlier runs, by what they are to this one, whose curves stand beside its own.
     """
-    write_text(path, _environment().get_template(_TEMPLATE).render(sections.page(run_record, artifacts, earlier)))
+    write_text(path, _environment().get_template(_TEMPLATE).render(sections.page(run_record, artifacts)))
 
 
 def write_pareto(run_record: Mapping[str, Any], artifacts: Mapping[str, Artifact], path: Path) -> bool:
@@ -60,12 +54,6 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    texts = {
-        "number": axes.number,
-        "short": axes.short,
-        "size": axes.size,
-        "duration": axes.duration,
-        "ratio": axes.ratio,
-    }
+    texts = {"number": axes.number, "short": axes.short, "size": axes.size, "duration": axes.duration}
     environment.filters.update(texts)
     return environment

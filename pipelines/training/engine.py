@@ -26,11 +26,11 @@ from pipelines.core.errors import ConfigError
 from pipelines.training.config import PretrainConfig
 from pipelines.training.data_loader import Batch
 from pipelines.training.distributed import Ranks
-from pipelines.training.loss_module import LossModule
-from pipelines.training.memory import LARGEST_BUCKET
+from pipelines.training.loss_module import LossModule, Question
 
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], FragmentOptimizer]
 
+_LARGEST_BUCKET = 500_000_000
 _BUCKET_ALIGNMENT = 128
 """Elements."""
 
@@ -45,6 +45,10 @@ class Engine(Protocol):
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the summed nats of a micro batch."""
+        ...
+
+    def ask(self, question: Question, inputs_BT: Tensor) -> Tensor:
+        """Return what a question gives, without gradients; every rank calls it, with inputs of one shape."""
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -74,6 +78,11 @@ class PlainEngine:
         with torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=self._autocast):
             result: Tensor = self.module(batch.inputs_BT, batch.targets_BT)
         return result
+
+    def ask(self, question: Question, inputs_BT: Tensor) -> Tensor:
+        """Return what a question gives."""
+        with torch.no_grad(), torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=self._autocast):
+            return question(self.module.model, inputs_BT)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:  # noqa: ARG002 - nothing is reduced at the end
         """Add the gradients of `loss`."""
@@ -108,6 +117,12 @@ class DeepSpeedEngine:
     def loss(self, batch: Batch) -> Tensor:
         """Return the summed nats of a micro batch."""
         result: Tensor = self._engine(batch.inputs_BT, batch.targets_BT)
+        return result
+
+    def ask(self, question: Question, inputs_BT: Tensor) -> Tensor:
+        """Return what a question gives, by a pass of the whole module: under ZeRO-3 that is what gathers weights."""
+        with torch.no_grad(), self.module.asked(question):
+            result: Tensor = self._engine(inputs_BT, inputs_BT)
         return result
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -149,7 +164,7 @@ def deepspeed_settings(config: PretrainConfig, parameters: int) -> dict[str, Any
     Clipping is off because the optimizer clips, with the norm of the active tensors only. Buckets are buffers: larger
     than the model they would only waste memory. DeepSpeed wants them aligned.
     """
-    bucket = min(LARGEST_BUCKET, -(-parameters // _BUCKET_ALIGNMENT) * _BUCKET_ALIGNMENT)
+    bucket = min(_LARGEST_BUCKET, -(-parameters // _BUCKET_ALIGNMENT) * _BUCKET_ALIGNMENT)
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation,

@@ -5,8 +5,9 @@ Legend: B sequences of a micro batch, T tokens of a sequence.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,8 @@ from pipelines.training.worker_spec import WorkerSpec
 
 Nats = Callable[[nn.Module, Tensor, Tensor, int | None], Tensor]
 """(model, inputs [B, T], targets [B, T], chunk) -> summed nats."""
+Question = Callable[[nn.Module, Tensor], Tensor]
+"""(model, inputs [B, T]) -> whatever is asked of it."""
 
 
 class LossModule(nn.Module):
@@ -41,10 +44,22 @@ class LossModule(nn.Module):
         self.nats = nats
         self.step = 0
         """Steps done when the current one began; the trainer sets it."""
+        self._question: Question | None = None
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the summed nats of the micro batch, float32 scalar."""
+        """Return the summed nats of the micro batch, float32 scalar; inside `asked` what the question gives."""
+        if self._question is not None:
+            return self._question(self.model, inputs_BT)
         return self.nats(self.model, inputs_BT, targets_BT, self.loss_chunk)
+
+    @contextlib.contextmanager
+    def asked(self, question: Question) -> Iterator[None]:
+        """Let a forward pass answer a question inside the block: an engine knows no other way to its model."""
+        self._question = question
+        try:
+            yield
+        finally:
+            self._question = None
 
     def compile_model(self) -> None:
         """Compile everything up to the logits at its first use; parameters keep their names."""

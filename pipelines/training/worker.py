@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from pipelines.training.loss_module import make_loss_module, make_objective
 from pipelines.training.metrics import MetricsLog, Peak, peak, read_records
 from pipelines.training.monitors import registry as monitors
 from pipelines.training.optimizers import make_optimizer
+from pipelines.training.samples import opened_samples
 from pipelines.training.trainer import State, Trainer
 from pipelines.training.worker_spec import WorkerSpec
 
@@ -111,14 +112,14 @@ def pretrain(spec: WorkerSpec, stop: StopRequest) -> None:
     own = peak(device, config.precision)
     logging = open_logs(spec, architecture, state, ranks, sum(ranks.gathered(own.flops)))
     try:
-        with contextlib.closing(logging):
+        with contextlib.closing(logging), opened_samples(spec, state, ranks) as samples:
             trainer = Trainer(
                 config=config,
                 engine=engine,
                 loader=make_loader(spec, architecture, ranks),
                 checkpointer=checkpoints,
                 state=state,
-                callbacks=callbacks(spec, logging),
+                callbacks=callbacks(spec, logging, samples),
                 stop_requested=stop,
             )
             trainer.run()
@@ -159,7 +160,7 @@ def layer_sampling(config: PretrainConfig) -> list[Callback]:
     return [LayerSampling(config.lisa)] if config.lisa.enabled else []
 
 
-def callbacks(spec: WorkerSpec, logging: Logging) -> list[Callback]:
+def callbacks(spec: WorkerSpec, logging: Logging, samples: Sequence[Callback] = ()) -> list[Callback]:
     """Return what is due around the steps of a run, in order: a step that is undone is neither logged nor saved."""
     config = spec.config
     monitoring = [Monitoring(monitors.make(config.monitors), spec.rollbacks)] if config.monitors else []
@@ -168,6 +169,7 @@ def callbacks(spec: WorkerSpec, logging: Logging) -> list[Callback]:
         NonFiniteSteps(spec.diagnostics),
         *monitoring,
         Validation(),
+        *samples,
         logging,
         Checkpointing(),
     ]

@@ -3,6 +3,7 @@
 worker_spec.json        this file
 checkpoints/            see `checkpoint.py`
 metrics.jsonl           what the stage follows
+samples.jsonl           what the model made of a validation text after each validation
 losses.jsonl            exact losses of every step, for `training.json`
 attempts.jsonl          where each attempt began
 rollbacks.json          returns to a checkpoint; none, no file
@@ -63,6 +64,11 @@ class WorkerSpec(BaseModel):
     def metrics(self) -> Path:
         """The metrics file."""
         return self.scratch / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """The file of samples; none where `pretrain.samples` is off."""
+        return self.scratch / "samples.jsonl"
 
     @property
     def losses(self) -> Path:

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig, Family
@@ -43,7 +46,10 @@ def documents() -> Heldout:
     """Twenty documents of random tokens."""
     generator = np.random.default_rng(0)
     tokens = tuple(generator.integers(4, VOCABULARY, size=n).astype(np.int64) for n in range(10, 30))
-    texts = tuple(Document(id=f"document-{n}", text="x" * len(ids), source="s") for n, ids in enumerate(tokens))
+    texts = tuple(
+        Document(id=f"document-{n}", text=" ".join(f"w{token}" for token in ids), source="s")
+        for n, ids in enumerate(tokens)
+    )
     index = {"sequence_length": 16, "vocab_size": VOCABULARY, "bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
     return Heldout(texts, len(texts), tokens, index)
 
@@ -59,10 +65,19 @@ def subjects(documents: Heldout, tmp_path_factory: pytest.TempPathFactory) -> di
         )  # fmt: skip
         model, folder = build(config, seed=1).eval(), tmp_path_factory.mktemp(family) / "model"
         model.save_pretrained(folder)
+        _tokenizer().save(str(folder / "tokenizer.json"))
         scorer = Scorer(model, family, f"the {family}", "cpu")
         bootstrap = {"samples": 100, "seed": 0, "confidence": 0.9}
         found[family] = Subject(scorer, folder, documents, window=16, bootstrap=bootstrap)
     return found
+
+
+def _tokenizer() -> Tokenizer:
+    """Return a tokenizer whose words are its tokens."""
+    words = ["<|bos|>", "<|eos|>", "<|pad|>", "<|mask|>", *(f"w{n}" for n in range(4, VOCABULARY))]
+    tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="w4"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return tokenizer
 
 
 def _settings(name: str) -> ProbeSettings:
@@ -99,7 +114,9 @@ def test_a_probe_measures_the_same_result_twice_or_refuses_by_name(
     assert first.versus_base == {}, "there is nothing to compare with"
     assert rows[0].result == rows[1].result == first.result
     assert rows[0].versus_base == rows[1].versus_base
+    assert rows[0].rows == rows[1].rows == first.rows
     for row in (first, *rows):
+        json.dumps(row.rows, allow_nan=False)
         json.dumps([dict(row.result), dict(row.versus_base), dict(row.observation)], allow_nan=False)
         assert row.result or row.observation, "a probe that says nothing of a model should refuse it"
         if first.array is None:
@@ -120,11 +137,9 @@ def test_a_probe_says_whom_it_measures_and_describes_every_setting(name: str) ->
     assert EvaluateConfig.model_validate({"probes": {name: {}}}).probes[name] == member.Settings()
 
 
-@pytest.mark.parametrize("name", probe.names())
-def test_finding_a_probe_imports_neither_torch_nor_numpy(name: str) -> None:
+def test_finding_probes_imports_neither_torch_nor_numpy() -> None:
     code = (
-        f"import sys; from pipelines.evaluation import probe; probe.get({name!r});"
-        "print([name for name in ('torch._C', 'numpy._core', 'transformers') if name in sys.modules])"
+        "import sys; from pipelines.evaluation import probe; [probe.get(name) for name in probe.names()];"
+        "sys.exit(any(name in sys.modules for name in ('torch._C', 'numpy._core', 'transformers')))"
     )
-    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert asked.stdout.strip() == "[]", f"{name} imports them at its top: `ingot plan` would pay for it"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

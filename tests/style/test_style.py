@@ -22,7 +22,6 @@ AGREED = {
     "README.md",
     "SECURITY.md",
     "data.dvc",
-    "ingot.toml",
     "docs",
     "flows",
     "infra",

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipelines.measure.intervals import Interval
-    from pipelines.measure.scoring import Scorer
 
     Floats = NDArray[np.float64]
 else:
@@ -116,6 +115,8 @@ class Relative(Probe[ProbeSettings]):
         return super().refusal(subject) or (few if len(subject.documents.documents) < FEWEST else None)
 
     def _measure(self, subject: Subject, settings: ProbeSettings) -> Measurement:  # noqa: ARG002 - it has none
+        from pipelines.measure.scoring import embed
+
         documents = subject.documents
         anchors, described = roles([document.id for document in documents.documents])
         embedded = {n: embed(subject.scorer, documents.tokens[n][: subject.window]) for n in (*anchors, *described)}
@@ -126,14 +127,3 @@ class Relative(Probe[ProbeSettings]):
             versus_base={} if base_QA is None else compare(found_QA, base_QA, **subject.bootstrap),
             array=found_QA,
         )
-
-
-def embed(scorer: Scorer, tokens_T: NDArray[np.int64]) -> Floats:
-    """Return the mean of an encoder's last hidden states over the tokens of one document [D]."""
-    import torch
-
-    scorer.check_device()
-    ids_BT = torch.from_numpy(tokens_T)[None].to(scorer.device)
-    with torch.inference_mode():
-        hidden_BTD = scorer.model.base_model(input_ids=ids_BT).last_hidden_state
-    return hidden_BTD[0].double().mean(dim=0).cpu().numpy()

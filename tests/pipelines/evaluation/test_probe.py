@@ -67,7 +67,7 @@ def test_one_file_is_a_probe_in_configuration_and_artifacts(
     tables = {"tasks": {"names": []}, "max_documents": 3, "baselines": [], "probes": {"latency": {"enabled": False}}}
     before = EvaluateConfig.model_validate(tables)
     add_probe("lengths", ONE_FILE)
-    assert probe.names() == ["latency", "lengths", "relative"]
+    assert probe.names() == ["latency", "lengths", "relative", "samples"]
     assert EvaluateConfig.model_validate(tables).identity() == before.identity(), "a new file changes no evaluation"
     tables["probes"] = {"latency": {"enabled": False}, "lengths": {"longest": 20}}
     config = EvaluateConfig.model_validate(tables)

@@ -111,3 +111,9 @@ def test_a_model_with_several_stacks_is_refused() -> None:
         model = T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=2, num_heads=2, vocab_size=32))
     with pytest.raises(ConfigError, match="has 4 stacks of 2 layers"):
         meta_init.blocks(model)
+
+
+def test_a_folder_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForSequenceClassification"]}))
+    with pytest.raises(IntegrityError, match="BertForSequenceClassification"):
+        folder.family_of(tmp_path)

@@ -121,6 +121,7 @@ class World:
         family: str = "decoder",
         nats: Any = None,
         extra: Mapping[str, Any] | None = None,
+        samples: list[dict[str, Any]] | None = None,
     ) -> Artifact:
         """Publish an evaluation with these bits per byte; `noise` scatters the documents independently."""
         prepare = prepare or self.prepare
@@ -148,6 +149,8 @@ class World:
             **(extra or {}),
         }
         build = self._build()
+        if samples is not None:
+            (build / "samples.json").write_text(json.dumps(samples))
         (build / "evaluation.json").write_text(json.dumps(measured))
         (build / "task_outcomes.json").write_text(json.dumps(outcomes))
         (build / "observations.json").write_text(json.dumps({"latency": {"decode_ms_per_token": size / 100}}))
@@ -155,7 +158,13 @@ class World:
         np.save(build / "document_bytes.npy", self.sizes, allow_pickle=False)
         parents = {"prepare": prepare.digest, "model": model.digest}
         node = "evaluate." + model.manifest.node.removeprefix("compress.")
-        identity = {"of": model.digest, "bits": repr(bits), "size": size, "extra": dict(extra or {})}
+        identity = {
+            "of": model.digest,
+            "bits": repr(bits),
+            "size": size,
+            "extra": dict(extra or {}),
+            "samples": samples,
+        }
         return self._publish(build, "evaluate", node, identity, parents, {"bits_per_byte": value})
 
     def inputs(self, *models: tuple[Artifact, Artifact], prepare: Artifact | None = None) -> dict[str, Artifact]:

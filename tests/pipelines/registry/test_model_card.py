@@ -149,6 +149,23 @@ def test_what_a_corpus_says_is_shown_as_text_and_never_obeyed(world: Any) -> Non
     assert "| &lt;script&gt;alert(1)&lt;/script&gt; |" in page
 
 
+def test_what_a_model_writes_is_shown_as_text_and_never_obeyed(world: Any) -> None:
+    evil = "<script>alert(1)</script> | ](javascript:alert(1))\n\n# a heading\n```\n<b>"
+    model = world.model("pretrain")
+    guesses = [[{"text": " <i>", "probability": 0.75}, {"text": " word", "probability": 0.125}]]
+    samples = [{"prompt": "<img src=x>", "text": evil}, {"prompt": "a [MASK]", "masks": guesses}]
+    inputs = world.inputs((model, world.evaluation(model, 2.0, samples=samples)))
+    world.promote(inputs)
+    _, page = rendered(inputs)
+    for text in (page, world.client().search_model_versions("name = 'ingot'")[0].description):
+        assert "## What it writes" in text
+        assert "&lt;script&gt;alert(1)&lt;/script&gt; \\| ]\\(javascript:alert(1))" in text
+        assert "| a [MASK] | &lt;i&gt; 0.750, word 0.125 |" in text
+        for inert in ("<script", "<img", "<b>", "<i>", "](javascript", "\n# a heading", "\n```\n<"):
+            assert inert not in text
+    assert "What it writes" not in rendered(world.candidate(2.0))[1]
+
+
 def test_mlflow_shows_the_page_without_the_front_matter(world: Any) -> None:
     world.promote(world.candidate(2.0))
     description = world.client().search_model_versions("name = 'ingot'")[0].description

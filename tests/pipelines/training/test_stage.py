@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
             {"steps": 2, "batch_size": 4, "micro_batch_size": 1, "schedule": {"warmup": 1}},
         ],
     },
+    "zero-3-decoder": {"zero_stage": 3},
     "zero-3": {"zero_stage": 3, "family": "encoder", "lisa": {**NORM_LISA, "weights": "uniform"}},
 }
 
@@ -109,6 +110,7 @@ def test_two_ranks_under_deepspeed_train_what_one_plain_process_trains(
     facts = json.loads((tmp_path / "training.json").read_text())
     assert attempts[case].losses() == pytest.approx([float.fromhex(x) for x in facts["losses"]], rel=1e-5)
     ours, theirs = (read_records(p / "metrics.jsonl") for p in (attempts[case].out, tmp_path))
+    assert read_records(attempts[case].out / "samples.jsonl") == read_records(tmp_path / "samples.jsonl")
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.get("lisa/active") == other.get("lisa/active")
         shared = [key for key in other if key.startswith("trust/") or key in ("grad_norm", "val/loss")]
@@ -120,7 +122,7 @@ def test_the_artifact_holds_model_facts_metrics_and_observations(attempts: dict[
     attempt = attempts["zero-2"]
     names = {path.relative_to(attempt.out).as_posix() for path in attempt.out.rglob("*") if path.is_file()}
     assert {"model/config.json", "model/model.safetensors", "model/generation_config.json"} < names
-    assert {"model/tokenizer.json", "training.json", "metrics.jsonl", "observations.json"} < names
+    assert {"model/tokenizer.json", "training.json", "metrics.jsonl", "observations.json", "samples.jsonl"} < names
     assert attempt.summary["steps"] == 6
     assert attempt.summary["parameters"] == attempt.facts["parameters"]
     observed = json.loads((attempt.out / "observations.json").read_text())

@@ -140,6 +140,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(
     assert run_plain(tmp_path / "stopped", **changes) == 0
     assert digest(tmp_path / "stopped") == digest(tmp_path / "quiet")
     assert facts(tmp_path / "stopped") == facts(tmp_path / "quiet")
+    assert (tmp_path / "stopped" / "samples.jsonl").read_bytes() == (tmp_path / "quiet" / "samples.jsonl").read_bytes()
     steps = [record["step"] for record in read_records(tmp_path / "stopped" / "metrics.jsonl")]
     assert steps == [record["step"] for record in read_records(tmp_path / "quiet" / "metrics.jsonl")]
     assert json.loads((tmp_path / "stopped" / "observations.json").read_text())["resumed_at"] == [stop_after]
@@ -156,6 +157,7 @@ def test_a_crash_between_checkpoints_repeats_the_lost_steps_exactly(
     assert run_plain(tmp_path / "crashed", steps=7) == 0
     assert facts(tmp_path / "crashed") == facts(tmp_path / "quiet")
     assert digest(tmp_path / "crashed") == digest(tmp_path / "quiet")
+    assert (tmp_path / "crashed" / "samples.jsonl").read_bytes() == (tmp_path / "quiet" / "samples.jsonl").read_bytes()
     assert json.loads((tmp_path / "crashed" / "observations.json").read_text())["resumed_at"] == [4]
 
 

@@ -18,7 +18,7 @@ from pipelines.evaluation import stage
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.probe import ProbeSettings, Subject
 from pipelines.evaluation.probes import relative
-from pipelines.measure import heldout
+from pipelines.measure import heldout, scoring
 from pipelines.measure.scoring import Scorer
 
 
@@ -92,10 +92,10 @@ def test_anchors_are_a_function_of_the_ids_and_never_described_by_themselves() -
 def test_an_embedding_is_the_mean_of_the_last_hidden_states(encoder: Any) -> None:
     ids = np.arange(5, 17)
     slow = encoder(input_ids=torch.from_numpy(ids)[None], output_hidden_states=True).hidden_states[-1][0]
-    assert relative.embed(Scorer(encoder, "encoder", "x", "cpu"), ids).shape == slow.mean(0).shape
+    assert scoring.embed(Scorer(encoder, "encoder", "x", "cpu"), ids).shape == slow.mean(0).shape
     with torch.no_grad():
         last = encoder.model(input_ids=torch.from_numpy(ids)[None]).last_hidden_state[0]
-    assert np.allclose(relative.embed(Scorer(encoder, "encoder", "x", "cpu"), ids), last.double().mean(0), atol=1e-6)
+    assert np.allclose(scoring.embed(Scorer(encoder, "encoder", "x", "cpu"), ids), last.double().mean(0), atol=1e-6)
 
 
 def test_decoders_and_handfuls_of_documents_are_not_described(decoder: Any, encoder: Any, prepared: Artifact) -> None:
