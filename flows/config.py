@@ -46,7 +46,7 @@ class RunConfig(Settings):
     @field_validator("compress", mode="before")
     @classmethod
     def _collapse_equal_children(cls, value: Any) -> Any:
-        """Overrides such as `compress.method=gptq` set every child; children that became equal are one child."""
+        """Overrides such as `compress.method=gptq` set every variant; variants that became equal are one."""
         return [c for i, c in enumerate(value) if c not in value[:i]] if isinstance(value, list) else value
 
     @field_validator("compute")
@@ -73,13 +73,15 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _children_have_names_of_their_own(self) -> RunConfig:
-        names = [child.name for child in self.compress]
+        names = [variant.name for variant in self.compress]
         for name in names:
             if names.count(name) > 1 or name == "pretrain":
-                raise ValueError(f"two models are called {name!r}; give each compress child a `name` of its own")
-        for position, child in enumerate(self.compress):
-            if child.from_ and child.from_ not in names[:position]:
-                raise ValueError(f"compress.{position}.from = {child.from_!r} is no child above it: {names[:position]}")
+                raise ValueError(f"two models are called {name!r}; give each variant a `name` of its own")
+        for position, variant in enumerate(self.compress):
+            if variant.from_ and variant.from_ not in names[:position]:
+                raise ValueError(
+                    f"compress.{position}.from = {variant.from_!r} is no variant above it: {names[:position]}"
+                )
         if self.promote.candidate not in {"pretrain", "smallest", *names}:
             known = ", ".join(["pretrain", "smallest", *names])
             raise ValueError(f"promote.candidate is {self.promote.candidate!r}; this recipe has {known}")

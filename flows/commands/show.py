@@ -128,7 +128,7 @@ def _show_artifact(found: Artifact, *, as_json: bool) -> None:
     )
     if manifest.provenance is not None:
         for key, value in manifest.provenance.model_dump().items():
-            print(f"  {key:<12}{value}")
+            print(f"  {key:<15}{value}")
     print("lineage:")
     for line in _lineage(found, {stored.manifest.fingerprint: stored for stored in store().artifacts()}):
         print(f"  {line}")

@@ -52,7 +52,7 @@ def test_a_chained_child_reads_the_child_it_names(tmp_path: Path) -> None:
 
 def test_a_chain_to_a_child_below_is_refused(tmp_path: Path) -> None:
     children = '{method = "rtn", bits = 8, from = "sparse", name = "both"}, {method = "wanda", name = "sparse"}'
-    with pytest.raises(ConfigError, match="is no child above it"):
+    with pytest.raises(ConfigError, match="is no variant above it"):
         recipe.resolve(recipe_with(tmp_path, children))
 
 
