@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c flows/constraints.txt
 
 .PHONY: run test test-tensors test-pipelines setup check quick quick-tensors quick-pipelines docs exactness faults bench bench-gpu bench-large-batch bench-lisa clean
 
@@ -76,7 +76,7 @@ docs: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) .ingot data .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-$(VENV)/.installed: pyproject.toml infra/constraints.txt
+$(VENV)/.installed: pyproject.toml flows/constraints.txt
 	@echo "Setting up $(VENV) (a few minutes, once) ..."
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@$(PIP) -e .

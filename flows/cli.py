@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,8 +24,15 @@ data = typer.Typer(help="The corpus: DVC for people who do not want to learn DVC
 app.add_typer(data, name="data")
 
 _KEPT_RUNS = 3
+_MODEL = "`champion`, NAME@ALIAS, NAME/VERSION, a node (or RUN/NODE), a fingerprint or a folder"
+"""How any artifact is named; `flows.commands.lookup` finds it."""
 
-Recipe = Annotated[str, typer.Option("--recipe", "-r", help="Name of a recipe, or the path of a TOML file.")]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", "-r", help="Name of a recipe, path of a TOML file, or a run; default: the recipe of ingot.toml."
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted settings over the recipe.")
 ]
@@ -40,24 +47,47 @@ RunId = Annotated[
 
 
 @app.command()
+def new(
+    place: Annotated[str, typer.Argument(metavar="FOLDER", help="Name or path of the folder to create.")],
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="Folder, file or URL of the corpus: JSON Lines, Parquet or plain text. Later if left out."
+        ),
+    ] = None,
+    family: Annotated[
+        Literal["decoder", "encoder"], typer.Option(help="decoder: writes on; encoder: embeds and fills in.")
+    ] = "decoder",
+) -> None:
+    """Make a project with a corpus, a recipe and a store of its own, and show its first plan."""
+    from flows.commands import new as command
+
+    command.new(place, corpus, family)
+
+
+@app.command()
 def plan(
     overrides: Overrides = None,
-    recipe: Recipe = "demo",
+    recipe: Recipe = None,
     only: Only = None,
     since: Since = None,
     force: Force = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option("--world-size", min=1, help="Plan for so many ranks on a machine that is not this one."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a run would do, and why. Starts nothing, changes nothing."""
+    """Say what a run would do, why, and what it takes. Starts nothing, changes nothing."""
     from flows.commands import run as command
 
-    command.plan(recipe, overrides or [], only, since, force or [], as_json=as_json)
+    command.plan(recipe, overrides or [], only, since, force or [], as_json=as_json, world_size=world_size)
 
 
 @app.command()
 def run(
     overrides: Overrides = None,
-    recipe: Recipe = "demo",
+    recipe: Recipe = None,
     only: Only = None,
     since: Since = None,
     force: Force = None,
@@ -82,30 +112,41 @@ def resume(run_id: RunId = None, as_json: Json = False, quiet: Quiet = False) ->
 
 
 @app.command()
-def status(run_id: RunId = None, as_json: Json = False) -> None:
+def status(
+    run_id: RunId = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the run ends, and exit as it did; Ctrl-C stops looking.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show how far a run is."""
     from flows.commands import show as command
 
-    command.status(run_id, as_json=as_json)
+    try:
+        code = command.status(run_id, follow=follow, as_json=as_json)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    raise typer.Exit(code)
 
 
 @app.command()
 def show(
-    target: Annotated[str, typer.Argument(help="A run, an artifact (fingerprint or node name), `config` or `schema`.")],
+    target: Annotated[str, typer.Argument(help=f"A run, {_MODEL}, `config` or `schema`.")],
     overrides: Overrides = None,
-    recipe: Recipe = "demo",
+    recipe: Recipe = None,
     as_json: Json = False,
+    as_toml: Annotated[bool, typer.Option("--toml", help="`config` as a recipe, for `--recipe`.")] = False,
 ) -> None:
     """Show everything known of one thing: where it came from, what it holds, how it measured."""
     from flows.commands import show as command
 
-    command.show(target, recipe, overrides or [], as_json=as_json)
+    command.show(target, recipe, overrides or [], as_json=as_json, as_toml=as_toml)
 
 
 @app.command()
 def diff(
-    old: Annotated[str, typer.Argument(help="A run or an artifact.")],
-    new: Annotated[str, typer.Argument(help="A run or an artifact.")],
+    old: Annotated[str, typer.Argument(help=f"A run, or {_MODEL}.")],
+    new: Annotated[str, typer.Argument(help="The same.")],
     as_json: Json = False,
 ) -> None:
     """Say which settings, inputs and results differ between two runs or two artifacts."""
@@ -130,9 +171,11 @@ def list_(
 @app.command()
 def promote(
     candidate: Annotated[
-        str | None, typer.Argument(help="`pretrain` or a child; the recipe's choice if left out.")
+        str | None, typer.Argument(help=f"{_MODEL}, or a run; the recipe's choice if left out.")
     ] = None,
-    run_id: Annotated[str | None, typer.Option("--run", help="The run that made it; the newest if left out.")] = None,
+    run_id: Annotated[
+        str | None, typer.Option("--run", help="The run that made it; the newest that has it if left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Put a model of a finished run through the gate, and make it champion if it passes."""
@@ -143,7 +186,9 @@ def promote(
 
 @app.command()
 def rollback(
-    model: Annotated[str | None, typer.Argument(help="Registered model; the only one if left out.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Registered model, or NAME@champion; the only one if left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make the previous champion the champion again."""
@@ -154,7 +199,7 @@ def rollback(
 
 @app.command()
 def export(
-    target: Annotated[str, typer.Argument(help="`champion`, a node of the newest run, or a fingerprint.")],
+    target: Annotated[str, typer.Argument(help=f"{_MODEL}, or a run.")],
     destination: Annotated[str, typer.Argument(help="Folder to create, or the .gguf file.")],
     file_format: Annotated[
         str,
@@ -227,7 +272,7 @@ def try_(
 
 @app.command()
 def verify(
-    target: Annotated[str | None, typer.Argument(help="Fingerprint or node; every artifact if left out.")] = None,
+    target: Annotated[str | None, typer.Argument(help=f"A run, or {_MODEL}; every artifact if left out.")] = None,
     as_json: Json = False,
 ) -> None:
     """Hash artifacts again and compare them with their manifests."""
@@ -239,15 +284,29 @@ def verify(
 @app.command()
 def gc(
     keep: Annotated[
-        int, typer.Option("--keep", min=0, help="Newest runs whose artifacts and checkpoints stay.")
+        int,
+        typer.Option(
+            "--keep", min=0, help="How many of the newest finished runs stay, and of those that can be gone on with."
+        ),
     ] = _KEPT_RUNS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask; needed where there is no terminal.")] = False,
     as_json: Json = False,
 ) -> None:
     """Remove artifacts, checkpoints and leftovers that no run at work, new run or registered model needs."""
     from flows.commands import store as command
 
-    command.gc(keep, dry_run=dry_run, as_json=as_json)
+    command.gc(keep, dry_run=dry_run, yes=yes, as_json=as_json)
+
+
+@app.command()
+def delete(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of a run or its beginning.")], as_json: Json = False
+) -> None:
+    """Remove the record and the report of a run; `ingot gc` frees what only that run needed."""
+    from flows.commands import store as command
+
+    command.delete(run_id, as_json=as_json)
 
 
 @app.command()
@@ -319,3 +378,7 @@ def main() -> None:
             with contextlib.suppress(OSError, IngotError):
                 print(f"  -> {reclaimable(_KEPT_RUNS)}", file=sys.stderr)
         sys.exit(known.exit_code)
+
+
+if __name__ == "__main__":
+    main()

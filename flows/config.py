@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from flows import executors
 from pipelines.compression.config import CompressConfig
 from pipelines.core.compute import ComputeConfig
-from pipelines.core.settings import NOT_IDENTITY, Settings
+from pipelines.core.settings import NOT_IDENTITY, PATH, Settings
 from pipelines.data.config import DataConfig, PrepareConfig
 from pipelines.evaluation import probe
 from pipelines.evaluation.config import EvaluateConfig
@@ -25,8 +25,8 @@ class StoreConfig(Settings):
     path: str = Field(
         default_factory=lambda: os.environ.get("INGOT_STORE", ".ingot"),
         min_length=1,
-        description="Folder of the store; relative to the checkout. Default: $INGOT_STORE, else .ingot.",
-        json_schema_extra=NOT_IDENTITY,
+        description="Folder of the store; relative to the project. Default: $INGOT_STORE, else .ingot.",
+        json_schema_extra=NOT_IDENTITY | PATH,
     )
 
 

@@ -52,7 +52,7 @@ class Identified:
         return fingerprint.digest(self.node.stage.resume_key(self.node.config, self.input_keys))
 
 
-def init_weights_of(config: RunConfig, store_root: Path) -> Source | None:
+def init_weights_of(config: RunConfig, store_root: Path, project: Path) -> Source | None:
     """Return the weights that `pretrain.from` names at this moment; asks the registry only where it is set.
 
     Raises:
@@ -63,7 +63,7 @@ def init_weights_of(config: RunConfig, store_root: Path) -> Source | None:
         return None
     from pipelines.registry import initial_weights
 
-    return initial_weights.resolve(config.pretrain.from_, config.tracking, store_root)
+    return initial_weights.resolve(config.pretrain.from_, config.tracking, store_root, project)
 
 
 def nodes(config: RunConfig, init_weights: Source | None = None) -> list[Node]:

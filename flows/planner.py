@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from flows.graph import Identified
 from pipelines.core import fingerprint
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
+from pipelines.core.estimate import Estimate, EstimateContext, refuse_what_does_not_fit
+from pipelines.core.machine import Machine
 from pipelines.core.store import Store
 
 State = Literal["cached", "run", "waits", "skip"]
@@ -25,15 +27,24 @@ class Step:
     fingerprint: str
     state: State
     why: str
-    estimate_s: float | None
-    """Seconds that the same node took before; None when it never ran."""
-    size: int | None
-    """Bytes that its artifact has or its predecessor had."""
+    estimate: Estimate
+    """What running it takes, also of a node that need not run."""
     warning: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the step as JSON values."""
-        return dict(vars(self))
+    @property
+    def runs(self) -> bool:
+        """Whether it is work to be done."""
+        return self.state in {"run", "waits"}
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds that it takes; None where it does not run, or where nothing is known."""
+        return self.estimate.time.seconds if self.runs and self.estimate.time else None
+
+    def as_dict(self, price_per_hour: float | None = None) -> dict[str, Any]:
+        """Return the step as JSON values; `price_per_hour` is that of one rank."""
+        cost = self.estimate.cost(price_per_hour) if self.runs else None
+        return {**vars(self), "estimate": {**self.estimate.as_dict(), "cost": cost}}
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,8 @@ class Selection:
     only: str | None = None
     since: str | None = None
     force: Collection[str] = ()
+    finished: Collection[str] = ()
+    """Nodes that an earlier attempt at this very run has executed: what was forced then is not forced once more."""
 
     def check(self, graph: Mapping[str, Identified]) -> None:
         """Refuse names that are neither a node nor a stage of this graph.
@@ -57,6 +70,8 @@ class Selection:
 
     def forced(self, node: Identified, graph: Mapping[str, Identified]) -> bool:
         """Return whether the node's body must run even if its artifact exists."""
+        if node.node.name in self.finished:
+            return False
         return any(_named(node, name) for name in self.force) or (
             self.since is not None and (_named(node, self.since) or _below(node, self.since, graph))
         )
@@ -66,14 +81,41 @@ class Selection:
         return self.only is not None and not _named(node, self.only)
 
 
-def make(graph: Mapping[str, Identified], store: Store, selection: Selection | None = None) -> list[Step]:
-    """Return the plan of a run, one step a node, in execution order."""
+def make(
+    graph: Mapping[str, Identified],
+    store: Store,
+    selection: Selection | None = None,
+    *,
+    machine: Machine | None = None,
+    corpus_bytes: int | None = None,
+    last: Mapping[str, str] | None = None,
+) -> list[Step]:
+    """Return the plan of a run, one step a node, in execution order.
+
+    Args:
+        graph: the nodes.
+        store: where artifacts are.
+        selection: which nodes were asked for.
+        machine: what computes; None for a CPU of which nothing is known.
+        corpus_bytes: size of the corpus, where it is known.
+        last: node -> fingerprint in the last run of the same recipe: what a node that runs is compared with first.
+
+    Raises:
+        ConfigError: a stage or node that does not exist, or one that runs and cannot fit the machine's memory.
+    """
     selection = selection or Selection()
     selection.check(graph)
     history = list(store.artifacts())
+    known = EstimateContext(
+        machine=machine or Machine("cpu", None),
+        artifacts={found.manifest.fingerprint: found for found in history},
+        corpus_bytes=corpus_bytes,
+    )
     steps: dict[str, Step] = {}
     for name, node in graph.items():
-        steps[name] = _step(node, graph, steps, store, history, selection)
+        steps[name] = _step(node, graph, steps, store, history, selection, known, last or {})
+        if steps[name].runs:
+            refuse_what_does_not_fit(name, steps[name].estimate, known.machine)
     return list(steps.values())
 
 
@@ -89,11 +131,14 @@ def _step(
     store: Store,
     history: list[Artifact],
     selection: Selection,
+    known: EstimateContext,
+    last: Mapping[str, str],
 ) -> Step:
     name, stage, key = node.node.name, node.node.stage, node.fingerprint
     cached = store.find(stage.name, key)
-    relative = cached or _closest(node, history)
-    took = relative.manifest.provenance.duration_s if relative and relative.manifest.provenance else None
+    earlier = _by_distance(node, history)
+    of_same_recipe = store.find(stage.name, last[name]) if name in last else None
+    relative = cached or of_same_recipe or (earlier[0] if earlier else None)
     rebuilt = [source for source in node.node.inputs.values() if before[source].state in {"run", "waits"}]
     state: State
     if selection.leaves_out(node):
@@ -110,14 +155,19 @@ def _step(
         state, why = "run", _why(node, relative, graph)
     if state == "run" and store.scratch(stage.name, node.resume_key).is_dir():
         why += "; goes on from its last checkpoint"
-    estimate = None if state in {"cached", "skip"} else took
-    return Step(
-        name, stage.name, key, state, why, estimate, relative.size if relative else None, _warning(node, cached)
+    context = replace(
+        known,
+        inputs={key: before[source].estimate for key, source in node.node.inputs.items()},
+        made=cached,
+        history=earlier,
+        corpus=node.input_keys.get("data"),
     )
+    estimate = stage.estimated(node.node.config, context)
+    return Step(name, stage.name, key, state, why, estimate, _warning(node, cached))
 
 
 def _why(node: Identified, relative: Artifact, graph: Mapping[str, Identified]) -> str:
-    """Name the fields that differ from the closest earlier artifact."""
+    """Name the fields that differ from the earlier artifact that this one is compared with."""
     old, new = relative.manifest.identity, node.identity
     stage = node.node.stage.name
     fields = [
@@ -151,18 +201,16 @@ def _dotted(path: str, stage: str) -> str:
     return path if path.startswith(("prepare.", "data.")) else f"{stage}.{path}"
 
 
-def _closest(node: Identified, history: list[Artifact]) -> Artifact | None:
-    """Return the earlier artifact of the stage that differs least: same node first, then fewest fields, then newest."""
+def _by_distance(node: Identified, history: list[Artifact]) -> list[Artifact]:
+    """Return the earlier artifacts of the stage, those that differ least first: same node, fewest fields, newest."""
     same_stage = [a for a in history if a.manifest.stage == node.node.stage.name and "config" in a.manifest.identity]
-    if not same_stage:
-        return None
 
     def distance(item: tuple[int, Artifact]) -> tuple[bool, int, int]:
         age, old = item
         changes = fingerprint.explain(old.manifest.identity["config"], node.identity["config"])
         return old.manifest.node != node.node.name, len(changes), age
 
-    return min(enumerate(reversed(same_stage)), key=distance)[1]
+    return [found for _, found in sorted(enumerate(reversed(same_stage)), key=distance)]
 
 
 def other_bytes(cached: Artifact, node: Identified, graph: Mapping[str, Identified], store: Store) -> str | None:

@@ -18,7 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.core import parent_guard
+from pipelines.core import parent_guard, program
 from pipelines.core.errors import TransientError
 
 _START_DEADLINE_S = 120.0
@@ -96,7 +96,7 @@ def configured_url() -> str | None:
 def _command(port: int) -> list[str]:
     """Return the command of a private server that the kernel kills with this process."""
     guarded = [sys.executable, "-I", "-S", parent_guard.__file__, "exec", str(os.getpid())]
-    uvicorn = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+    uvicorn = program.command("uvicorn", "--factory", "prefect.server.api.server:create_app")
     return [*guarded, *uvicorn, "--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
 
 

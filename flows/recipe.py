@@ -1,80 +1,211 @@
-"""Recipes: named TOML files, one level of inheritance after another, and dotted overrides from the command line."""
+"""Recipes: named TOML files, one level of inheritance after another, and dotted overrides from the command line.
+
+A run can stand in a recipe's place: it is the configuration that it had.
+"""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
 from flows import renamed_keys
+from pipelines.core import project as projects
 from pipelines.core.errors import ConfigError
-from pipelines.core.redaction import redact_value
+from pipelines.core.redaction import HIDDEN, redact_value
 from pipelines.core.settings import idle_keys
 
 if TYPE_CHECKING:
     from flows.config import RunConfig
+    from flows.run_record import RunRecord
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
-def names() -> list[str]:
-    """Return the names of the recipes that come with the checkout."""
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+def names(project: Path | None = None) -> list[str]:
+    """Return the names of the recipes that come with the program, and of those of a project."""
+    folders = [RECIPES, *([project / projects.RECIPES] if project else [])]
+    return sorted({path.stem for folder in folders for path in folder.glob("*.toml")})
 
 
-def description(name: str) -> str:
+def description(name: str, project: Path | None = None) -> str:
     """Return the first comment line of a recipe."""
-    first = (RECIPES / f"{name}.toml").read_text(encoding="utf-8").split("\n", 1)[0]
+    first = _file(name, project).read_text(encoding="utf-8").split("\n", 1)[0]
     return first.lstrip("# ")
 
 
-def resolve(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+def from_here(name: str | None, overrides: Sequence[str], project: Path | None) -> tuple[str, list[str]]:
+    """Return a recipe and overrides as a command line means them, so that they mean the same in any other folder.
+
+    A path that was typed starts at the working directory; one in a recipe starts at the project.
+
+    Args:
+        name: what was typed; None for the project's own recipe.
+        overrides: as typed.
+        project: root of the project; None outside of one.
+
+    Raises:
+        ConfigError: no recipe was named and there is no project to name one.
+    """
+    if name is None:
+        root = project or projects.find()
+        name = projects.settings(root).recipe
+        name = str(root / name) if name.endswith(".toml") else name
+    elif name.endswith(".toml"):
+        name = str(Path(name).expanduser().resolve())
+    return name, [_absolute(override) for override in overrides]
+
+
+def _absolute(override: str) -> str:
+    from flows.config import RunConfig
+
+    key, _, text = override.partition("=")
+    extra = _field(RunConfig, key.split("."))
+    value = _value(text)
+    if not extra.get("path") or not isinstance(value, str) or not value or value.startswith("models:/"):
+        return override
+    return f"{key}={Path(value).expanduser().resolve()}"
+
+
+def _field(section: type[BaseModel], keys: Sequence[str]) -> dict[str, Any]:
+    """Return what is noted of a field (`json_schema_extra`); nothing for one that is not there."""
+    by_name = {field.alias or name: field for name, field in section.model_fields.items()}
+    field = by_name.get(keys[0])
+    if field is None:
+        return {}
+    if len(keys) == 1:
+        return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    inner = field.annotation
+    return _field(inner, keys[1:]) if isinstance(inner, type) and issubclass(inner, BaseModel) else {}
+
+
+def resolve(recipe: str, overrides: Sequence[str] = (), project: Path | None = None) -> RunConfig:
     """Return the validated `RunConfig` of a recipe with overrides.
 
     Args:
-        recipe: a name from `names()` or the path of a TOML file.
+        recipe: a name from `names()`, the path of a TOML file, or the id of a run, whose configuration is taken.
         overrides: `dotted.path=value`; the value is TOML, or a plain string where it is not valid TOML.
+        project: root of the project, whose recipes come before those of the program, and whose runs are known; None
+            for the recipes of the program alone.
 
     Raises:
         ConfigError: naming the dotted path, the value, and the nearest valid name or range; the new name of a key that
             was renamed; keys that do nothing because the switch of their section is off.
     """
-    from flows.config import RunConfig
-
-    table = load(recipe)
+    if not overrides and (run := run_called(recipe, project)) is not None:
+        return validated(run.table(full=True))
+    table = load(recipe, project)
     for override in overrides:
         apply(table, override)
-    renamed_keys.refuse(table)
-    try:
-        config = RunConfig.model_validate(table)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(RunConfig, e) for e in error.errors())) from None
+    config = validated(table)
     if idle := list(idle_keys(config)):
         lines = [f"{key} does nothing while {switch} is off" for key, switch in idle]
         raise ConfigError("\n".join(lines), hint="switch it on, or leave the key out")
     return config
 
 
-def load(recipe: str) -> dict[str, Any]:
+def validated(table: Mapping[str, Any]) -> RunConfig:
+    """Return the `RunConfig` of a whole table, in which a key that does nothing may stand.
+
+    Raises:
+        ConfigError: see `resolve`.
+    """
+    from flows.config import RunConfig
+
+    renamed_keys.refuse(dict(table))
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(RunConfig, e) for e in error.errors())) from None
+
+
+def to_toml(config: RunConfig) -> str:
+    """Return a recipe that resolves to this configuration: what was set, without secrets.
+
+    Raises:
+        ConfigError: a setting is None where that is not its default; no TOML file can say so.
+    """
+    import tomlkit
+
+    table = redact_value("", config.model_dump(mode="json", exclude_unset=True))
+    lost = list(_drop(table, "", lambda value: isinstance(value, str) and HIDDEN in value))
+    left_out = list(_drop(table, "", lambda value: value is None))
+    if not lost and validated(table) != config:
+        raise ConfigError(f"TOML has no value for None, which is not the default of {', '.join(left_out)}")
+    notes = [f"# {path} held a secret and is left out\n" for path in lost]
+    return "".join(notes) + tomlkit.dumps(table)
+
+
+def _drop(node: Any, path: str, wanted: Callable[[Any], bool]) -> Iterator[str]:
+    """Remove the keys with such values from a table, and yield their dotted paths."""
+    for key in list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+        where = f"{path}.{key}".removeprefix(".")
+        if isinstance(key, str) and wanted(node[key]):
+            del node[key]
+            yield where
+        else:
+            yield from _drop(node[key], where, wanted)
+
+
+def run_called(name: str, project: Path | None) -> RunRecord | None:
+    """Return the run of a project's default store with this id or the only one whose id begins so; recipes come first.
+
+    Raises:
+        ConfigError: several runs begin so.
+    """
+    if project is None or name.endswith(".toml") or name in names(project):
+        return None
+    from flows.config import StoreConfig
+    from flows.run_record import Runs
+
+    runs = Runs(project / StoreConfig().path)
+    return runs.get(name) if runs.named(name) else None
+
+
+def load(recipe: str, project: Path | None = None) -> dict[str, Any]:
     """Return the merged table of a recipe and of what it extends."""
-    path = Path(recipe) if recipe.endswith(".toml") else RECIPES / f"{recipe}.toml"
-    if not path.is_file():
-        near = difflib.get_close_matches(recipe, names(), n=1)
-        raise ConfigError(
-            f"there is no recipe {recipe!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
-            hint=f"recipes: {', '.join(names())}; or give the path of a .toml file",
-        )
+    if (run := run_called(recipe, project)) is not None:
+        return run.table(full=False)
+    return _load(_file(recipe, project), project, ())
+
+
+def _load(path: Path, project: Path | None, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path in above:
+        raise ConfigError(f"{path} extends itself: {' -> '.join(str(each) for each in (*above, path))}")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     base = table.pop("extends", None)
-    return table if base is None else merge(load(_sibling(base, path)), table)
+    if base is None:
+        return table
+    below = _file(str(path.parent / base) if base.endswith(".toml") else base, project, extending=path)
+    return merge(_load(below, project, (*above, path)), table)
+
+
+def _file(recipe: str, project: Path | None, extending: Path | None = None) -> Path:
+    """Return the file of a recipe: a project's own before the program's of the same name, which it may extend.
+
+    Raises:
+        ConfigError: there is none; the message has the nearest name.
+    """
+    if recipe.endswith(".toml"):
+        candidates = [Path(recipe)]
+    else:
+        folders = [*([project / projects.RECIPES] if project else []), RECIPES]
+        candidates = [path for folder in folders if (path := folder / f"{recipe}.toml") != extending]
+    if found := [path for path in candidates if path.is_file()]:
+        return found[0]
+    near = difflib.get_close_matches(recipe, names(project), n=1)
+    raise ConfigError(
+        f"there is no recipe {recipe!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+        hint=f"recipes: {', '.join(names(project))}; or give the path of a .toml file, or a run",
+    )
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,10 +233,6 @@ def apply(table: dict[str, Any], override: str) -> None:
     if not found or not path:
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
     _set(table, path.split("."), _value(text), path)
-
-
-def _sibling(base: str, path: Path) -> str:
-    return str(path.parent / base) if base.endswith(".toml") else base
 
 
 def _value(text: str) -> Any:

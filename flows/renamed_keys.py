@@ -28,6 +28,8 @@ KEYS: dict[str, str] = {
 VALUES: dict[tuple[str, str], str] = {
     ("prepare.tokenizer", "start"): "init_weights",
     ("compress.*.init_from", "parent"): "base",
+    ("pretrain.preset", "124m"): "90m",
+    ("pretrain.preset", "350m"): "300m",
 }
 """(dotted path, old value) -> new value."""
 

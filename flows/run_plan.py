@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flows import graph, planner, recipe
 from flows.config import RunConfig
 from flows.graph import Identified
 from flows.planner import Selection, Step
-from flows.run_record import Runs
-from pipelines.core.provenance import CHECKOUT
+from flows.run_record import RunRecord, Runs
+from pipelines.core import project as projects
+from pipelines.core.machine import machine_of
 from pipelines.core.request import ArtifactRef, StageRequest
 from pipelines.core.stage import TrackingTarget
 from pipelines.core.store import Store
@@ -26,6 +28,9 @@ class RunPlan:
     """Everything that is decided before a run starts."""
 
     recipe: str
+    """Its name or path; of a run that is repeated or gone on with, the recipe of that run."""
+    project: Path
+    """Root of the project."""
     overrides: tuple[str, ...]
     """Those of the command, and the weights that the command began with when it was cut off."""
     config: RunConfig
@@ -62,6 +67,7 @@ class RunPlan:
             inputs={k: ArtifactRef(stage=i.node.stage.name, fingerprint=i.fingerprint) for k, i in inputs.items()},
             data_hash=None if node.node.stage.corpus == "none" else self.data_hash,
             store=str(self.store.root),
+            project=str(self.project),
             compute=self.config.compute,
             tracking=tracking or TrackingTarget(),
             force=force,
@@ -73,37 +79,95 @@ class RunPlan:
         return planner.is_done(self.steps)
 
 
-def make(name: str, overrides: Sequence[str] = (), selection: Selection | None = None) -> RunPlan:
+def make(
+    name: str | None = None,
+    overrides: Sequence[str] = (),
+    selection: Selection | None = None,
+    *,
+    project: Path | None = None,
+    elsewhere: bool = False,
+) -> RunPlan:
     """Return the plan of a run; touches nothing.
 
     Args:
-        name: a recipe, by name or path.
-        overrides: `dotted.path=value` settings over the recipe.
+        name: a recipe, by name or path, or a run whose configuration is taken; the project's own recipe if left out.
+        overrides: `dotted.path=value` settings over the recipe; relative paths in them start at the working directory.
         selection: nodes that were asked for.
+        project: root of the project; the one around the working directory if left out.
+        elsewhere: the plan is for a machine that is not this one; so it is also where an executor carries stages away.
 
     Raises:
-        ConfigError: a setting, a stage or a model that does not exist.
+        ConfigError: a setting, a stage or a model that does not exist, or a stage that cannot fit into memory; no
+            project here.
         TransientError: the registry that `pretrain.from` names does not answer.
     """
-    selection = selection or Selection()
-    config, pinned = _resolve(name, list(overrides))
-    store = Store(CHECKOUT / config.store.path)
-    data_hash = versioning.data_hash(config.data, CHECKOUT)
-    init_weights = graph.init_weights_of(config, store.root)
+    root = project or projects.find()
+    name, given = recipe.from_here(name, overrides, root)
+    config, pinned = _resolve(name, given, root)
+    if (repeated := recipe.run_called(name, root)) is not None:
+        name, pinned = repeated.recipe, [*repeated.overrides, *pinned]
+    return _of(config, name, pinned, selection or Selection(), root, elsewhere=elsewhere)
+
+
+def again(record: RunRecord, store: Store, change: Mapping[str, Any], selection: Selection) -> RunPlan:
+    """Return the plan of a run with the configuration that an earlier one had, in that one's store and project.
+
+    Neither its recipe nor the folder it was started in is asked: the record has every setting.
+
+    Args:
+        record: the earlier run.
+        store: where its record lies.
+        change: dotted path -> value to set instead.
+        selection: nodes that are asked for.
+
+    Raises:
+        ConfigError: this checkout no longer knows a setting, or one held a secret.
+    """
+    table = record.table(full=True)
+    overrides = [f"{path}={value}" for path, value in change.items()]
+    for override in overrides:
+        recipe.apply(table, override)
+    table["store"] = {"path": str(store.root)}
+    pinned = [*record.pin(record.overrides), *overrides]
+    known = record.project is not None and projects.find_any(Path(record.project)) == Path(record.project)
+    root = Path(record.project) if known and record.project else projects.find()
+    return _of(recipe.validated(table), record.recipe, pinned, selection, root)
+
+
+def _of(
+    config: RunConfig, name: str, overrides: list[str], selection: Selection, root: Path, *, elsewhere: bool = False
+) -> RunPlan:
+    store = Store(root / config.store.path)
+    data_hash = versioning.data_hash(config.data, root)
+    init_weights = graph.init_weights_of(config, store.root, root)
     identified = graph.identify(config, data_hash, init_weights)
-    steps = planner.make(identified, store, selection)
-    return RunPlan(name, tuple(pinned), config, selection, store, data_hash, init_weights, identified, tuple(steps))
+    machine = machine_of(config.compute, elsewhere=elsewhere or config.compute.executor != "local")
+    corpus_bytes = versioning.tracked_bytes(config.data, root)
+    last = Runs(store.root).last_of(name)
+    steps = planner.make(identified, store, selection, machine=machine, corpus_bytes=corpus_bytes, last=last)
+    return RunPlan(
+        recipe=name,
+        project=root,
+        overrides=tuple(overrides),
+        config=config,
+        selection=selection,
+        store=store,
+        data_hash=data_hash,
+        init_weights=init_weights,
+        graph=identified,
+        steps=tuple(steps),
+    )
 
 
-def _resolve(name: str, overrides: list[str]) -> tuple[RunConfig, list[str]]:
+def _resolve(name: str, overrides: list[str], root: Path) -> tuple[RunConfig, list[str]]:
     """Return the configuration and its overrides.
 
     The same command after a kill goes on from the weights that it began with, also when it has moved the alias that
     names them itself.
     """
-    config = recipe.resolve(name, overrides)
+    config = recipe.resolve(name, overrides, root)
     if not config.pretrain.from_:
         return config, overrides
-    cut_off = Runs(Store(CHECKOUT / config.store.path).root).cut_off(name, overrides)
+    cut_off = Runs(Store(root / config.store.path).root).cut_off(name, overrides)
     pinned = overrides if cut_off is None else cut_off.pin(overrides)
-    return recipe.resolve(name, pinned), pinned
+    return recipe.resolve(name, pinned, root), pinned

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime as dt
+import functools
 import itertools
 import json
 import os
-from collections.abc import Mapping
+import shutil
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from flows import console
+from pipelines.core import disk, lock
 from pipelines.core.artifact import write_text
-from pipelines.core.errors import ConfigError
+from pipelines.core.errors import ConfigError, IntegrityError
 from pipelines.core.processes import ProcessName, this_process
 from pipelines.core.redaction import HIDDEN, redact, redact_override, redact_value
 from pipelines.core.store import Store
 
 RECORD = "run.json"
+_LOCK = "run.lock"
+"""Held by the process that executes the run: the kernel gives it back when that ends, however it ends."""
 REPORT = "report.html"
 PARETO = "pareto.json"
 """Every variant by method and bits, as rows: what the report shows of compression."""
 
+_AT_WORK: dict[Path, contextlib.ExitStack] = {}
+"""The locks of the runs that this process executes, by the folder of the run."""
 _TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 _CAME_TO_ITS_END = ("done", "refused")
 """A run that the gate refused has done all there was to do; running it again would only refuse again."""
@@ -45,6 +55,22 @@ class NodeRecord(BaseModel):
     summary: dict[str, Any] = Field(default_factory=dict)
     artifact: str | None = None
 
+    @model_validator(mode="after")
+    def _bits_per_byte_alone_are_of_the_test_split(self) -> NodeRecord:
+        """Older versions called what training measures on validation text by the same name."""
+        if self.stage == "pretrain" and "bits_per_byte" in self.summary:
+            self.summary["validation_bits_per_byte"] = self.summary.pop("bits_per_byte")
+        return self
+
+
+class SelectionRecord(BaseModel):
+    """Which nodes a run was asked for; see `flows.planner.Selection`."""
+
+    only: str | None = None
+    since: str | None = None
+    force: list[str] = Field(default_factory=list)
+    finished: list[str] = Field(default_factory=list)
+
 
 class RunRecord(BaseModel):
     """One execution of the graph."""
@@ -52,8 +78,15 @@ class RunRecord(BaseModel):
     id: str
     recipe: str
     overrides: list[str]
-    """Without secrets, like `config`: see `command`."""
+    """Without secrets, like `settings` and `config`."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """The recipe with everything that it extends and all overrides: what was set, and nothing else."""
     config: dict[str, Any]
+    """Every setting that was in force, defaults too."""
+    selection: SelectionRecord | None = None
+    """None in a record of an older version, which kept neither this nor `settings`."""
+    project: str | None = None
+    """Root of the project whose corpus it reads; None in a record of an older version."""
     data_hash: str
     status: str = "running"
     """running, done, refused, preempted, failed."""
@@ -62,41 +95,57 @@ class RunRecord(BaseModel):
     exit_code: int | None = None
     error: str | None = None
     process: ProcessName | None = None
-    """Who executes it."""
+    """Who executes it, for messages. Whether it still does is told by the run's lock."""
     nodes: dict[str, NodeRecord]
     init_weights: str | None = None
     """What `pretrain.from` led to when the run began; an alias may name other weights by now."""
     tracking_url: str | None = None
+    tracking_uri: str | None = None
+    """Where MLflow is, without secrets."""
     tracking_pending: bool = False
     """Whether MLflow lacks a part of this run; `ingot sync` sends it."""
     tracking_problem: str | None = None
+    folder: Path | None = Field(default=None, exclude=True)
+    """Where its record lies."""
 
     def pin(self, overrides: list[str]) -> list[str]:
         """Return overrides that start from the same weights as this run, wherever the aliases point by now."""
         pinned = f"pretrain.from={self.init_weights}"
         return overrides if self.init_weights is None or pinned in overrides else [*overrides, pinned]
 
-    def command(self) -> list[str]:
-        """Return the overrides that make this run again.
+    def promoted(self, model: str) -> str | None:
+        """Return the version of a registered model that this run made champion; None for none."""
+        summaries = [node.summary for node in self.nodes.values() if node.stage == "promote"]
+        return next((str(s["version"]) for s in summaries if s.get("model") == model and "version" in s), None)
+
+    def table(self, *, full: bool) -> dict[str, Any]:
+        """Return the settings of this run, with the weights that it began with, wherever the aliases point by now.
+
+        Args:
+            full: every setting that was in force; else those that were set.
 
         Raises:
             ConfigError: one of them held a secret, which no record keeps.
         """
-        overrides = self.pin(self.overrides)
-        if os.environ.get(_TRACKING_VARIABLE):
-            overrides = [o for o in overrides if not (o.startswith("tracking.uri=") and HIDDEN in o)]
-        if lost := [o.partition("=")[0] for o in overrides if HIDDEN in o]:
+        kept = self.config if full or self.selection is None else self.settings
+        table = copy.deepcopy(kept)
+        table.pop("store", None)  # it is the one that this record lies in, wherever that is mounted by now
+        if self.init_weights is not None:
+            table["pretrain"]["from"] = self.init_weights
+        if os.environ.get(_TRACKING_VARIABLE) and HIDDEN in (table.get("tracking", {}).get("uri") or ""):
+            del table["tracking"]["uri"]
+        if lost := list(_hidden(table)):
             raise ConfigError(
                 f"{', '.join(lost)} of run {self.id} held a secret, which no record keeps",
                 hint="give the whole command of that run again"
                 + (f", or set ${_TRACKING_VARIABLE}" if lost == ["tracking.uri"] else ""),
             )
-        return overrides
+        return table
 
     @property
     def at_work(self) -> bool:
-        """Whether the process that executes it still exists, as far as this host can tell."""
-        return self.status == "running" and self.process is not None and self.process.alive()
+        """Whether a process executes it at this moment, on this machine or another."""
+        return self.status == "running" and self.folder is not None and lock.is_held(self.folder / _LOCK)
 
     @property
     def state(self) -> str:
@@ -104,9 +153,37 @@ class RunRecord(BaseModel):
         return "killed" if self.status == "running" and not self.at_work else self.status
 
     @property
+    def seconds(self) -> float | None:
+        """How long it has taken, or took; of one that was killed, until its last sign of life."""
+        if self.finished_at is not None:
+            end = dt.datetime.fromisoformat(self.finished_at).timestamp()
+        elif self.folder is not None and not self.at_work:
+            end = (self.folder / RECORD).stat().st_mtime
+        else:
+            end = time.time()
+        return max(0.0, end - dt.datetime.fromisoformat(self.started_at).timestamp())
+
+    @property
+    def result(self) -> str | None:
+        """The headline number: bits per byte of the promoted model, else of the base model, as far as it came."""
+        summaries = {name: node.summary for name, node in self.nodes.items()}
+        promoted = summaries.get("promote", {})
+        if "bits_per_byte" in promoted:
+            return f"{promoted['bits_per_byte']:.4g} bits/byte ({promoted['candidate']})"
+        if "bits_per_byte" in (evaluated := summaries.get("evaluate.pretrain", {})):
+            return f"{evaluated['bits_per_byte']:.4g} bits/byte (pretrain)"
+        validated = summaries.get("pretrain", {}).get("validation_bits_per_byte")
+        return None if validated is None else f"{validated:.4g} validation bits/byte"
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has done all there was to do."""
+        return self.status in _CAME_TO_ITS_END
+
+    @property
     def unfinished(self) -> bool:
         """Whether it stopped before its end, so that `ingot resume` has something to go on with."""
-        return self.status not in _CAME_TO_ITS_END and not self.at_work
+        return not self.ended and not self.at_work
 
 
 class Runs:
@@ -128,19 +205,28 @@ class Runs:
         config: Mapping[str, Any],
         data_hash: str,
         nodes: dict[str, NodeRecord],
+        settings: Mapping[str, Any] | None = None,
+        selection: SelectionRecord | None = None,
+        project: Path | None = None,
     ) -> RunRecord:
-        """Create the record of a run that begins now."""
+        """Create the record of a run that begins now, and hold its lock until `finish` or the end of this process."""
         now = dt.datetime.now(dt.UTC)
         record = RunRecord(
             id=self._claim(f"{now:%Y%m%d-%H%M%S}-{Path(recipe).stem}"),
             recipe=recipe,
             overrides=[redact_override(override) for override in overrides],
-            config={name: redact_value(name, value) for name, value in config.items()},
+            settings=redact_value("", settings or {}),
+            config=redact_value("", config),
+            selection=selection or SelectionRecord(),
+            project=None if project is None else str(project),
             data_hash=data_hash,
             started_at=now.isoformat(timespec="seconds"),
             process=this_process(),
             nodes=nodes,
         )
+        folder = record.folder = self.folder(record.id)
+        _AT_WORK[folder] = contextlib.ExitStack()
+        _AT_WORK[folder].enter_context(lock.hold(folder / _LOCK, what=f"run {record.id}"))
         with self._store.registering():  # from now on `ingot gc` leaves in place what it needs
             self.save(record)
         return record
@@ -157,7 +243,7 @@ class Runs:
 
     def save(self, record: RunRecord) -> None:
         """Write the record; a reader sees the old or the new one."""
-        folder = self.folder(record.id)
+        folder = record.folder = self.folder(record.id)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / RECORD, record.model_dump_json(indent=1))
 
@@ -167,23 +253,61 @@ class Runs:
         record.error = None if error is None else redact(error)
         record.finished_at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         self.save(record)
+        if (held := _AT_WORK.pop(self.folder(record.id), None)) is not None:
+            held.close()
 
     def folder(self, run_id: str) -> Path:
         """Return the folder of a run."""
         return self.root / run_id
 
     def all(self) -> list[RunRecord]:
-        """Return every run, oldest first."""
-        return [
-            RunRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
-            for path in sorted(self.root.glob(f"*/{RECORD}"))
-        ]
+        """Return every run, oldest first. A record that cannot be read is named on standard error and left out."""
+        records = []
+        for path in sorted(self.root.glob(f"*/{RECORD}")):
+            try:
+                records.append(self._read(path))
+            except IntegrityError as error:
+                _say_once(f"{error.message}; it is left out")
+            except FileNotFoundError:
+                continue  # it was deleted meanwhile
+        return records
+
+    def _read(self, path: Path) -> RunRecord:
+        try:
+            record = RunRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, ValidationError, IsADirectoryError) as error:
+            reason = str(error).splitlines()[0]
+            raise IntegrityError(
+                f"the record {path} is damaged ({reason})", hint=f"`ingot delete {path.parent.name}` removes it"
+            ) from None
+        record.folder = path.parent
+        return record
+
+    def unfinished(self) -> list[RunRecord]:
+        """Return the runs to go on with, oldest first: none that a newer run of the very same nodes has replaced."""
+        newest = {tuple(node.fingerprint for node in run.nodes.values()): run for run in self.all()}
+        return [run for run in newest.values() if run.unfinished]
 
     def cut_off(self, recipe: str, overrides: list[str]) -> RunRecord | None:
         """Return the newest run of this very command, if it has not come to its end (it may be at work)."""
         shown = [redact_override(override) for override in overrides]
         same = [run for run in self.all() if run.recipe == recipe and run.overrides in (shown, run.pin(shown))]
         return same[-1] if same and same[-1].status not in _CAME_TO_ITS_END else None
+
+    def last_of(self, recipe: str) -> dict[str, str]:
+        """Return node -> fingerprint of what the newest runs of a recipe made, or found made."""
+        made: dict[str, str] = {}
+        for run in self.all()[::-1]:
+            nodes = run.nodes.items() if run.recipe == recipe else ()
+            made = {name: node.fingerprint for name, node in nodes if node.state in {"done", "cached"}} | made
+        return made
+
+    def remove(self, run_id: str) -> int:
+        """Remove the record and the report of a run; return the bytes they took."""
+        folder = self.folder(run_id)
+        size = disk.size_of(folder)
+        shutil.rmtree(folder)
+        return size
 
     def pareto(self, run_id: str) -> list[dict[str, Any]]:
         """Return the rows of a run's variants by method and bits, as its report shows them; empty without a report."""
@@ -201,13 +325,34 @@ class Runs:
 
         Raises:
             ConfigError: there is no such run, or more than one.
+            IntegrityError: its record is damaged.
         """
         runs = self.all() if name is None else self.named(name)
+        if name and [run.id for run in runs] != [name] and (self.folder(name) / RECORD).exists():
+            return self._read(self.folder(name) / RECORD)  # it is damaged; no other is meant by its whole id
         if not runs:
             raise ConfigError(
                 "there is no run yet" if name is None else f"there is no run {name!r}",
                 hint="`ingot list runs` shows them",
             )
         if name is not None and len(runs) > 1:
-            raise ConfigError(f"{name!r} names {len(runs)} runs", hint="`ingot list runs` shows their full ids")
+            raise ConfigError(f"{name!r} names {len(runs)} runs: {', '.join(run.id for run in runs[::-1])}")
         return runs[-1]
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """Print a line of news once in this process: a command reads the records several times."""
+    console.say(text)
+
+
+def _hidden(value: Any, path: str = "") -> Iterator[str]:
+    """Yield the dotted paths of settings whose values were removed because they are secret."""
+    if isinstance(value, Mapping):
+        for key, child in value.items():
+            yield from _hidden(child, f"{path}.{key}".removeprefix("."))
+    elif isinstance(value, list):
+        for position, child in enumerate(value):
+            yield from _hidden(child, f"{path}.{position}")
+    elif isinstance(value, str) and HIDDEN in value:
+        yield path

@@ -14,11 +14,12 @@ from flows import executors, planner
 from flows.executors import Executor
 from flows.graph import Identified
 from flows.run_plan import RunPlan
-from flows.run_record import PARETO, REPORT, NodeRecord, RunRecord, Runs
+from flows.run_record import PARETO, REPORT, NodeRecord, RunRecord, Runs, SelectionRecord
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import GateRefused, IngotError, Preempted
 from pipelines.core.redaction import redact
 from pipelines.core.stage import Progress, TrackingTarget
+from pipelines.registry import history
 
 if TYPE_CHECKING:
     from pipelines.tracking.session import Session
@@ -107,12 +108,33 @@ class Execution:
             if name not in self.artifacts and (stored := self._stored(node)):
                 self.artifacts[name] = stored
         path = self.runs.folder(self.record.id) / REPORT
-        report.write(self.record.model_dump(), self.artifacts, path)
+        report.write(self.record.model_dump(), self.artifacts, path, self._earlier_training())
         self.session.log_file(path, REPORT)
         table = path.with_name(PARETO)
         if report.write_pareto(self.record.model_dump(), self.artifacts, table):
             self.session.log_file(table, PARETO)
         return path
+
+    def _earlier_training(self) -> dict[str, Artifact]:
+        """Return the pretraining of the champion before this run, and of the newest run before it, by what they are."""
+        own = self.record.nodes["pretrain"].fingerprint if "pretrain" in self.record.nodes else ""
+        others = [
+            run
+            for run in self.runs.all()[::-1]
+            if run.id != self.record.id and "pretrain" in run.nodes and run.nodes["pretrain"].fingerprint != own
+        ]
+        made = {run.promoted(self.plan.config.promote.model_name): run for run in others[::-1]}
+        versions = [
+            str(c["version"]) for c in history.champions(self.plan.store.root, self.plan.config.promote.model_name)
+        ]
+        champion = next((version for version in versions[::-1] if version in made), None)
+        named = {} if champion is None else {f"champion v{champion}": made[champion]}
+        named |= {"last run": others[0]} if others and others[0] not in named.values() else {}
+        found = {
+            f"{name} ({run.id})": self.plan.store.find("pretrain", run.nodes["pretrain"].fingerprint)
+            for name, run in named.items()
+        }
+        return {name: artifact for name, artifact in found.items() if artifact is not None}
 
     def _tracking(self, mlflow_run_id: str | None) -> TrackingTarget:
         config = self.plan.config.tracking
@@ -146,7 +168,19 @@ def open_execution(plan: RunPlan, *, console: Callable[[Progress], None], wait_s
         name: NodeRecord(stage=node.node.stage.name, fingerprint=node.fingerprint, resume_key=node.resume_key)
         for name, node in plan.graph.items()
     }
-    record = runs.start(recipe=plan.recipe, overrides=overrides, config=resolved, data_hash=plan.data_hash, nodes=nodes)
+    asked = plan.selection
+    record = runs.start(
+        recipe=plan.recipe,
+        overrides=overrides,
+        config=resolved,
+        project=plan.project,
+        data_hash=plan.data_hash,
+        nodes=nodes,
+        settings=plan.config.model_dump(mode="json", exclude_unset=True),
+        selection=SelectionRecord(
+            only=asked.only, since=asked.since, force=list(asked.force), finished=list(asked.finished)
+        ),
+    )
     session = open_session(
         plan.config.tracking,
         plan.store.root,
@@ -155,7 +189,7 @@ def open_execution(plan: RunPlan, *, console: Callable[[Progress], None], wait_s
         params=resolved,
         data_hash=plan.data_hash,
     )
-    record.tracking_url = session.url
+    record.tracking_url, record.tracking_uri = session.url, redact(session.uri)
     record.init_weights = None if plan.init_weights is None else plan.init_weights.place
     runs.save(record)
     return Execution(plan, runs, record, session, executors.get(plan.config.compute), console, wait_s)

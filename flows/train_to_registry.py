@@ -47,7 +47,7 @@ _PROGRESS_EVERY_S = 5.0
 
 @flow(name=FLOW_NAME, persist_result=False, log_prints=False)
 def train_to_registry(
-    recipe_name: str = "demo",
+    recipe_name: str | None = None,
     overrides: list[str] | None = None,
     only: str | None = None,
     since: str | None = None,
@@ -57,7 +57,7 @@ def train_to_registry(
     """Take a corpus to a champion; what a deployment runs.
 
     Args:
-        recipe_name: a recipe that comes with the checkout, or the path of a TOML file.
+        recipe_name: a recipe by name, or the path of a TOML file; the project's own if left out.
         overrides: `dotted.path=value` settings laid over the recipe.
         only: run this stage (or node) alone, on the artifacts that exist.
         since: run this stage again, and everything below it.

@@ -27,6 +27,14 @@ sys.path.insert(0, str(CHECKOUT))
 from flows import renamed_keys  # noqa: E402
 from flows.cli import app  # noqa: E402 - the checkout may not be installed
 from flows.config import RunConfig  # noqa: E402
+from models.architectures.config import (  # noqa: E402
+    DEMO_VOCABULARY,
+    PRESETS,
+    ArchitectureConfig,
+    count_embedding,
+    count_parameters,
+    preset,
+)
 from models.compression import registry  # noqa: E402
 
 REFERENCE = CHECKOUT / "docs" / "reference"
@@ -107,7 +115,27 @@ def recipe_keys() -> str:
     ]
     for name, section in schema["properties"].items():
         parts += _section(name, section, schema["$defs"], lists=name == "compress")
+    parts += [
+        "## Presets",
+        "Parameters of `pretrain.preset`; the name is the number at the vocabulary of `demo`.",
+        presets(),
+    ]
     return "\n\n".join(parts) + "\n"
+
+
+def presets() -> str:
+    """Return the table of model sizes: parameters without embeddings and at two vocabularies."""
+    ids = {"bos_id": 0, "eos_id": 0, "pad_id": 0, "mask_id": 0, "max_positions": 2}
+    rows = []
+    for name in PRESETS:
+        shape = preset("decoder", name)
+        small, large = (
+            ArchitectureConfig(**shape.model_dump(), **ids, vocab_size=vocabulary)
+            for vocabulary in (DEMO_VOCABULARY, 32_000)
+        )
+        counts = (count_parameters(small) - count_embedding(small), count_parameters(small), count_parameters(large))
+        rows.append((f"`{name}`", str(shape.width), str(shape.layers), *(f"{count / 1e6:,.2f} M" for count in counts)))
+    return _table(("preset", "width", "layers", "without embeddings", "4,096 tokens", "32,000 tokens"), rows)
 
 
 def _section(path: str, schema: Schema, definitions: Schema, *, lists: bool) -> list[str]:

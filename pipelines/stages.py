@@ -13,6 +13,7 @@ STAGES: dict[str, Stage] = {
             entry="pipelines.data.stage:run",
             observations=("report.json", "quarantine.jsonl"),
             settings="pipelines.data.config:PrepareJob",
+            estimate="pipelines.data.estimate:estimate_prepare",
             corpus="reads",
         ),
         Stage(
@@ -28,13 +29,15 @@ STAGES: dict[str, Stage] = {
             entry="pipelines.training.stage:run",
             observations=("metrics.jsonl", "observations.json", "samples.jsonl"),
             settings="pipelines.training.config:PretrainConfig",
+            estimate="pipelines.training.estimate:estimate_pretrain",
         ),
         Stage(
             "compress",
-            version=5,
+            version=6,
             entry="pipelines.compression.stage:run",
             observations=("observations.json", "metrics.jsonl"),
             settings="pipelines.compression.config:CompressConfig",
+            estimate="pipelines.compression.estimate:estimate_compress",
         ),
         Stage(
             "evaluate",
@@ -42,6 +45,7 @@ STAGES: dict[str, Stage] = {
             entry="pipelines.evaluation.stage:run",
             observations=("observations.json",),
             settings="pipelines.evaluation.config:EvaluateConfig",
+            estimate="pipelines.evaluation.estimate:estimate_evaluate",
         ),
         Stage(
             "promote",

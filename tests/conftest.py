@@ -185,7 +185,7 @@ def build_bench() -> Bench:
     from flows import recipe
     from flows.graph import identify
     from pipelines.core.compute import ComputeConfig
-    from pipelines.core.provenance import CHECKOUT
+    from pipelines.core.program import ROOT as CHECKOUT
     from pipelines.core.run_stage import materialize
     from pipelines.core.stage import StageContext
     from pipelines.core.store import Store

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from flows import console
+from pipelines.core import disk, program, project
 from pipelines.core.errors import ConfigError, IngotError
-from pipelines.core.provenance import CHECKOUT, git_commit
 from pipelines.data import versioning
 from pipelines.data.config import DataConfig
 
@@ -32,6 +32,8 @@ def doctor(*, as_json: bool) -> None:
         *(_package(name) for name in _PACKAGES),
         *_pins(),
         _git(),
+        _program(),
+        _project(),
         _disk(),
         _memory(),
         _loopback(),
@@ -61,7 +63,7 @@ def _package(name: str) -> dict[str, Any]:
 
 def _pins() -> list[dict[str, Any]]:
     """Name the installed versions that differ from the tested set."""
-    constraints = (CHECKOUT / "infra" / "constraints.txt").read_text(encoding="utf-8")
+    constraints = (program.ROOT / "flows" / "constraints.txt").read_text(encoding="utf-8")
     tested = dict(line.split("==") for line in constraints.splitlines() if "==" in line and not line.startswith("#"))
     other = [
         f"{name} {importlib.metadata.version(name)} (tested {tested[name]})"
@@ -72,12 +74,22 @@ def _pins() -> list[dict[str, Any]]:
 
 
 def _git() -> dict[str, Any]:
-    commit = git_commit()
-    return _row("git", commit[:12], ok=commit != "unknown", do="install git, and run inside a clone")
+    found = shutil.which("git")
+    return _row("git", found or "-", ok=found is not None, do="install git: DVC and provenance need it")
+
+
+def _program() -> dict[str, Any]:
+    return _row("program", f"{program.commit()[:12] if program.is_checkout() else program.commit()}, {program.ROOT}")
+
+
+def _project() -> dict[str, Any]:
+    found = project.find_any()
+    do = "`ingot new NAME --data FOLDER`, or go into a project"
+    return _row("project", str(found or "none here"), ok=found is not None, do=do)
 
 
 def _disk() -> dict[str, Any]:
-    free = shutil.disk_usage(CHECKOUT).free
+    free = disk.free(project.find_any() or Path.cwd())
     return _row("disk", f"{console.size(free)} free", ok=free > _DISK_WANTED, do="free 5 GB, or `ingot gc`")
 
 
@@ -97,8 +109,9 @@ def _loopback() -> dict[str, Any]:
 
 def _corpus() -> dict[str, Any]:
     try:
-        found = versioning.status(DataConfig(), CHECKOUT)
+        root = project.find()
+        found = versioning.status(DataConfig(), root)
     except IngotError as error:
         return _row("corpus", error.message, ok=False, do=error.hint or "ingot data pull")
-    here = Path(CHECKOUT / DataConfig().path).is_dir()
+    here = (root / DataConfig().path).is_dir()
     return _row("corpus", str(found.get("state", found)), ok=here, do="ingot data pull")

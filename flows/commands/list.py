@@ -1,4 +1,4 @@
-"""list: models, champions, runs, artifacts, recipes, compressors, optimizers."""
+"""list: models, champions, runs, artifacts (newest first), recipes, compressors, optimizers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, get_args
 from flows import console, recipe
 from flows.commands.lookup import store
 from flows.run_record import Runs
+from pipelines.core import program, project
 from pipelines.core.errors import ConfigError
-from pipelines.core.provenance import CHECKOUT
 
 Rows = list[dict[str, Any]]
 
@@ -51,12 +51,15 @@ def _runs() -> Rows:
             "id": run.id,
             "recipe": run.recipe,
             "status": run.state,
+            "result": run.result,
+            "seconds": run.seconds,
+            "took": console.duration(run.seconds),
             "started_at": run.started_at,
             "finished_at": run.finished_at,
             "overrides": run.overrides,
             "data_hash": run.data_hash,
         }
-        for run in Runs(store().root).all()
+        for run in Runs(store().root).all()[::-1]
     ]
 
 
@@ -73,12 +76,13 @@ def _artifacts() -> Rows:
             "path": str(a.path),
             "summary": a.manifest.summary,
         }
-        for a in store().artifacts()
+        for a in reversed(list(store().artifacts()))
     ]
 
 
 def _recipes() -> Rows:
-    return [{"name": name, "description": recipe.description(name)} for name in recipe.names()]
+    here = project.find_any()
+    return [{"name": name, "description": recipe.description(name, here)} for name in recipe.names(here)]
 
 
 def _compressors() -> Rows:
@@ -92,7 +96,7 @@ def _optimizers() -> Rows:
     from pipelines.training.config import OptimizerConfig
 
     return [
-        {"name": name, "description": _first_line(CHECKOUT / "models" / "optim" / f"{name}.py")}
+        {"name": name, "description": _first_line(program.ROOT / "models" / "optim" / f"{name}.py")}
         for name in get_args(OptimizerConfig.model_fields["name"].annotation)
     ]
 
@@ -105,7 +109,7 @@ def _first_line(source: Path) -> str:
 _LISTS: dict[str, tuple[Callable[[], Rows], list[str]]] = {
     "models": (_models, ["name", "version", "aliases", "path", "metrics"]),
     "champions": (_champions, ["time", "model", "action", "version", "who", "why"]),
-    "runs": (_runs, ["id", "status", "recipe", "started_at", "overrides"]),
+    "runs": (_runs, ["id", "status", "result", "took", "recipe", "overrides"]),
     "artifacts": (_artifacts, ["fingerprint", "node", "size", "created_at", "path"]),
     "recipes": (_recipes, ["name", "description"]),
     "compressors": (_compressors, ["name", "kind", "bits", "calibration", "paper"]),

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
 from flows import console, run_plan
 from flows.commands import lookup
-from flows.planner import Selection
+from flows.planner import Selection, Step
 from flows.run_plan import RunPlan
-from flows.run_record import REPORT, Runs
+from flows.run_record import REPORT, RunRecord, Runs, SelectionRecord
 from pipelines.core.errors import ConfigError, Preempted
-from pipelines.core.provenance import CHECKOUT
 from pipelines.data import versioning
 from pipelines.registry import history
 
@@ -27,22 +27,33 @@ _QUIET_LIBRARIES = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _LONGEST_SHOWN = 24
+HEADLINES = ("bits_per_byte", "validation_bits_per_byte", "ratio", "validation_loss")
+"""What a result is judged by, first things first."""
 
 
 def plan(
-    name: str, overrides: list[str], only: str | None, since: str | None, force: list[str], *, as_json: bool
+    name: str | None,
+    overrides: list[str],
+    only: str | None,
+    since: str | None,
+    force: list[str],
+    *,
+    as_json: bool,
+    world_size: int | None = None,
 ) -> None:
-    """Print the plan of a run."""
-    made = run_plan.make(name, overrides, Selection(only, since, tuple(force)))
+    """Print the plan of a run; with `world_size` of a run on so many ranks of a machine that is not this one."""
+    ranks = [] if world_size is None else [f"pretrain.world_size={world_size}"]
+    selection = Selection(only, since, tuple(force))
+    made = run_plan.make(name, [*overrides, *ranks], selection, elsewhere=world_size is not None)
     if as_json:
-        print(json.dumps([step.as_dict() for step in made.steps], indent=1))
+        print(json.dumps(_rows(made), indent=1))
         return
-    _print_plan(made)
+    print_plan(made)
     print("Nothing was started.")
 
 
 def run(
-    name: str,
+    name: str | None,
     overrides: list[str],
     only: str | None,
     since: str | None,
@@ -55,43 +66,70 @@ def run(
     """Run a recipe; a run with nothing to do is answered from the plan, before any flow or model code loads."""
     console.set_quiet(quiet)
     made = run_plan.make(name, overrides, Selection(only, since, tuple(force)))
+    _carry_out(made, wait_s=wait_s, as_json=as_json, quiet=quiet)
+
+
+def _carry_out(made: RunPlan, *, wait_s: float | None, as_json: bool, quiet: bool) -> None:
     data = made.config.data
-    if data.rev is None and (CHECKOUT / data.path).exists():
+    if data.rev is None and (made.project / data.path).exists():
         # Also when everything is cached: a corpus that was changed by accident is never passed over in silence.
-        versioning.verify(data, CHECKOUT)
+        versioning.verify(data, made.project)
     if made.is_done():
         _report_cached(made, as_json=as_json)
         return
     if not quiet and not as_json:
-        _print_plan(made)
+        print_plan(made)
     _summary(_run_flow(made, wait_s), made, as_json=as_json)
 
 
 def resume(run_id: str | None, *, as_json: bool, quiet: bool) -> None:
-    """Run an unfinished run's recipe again; every finished stage is found in the store, every other one goes on.
+    """Go on with an unfinished run: its configuration and its selection are those of its record.
+
+    Every finished stage is found in the store, every other one goes on. What the run was to force and has executed is
+    not executed once more.
 
     Raises:
         ConfigError: the run is finished, or still at work.
     """
+    console.set_quiet(quiet)
     runs = Runs(lookup.store().root)
     if run_id is None:
-        unfinished = [run.id for run in runs.all() if run.unfinished]
+        unfinished = runs.unfinished()
         if not unfinished:
             raise ConfigError("there is no unfinished run", hint="`ingot list runs` shows all of them")
-        run_id = unfinished[-1]
+        run_id = unfinished[-1].id
     record = runs.get(run_id)
     if record.at_work:
         raise ConfigError(f"{record.id} is at work ({record.process})", hint="`ingot status`")
     if not record.unfinished:
-        raise ConfigError(f"{record.id} is finished ({record.status})", hint=f"`ingot run -r {record.recipe}`")
-    run(record.recipe, record.command(), None, None, [], wait_s=None, as_json=as_json, quiet=quiet)
+        raise ConfigError(f"{record.id} is finished ({record.status})", hint=f"`ingot run --recipe {record.id}`")
+    if record.selection is None:
+        console.say(f"{record.id} was recorded by a version that kept no selection: all its stages are meant")
+    made = run_plan.again(record, lookup.store(), {}, _selection_of(record))
+    if made.data_hash != record.data_hash:
+        console.say(f"the corpus has changed since {record.id} began: what reads it runs again")
+    _carry_out(made, wait_s=None, as_json=as_json, quiet=quiet)
+
+
+def _selection_of(record: RunRecord) -> Selection:
+    """Return what a run was asked for, less the forced nodes that it has executed."""
+    asked = record.selection or SelectionRecord()
+    executed = [name for name, node in record.nodes.items() if node.state == "done" and name not in asked.finished]
+    return Selection(asked.only, asked.since, tuple(asked.force), (*asked.finished, *executed))
 
 
 def promote(candidate: str | None, run_id: str | None, *, as_json: bool) -> None:
-    """Put a model of a finished run through the gate."""
-    record = Runs(lookup.store().root).get(run_id)
-    overrides = record.command() + ([f"promote.candidate={candidate}"] if candidate else [])
-    run(record.recipe, overrides, "promote", None, ["promote"], wait_s=None, as_json=as_json, quiet=False)
+    """Put a model of a finished run through the gate.
+
+    Args:
+        candidate: a model, as `lookup` finds it; None for the choice of the run's recipe.
+        run_id: the run that made it; the newest that has it if left out.
+        as_json: print JSON.
+    """
+    record, name = lookup.find_candidate(candidate, run_id)
+    change = {"promote.candidate": name} if name else {}
+    made = run_plan.again(record, lookup.store(), change, Selection(only="promote", force=("promote",)))
+    _carry_out(made, wait_s=None, as_json=as_json, quiet=False)
 
 
 def _run_flow(plan: RunPlan, wait_s: float | None) -> str:
@@ -114,21 +152,64 @@ def _stop(_signum: int, _frame: FrameType | None) -> NoReturn:
     raise Preempted("the run was asked to stop", hint="the same command goes on where it stopped")
 
 
-def _print_plan(made: RunPlan) -> None:
-    steps = made.steps
-    rows = [
-        {"stage": s.node, "state": s.state, "why": s.why, "estimate": console.duration(s.estimate_s)} for s in steps
-    ]
-    console.table(rows, ["stage", "state", "why", "estimate"], as_json=False)
-    for step in steps:
+def _rows(made: RunPlan) -> list[dict[str, Any]]:
+    """Return the steps as JSON values."""
+    return [step.as_dict(made.config.compute.price_per_hour) for step in made.steps]
+
+
+def print_plan(made: RunPlan) -> None:
+    """Print the steps of a plan, and what they come to."""
+    to_run = [step for step in made.steps if step.runs]
+    console.table(
+        [_row(step) for step in made.steps], ["stage", "state", "why", "time", "memory", "disk"], as_json=False
+    )
+    for step in made.steps:
         if step.warning:
             print(f"  note: {step.node}: {step.warning}")
-    cached = sum(s.state == "cached" for s in steps)
-    to_run = [s for s in steps if s.state in {"run", "waits"}]
-    known = [s.estimate_s for s in to_run if s.estimate_s is not None]
-    time = f", about {console.duration(sum(known))}" if to_run and len(known) == len(to_run) else ""
-    disk = f", {console.size(sum(s.size or 0 for s in to_run))}" if known else ""
-    print(f"{cached} cached, {len(to_run)} to run{time}{disk}. {_champion_line(made)}")
+    _print_sources(to_run)
+    cached = sum(step.state == "cached" for step in made.steps)
+    print(f"{cached} cached, {len(to_run)} to run{_totals(made, to_run)}. {_champion_line(made)}")
+
+
+def _row(step: Step) -> dict[str, str]:
+    """Return a line of the plan: what is done already takes nothing any more."""
+    estimate, runs = step.estimate, step.runs
+    memory = console.size(estimate.memory_bytes) if runs else "-"
+    return {
+        "stage": step.node,
+        "state": step.state,
+        "why": step.why,
+        "time": console.duration(step.seconds),
+        "memory": f"{estimate.ranks} x {memory}" if estimate.ranks > 1 and runs and estimate.memory_bytes else memory,
+        "disk": console.size(estimate.disk_bytes) if runs else "-",
+    }
+
+
+def _print_sources(to_run: Sequence[Step]) -> None:
+    """Say what the times rest on, and of the longest stage exactly."""
+    timed = [(step, step.estimate.time) for step in to_run if step.estimate.time is not None]
+    if not timed:
+        return
+    by_source: dict[str, list[str]] = {}
+    for step, time in timed:
+        by_source.setdefault(time.source, []).append(step.node)
+    groups = [f"{source}: {', '.join(nodes)}" for source, nodes in sorted(by_source.items())]
+    longest, time = max(timed, key=lambda each: each[1].seconds)
+    print(f"  times {'; '.join(groups)}. {longest.node}, the longest, is {time.source}: {time.basis}")
+
+
+def _totals(made: RunPlan, to_run: Sequence[Step]) -> str:
+    """Return time, disk and cost of what runs, as far as they are known."""
+    times = [step.seconds for step in to_run if step.seconds is not None]
+    disk = [step.estimate.disk_bytes for step in to_run if step.estimate.disk_bytes is not None]
+    price = made.config.compute.price_per_hour
+    costs = [cost for step in to_run if (cost := step.estimate.cost(price)) is not None]
+    parts = [
+        f", about {console.duration(sum(times))}" if times and len(times) == len(to_run) else "",
+        f", at most {console.size(sum(disk))} of disk" if disk else "",
+        f", {sum(costs):.2f} at {price:g} a rank-hour" if costs else "",
+    ]
+    return "".join(parts)
 
 
 def _champion_line(made: RunPlan) -> str:
@@ -144,10 +225,9 @@ def _champion_line(made: RunPlan) -> str:
 def _report_cached(made: RunPlan, *, as_json: bool) -> None:
     if as_json:
         champion = history.champion(made.store.root, made.config.promote.model_name)
-        rows = [step.as_dict() for step in made.steps]
-        print(json.dumps({"status": "cached", "steps": rows, "champion": champion}, indent=1, default=str))
+        print(json.dumps({"status": "cached", "steps": _rows(made), "champion": champion}, indent=1, default=str))
         return
-    _print_plan(made)
+    print_plan(made)
     print("Everything is cached: nothing was run.")
 
 
@@ -174,7 +254,8 @@ def _summary(run_id: str, made: RunPlan, *, as_json: bool) -> None:
 
 
 def headline(summary: dict[str, Any]) -> str:
-    """Return the first few facts of a stage summary in one line, numbers first."""
+    """Return the first few facts of a stage summary in one line: headline numbers, other numbers, words."""
+    summary = {key: summary[key] for key in HEADLINES if key in summary} | summary
     numbers = {k: f"{v:.4g}" for k, v in summary.items() if isinstance(v, float)}
     numbers |= {k: str(v) for k, v in summary.items() if isinstance(v, int) and not isinstance(v, bool)}
     words = {k: v for k, v in summary.items() if isinstance(v, str) and len(v) <= _LONGEST_SHOWN}

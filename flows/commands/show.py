@@ -3,25 +3,68 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from flows import console, recipe
 from flows.commands.lookup import find, store
-from flows.commands.run import headline
-from flows.run_record import RunRecord, Runs
-from pipelines.core import fingerprint
+from flows.commands.run import HEADLINES, headline
+from flows.run_record import RECORD, RunRecord, Runs
+from pipelines.core import fingerprint, project
 from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError
 from pipelines.core.redaction import redact_value
+from pipelines.core.stage import Progress
+
+_POLL_S = 0.2
 
 
-def status(run_id: str | None, *, as_json: bool) -> None:
-    """Print how far a run is."""
-    record = Runs(store().root).get(run_id)
+def status(run_id: str | None, *, follow: bool, as_json: bool) -> int:
+    """Print how far a run is.
+
+    Args:
+        run_id: id or its beginning; None for the newest.
+        follow: go on until the run ends.
+        as_json: print JSON, once the run has ended if it is followed.
+
+    Returns:
+        The exit code of a run that was followed to its end, else 0.
+    """
+    runs = Runs(store().root)
+    record = runs.get(run_id)
+    code = 0
+    if follow:
+        record = _follow(runs, record, quiet=as_json)
+        code = 1 if record.exit_code is None else record.exit_code  # None: it was killed
     if as_json:
         print(json.dumps(record.model_dump() | {"status": record.state}, indent=1))
     else:
         _show_status(record)
+    return code
+
+
+def _follow(runs: Runs, record: RunRecord, *, quiet: bool) -> RunRecord:
+    """Tell what a run at work does until it ends, however it ends; only its record is read."""
+    console.set_quiet(quiet)
+    told: dict[str, str] = {}
+    while True:
+        for name, node in record.nodes.items():
+            if node.state == "running" and node.total:
+                console.progress_line(Progress(name, node.done, node.total, "", node.message))
+            elif told.get(name, "waits") != node.state:
+                console.say(f"{name:<22} {node.state}  {headline(node.summary) or node.message}".rstrip())
+            told[name] = node.state
+        if not record.at_work:
+            return runs.get(record.id)
+        seen = _written_at(runs, record.id)
+        while record.at_work and _written_at(runs, record.id) == seen:
+            time.sleep(_POLL_S)
+        record = runs.get(record.id)
+
+
+def _written_at(runs: Runs, run_id: str) -> int:
+    return (runs.folder(run_id) / RECORD).stat().st_mtime_ns
 
 
 def _show_status(record: RunRecord) -> None:
@@ -37,10 +80,19 @@ def _show_status(record: RunRecord) -> None:
         print(f"Go on with: ingot resume {record.id}")
 
 
-def show(target: str, recipe_name: str, overrides: list[str], *, as_json: bool) -> None:
-    """Print one run, one artifact, the resolved configuration, or its JSON schema."""
+def show(target: str, recipe_name: str | None, overrides: list[str], *, as_json: bool, as_toml: bool = False) -> None:
+    """Print one run, one artifact, the resolved configuration, or its JSON schema.
+
+    Raises:
+        ConfigError: see `lookup.find`; or something other than the configuration is wanted as TOML.
+    """
+    if as_toml and target != "config":
+        raise ConfigError("--toml prints a recipe", hint="ingot show config --toml --recipe NAME")
     if target == "config":
-        print(json.dumps(redact_value("", recipe.resolve(recipe_name, overrides).model_dump(mode="json")), indent=1))
+        root = project.find_any()
+        config = recipe.resolve(*recipe.from_here(recipe_name, overrides, root), root)
+        text = json.dumps(redact_value("", config.model_dump(mode="json")), indent=1) + "\n"
+        print(recipe.to_toml(config) if as_toml else text, end="")
     elif target == "schema":
         from flows.config import RunConfig
 
@@ -54,13 +106,65 @@ def show(target: str, recipe_name: str, overrides: list[str], *, as_json: bool) 
 
 
 def diff(old: str, new: str, *, as_json: bool) -> None:
-    """Print which fields differ between two runs or artifacts."""
-    changes = fingerprint.explain(_facts(find(old)), _facts(find(new)))
-    rows = [{"field": c.path, "old": _plain(c.old), "new": _plain(c.new)} for c in changes]
+    """Print which fields differ between two runs or artifacts: headline numbers, then settings, then other results."""
+    sides = find(old), find(new)
+    before, after = _facts(sides[0]), _facts(sides[1])
+    one_sided = _without_counterpart(before, after) if all(isinstance(side, RunRecord) for side in sides) else []
+    changes = [c for c in fingerprint.explain(before, after) if not _equal(c.old, c.new)]
+    rows = [{"field": c.path, "old": _plain(c.old), "new": _plain(c.new)} for c in sorted(changes, key=_rank)]
+    rows += one_sided
     if not rows and not as_json:
         print("no difference")
         return
+    if not as_json:
+        for row in rows:
+            row["old"], row["new"] = _told_apart(row["old"], row["new"])
     console.table(rows, ["field", "old", "new"], as_json=as_json)
+
+
+def _without_counterpart(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
+    """Take the results that only one of two runs has out of it, and return a row for each."""
+    old, new = before["results"], after["results"]
+    names = [name for name in {**old, **new} if not (old.get(name) and new.get(name))]
+    pairs = [(name, old.pop(name, None), new.pop(name, None)) for name in names]
+    return [
+        {"field": f"results.{name}", "old": headline(was or {}) or "-", "new": headline(now or {}) or "-"}
+        for name, was, now in pairs
+        if was or now
+    ]
+
+
+def _equal(old: Any, new: Any) -> bool:
+    """Tell whether two values are one number, written in two ways."""
+    return _is_number(old) and _is_number(new) and old == new
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _rank(change: fingerprint.Change) -> tuple[int, str]:
+    is_result = change.path.startswith("results.")
+    if is_result and change.path.rpartition(".")[2] in HEADLINES:
+        return 0, change.path
+    return (2 if is_result else 1), change.path
+
+
+def _told_apart(old: Any, new: Any) -> tuple[str, str]:
+    """Return two different values as texts that differ: numbers with as many digits as that takes."""
+    if _is_number(old) and _is_number(new):
+        for digits in range(4, 17):
+            texts = (f"{old:.{digits}g}", f"{new:.{digits}g}")
+            if texts[0] != texts[1]:
+                return texts
+    texts = (_text(old), _text(new))
+    return texts if texts[0] != texts[1] else (repr(old), repr(new))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _show_run(record: RunRecord, *, as_json: bool) -> None:
@@ -97,7 +201,7 @@ def _child_row(row: dict[str, Any]) -> dict[str, Any]:
 def _facts(found: RunRecord | Artifact) -> dict[str, Any]:
     """Return what is worth comparing: settings, inputs, results; never times or places."""
     if isinstance(found, RunRecord):
-        results = {name: node.summary for name, node in found.nodes.items()}
+        results = {name: dict(node.summary) for name, node in found.nodes.items()}
         return {"config": found.config, "data": found.data_hash, "results": results}
     manifest = found.manifest
     return {"identity": manifest.identity, "parents": manifest.parents, "results": manifest.summary}

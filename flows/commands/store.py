@@ -1,19 +1,36 @@
-"""verify, gc, export, rollback: the verbs that keep the store and the registry."""
+"""verify, gc, delete, export, rollback: the verbs that keep the store and the registry."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from flows import console
-from flows.commands.lookup import find, find_artifact, store
+from flows import console, retention
+from flows.commands.lookup import find, find_model, find_registered, store
 from flows.run_record import RunRecord, Runs
-from pipelines.core import garbage
+from pipelines.core import disk, garbage
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, IntegrityError, TransientError
 from pipelines.core.garbage import Garbage
-from pipelines.registry import history
+
+_CHECKPOINTS = "checkpoints and unfinished work"
+_KINDS = {
+    "prepare": "prepared data",
+    "pretrain": "models",
+    "compress": "models",
+    "fetch": "models",
+    "evaluate": "evaluations and decisions",
+    "promote": "evaluations and decisions",
+}
+"""Stage -> what its artifacts are called where space is counted."""
+_PLACES = {
+    _CHECKPOINTS: "scratch",
+    "MLflow's copies of registered models, and its plots": "mlartifacts",
+    "records and reports of runs": "runs",
+    "Prefect's database": "prefect",
+}
 
 
 def verify(target: str | None, *, as_json: bool) -> None:
@@ -49,46 +66,103 @@ def _verified(each: Artifact) -> dict[str, Any]:
     }
 
 
-def gc(keep: int, *, dry_run: bool, as_json: bool) -> None:
-    """Remove what neither a run at work, nor the newest runs, nor a registered model needs.
+def gc(keep: int, *, dry_run: bool, yes: bool, as_json: bool) -> None:
+    """Remove what neither a run at work, nor the newest runs, nor a registered model needs; see `flows.retention`.
 
     Besides artifacts these are checkpoints of runs that nobody will go on with, and folders of attempts that were
-    killed. What somebody works on at this moment stays.
+    killed. What somebody works on at this moment stays. A person at a terminal is asked first.
+
+    Raises:
+        ConfigError: something would go, nobody can be asked, and neither `yes` nor `dry_run` was said.
     """
-    if not store().root.exists():
-        removable: list[Garbage] = []
-    elif dry_run:
-        removable = _garbage(keep)
-    else:
+    wanted = retention.removable(store(), keep) if store().root.exists() else []
+    if not as_json:
+        _print_space(wanted)
+    if wanted and not dry_run and not yes and not _agreed(wanted):
+        print("Nothing was removed.")
+        return
+    removed = wanted
+    if wanted and not dry_run:
         with store().registering():
-            removable = list(garbage.remove(store(), _garbage(keep)))
-    total = sum(each.bytes for each in removable)
+            # Once more, under the lock: a run may have begun while somebody thought it over.
+            removed = list(garbage.remove(store(), retention.removable(store(), keep)))
+    total = sum(each.bytes for each in removed)
     rows = [
         {"kind": g.kind, "name": g.name, "bytes": g.bytes, "size": console.size(g.bytes), "path": str(g.path)}
-        for g in removable
+        for g in removed
     ]
     if as_json:
-        print(json.dumps({"dry_run": dry_run, "bytes": total, "removed": rows}, indent=1))
+        said = {"dry_run": dry_run, "bytes": total, "removed": rows, "kinds": _space(wanted)}
+        print(json.dumps(said, indent=1))
         return
-    console.table(rows, ["kind", "name", "size", "path"], as_json=False)
+    if rows:
+        console.table(rows, ["kind", "name", "size", "path"], as_json=False)
     print(f"{len(rows)} folders, {console.size(total)} ({total} bytes): {'would go' if dry_run else 'removed'}.")
+
+
+def _agreed(wanted: list[Garbage]) -> bool:
+    total = console.size(sum(each.bytes for each in wanted))
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            f"{len(wanted)} folders ({total}) would go, and there is no terminal to ask at",
+            hint="`ingot gc --yes` removes them, `ingot gc --dry-run` only lists them",
+        )
+    return input(f"Remove {len(wanted)} folders, {total}? [y/N] ").strip().lower() in {"y", "yes"}
+
+
+def _space(wanted: list[Garbage]) -> list[dict[str, Any]]:
+    """Return what takes space in the store, the biggest first: how much of each kind goes, and how much stays."""
+    going: dict[str, int] = dict.fromkeys([*_PLACES, *_KINDS.values()], 0)
+    for each in wanted:
+        going[_KINDS[each.stage] if each.kind != "scratch" else _CHECKPOINTS] += each.bytes
+    present = {name: disk.size_of(store().root / folder) for name, folder in _PLACES.items()}
+    for stage, name in _KINDS.items():
+        present[name] = present.get(name, 0) + disk.size_of(store().root / "artifacts" / stage)
+    rows = [{"kind": name, "goes": going[name], "stays": max(0, present[name] - going[name])} for name in going]
+    return sorted((row for row in rows if row["goes"] or row["stays"]), key=lambda r: -(r["goes"] + r["stays"]))
+
+
+def _print_space(wanted: list[Garbage]) -> None:
+    if rows := _space(wanted):
+        shown = [{**row, "goes": console.size(row["goes"]), "stays": console.size(row["stays"])} for row in rows]
+        console.table(shown, ["kind", "goes", "stays"], as_json=False)
+
+
+def delete(target: str, *, as_json: bool) -> None:
+    """Remove the record and the report of a run. Its artifacts stay until `ingot gc` finds that nothing needs them.
+
+    Raises:
+        ConfigError: there is no such run, it is at work, or it is the only record of how a champion was made.
+    """
+    runs = Runs(store().root)
+    try:
+        run = runs.get(target)
+    except IntegrityError:  # of a damaged record nothing is known but its name
+        run_id = target
+    else:
+        run_id = run.id
+        if run.at_work:
+            raise ConfigError(f"{run.id} is at work ({run.process})", hint="stop it first")
+        if titles := retention.titles_on_record_in(run, runs.all(), store()):
+            raise ConfigError(
+                f"{run.id} is the only record of how {', '.join(titles)} was made, which is champion",
+                hint="`ingot rollback`, or a newer champion, frees it",
+            )
+        if run.tracking_pending:
+            console.say(f"MLflow lacks a part of {run.id}, and will not get it: {run.tracking_problem}")
+    size = runs.remove(run_id)
+    if as_json:
+        print(json.dumps({"run": run_id, "bytes": size}))
+    else:
+        print(f"{run_id}: record and report removed, {console.size(size)}. `ingot gc` frees what only it needed.")
 
 
 def reclaimable(keep: int) -> str:
     """Say in one sentence what `ingot gc` would free at this moment."""
-    total = sum(each.bytes for each in _garbage(keep))
+    total = sum(each.bytes for each in retention.removable(store(), keep))
     if total == 0:
         return "`ingot gc` would free nothing at this moment"
     return f"`ingot gc` would free {console.size(total)} at this moment"
-
-
-def _garbage(keep: int) -> list[Garbage]:
-    runs = Runs(store().root).all()
-    newest = runs[-keep:] if keep else []
-    needed = [*newest, *(run for run in runs if run.at_work)]
-    wanted = {node.fingerprint for run in needed for node in run.nodes.values()}
-    resumable = {n.resume_key for run in needed if run.unfinished or run.at_work for n in run.nodes.values()}
-    return garbage.find(store(), wanted | history.fingerprints(store().root), resumable)
 
 
 def export(target: str, destination: str, file_format: str, precision: str | None, *, weights_only: bool) -> None:
@@ -100,11 +174,7 @@ def export(target: str, destination: str, file_format: str, precision: str | Non
     from pipelines.deploy import export as deploy
 
     deploy.check(Path(destination), file_format, precision)
-    source = find_artifact(_champion_fingerprint() if target == "champion" else target)
-    if source is None or not (source.path / "model").is_dir():
-        raise ConfigError(
-            f"{target!r} is no model", hint="`ingot list artifacts` shows pretrain and compress artifacts"
-        )
+    source = find_model(target)
     said = deploy.write(source, Path(destination), file_format, precision, weights_only=weights_only)
     print(f"{source.manifest.node} -> {destination}; {said}")
 
@@ -113,7 +183,7 @@ def rollback(model: str | None, *, as_json: bool) -> None:
     """Make the previous champion the champion again."""
     from pipelines.registry import registry
 
-    record = registry.rollback(store().root, model or _only_model())
+    record = registry.rollback(store().root, find_registered(model))
     if as_json:
         print(json.dumps(record, indent=1, default=str))
     else:
@@ -141,17 +211,3 @@ def sync(*, as_json: bool) -> None:
 def _artifacts_of(run: RunRecord) -> list[Artifact]:
     found = [store().find(node.stage, node.fingerprint) for node in run.nodes.values()]
     return [each for each in found if each is not None]
-
-
-def _only_model() -> str:
-    names = history.models(store().root)
-    if len(names) != 1:
-        raise ConfigError(f"there are {len(names)} registered models: {', '.join(names)}", hint="name one")
-    return names[0]
-
-
-def _champion_fingerprint() -> str:
-    champion = history.champion(store().root, _only_model())
-    if champion is None:
-        raise ConfigError("there is no champion yet", hint="`ingot run` makes one")
-    return str(champion["fingerprint"])

@@ -18,11 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import artifact, errors, parent_guard, run_stage
+from pipelines.core import artifact, errors, parent_guard, program, run_stage
 from pipelines.core.artifact import Artifact
 from pipelines.core.compute import ComputeConfig
 from pipelines.core.errors import BY_EXIT_CODE, IngotError, Preempted, TransientError
-from pipelines.core.provenance import CHECKOUT
 from pipelines.core.request import StageRequest
 from pipelines.core.stage import Progress
 
@@ -72,15 +71,14 @@ class Executor:
 
     def _start(self) -> subprocess.Popen[str]:
         guarded = [sys.executable, "-I", "-S", parent_guard.__file__, "exec", str(os.getpid())]
-        paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
         with self._lock:
             if self._stopping:
                 raise Preempted("the run was asked to stop", hint="the same command goes on where it stopped")
             child = subprocess.Popen(
-                [*guarded, sys.executable, "-m", "pipelines.core.run_stage", "-"],
+                [*guarded, *program.command("pipelines.core.run_stage", "-")],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                env=program.environment(),
                 start_new_session=True,  # the terminal's Ctrl-C reaches this process, which passes it on once
                 text=True,
             )

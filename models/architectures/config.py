@@ -92,16 +92,19 @@ class ArchitectureConfig(Shape):
 
 PRESETS: dict[str, dict[str, int | bool]] = {
     "0.5m": {"width": 64, "layers": 4, "heads": 4, "ffn_width": 176},
+    "1m": {"width": 128, "layers": 3, "heads": 4, "ffn_width": 256},
     "4m": {"width": 256, "layers": 4, "heads": 4, "ffn_width": 688},
     "10m": {"width": 384, "layers": 5, "heads": 6, "ffn_width": 1024},
     "30m": {"width": 512, "layers": 8, "heads": 8, "ffn_width": 1376},
-    "124m": {"width": 768, "layers": 12, "heads": 12, "ffn_width": 2048},
-    "350m": {"width": 1024, "layers": 24, "heads": 16, "ffn_width": 2736},
+    "90m": {"width": 768, "layers": 12, "heads": 12, "ffn_width": 2048},
+    "300m": {"width": 1024, "layers": 24, "heads": 16, "ffn_width": 2736},
     "1b": {"width": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "ffn_width": 8192},
     "3b": {"width": 3072, "layers": 28, "heads": 24, "kv_heads": 8, "ffn_width": 8192},
     "7b": {"width": 4096, "layers": 32, "heads": 32, "ffn_width": 11008, "tie_embeddings": False},
 }
-"""Name -> shape. Names are nominal: the vocabulary adds its share (4,096 tokens where small, 32,000 where large)."""
+"""Name -> shape. The name is the number of parameters at the vocabulary of the recipe `demo`, 4,096 tokens, within a
+tenth and for both families. Every other token adds `width` of them (twice that where embeddings are not tied)."""
+DEMO_VOCABULARY = 4096
 
 
 def preset(family: Family, name: str, overrides: dict[str, object] | None = None) -> Shape:

@@ -120,7 +120,7 @@ class Method(TrainingMethod[Config], config=Config):
             changes |= {"width": config.width, "heads": heads, "kv_heads": None if base.kv_heads is None else heads}
         for name, value in changes.items():
             if value is not None and name != "kv_heads" and value > getattr(base, name):
-                raise ValueError(f"distill: {name} = {value} is more than the {getattr(base, name)} of the base")
+                raise ValueError(f"{name} = {value} is more than the {getattr(base, name)} of the base")
         return Shape.model_validate(base.model_dump(include=set(Shape.model_fields)) | changes)
 
     def source_layer(self, layer: int, base: Shape, config: Config) -> int:

@@ -79,6 +79,11 @@ class Objective(ABC):
         self.context = context
         self.settings = settings
 
+    @classmethod
+    def target_share(cls, settings: Any) -> float:  # noqa: ARG003 - an objective that asks for some tokens reads them
+        """Return the share of the tokens that are targets, as `settings` (an instance of `Config`) have it."""
+        return 1.0
+
     @abstractmethod
     def targets(self, tokens_BT: Ids, samples_B: Ids, epochs_B: Ids) -> tuple[Ids, Ids]:
         """Return (inputs, targets), each [B, T]; a target is `IGNORED` where nothing is asked.

@@ -54,6 +54,11 @@ class Objective(base.Objective):
     families = frozenset({"encoder"})
     Config = MaskingConfig
 
+    @classmethod
+    def target_share(cls, settings: MaskingConfig) -> float:
+        """Return the rate of masking."""
+        return settings.probability
+
     def targets(self, tokens_BT: Ids, samples_B: Ids, epochs_B: Ids) -> tuple[Ids, Ids]:
         """Return the sequences, each masked by its own stream of this epoch, and what was masked."""
         context = self.context

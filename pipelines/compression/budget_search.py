@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from models.architectures.config import IGNORED
 from models.compression import search
 from pipelines.compression import calibration
 from pipelines.compression.config import CompressConfig
@@ -157,7 +158,7 @@ def compare(
     for start in range(0, len(tokens_NT), _BATCH):
         ids, labels = (torch.from_numpy(p[start : start + _BATCH]).to(base.device) for p in (tokens_NT, labels_NT))
         before, after = (model(input_ids=ids).logits.double().log_softmax(-1) for model in (base, variant))
-        wanted = labels != calibration.IGNORED
+        wanted = labels != IGNORED
         targets = torch.where(wanted, labels, 0)[..., None]
         nats.append(torch.stack([-(p.gather(-1, targets)[..., 0] * wanted).sum(-1) for p in (before, after)]))
         divergence += float(((before.exp() * (before - after)).sum(-1) * wanted).sum())

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.architectures.config import IGNORED
 from models.compression.base import Statistics
+from models.objectives.causal import next_tokens
 from pipelines.core.errors import IntegrityError, NumericError
 from pipelines.data.shards import ShardReader
 
@@ -29,8 +31,6 @@ ROWS = 2048
 _BATCH = 8
 _PURPOSE = 0xC0
 """Sets the random stream of calibration apart from others with the same seed."""
-IGNORED = -100
-"""Label of a position that is not asked for."""
 _HIDDEN_SHARE = 0.3
 """Share of tokens that an encoder sees masked, near the middle of what masked language models train with."""
 
@@ -100,7 +100,7 @@ def labels(
     if masked:
         plain_NT = sample_tokens(prepare, samples=len(tokens_NT), seed=seed, masked=False, split=split)
         return np.where(plain_NT != tokens_NT, plain_NT, IGNORED)
-    return np.concatenate([tokens_NT[:, 1:], np.full((len(tokens_NT), 1), IGNORED)], axis=1)
+    return next_tokens(tokens_NT, ShardReader(prepare, split).index["pad_id"])
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ others go to the method's own `Config`, which validates them. The resolved param
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, Self
@@ -18,7 +17,7 @@ from models.compression import registry
 from models.compression.base import MethodConfig
 from models.compression.formats.int_grid import GridConfig
 from models.compression.training_method import TrainedConfig
-from pipelines.core.settings import NOT_IDENTITY, Settings
+from pipelines.core.settings import NOT_IDENTITY, Settings, known_keys
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -112,9 +111,7 @@ def _parameters(method: str, table: dict[str, Any], fields: list[str]) -> Method
     valid = [*known.model_fields, *fields]
     for key, value in table.items():
         if key not in known.model_fields:
-            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise _refusal(key, value, f"not a key of method {method!r}{meant} (valid: {', '.join(valid)})")
+            raise _refusal(key, value, f"not a key of method {method!r}{known_keys(key, valid)}")
     return known.model_validate(table)
 
 

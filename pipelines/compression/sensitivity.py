@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from models.architectures.config import IGNORED
 from pipelines.compression import calibration
-from pipelines.compression.calibration import IGNORED, Prefix
+from pipelines.compression.calibration import Prefix
 from pipelines.compression.run import CompressionRun
 from pipelines.core.errors import NumericError
 from pipelines.modelio import meta_init

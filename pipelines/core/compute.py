@@ -45,6 +45,27 @@ class ComputeConfig(Settings):
     retries: int = Field(
         2, ge=0, le=100, description="Retries of a stage after a transient fault.", json_schema_extra=NOT_IDENTITY
     )
+    memory: float | None = Field(
+        None,
+        gt=0.0,
+        description="Memory that a rank may take on its device, in GB (10^9 bytes), for plans; none: what this machine "
+        "has.",
+        json_schema_extra=NOT_IDENTITY,
+    )
+    peak_tflops: float | None = Field(
+        None,
+        gt=0.0,
+        description="Peak arithmetic of a rank in TFLOP/s, for plans; none: what earlier runs have measured, else an "
+        "assumption that the plan names.",
+        json_schema_extra=NOT_IDENTITY,
+    )
+    price_per_hour: float | None = Field(
+        None,
+        ge=0.0,
+        description="Price of one rank for one hour, in any currency (of a GPU, as clouds state it); none: plans show "
+        "no cost.",
+        json_schema_extra=NOT_IDENTITY,
+    )
     retry_delay_s: float = Field(
         5.0, ge=0, description="First delay between retries; doubles each time.", json_schema_extra=NOT_IDENTITY
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ from pipelines.core import artifact, disk
 from pipelines.core.errors import LockedError
 from pipelines.core.store import BUILDING, Store
 
+FETCHED = "fetched-"
+"""Beginning of the name of a folder below scratch/ that something of the registry is downloaded into."""
+_FETCH_S = 24 * 3600.0
+
 
 @dataclass(frozen=True)
 class Garbage:
@@ -26,6 +31,7 @@ class Garbage:
 
     kind: str
     """artifact, scratch, building (of an attempt that was killed) or retired (an artifact that was replaced)."""
+    stage: str
     name: str
     path: Path
     bytes: int
@@ -33,13 +39,16 @@ class Garbage:
     """Stage and resume key whose lease must be free while it is removed."""
 
 
-def find(store: Store, wanted: Collection[str], resumable: Collection[str]) -> list[Garbage]:
+def find(
+    store: Store, wanted: Collection[str], resumable: Collection[str], *, alone: Collection[str] = ()
+) -> list[Garbage]:
     """Return what can be removed, artifacts first.
 
     Args:
         store: where to look.
         wanted: fingerprints of artifacts that are needed; what they descend from is needed too.
         resumable: resume keys of unfinished work to keep.
+        alone: fingerprints of artifacts that are needed, and not for what they descend from.
     """
     stored = {each.manifest.fingerprint: each for each in store.artifacts()}
     needed, pending = set[str](), [*wanted, *store.inputs_in_use()]
@@ -50,22 +59,31 @@ def find(store: Store, wanted: Collection[str], resumable: Collection[str]) -> l
             inputs: dict[str, Any] = stored[key].manifest.identity.get("inputs", {}) if key in stored else {}
             pending += inputs.values()
     garbage = [
-        Garbage("artifact", each.manifest.node, each.path, disk.size_of(each.path))
+        Garbage("artifact", each.manifest.stage, each.manifest.node, each.path, disk.size_of(each.path))
         for key, each in stored.items()
-        if key not in needed
+        if key not in needed and key not in alone
     ]
     kept = {store.short(key) for key in resumable}
     for folder in sorted(store.root.glob("scratch/*-*")):
         stage, _, key = folder.name.rpartition("-")
-        if key not in kept and store.is_free(folder.name):
-            garbage.append(Garbage("scratch", stage, folder, disk.size_of(folder), folder.name))
+        if key not in kept and store.is_free(folder.name) and not _is_being_fetched(folder):
+            garbage.append(Garbage("scratch", stage, stage, folder, disk.size_of(folder), folder.name))
     for folder in sorted(store.root.glob(f"artifacts/*/{BUILDING}*")):
         lease = f"{folder.parent.name}-{folder.name.removeprefix(BUILDING)}"
         if store.is_free(lease):
-            garbage.append(Garbage("building", folder.parent.name, folder, disk.size_of(folder), lease))
+            garbage.append(
+                Garbage("building", folder.parent.name, folder.parent.name, folder, disk.size_of(folder), lease)
+            )
     # Whoever retired an artifact has no further use for it, also if it was killed before its successor appeared.
     retired = sorted(store.root.glob(f"artifacts/*/{artifact.RETIRED}*"))
-    return garbage + [Garbage("retired", folder.parent.name, folder, disk.size_of(folder)) for folder in retired]
+    return garbage + [
+        Garbage("retired", folder.parent.name, folder.parent.name, folder, disk.size_of(folder)) for folder in retired
+    ]
+
+
+def _is_being_fetched(folder: Path) -> bool:
+    """Tell whether a folder is a download from the registry, which has no lease, and began within a day."""
+    return folder.name.startswith(FETCHED) and time.time() - folder.stat().st_mtime < _FETCH_S
 
 
 def remove(store: Store, garbage: Collection[Garbage]) -> Iterator[Garbage]:

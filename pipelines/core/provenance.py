@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import datetime as dt
-import functools
 import getpass
 import platform
 import socket
-import subprocess
 import sys
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-"""The folder of this checkout: the application always runs from it."""
+from pipelines.core import program
 
 
 class Provenance(BaseModel):
@@ -27,7 +23,7 @@ class Provenance(BaseModel):
     duration_s: float
     """Seconds that the stage body took, on the monotonic clock; publication (hashing, fsync) comes after it."""
     git_commit: str
-    """Commit of the checkout, with `+dirty` when tracked files were modified; `unknown` outside git."""
+    """Commit of the program, with `+dirty` when tracked files were modified; its version where it was installed."""
     source_digest: str
     """sha256 over the source files of the stage."""
     user: str
@@ -42,30 +38,13 @@ def capture(*, duration_s: float, source_digest: str, data_hash: str | None) -> 
     return Provenance(
         created_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         duration_s=round(duration_s, 3),
-        git_commit=git_commit(),
+        git_commit=program.commit(),
         source_digest=source_digest,
         user=_user(),
         host=socket.gethostname(),
         python=platform.python_version() + " " + sys.platform,
         data_hash=data_hash,
     )
-
-
-@functools.cache
-def git_commit(checkout: Path = CHECKOUT) -> str:
-    """Return the commit of the checkout, `+dirty` appended when tracked files differ from it."""
-    head = _git(checkout, "rev-parse", "HEAD")
-    if head is None:
-        return "unknown"
-    return head + ("+dirty" if _git(checkout, "status", "--porcelain", "--untracked-files=no") else "")
-
-
-def _git(checkout: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, timeout=20)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _user() -> str:

@@ -1,6 +1,6 @@
 """A stage execution as a value: everything that any process needs to execute one node of a run.
 
-A request is JSON. This process, a child process, or another machine with the same checkout and the same store executes
+A request is JSON. This process, a child process, or another machine with the same program, project and store executes
 it alike (`python -m pipelines.core.run_stage REQUEST.json`), because no Python object crosses the line.
 """
 
@@ -40,6 +40,8 @@ class StageRequest(BaseModel):
     """DVC hash of the corpus that the artifact is made or descends from; None for neither."""
     store: str
     """Address of the store: the absolute path of its root."""
+    project: str | None = None
+    """The user's project, an absolute path; None: the one around the working directory of whoever executes this."""
     compute: ComputeConfig = ComputeConfig()
     tracking: TrackingTarget = TrackingTarget()
     """Its URI may hold a password: hand requests over by standard input, or by files that others cannot read."""

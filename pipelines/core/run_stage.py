@@ -61,6 +61,7 @@ def execute(request: StageRequest, report: Callable[[Progress], None] = lambda _
         compute=request.compute,
         tracking=request.tracking,
         store=store.root,
+        project=None if request.project is None else Path(request.project),
     )
     return materialize(
         stage,

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 NOT_IDENTITY: dict[str, Any] = {"identity": False}
 """`Field(json_schema_extra=NOT_IDENTITY)` marks a field that cannot change a result (worker counts, log level)."""
 
+PATH: dict[str, Any] = {"path": True}
+"""Marks a field that names a file or a folder: typed on a command line it starts at the working directory, in a recipe
+at the project."""
+
 ELASTIC: dict[str, Any] = {"elastic": True}
 """`Field(json_schema_extra=ELASTIC)` marks a field that changes a result by rounding only (number of ranks, sharding):
 it is identity, but a run that was cut short under one value may go on under another."""
+
+B = TypeVar("B", bound=BaseModel)
 
 
 class Settings(BaseModel):
@@ -35,6 +43,36 @@ class Settings(BaseModel):
     def resume_key(self) -> dict[str, Any]:
         """Return the identity without elastic fields: runs that agree in it can go on from each other's state."""
         return _fields(self, lambda extra: extra.get("identity") is not False and not extra.get("elastic"))
+
+
+def validated_at(kind: type[B], table: Any, *place: str) -> B:
+    """Return a table as the settings of a class that was found by name, `place` below the field that is validated.
+
+    Raises:
+        ValidationError: its errors carry the whole place, and an unknown key is told the known ones.
+    """
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        details = [
+            InitErrorDetails(type=_type(kind, e), loc=(*place, *e["loc"]), input=e["input"], ctx=e.get("ctx", {}))
+            for e in error.errors()
+        ]
+        raise ValidationError.from_exception_data(kind.__name__, details) from None
+
+
+def _type(kind: type[BaseModel], error: Any) -> str | PydanticCustomError:
+    if error["type"] != "extra_forbidden" or len(error["loc"]) > 1:
+        kept: str = error["type"]
+        return kept
+    reason = "not a key" + known_keys(str(error["loc"][0]), list(kind.model_fields))
+    return PydanticCustomError("unknown_key", "{reason}", {"reason": reason})
+
+
+def known_keys(key: str, valid: Sequence[str]) -> str:
+    """Return what is added to the refusal of an unknown key: the nearest known one, and all of them."""
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    return (f"; did you mean {near[0]!r}?" if near else "") + f" (valid: {', '.join(valid) or 'none'})"
 
 
 def idle_keys(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipelines.core import program
 from pipelines.core.artifact import write_text
-from pipelines.core.provenance import CHECKOUT
 
 TOPS = ("flows", "pipelines", "models")
 _NATIVE = (".c", ".cc", ".cpp", ".cu", ".h")
@@ -29,19 +29,19 @@ _FORMAT = 1
 
 
 @functools.cache
-def digest(entry: str, checkout: Path = CHECKOUT) -> str:
+def digest(entry: str, root: Path = program.ROOT) -> str:
     """Return the sha256 over names and bytes of all source files of `module:function`."""
-    facts = _facts(checkout)
+    facts = _facts(root)
     sha = hashlib.sha256()
     for path in _closure(entry, facts):
-        sha.update(f"{path.relative_to(checkout).as_posix()} {facts.of(path)['sha256']}\n".encode())
+        sha.update(f"{path.relative_to(root).as_posix()} {facts.of(path)['sha256']}\n".encode())
     facts.save()
     return sha.hexdigest()
 
 
-def files(entry: str, checkout: Path = CHECKOUT) -> list[Path]:
+def files(entry: str, root: Path = program.ROOT) -> list[Path]:
     """Return the source files of `module:function`, sorted."""
-    return _closure(entry, _facts(checkout))
+    return _closure(entry, _facts(root))
 
 
 def _closure(entry: str, facts: _Facts) -> list[Path]:
@@ -49,7 +49,7 @@ def _closure(entry: str, facts: _Facts) -> list[Path]:
     while pending:
         name = pending.pop()
         if name.endswith(".*"):
-            folder = facts.checkout.joinpath(*name.split(".")[:-1])
+            folder = facts.root.joinpath(*name.split(".")[:-1])
             pending += [f"{name[:-1]}{path.stem}" for path in folder.glob("*.py")]
             continue
         parts = name.split(".")
@@ -66,9 +66,9 @@ def _closure(entry: str, facts: _Facts) -> list[Path]:
 class _Facts:
     """Hash and imports of each file, kept beside Python's own compiled files while the file has the same stat."""
 
-    def __init__(self, checkout: Path) -> None:
-        self.checkout = checkout
-        self._record = checkout / "pipelines" / "core" / "__pycache__" / "source_closure.json"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._record = root / "pipelines" / "core" / "__pycache__" / "source_closure.json"
         self._known: dict[str, dict[str, Any]] = {}
         self._changed = False
         self._files: dict[str, Path | None] = {}
@@ -81,7 +81,7 @@ class _Facts:
     def file(self, module: str) -> Path | None:
         """Return the file of a module of ours, or None."""
         if module not in self._files:
-            path = self.checkout / module.replace(".", "/")
+            path = self.root / module.replace(".", "/")
             candidates = (path.with_name(f"{path.name}.py"), path / "__init__.py")
             self._files[module] = next((each for each in candidates if each.is_file()), None)
         return self._files[module]
@@ -118,8 +118,8 @@ class _Facts:
 
 
 @functools.cache
-def _facts(checkout: Path) -> _Facts:
-    return _Facts(checkout)
+def _facts(root: Path) -> _Facts:
+    return _Facts(root)
 
 
 def _imports(tree: ast.AST) -> Iterator[str]:

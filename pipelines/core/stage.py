@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from pipelines.core import source_closure
 from pipelines.core.artifact import Artifact
 from pipelines.core.compute import ComputeConfig
+from pipelines.core.estimate import Estimate, EstimateContext
 from pipelines.core.settings import Settings
 
 Summary = dict[str, Any]
@@ -62,6 +63,8 @@ class StageContext:
     tracking: TrackingTarget = field(default_factory=TrackingTarget)
     store: Path = Path(".ingot")
     """Root of the store."""
+    project: Path | None = None
+    """The user's project, where data.dvc is; None: the one around the working directory."""
 
 
 class StageFunction(Protocol):
@@ -89,6 +92,9 @@ class Stage:
     """reads: its hash is an input of its own; descends: through the other inputs; none: not made of the corpus."""
     needs_tracking: bool = False
     """Whether MLflow has to know what ran before it, as far as MLflow can be reached."""
+    estimate: str = ""
+    """`module:function` `(config, EstimateContext) -> Estimate`: what it will take; empty where only earlier runs can
+    tell."""
     preview: str = ""
     """`module:function` `(inputs) -> rows`: a table that people see before it runs; empty for none."""
 
@@ -101,6 +107,11 @@ class Stage:
         """Return the validated configuration of this stage."""
         settings: type[Settings] = imported(self.settings)
         return settings.model_validate(table)
+
+    def estimated(self, config: Settings, context: EstimateContext) -> Estimate:
+        """Return what an execution will take; where the stage has no estimator, what the closest earlier one took."""
+        found: Estimate = imported(self.estimate)(config, context) if self.estimate else Estimate()
+        return found if found.time is not None else replace(found, time=context.closest_duration())
 
     def preview_rows(self, inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:
         """Return the table that people see before the stage runs; empty for none."""

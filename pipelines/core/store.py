@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipelines.core import artifact, fingerprint, lock
 from pipelines.core.artifact import Artifact
-from pipelines.core.errors import IntegrityError, LockedError
+from pipelines.core.errors import IntegrityError
 from pipelines.core.hash_memo import HashMemo
 
 _KEY_DIGITS = 32
@@ -128,13 +128,7 @@ class Store:
 
     def is_free(self, name: str) -> bool:
         """Return whether nobody holds the lease called `<stage>-<short resume key>`."""
-        if not (self.root / "leases" / f"{name}.lock").exists():
-            return True
-        try:
-            with self.hold(name, wait_s=0):
-                return True
-        except LockedError:
-            return False
+        return not lock.is_held(self.root / "leases" / f"{name}.lock")
 
     def inputs_in_use(self) -> set[str]:
         """Return the fingerprints of the artifacts that stages at work read."""

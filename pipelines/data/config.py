@@ -13,7 +13,7 @@ class DataConfig(Settings):
     """Which corpus. None of this is identity: the DVC hash that it leads to is."""
 
     path: str = Field(
-        "data", description="Folder of the corpus, relative to the checkout.", json_schema_extra=NOT_IDENTITY
+        "data", description="Folder of the corpus, relative to the project.", json_schema_extra=NOT_IDENTITY
     )
     dvc_file: str = Field("data.dvc", description="DVC file that tracks it.", json_schema_extra=NOT_IDENTITY)
     rev: str | None = Field(
@@ -24,9 +24,9 @@ class DataConfig(Settings):
 
     @field_validator("path", "dvc_file")
     @classmethod
-    def _inside_the_checkout(cls, value: str) -> str:
+    def _inside_the_project(cls, value: str) -> str:
         if not value or value.startswith(("/", "~")) or ".." in value.split("/"):
-            raise ValueError(f"{value!r} must be a relative path inside the checkout")
+            raise ValueError(f"{value!r} must be a relative path inside the project")
         return value
 
     @field_validator("rev")

@@ -1,4 +1,4 @@
-"""DVC as a child process: one command at a time per checkout, with a deadline and errors that say what to do.
+"""DVC as a child process: one command at a time per project, with a deadline and errors that say what to do.
 
 DVC guards its state with a lock file and gives up within seconds when another command holds it. Commands of this
 application therefore queue on a lease of their own, and one that meets a foreign DVC tries again until its deadline.
@@ -8,27 +8,26 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from pipelines.core import lock
+from pipelines.core import lock, program
 from pipelines.core.errors import IngotError, IntegrityError, LockedError, TransientError
 
 DEADLINE_S = 3600.0
 """Longest time that one command may take, waiting for the lock included: pulls of large corpora are slow."""
 LOCK_WAIT_S = 120.0
 """Longest wait for another DVC command."""
-RESTORE = "`ingot data push` from a checkout that has this version of the corpus restores the remote"
+RESTORE = "`ingot data push` from a project that has this version of the corpus restores the remote"
 CHECK_REMOTE = "check the remote: `dvc remote list`, its address and credentials"
 _RETRY_S = 0.5
 
 
-def run(checkout: Path, *arguments: str, lock_wait_s: float = LOCK_WAIT_S) -> str:
-    """Run one DVC command in the checkout and return what it printed.
+def run(project: Path, *arguments: str, lock_wait_s: float = LOCK_WAIT_S) -> str:
+    """Run one DVC command in the project and return what it printed.
 
     Args:
-        checkout: the folder with `.dvc`.
+        project: the folder with `.dvc`.
         arguments: the command, for instance `"pull", "data.dvc"`.
         lock_wait_s: how long to wait for another DVC command.
 
@@ -38,26 +37,26 @@ def run(checkout: Path, *arguments: str, lock_wait_s: float = LOCK_WAIT_S) -> st
         TransientError: any other failure: network, credentials, disk.
     """
     give_up = time.monotonic() + lock_wait_s
-    with lock.hold(checkout / ".dvc" / "tmp" / "ingot.lock", what="DVC in this checkout", wait_s=lock_wait_s):
+    with lock.hold(project / ".dvc" / "tmp" / "ingot.lock", what="DVC in this project", wait_s=lock_wait_s):
         while True:
-            done = _start(checkout, arguments)
+            done = _start(project, arguments)
             if done.returncode == 0:
                 return done.stdout
             if "Unable to acquire lock" not in done.stderr:
                 raise _error(arguments, done.stderr)
             if time.monotonic() > give_up:
                 raise LockedError(
-                    f"another DVC command has held the lock of {checkout} for {lock_wait_s:.0f} s",
+                    f"another DVC command has held the lock of {project} for {lock_wait_s:.0f} s",
                     hint="wait for it, or stop it; then run the same command again",
                 )
             time.sleep(_RETRY_S)
 
 
-def _start(checkout: Path, arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+def _start(project: Path, arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            [sys.executable, "-m", "dvc", *arguments],
-            cwd=checkout,
+            program.command("dvc", *arguments),
+            cwd=project,
             env={**os.environ, "DVC_NO_ANALYTICS": "1"},
             stdin=subprocess.DEVNULL,
             capture_output=True,

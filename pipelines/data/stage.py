@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from pipelines.core import project
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import IntegrityError
 from pipelines.core.stage import Progress, StageContext, Summary
@@ -40,7 +41,7 @@ def run(config: PrepareJob, inputs: Mapping[str, Artifact], out_dir: Path, conte
             too small to be split or packed.
     """
     context.scratch.mkdir(parents=True, exist_ok=True)
-    corpus = versioning.checkout_corpus(config.data, context.scratch)
+    corpus = versioning.checkout_corpus(config.data, context.scratch, context.project or project.find())
     init_weights = inputs.get("init_weights")
     try:
         tokenizer_of = init_weights.path / "model" if init_weights else None

@@ -22,9 +22,9 @@ import yaml
 
 from pipelines.core.errors import ConfigError, IntegrityError, TransientError
 from pipelines.core.hash_memo import HashMemo
-from pipelines.core.provenance import CHECKOUT
 from pipelines.data import dvc
 from pipelines.data.config import DataConfig
+from pipelines.data.reader import SUFFIXES
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +53,24 @@ class Corpus:
 # ---- what data.dvc says
 
 
-def data_hash(config: DataConfig, checkout: Path = CHECKOUT) -> str:
+def data_hash(config: DataConfig, project: Path) -> str:
     """Return the DVC hash of the configured corpus, at `config.rev` when that is set. Reads no data.
 
     Raises:
         ConfigError: no such revision, no DVC file, or one that does not track `config.path`.
     """
-    return str(_tracked(config, checkout)["md5"])
+    return str(_tracked(config, project)["md5"])
 
 
-def _tracked(config: DataConfig, checkout: Path) -> dict[str, Any]:
+def tracked_bytes(config: DataConfig, project: Path) -> int | None:
+    """Return the size of the configured corpus as DVC tracks it; None where the DVC file does not say."""
+    size = _tracked(config, project)["size"]
+    return size if isinstance(size, int) else None
+
+
+def _tracked(config: DataConfig, project: Path) -> dict[str, Any]:
     """Return the entry of data.dvc for the corpus: md5, size, nfiles."""
-    text = _dvc_file(config, checkout)
+    text = _dvc_file(config, project)
     where = config.dvc_file + (f" at {config.rev}" if config.rev else "")
     try:
         outs = yaml.safe_load(text)["outs"]
@@ -76,15 +82,15 @@ def _tracked(config: DataConfig, checkout: Path) -> dict[str, Any]:
         ) from None
 
 
-def _dvc_file(config: DataConfig, checkout: Path) -> str:
+def _dvc_file(config: DataConfig, project: Path) -> str:
     if config.rev is None:
         try:
-            return (checkout / config.dvc_file).read_text(encoding="utf-8")
+            return (project / config.dvc_file).read_text(encoding="utf-8")
         except FileNotFoundError:
             raise ConfigError(
-                f"{checkout / config.dvc_file} does not exist", hint="`ingot data add` creates it from the corpus"
+                f"{project / config.dvc_file} does not exist", hint="`ingot data add` creates it from the corpus"
             ) from None
-    shown = _git(checkout, "show", f"{config.rev}:./{config.dvc_file}")
+    shown = _git(project, "show", f"{config.rev}:./{config.dvc_file}")
     if shown.returncode != 0:
         raise ConfigError(
             f"data.rev = {config.rev!r}: {shown.stderr.strip().removeprefix('fatal: ')}",
@@ -93,8 +99,8 @@ def _dvc_file(config: DataConfig, checkout: Path) -> str:
     return shown.stdout
 
 
-def _git(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, timeout=60)
+def _git(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(project), *arguments], capture_output=True, text=True, timeout=60)
 
 
 # ---- proof that files are what the hash says
@@ -117,12 +123,12 @@ def hash_files(path: Path, memo: HashMemo | None = None) -> dict[str, str]:
     return {file.relative_to(root).as_posix(): md5_of(file) for file in files}
 
 
-def verify(config: DataConfig, checkout: Path = CHECKOUT, *, reread: bool = False) -> Corpus:
+def verify(config: DataConfig, project: Path, *, reread: bool = False) -> Corpus:
     """Compare the corpus in the work tree with what data.dvc says.
 
     Args:
         config: which corpus.
-        checkout: the folder with data.dvc.
+        project: the folder with data.dvc.
         reread: read every byte, also of files that have not changed since they were hashed. The rule for "not
             changed" is that of DVC's own state (size, inode, times), kept here because importing DVC alone takes
             longer than a cached run may.
@@ -130,22 +136,22 @@ def verify(config: DataConfig, checkout: Path = CHECKOUT, *, reread: bool = Fals
     Raises:
         IntegrityError: missing or different; the message names the file, both hashes and the repair.
     """
-    path = checkout / config.path
+    path = project / config.path
     if not path.exists():
         raise IntegrityError(f"{path} does not exist", hint="`ingot data pull` brings it from the DVC remote")
-    expected = data_hash(config.model_copy(update={"rev": None}), checkout)
-    return _verified(path, expected, checkout, _REPAIR.format(dvc_file=config.dvc_file), reread=reread)
+    expected = data_hash(config.model_copy(update={"rev": None}), project)
+    return _verified(path, expected, project, _REPAIR.format(dvc_file=config.dvc_file), reread=reread)
 
 
-def _verified(path: Path, expected: str, checkout: Path, hint: str, *, reread: bool = False) -> Corpus:
+def _verified(path: Path, expected: str, project: Path, hint: str, *, reread: bool = False) -> Corpus:
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    memo = None if reread else HashMemo(checkout / ".dvc" / "tmp" / f"ingot-md5-{place}.json", _md5)
+    memo = None if reread else HashMemo(project / ".dvc" / "tmp" / f"ingot-md5-{place}.json", _md5)
     found = hash_files(path, memo)
     if memo is not None:
         memo.save()
     total = hash_tree(found) if path.is_dir() else next(iter(found.values()))
     if total != expected:
-        difference = _first_difference(path, found, _listing(expected, checkout))
+        difference = _first_difference(path, found, _listing(expected, project))
         raise IntegrityError(
             f"{path} is not the corpus that was recorded: expected md5 {expected}, found {total}{difference}", hint=hint
         )
@@ -164,23 +170,23 @@ def _first_difference(path: Path, found: Mapping[str, str], expected: Mapping[st
     return "".join(sentences) + (f"\n    and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else "")
 
 
-def _listing(tree_hash: str, checkout: Path) -> dict[str, str] | None:
+def _listing(tree_hash: str, project: Path) -> dict[str, str] | None:
     """Return relative path -> md5 as recorded, from DVC's cache or from a remote that is a folder; None if unknown."""
     if not tree_hash.endswith(_DIRECTORY):
         return None
-    for root in (checkout / ".dvc" / "cache", *_local_remotes(checkout)):
+    for root in (project / ".dvc" / "cache", *_local_remotes(project)):
         file = root / "files" / "md5" / tree_hash[:2] / tree_hash[2:]
         if file.is_file() and _md5(file) + _DIRECTORY == tree_hash:
             return {entry["relpath"]: entry["md5"] for entry in json.loads(file.read_text(encoding="utf-8"))}
     return None
 
 
-def _local_remotes(checkout: Path) -> list[Path]:
+def _local_remotes(project: Path) -> list[Path]:
     """Return the remotes of DVC's configuration that are folders; relative ones are relative to `.dvc/`."""
     config = configparser.ConfigParser(interpolation=None)
-    config.read([checkout / ".dvc" / "config", checkout / ".dvc" / "config.local"], encoding="utf-8")
+    config.read([project / ".dvc" / "config", project / ".dvc" / "config.local"], encoding="utf-8")
     urls = [config[section]["url"] for section in config.sections() if "remote" in section and "url" in config[section]]
-    return [(checkout / ".dvc" / url).resolve() for url in urls if "://" not in url]
+    return [(project / ".dvc" / url).resolve() for url in urls if "://" not in url]
 
 
 def _md5(path: Path) -> str:
@@ -194,14 +200,14 @@ def _md5(path: Path) -> str:
 # ---- files for a run
 
 
-def ensure(config: DataConfig, checkout: Path = CHECKOUT) -> None:
+def ensure(config: DataConfig, project: Path) -> None:
     """Pull the corpus when none of it is here. What is here is never overwritten: a run refuses it if it differs."""
-    if config.rev is None and not (checkout / config.path).exists():
+    if config.rev is None and not (project / config.path).exists():
         log.info("%s is not here: pulling it from the DVC remote", config.path)
-        pull(config, checkout)
+        pull(config, project)
 
 
-def checkout_corpus(config: DataConfig, scratch: Path, checkout: Path = CHECKOUT) -> Corpus:
+def checkout_corpus(config: DataConfig, scratch: Path, project: Path) -> Corpus:
     """Return verified files of the configured corpus; at a revision, fetched below `scratch`, the work tree untouched.
 
     Raises:
@@ -209,16 +215,16 @@ def checkout_corpus(config: DataConfig, scratch: Path, checkout: Path = CHECKOUT
         ConfigError: no such revision.
     """
     if config.rev is None:
-        ensure(config, checkout)
-        return verify(config, checkout)
-    expected = data_hash(config, checkout)
+        ensure(config, project)
+        return verify(config, project)
+    expected = data_hash(config, project)
     target = scratch / f"corpus-{expected.removesuffix(_DIRECTORY)}"
     if not target.exists():
-        _fetch(config, target, checkout)
-    return _verified(target, expected, checkout, f"delete {target} and run again; else {dvc.RESTORE}")
+        _fetch(config, target, project)
+    return _verified(target, expected, project, f"delete {target} and run again; else {dvc.RESTORE}")
 
 
-def _fetch(config: DataConfig, target: Path, checkout: Path) -> None:
+def _fetch(config: DataConfig, target: Path, project: Path) -> None:
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
     from dvc_data.index import DataIndexDirError
@@ -228,7 +234,7 @@ def _fetch(config: DataConfig, target: Path, checkout: Path) -> None:
         shutil.rmtree(partial)
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
-        DVCFileSystem(str(checkout), rev=config.rev).get(config.path, str(partial), recursive=True)
+        DVCFileSystem(str(project), rev=config.rev).get(config.path, str(partial), recursive=True)
     except (FileNotFoundError, DataIndexDirError, DvcException, OSError) as error:
         if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError):
             raise IntegrityError(
@@ -241,16 +247,16 @@ def _fetch(config: DataConfig, target: Path, checkout: Path) -> None:
 # ---- `ingot data ...`
 
 
-def status(config: DataConfig, checkout: Path = CHECKOUT) -> dict[str, Any]:
+def status(config: DataConfig, project: Path) -> dict[str, Any]:
     """Return the recorded hash, whether the work tree matches it, and whether the remote has it."""
-    tracked = _tracked(config, checkout)
+    tracked = _tracked(config, project)
     try:
-        verify(config, checkout, reread=True)
+        verify(config, project, reread=True)
         work_tree = "matches"
     except IntegrityError as error:
         work_tree = error.message
     try:
-        said = json.loads(dvc.run(checkout, "status", "--cloud", "--json", config.dvc_file))
+        said = json.loads(dvc.run(project, "status", "--cloud", "--json", config.dvc_file))
         remote = "up to date" if not said else f"{len(said)} objects differ: `ingot data push` or `ingot data pull`"
     except TransientError as error:
         remote = error.message
@@ -259,29 +265,29 @@ def status(config: DataConfig, checkout: Path = CHECKOUT) -> dict[str, Any]:
     }
 
 
-def pull(config: DataConfig, checkout: Path = CHECKOUT, *, force: bool = False) -> dict[str, Any]:
+def pull(config: DataConfig, project: Path, *, force: bool = False) -> dict[str, Any]:
     """Bring the recorded corpus from the DVC remote and verify it; edited files are kept unless `force`.
 
     Raises:
         IntegrityError: edited files are in the way, or the remote or cache lacks an object or has a damaged one.
     """
     try:
-        dvc.run(checkout, "pull", *(["--force"] if force else []), config.dvc_file)
+        dvc.run(project, "pull", *(["--force"] if force else []), config.dvc_file)
     except (IntegrityError, TransientError) as error:
-        listing = _listing(data_hash(config, checkout), checkout) or {}
-        if bad := _bad_objects(listing, checkout):
+        listing = _listing(data_hash(config, project), project) or {}
+        if bad := _bad_objects(listing, project):
             raise IntegrityError(error.message + bad, hint=dvc.RESTORE) from None
         raise
     # DVC trusts its cache without hashing it again.
     hint = f"the DVC cache is damaged: delete .dvc/cache/files, then `dvc pull --force {config.dvc_file}`"
-    corpus = _verified(checkout / config.path, data_hash(config, checkout), checkout, hint, reread=True)
+    corpus = _verified(project / config.path, data_hash(config, project), project, hint, reread=True)
     return {"hash": corpus.hash, "files": len(corpus.md5), "path": str(corpus.path)}
 
 
-def _bad_objects(listing: Mapping[str, str], checkout: Path) -> str:
+def _bad_objects(listing: Mapping[str, str], project: Path) -> str:
     """Say which objects a remote that is a folder lacks or has damaged."""
     sentences = []
-    for remote in _local_remotes(checkout):
+    for remote in _local_remotes(project):
         for name, md5 in listing.items():
             file = remote / "files" / "md5" / md5[:2] / md5[2:]
             found = _md5(file) if file.is_file() else "(missing)"
@@ -290,36 +296,63 @@ def _bad_objects(listing: Mapping[str, str], checkout: Path) -> str:
     return "".join(sentences)
 
 
-def push(config: DataConfig, checkout: Path = CHECKOUT) -> dict[str, Any]:
+def push(config: DataConfig, project: Path) -> dict[str, Any]:
     """Send the recorded corpus to the DVC remote."""
-    dvc.run(checkout, "push", config.dvc_file)
-    return {"hash": data_hash(config, checkout), "remote": "up to date"}
+    dvc.run(project, "push", config.dvc_file)
+    return {"hash": data_hash(config, project), "remote": "up to date"}
 
 
-def add(config: DataConfig, checkout: Path = CHECKOUT) -> dict[str, Any]:
+def add(config: DataConfig, project: Path) -> dict[str, Any]:
     """Record the corpus in the work tree as a new version: writes data.dvc, which is then committed to git."""
-    if not (checkout / config.path).exists():
-        raise ConfigError(f"{checkout / config.path} does not exist", hint="put JSON Lines shards there first")
-    dvc.run(checkout, "add", config.path)
-    tracked = _tracked(config, checkout)
-    return {"hash": tracked["md5"], "bytes": tracked["size"], "files": tracked["nfiles"], "next": _commit(config)}
+    if not (project / config.path).exists():
+        raise ConfigError(f"{project / config.path} does not exist", hint="put JSON Lines shards there first")
+    before = _recorded(config, project)
+    dvc.run(project, "add", config.path)
+    return _recording(config, project, before)
 
 
-def import_url(config: DataConfig, checkout: Path, url: str) -> dict[str, Any]:
+def import_url(config: DataConfig, project: Path, url: str) -> dict[str, Any]:
     """Bring a corpus from a URL (s3://, https://, a path) and record it; the one that is here must be moved away first.
 
     Raises:
         ConfigError: a corpus is here already.
     """
-    if (checkout / config.path).exists():
+    if (project / config.path).exists():
         raise ConfigError(
-            f"{checkout / config.path} exists and would be replaced",
-            hint=f"move it away; its versions stay in the DVC remote. Then `ingot data import {url}` again",
+            f"{project / config.path} exists and would be replaced",
+            hint=f"`ingot new NAME --data {url}` makes a project of its own for it; or move this one away first",
         )
-    dvc.run(checkout, "import-url", "--force", url, config.path)
-    tracked = _tracked(config, checkout)
-    return {"hash": tracked["md5"], "bytes": tracked["size"], "files": tracked["nfiles"], "next": _commit(config)}
+    before = _recorded(config, project)
+    dvc.run(project, "import-url", "--force", url, config.path)
+    return _recording(config, project, before)
 
 
-def _commit(config: DataConfig) -> str:
-    return f"git add {config.dvc_file} && git commit; then `ingot data push`"
+def _recorded(config: DataConfig, project: Path) -> dict[str, str]:
+    """Return relative path -> md5 of what data.dvc names now, as far as that is known here."""
+    if not (project / config.dvc_file).exists():
+        return {}
+    return _listing(data_hash(config, project), project) or {}
+
+
+def _recording(config: DataConfig, project: Path, before: Mapping[str, str]) -> dict[str, Any]:
+    """Say what the corpus consists of now: nothing joins an older corpus, or is passed over, in silence."""
+    tracked, after = _tracked(config, project), _recorded(config, project)
+    groups = {
+        "added": [name for name in after if name not in before],
+        "changed": [name for name in after if name in before and after[name] != before[name]],
+        "kept": [name for name in after if after[name] == before.get(name)],
+        "removed": [name for name in before if name not in after],
+        "not read": [name for name in after if not name.endswith(SUFFIXES)],
+    }
+    return {
+        "hash": tracked["md5"],
+        "bytes": tracked["size"],
+        "files": tracked["nfiles"],
+        **{group: _some(names) for group, names in groups.items() if names},
+        "next": f"git add {config.dvc_file} && git commit; then `ingot data push`",
+    }
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(sorted(names)[:_NAMED]) + more

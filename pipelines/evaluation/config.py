@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from pipelines.core.settings import Settings
+from pipelines.core.settings import Settings, validated_at
 from pipelines.evaluation import probe
 from pipelines.evaluation.probe import ProbeSettings
 from pipelines.measure.config import BatchSettings
@@ -95,12 +95,5 @@ def _probe_settings(name: str, table: Any) -> ProbeSettings:
         raise ValidationError.from_exception_data(
             "EvaluateConfig", [InitErrorDetails(type=detail, loc=(name,), input=table)]
         ) from None
-    try:
-        settings: ProbeSettings = known.Settings.model_validate(table)
-    except ValidationError as error:
-        details = [
-            InitErrorDetails(type=e["type"], loc=(name, *e["loc"]), input=e["input"], ctx=e.get("ctx", {}))
-            for e in error.errors()
-        ]
-        raise ValidationError.from_exception_data("EvaluateConfig", details) from None
+    settings: ProbeSettings = validated_at(known.Settings, table, name)
     return settings

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pipelines.core.artifact import Artifact
 from pipelines.modelio.folder import KV_CACHE_FILE, PACKED_STEM
 
+LOADER = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM"}
+"""Family -> the auto class of transformers that loads it."""
 _PLAIN = """\
 from transformers import AutoTokenizer, {loader}
 
-model = {loader}.from_pretrained(path)  # path: `ingot list models --json`
-tokenizer = AutoTokenizer.from_pretrained(path)
+model = {loader}.from_pretrained({path}){note}
+tokenizer = AutoTokenizer.from_pretrained({path})
 """
 _OURS = """\
 from pathlib import Path
@@ -20,9 +22,10 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from pipelines.modelio.load import load_model  # run in a checkout of Ingot
 
-model = load_model(Path(path))  # path: `ingot list models --json`
-tokenizer = AutoTokenizer.from_pretrained(path)
+model = load_model(Path({path})){note}
+tokenizer = AutoTokenizer.from_pretrained({path})
 """
+_NOTE = "  # path: `ingot list models --json`"
 _CACHE = """\
 output = model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=50)  # makes a quantized cache itself
 cache = model.new_cache()  # or keep one: model(ids, past_key_values=cache, use_cache=True)
@@ -66,13 +69,17 @@ class Loading:
             "and caches of other classes are refused."
         )
 
-    def snippet(self, loader: str) -> str:
+    def snippet(self, loader: str, path: str | None = None) -> str:
         """Return Python that loads the model.
 
         Args:
             loader: the auto class of transformers that its family has.
+            path: its folder; None leaves it to the reader, and says where to look it up.
         """
-        return _PLAIN.format(loader=loader) if self.plain else _OURS + (_CACHE if self.cache else "")
+        place = {"path": "path", "note": _NOTE} if path is None else {"path": repr(path), "note": ""}
+        if self.plain:
+            return _PLAIN.format(loader=loader, **place)
+        return _OURS.format(**place) + (_CACHE if self.cache else "")
 
 
 def of_files(names: Iterable[str]) -> Loading:

@@ -44,20 +44,21 @@ class Source:
     """What the user's words resolved to, for the plan."""
 
 
-def resolve(wanted: str, config: TrackingConfig, store_root: Path) -> Source:
+def resolve(wanted: str, config: TrackingConfig, store_root: Path, project: Path) -> Source:
     """Return what `pretrain.from` names at this moment.
 
     Args:
         wanted: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or the path of an artifact or of a model folder.
         config: where the registry is.
         store_root: root of the store.
+        project: where a relative path starts.
 
     Raises:
         ConfigError: there is no such model, or it holds no weights.
         TransientError: MLflow does not answer.
     """
     if (parts := REGISTERED.fullmatch(wanted)) is None:
-        return _of_folder(Path(wanted))
+        return _of_folder(project / Path(wanted).expanduser())
     with _connected(config, store_root) as (client, uri):
         version = _version(client, wanted, parts)
         manifest = _manifest(client, uri, version, store_root)

@@ -18,7 +18,6 @@ from pipelines.registry.evidence import Evidence
 from pipelines.registry.gate import Decision
 
 _PIPELINE = {"decoder": "text-generation", "encoder": "fill-mask"}
-_LOADER = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM"}
 _CARD_NAMES = {"public-domain": "pdm", "public domain": "pdm"}
 """Licences whose name on model cards is not simply theirs in lower case."""
 _KNOWN = {"pdm", "cc0-1.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-4.0", "apache-2.0", "mit"}
@@ -156,7 +155,7 @@ def render(
         title=f"{config.model_name}: {facts.name}",
         sentence=_sentence(facts),
         loading=Markup(how.sentence),  # noqa: S704 - ours
-        snippet=Markup(how.snippet(_LOADER[facts.family])),  # noqa: S704 - ours
+        snippet=Markup(how.snippet(load_instructions.LOADER[facts.family])),  # noqa: S704 - ours
         sources=sources,
         data_sentence=_data_sentence(prepare),
         training=_training_rows(inputs, facts),

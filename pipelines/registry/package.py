@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.core.artifact import MANIFEST, Artifact
 from pipelines.core.errors import IntegrityError
+from pipelines.core.garbage import FETCHED
 from pipelines.registry import evidence as evidence_of
 from pipelines.registry.evidence import Evidence
 
@@ -81,7 +82,7 @@ def downloaded(client: MlflowClient, uri: str, version: ModelVersion, part: str,
     source = client.get_model_version_download_uri(version.name, str(version.version))
     scratch_root = store_root / "scratch"
     scratch_root.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="fetched-", dir=scratch_root))
+    scratch = Path(tempfile.mkdtemp(prefix=FETCHED, dir=scratch_root))
     try:
         yield Path(download_artifacts(artifact_uri=f"{source}/{part}", dst_path=str(scratch), tracking_uri=uri))
     finally:

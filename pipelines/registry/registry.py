@@ -22,7 +22,7 @@ from pipelines.registry import evidence as evidence_of
 from pipelines.registry import history, listing, package, registry_lock
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.package import MODEL_FOLDER, OURS
-from pipelines.tracking.client import connect, experiment_id, reachable
+from pipelines.tracking.client import connect, experiment_id, reachable, upload
 from pipelines.tracking.config import TrackingConfig, resolve_uri
 
 if TYPE_CHECKING:
@@ -91,11 +91,12 @@ class Registry:
             return known
         self._ensure_model()
         place = f"models/{facts.name}-{facts.fingerprint[:_KEY_DIGITS]}"
-        self._client.log_artifacts(run_id, str(folder), place)
+        files = {f"{place}/{file.relative_to(folder).as_posix()}": file for file in folder.rglob("*") if file.is_file()}
+        artifact_uri = self._client.get_run(run_id).info.artifact_uri
+        upload(self._client, artifact_uri, files)
         fault_point("promote.after_upload")
-        source = f"{self._client.get_run(run_id).info.artifact_uri}/{place}"
         version = self._client.create_model_version(
-            self.model, source, run_id=run_id, tags=dict(tags), description=description
+            self.model, f"{artifact_uri}/{place}", run_id=run_id, tags=dict(tags), description=description
         )
         fault_point("promote.after_version")
         return version

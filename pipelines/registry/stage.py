@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.core import provenance
+from pipelines.core import program
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import GateRefused
 from pipelines.core.redaction import redact
@@ -119,7 +119,7 @@ def version_tags(facts: Evidence, model: Artifact, prepare: Artifact) -> dict[st
         "bits": "" if facts.bits is None else f"{facts.bits:g}",
         "family": facts.family,
         "dvc_hash": (record.data_hash if record else None) or "",
-        "git_commit": record.git_commit if record else provenance.git_commit(),
+        "git_commit": record.git_commit if record else program.commit(),
         "prepare_digest": prepare.digest,
         "test_digest": facts.test_digest,
         "bits_per_byte": repr(facts.bits_per_byte["value"]),

@@ -20,15 +20,21 @@ from pipelines.report import axes, compression, sections
 _TEMPLATE = "report.html.j2"
 
 
-def write(run_record: dict[str, Any], artifacts: Mapping[str, Artifact], path: Path) -> None:
+def write(
+    run_record: dict[str, Any],
+    artifacts: Mapping[str, Artifact],
+    path: Path,
+    earlier: Mapping[str, Artifact] | None = None,
+) -> None:
     """Write the report of a run; a reader sees the old page or the new one.
 
     Args:
         run_record: what `RunRecord.model_dump()` returns.
         artifacts: node name -> artifact; what a run did not reach is missing, and the page says so.
         path: the HTML file; its folder exists.
+        earlier: pretraining of earlier runs, by what they are to this one, whose curves stand beside its own.
     """
-    write_text(path, _environment().get_template(_TEMPLATE).render(sections.page(run_record, artifacts)))
+    write_text(path, _environment().get_template(_TEMPLATE).render(sections.page(run_record, artifacts, earlier)))
 
 
 def write_pareto(run_record: Mapping[str, Any], artifacts: Mapping[str, Artifact], path: Path) -> bool:
@@ -54,6 +60,12 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    texts = {"number": axes.number, "short": axes.short, "size": axes.size, "duration": axes.duration}
+    texts = {
+        "number": axes.number,
+        "short": axes.short,
+        "size": axes.size,
+        "duration": axes.duration,
+        "ratio": axes.ratio,
+    }
     environment.filters.update(texts)
     return environment

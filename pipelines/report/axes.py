@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 NONE = "\N{EN DASH}"
 """Stands where there is no number."""
 _NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
+_WORTH_A_BREAK = 3.0
+"""A lower part that would have less than the third of an ordinary axis gets a part of its own."""
+_VERY_FAR = 20.0
+_GAP_PIXELS = 14.0
+_RATIO_PLACES = (3, 6)
+_LOWER_PART = 0.72
+"""Share of a broken axis that its lower part has."""
 _COUNT_UNITS = ("", "k", "M", "G", "T")
 
 
@@ -45,6 +53,77 @@ class Scale:
             if len(marks) >= 3:
                 return marks
         return _linear_ticks(self.low, self.high, about)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A vertical scale in two parts: what lies close together below, what lies far off above it.
+
+    It is used like a `Scale`; between the parts nothing is to scale.
+    """
+
+    lower: Scale
+    upper: Scale
+
+    @property
+    def start(self) -> float:
+        """Pixel of the low end."""
+        return self.lower.start
+
+    @property
+    def end(self) -> float:
+        """Pixel of the high end."""
+        return self.upper.end
+
+    @property
+    def log(self) -> bool:
+        """Both parts are linear."""
+        return False
+
+    def __call__(self, value: float) -> float:
+        """Return the pixel of a value."""
+        return self.lower(value) if value <= self.lower.high else self.upper(value)
+
+    def ticks(self, about: int = 5) -> list[float]:
+        """Return round values of both parts."""
+        return self.lower.ticks(about) + self.upper.ticks(2)
+
+
+def fit_broken(
+    intervals: Sequence[tuple[float, float, float]], start: float, end: float, *, far: Sequence[float] = ()
+) -> Scale | Broken:
+    """Return a scale that keeps values apart that lie close together, beside others that lie far off.
+
+    It is broken above the values, or above the lower group of them where the others lie very far off; unless what
+    lies below the break would have enough room on an ordinary axis too.
+
+    Args:
+        intervals: low, value and high of what has to be told apart; a low or high may be NaN.
+        start: pixel of the low end.
+        end: pixel of the high end.
+        far: what may lie above the break, such as baselines.
+    """
+    values = sorted(value for _, value, _ in intervals)
+    every = sorted(filter(finite, [v for interval in intervals for v in interval] + list(far)))
+    if not values:
+        return fit(every, start, end, pad=0.06)
+    highest = _end_of_lower_group(values)
+    group = [v for interval in intervals if interval[1] <= highest for v in interval if finite(v)]
+    reach = max(group) + (max(group) - min(group))
+    below, above = [v for v in every if v <= reach], [v for v in every if v > reach]
+    if not above or (below[-1] - below[0]) * _WORTH_A_BREAK > above[-1] - below[0]:
+        return fit(every, start, end, pad=0.06)
+    middle = start + (end - start) * _LOWER_PART
+    gap = math.copysign(_GAP_PIXELS, end - start)
+    return Broken(fit(below, start, middle, pad=0.1), fit(above, middle + gap, end, pad=0.2))
+
+
+def _end_of_lower_group(values: list[float]) -> float:
+    """Return the highest of sorted values; where some lie very far off, the highest of at least two below them."""
+    for below, above in pairwise(values[1:]):
+        if below > values[0] and above - values[0] > _VERY_FAR * (below - values[0]):
+            return below
+    return values[-1]
 
 
 def fit(
@@ -114,6 +193,20 @@ def number(value: float | None, digits: int = 3) -> str:
         return f"{value:.{digits - 1}e}".replace("e-0", "e-").replace("e+0", "e")
     places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:,.{places}f}"
+
+
+def ratio(value: float | None, *others: float | None) -> str:
+    """Return a ratio with the digits that tell it, and the others shown beside it, from one: 1.00021, not 1.
+
+    Args:
+        value: the ratio.
+        *others: the ends of its interval, which get as many digits.
+    """
+    if value is None or not math.isfinite(value):
+        return number(value)
+    apart = [abs(v - 1.0) for v in (value, *others) if v is not None and math.isfinite(v) and v != 1.0]
+    places = 2 - math.floor(math.log10(max(apart))) - 1 if apart else _RATIO_PLACES[0]
+    return f"{value:,.{min(max(places, _RATIO_PLACES[0]), _RATIO_PLACES[1])}f}"
 
 
 def tick(value: float) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-from pipelines.report.axes import Scale, finite, fit, tick
+from pipelines.report.axes import Broken, Scale, finite, fit, tick
 
 COLOURS = 8
 """Colours and dash patterns that the style sheet knows: classes k0 ... k7."""
@@ -33,6 +33,8 @@ class Series:
     points: Sequence[Point]
     markers: bool = False
     """Draw each point: for curves that were measured now and then."""
+    raw: Sequence[Point] = ()
+    """What `points` was smoothed from: drawn pale behind it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Frame:
     width: float
     height: float
     x: Scale
-    y: Scale
+    y: Scale | Broken
 
     def within(self, body: str, label: str) -> str:
         """Return the SVG element around a chart's body."""
@@ -77,10 +79,11 @@ def lines(series: Sequence[Series], x: Axis, y: Axis, title: str, width: float =
     """
     keys, top = _legend([s.name for s in series], width)
     xs = [p[0] for s in series for p in s.points if finite(p[1])]
-    ys = [p[1] for s in series for p in s.points]
+    ys = [p[1] for s in series for p in (*s.points, *thin(s.raw))]
     across = fit(xs, _LEFT, width - 14, log=x.log, zero=x.zero)
     frame = Frame(width, height, across, fit(ys, height - 46, top + 6, log=y.log, zero=y.zero, pad=0.06))
-    curves = "".join(_curve(s, frame, i % COLOURS) for i, s in enumerate(series))
+    behind = "".join(_curve(Series("", s.raw), frame, i % COLOURS, "raw") for i, s in enumerate(series) if s.raw)
+    curves = behind + "".join(_curve(s, frame, i % COLOURS) for i, s in enumerate(series))
     empty = "" if any(map(finite, ys)) else f'<text x="{width / 2}" y="{height / 2}" class="mid">no points</text>'
     return frame.within(keys + axes(frame, x, y) + curves + empty, title)
 
@@ -118,7 +121,16 @@ def axes(frame: Frame, x: Axis, y: Axis) -> str:
     middle = f"{(top + bottom) / 2:.1f}"
     turn = f'transform="rotate(-90 12 {middle})"'
     parts.append(f'<text x="12" y="{middle}" {turn} class="mid label">{escape(y.label)}</text>')
+    if isinstance(frame.y, Broken):
+        parts.append(_break(left, frame.y.lower.end, frame.y.upper.start))
     return "".join(parts)
+
+
+def _break(left: float, below: float, above: float) -> str:
+    """Return the two strokes across an axis that is not to scale here."""
+    strokes = "".join(f'<path d="M{left - 6} {y + 3:.1f}l12 -6" class="axis"/>' for y in (below, above))
+    text = f'<text x="{left + 12}" y="{(below + above) / 2 + 4:.1f}" class="break">not to scale across this gap</text>'
+    return strokes + text
 
 
 def thin(points: Sequence[Point], limit: int = _POINTS) -> list[Point]:
@@ -138,13 +150,23 @@ def _height(point: Point) -> float:
     return point[1] if point[1] is not None else 0.0
 
 
-def _curve(series: Series, frame: Frame, colour: int) -> str:
+def smooth(points: Sequence[Point]) -> list[Point]:
+    """Return the running mean of a curve over a thirtieth of its points, centred; gaps stay gaps."""
+    half = len(points) // 60
+    smoothed: list[Point] = []
+    for index, (x, y) in enumerate(points):
+        near = [v for _, v in points[max(0, index - half) : index + half + 1] if v is not None and finite(v)]
+        smoothed.append((x, sum(near) / len(near) if y is not None and finite(y) else None))
+    return smoothed
+
+
+def _curve(series: Series, frame: Frame, colour: int, kind: str = "curve") -> str:
     parts = []
     for run in _runs(thin(series.points), frame):
         pixels = [(frame.x(x), frame.y(y)) for x, y in run]
         if len(pixels) > 1:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
-            parts.append(f'<polyline points="{path}" class="curve k{colour}"/>')
+            parts.append(f'<polyline points="{path}" class="{kind} k{colour}"/>')
         if series.markers or len(pixels) == 1:
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" class="dot k{colour}"/>' for x, y in pixels]
     return "".join(parts)

@@ -73,20 +73,26 @@ def rows(models: Sequence[Mapping[str, Any]], artifacts: Mapping[str, Artifact],
 
 
 def picture(variants: Sequence[Mapping[str, Any]], candidate: str | None = None) -> str:
-    """Return the picture: variants of one method joined in order of size, baselines as diamonds; empty without any."""
+    """Return the picture: variants of one method joined in order of size, baselines as marks; empty without any."""
     shown = [row for row in variants if row["ratio"] is not None]
     if not shown:
         return ""
     by_method = sorted(shown, key=lambda row: (row["method"], row["footprint_bytes"]))
     joined = [[_point(row) for row in group] for _, group in groupby(by_method, key=lambda row: row["method"])]
-    arms = [
-        pareto.Model(f"{name} for {row['model']}", _size_with(baseline, row), *_interval(baseline["ratio"]))
+    baselines = [
+        pareto.Model(
+            f"{name} for {row['model']}",
+            _size_with(baseline, row),
+            *_interval(baseline["ratio"]),
+            kind=name,
+            beside=row["ratio"],
+        )
         for row in shown
         for name, baseline in sorted(row["baselines"].items())
     ]
     models = [_point(row, candidate) for row in shown]
     x, y = size_axis(shown[0]["cache_tokens"]), Axis("bits per byte, ratio to the base")
-    return pareto.draw(models, [("base", 1.0)], x, y, "Size against quality lost", joined=joined, baselines=arms)
+    return pareto.draw(models, [("base", 1.0)], x, y, "Size against quality lost", joined=joined, baselines=baselines)
 
 
 def _size_with(baseline: Mapping[str, Any], row: Mapping[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""The picture of size against quality: models as points with error bars, baselines as lines or diamonds. Pure."""
+"""The picture of size against quality: models as points with error bars, baselines as lines or small marks. Pure."""
 
 from __future__ import annotations
 
@@ -6,11 +6,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from pipelines.report.axes import finite, fit, number
-from pipelines.report.charts import LETTER, Axis, Frame, axes
+from pipelines.report.axes import finite, fit, fit_broken, number, ratio
+from pipelines.report.charts import COLOURS, LETTER, Axis, Frame, axes
 
 _HEIGHT = 440.0
-_DROPS = (0, -16, 16, -32, 32, -48, 48, -64, 64, -80, 80, -96, 96, -112, 112, -128, 128)
+_LEFT = 92.0
+"""Room for ticks with many digits."""
+_SHAPES = (
+    "m0 -6l6 6l-6 6l-6 -6z",
+    "m-5 -5h10v10h-10z",
+    "m0 -6l6 11h-12z",
+    "m-5 -5l10 10m0 -10l-10 10",
+    "m0 6l6 -11h-12z",
+    "m-6 0h12m-6 -6v12",
+)
+"""Diamond, square, triangle, cross, triangle upside down, plus: paths from their middle."""
+_DROPS = (0, *(sign * step for step in range(16, 225, 16) for sign in (-1, 1)))
 """How far a label may move up or down from its point, in the order of trial."""
 
 Box = tuple[float, float, float, float]
@@ -30,6 +41,10 @@ class Model:
     high: float
     chosen: bool = False
     """Put forward as champion."""
+    kind: str = ""
+    """What a baseline is; baselines of one kind have one mark, which the legend names."""
+    beside: float | None = None
+    """Value of the variant that a baseline is compared with."""
 
 
 def frontier(models: Sequence[Model]) -> set[str]:
@@ -57,21 +72,24 @@ def draw(
         y: quality axis.
         title: what the picture shows, for readers that cannot see it.
         joined: models that a line connects: one method at several sizes.
-        baselines: those that have a size: diamonds, named when pointed at.
+        baselines: those that have a size: a mark for each kind, named in the legend, tied to its variant.
         width: of the view box, pixels.
     """
     shown = [m for m in models if finite(m.value)]
-    diamonds = [m for m in baselines if finite(m.value)]
-    ys = [v for m in shown for v in (m.low, m.value, m.high)] + [m.value for m in diamonds] + [v for _, v in levels]
-    sizes = fit([m.size for m in (*shown, *diamonds)], 66, width - 150, log=x.log, pad=0.2)
-    frame = Frame(width, _HEIGHT, sizes, fit(ys, _HEIGHT - 46, 14, log=y.log, pad=0.06))
+    marked = [m for m in baselines if finite(m.value)]
+    near = [(m.low, m.value, m.high) for m in shown]
+    far = [m.value for m in marked] + [v for _, v in levels]
+    sizes = fit([m.size for m in (*shown, *marked)], _LEFT, width - 150, log=x.log, pad=0.2)
+    kinds = list(dict.fromkeys(m.kind for m in marked))
+    keys, top = _legend(kinds) if kinds else ("", 14.0)
+    frame = Frame(width, _HEIGHT, sizes, fit_broken(near, _HEIGHT - 46, top, far=far))
     best = frontier(shown)
     lines = "".join(_line([m for m in line if finite(m.value)], frame) for line in joined)
-    marks = "".join(_diamond(m, frame) for m in diamonds) + "".join(
+    marks = "".join(_baseline(m, kinds.index(m.kind), frame) for m in marked) + "".join(
         _mark(m, frame, filled=m.name in best) for m in shown
     )
-    behind = axes(frame, x, y) + _level_lines(levels, frame) + lines
-    return frame.within(behind + marks + _names([*shown], levels, frame), title)
+    behind = keys + axes(frame, x, y) + _level_lines(levels, frame) + lines
+    return frame.within(behind + marks + _names([*shown], [*shown, *marked], levels, frame), title)
 
 
 def _dominates(one: Model, other: Model) -> bool:
@@ -87,7 +105,7 @@ def _mark(model: Model, frame: Frame, *, filled: bool) -> str:
         caps = "".join(f"M{x - 5:.1f} {end:.1f}H{x + 5:.1f}" for end in (low, high))
         bar = f'<path d="M{x:.1f} {low:.1f}V{high:.1f}{caps}" class="error"/>'
     ring = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="10" class="ring"/>' if model.chosen else ""
-    tip = f"{model.name}: {number(model.value, 4)} [{number(model.low, 4)}, {number(model.high, 4)}]"
+    tip = f"{model.name}: {number(model.value, 6)} [{number(model.low, 6)}, {number(model.high, 6)}]"
     kind = "filled" if filled else "hollow"
     return f'{bar}{ring}<circle cx="{x:.1f}" cy="{y:.1f}" r="5.5" class="{kind}"><title>{escape(tip)}</title></circle>'
 
@@ -98,10 +116,30 @@ def _line(models: Sequence[Model], frame: Frame) -> str:
     return f'<polyline points="{points}" class="method"/>' if len(models) > 1 else ""
 
 
-def _diamond(model: Model, frame: Frame) -> str:
+def _baseline(model: Model, shape: int, frame: Frame) -> str:
+    """Return a baseline's mark, and a thin line to the variant that it is compared with."""
     x, y = frame.x(model.size), frame.y(model.value)
-    tip = escape(f"{model.name}: {number(model.value, 4)}")
-    return f'<path d="M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6z" class="baseline"><title>{tip}</title></path>'
+    tie = ""
+    if model.beside is not None and finite(model.beside):
+        tie = f'<path d="M{x:.1f} {y:.1f}V{frame.y(model.beside):.1f}" class="tie"/>'
+    tip = escape(f"{model.name}: {ratio(model.value)}")
+    return f"{tie}{_shape(x, y, shape)}<title>{tip}</title></path>"
+
+
+def _shape(x: float, y: float, shape: int) -> str:
+    """Return the opened path of one of the marks that tell baselines apart without colour."""
+    return f'<path d="M{x:.1f} {y:.1f}{_SHAPES[shape % len(_SHAPES)]}" class="baseline k{shape % COLOURS}">'
+
+
+def _legend(kinds: Sequence[str]) -> tuple[str, float]:
+    """Return the keys of the baselines' marks, and the height that they take."""
+    parts, x = [], _LEFT
+    for shape, kind in enumerate(kinds):
+        text = f"baseline: {kind}"
+        parts.append(_shape(x + 6, 10, shape) + "</path>")
+        parts.append(f'<text x="{x + 18:.1f}" y="14" class="key">{escape(text)}</text>')
+        x += 36 + LETTER * len(text)
+    return "".join(parts), 34.0
 
 
 def _level_lines(levels: Sequence[tuple[str, float]], frame: Frame) -> str:
@@ -117,9 +155,9 @@ def _level_lines(levels: Sequence[tuple[str, float]], frame: Frame) -> str:
     return "".join(parts)
 
 
-def _names(models: Sequence[Model], levels: Sequence[tuple[str, float]], frame: Frame) -> str:
-    """Return the labels, each at the first place around its point that is free."""
-    taken = list(_obstacles(models, levels, frame))
+def _names(models: Sequence[Model], points: Sequence[Model], levels: Sequence[tuple[str, float]], frame: Frame) -> str:
+    """Return the labels of models, each at the first place around its point that no point and no line takes."""
+    taken = list(_obstacles(points, levels, frame))
     parts = []
     for model in sorted(models, key=lambda m: m.value):
         x, y, wide = frame.x(model.size), frame.y(model.value), LETTER * len(model.name) * 1.1

@@ -8,31 +8,41 @@ from typing import Any
 
 from pipelines.core.artifact import Artifact
 from pipelines.core.redaction import redact, redact_value
-from pipelines.measure import answers, intervals
+from pipelines.measure import intervals
+from pipelines.modelio import load_instructions
 from pipelines.report import axes, charts, compression, lineage, pareto
 from pipelines.report.charts import Axis, Series
 
 Facts = dict[str, Any]
 _BASE = "pretrain"
 _EVALUATE = "evaluate."
-_SAMPLES = 6
-"""Of a training, shown at most."""
+_SAMPLES = "samples.json"
+_EXPORTED = "/tmp/champion"  # noqa: S108 - shown, not used
 
 
-def page(record: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> Facts:
-    """Return everything that the template shows; a section that the run did not reach is None."""
+def page(
+    record: Mapping[str, Any], artifacts: Mapping[str, Artifact], earlier: Mapping[str, Artifact] | None = None
+) -> Facts:
+    """Return everything that the template shows; a section that the run did not reach is None.
+
+    Args:
+        record: what `RunRecord.model_dump()` returns.
+        artifacts: node name -> artifact.
+        earlier: what an earlier run is to this one -> its pretraining.
+    """
     evaluations = _evaluations(artifacts)
     gate = _gate(record, artifacts.get("promote"))
     rows, tokens = intervals.table(evaluations), compression.counted_tokens(record, artifacts)
     return {
         "run": {**record, "error": redact(record.get("error") or ""), "overrides": [*map(redact, record["overrides"])]},
         "headline": _headline(record, rows, gate),
-        "training": training(artifacts.get("pretrain")),
+        "training": training(artifacts.get("pretrain"), earlier or {}),
+        "samples": samples(evaluations, artifacts, gate["candidate"]),
+        "loading": _loading(artifacts, evaluations, gate),
         "time": _stage_times(record),
         "data": data(artifacts.get("prepare")),
         "evaluation": _evaluation(rows, evaluations, gate["candidate"], tokens),
         "compression": _compression(rows, artifacts, gate["candidate"], tokens),
-        "samples": samples(artifacts),
         "gate": gate,
         "lineage": {"picture": lineage.draw(record, artifacts), "rows": _lineage_rows(record, artifacts)},
         "config": list(flatten(record.get("config") or {})),
@@ -97,8 +107,12 @@ def _gate(record: Mapping[str, Any], artifact: Artifact | None) -> Facts:
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
-def training(artifact: Artifact | None) -> Facts | None:
-    """Return the curves and facts of pretraining, None without its artifact."""
+_SAID = {"bits_per_byte": "validation_bits_per_byte"}
+"""Fact of training.json -> its name on the page, where `bits_per_byte` alone is that of the test split."""
+
+
+def training(artifact: Artifact | None, earlier: Mapping[str, Artifact] | None = None) -> Facts | None:
+    """Return the curves and facts of pretraining, beside those of earlier runs; None without its artifact."""
     if artifact is None:
         return None
     rows = metrics(artifact)
@@ -108,42 +122,64 @@ def training(artifact: Artifact | None) -> Facts | None:
     steps = Axis("optimizer step")
     return {
         # An encoder has no bits per byte of its own kind, so that fact is None: left out like the lists.
-        "facts": {name: v for name, v in facts.items() if v is not None and not isinstance(v, list | dict)},
+        "facts": {
+            _SAID.get(name, name): v for name, v in facts.items() if v is not None and not isinstance(v, list | dict)
+        },
         "observed": observed,
         "loss": charts.lines(_losses(rows), steps, Axis("loss, nats per token"), "Loss over steps"),
+        "beside": _beside(artifact, rows, earlier or {}),
         "rate": _line(rows, "lr", steps, Axis("learning rate", zero=True), "Learning rate over steps"),
-        "norm": _line(rows, "grad_norm", steps, Axis("gradient norm", log=True), "Gradient norm over steps"),
+        "norm": _line(
+            rows, "grad_norm", steps, Axis("gradient norm", log=True), "Gradient norm over steps", noisy=True
+        ),
         "trust": _trust(rows, steps),
-        "speed": _line(rows, "tokens_per_s", steps, Axis("tokens per second", zero=True), "Throughput over steps"),
+        "speed": _line(
+            rows, "tokens_per_s", steps, Axis("tokens per second", zero=True), "Throughput over steps", noisy=True
+        ),
         "split": charts.bars(seconds, "Seconds of training by part", axes.duration) if seconds else "",
-        "samples": _training_samples(artifact),
     }
 
 
 def metrics(artifact: Artifact) -> list[Facts]:
     """Return the rows of metrics.jsonl by step; of a step that was repeated after a resume the last one counts."""
-    rows = _rows(artifact, "metrics.jsonl")
+    path = artifact.path / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.strip()]
     by_step = {row["step"]: row for row in rows}
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _rows(artifact: Artifact, name: str) -> list[Facts]:
-    """Return the rows of a JSON Lines file; none where there is no file."""
-    path = artifact.path / name
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines if line.strip()]
-
-
 def _losses(rows: list[Facts]) -> list[Series]:
-    curves = [_series(rows, "loss", "training")]
+    raw = _series(rows, "loss", "").points
+    curves = [Series("training, running mean" if len(raw) >= 60 else "training", charts.smooth(raw), raw=raw)]
     if any("val/loss" in row for row in rows):
         seen = [(row["step"], row["val/loss"]) for row in rows if "val/loss" in row]
         curves.append(Series("validation", seen, markers=True))
     return curves
 
 
-def _line(rows: list[Facts], key: str, x: Axis, y: Axis, title: str) -> str:
-    return charts.lines([_series(rows, key, key)], x, y, title) if any(key in row for row in rows) else ""
+def _beside(own: Artifact, rows: list[Facts], earlier: Mapping[str, Artifact]) -> str:
+    """Return the smoothed losses of this run and of earlier ones by tokens, the one axis that all of them share."""
+    if not earlier:
+        return ""
+    curves = [_by_tokens(rows, "this run")]
+    for name, artifact in earlier.items():
+        same = artifact.manifest.parents.get("prepare") == own.manifest.parents.get("prepare")
+        curves.append(_by_tokens(metrics(artifact), name if same else f"{name}, on other tokens"))
+    return charts.lines(
+        curves, Axis("tokens", text=axes.short), Axis("loss, nats per token"), "Loss by tokens, beside earlier runs"
+    )
+
+
+def _by_tokens(rows: list[Facts], name: str) -> Series:
+    return Series(name, charts.smooth([(row["tokens"], row.get("loss")) for row in rows if "tokens" in row]))
+
+
+def _line(rows: list[Facts], key: str, x: Axis, y: Axis, title: str, *, noisy: bool = False) -> str:
+    if not any(key in row for row in rows):
+        return ""
+    raw = _series(rows, key, key).points
+    return charts.lines([Series(key, charts.smooth(raw), raw=raw) if noisy else Series(key, raw)], x, y, title)
 
 
 def _trust(rows: list[Facts], x: Axis) -> str:
@@ -154,7 +190,7 @@ def _trust(rows: list[Facts], x: Axis) -> str:
     if len(names) > charts.COLOURS:
         last = charts.COLOURS - 1
         names = [names[round(i * (len(names) - 1) / last)] for i in range(charts.COLOURS)]
-    curves = [_series(rows, name, name.removeprefix("trust/")) for name in names]
+    curves = [Series(name.removeprefix("trust/"), charts.smooth(_series(rows, name, "").points)) for name in names]
     return charts.lines(curves, x, Axis("trust ratio ‖w‖ / ‖update‖", log=True), "Trust ratios over steps")
 
 
@@ -165,29 +201,6 @@ def _series(rows: list[Facts], key: str, name: str) -> Series:
 def _stage_times(record: Mapping[str, Any]) -> str:
     rows = [(name, entry["seconds"]) for name, entry in record["nodes"].items() if entry.get("seconds") is not None]
     return charts.bars(rows, "Seconds by node of the run", axes.duration) if rows else ""
-
-
-# ---- texts -----------------------------------------------------------------------------------------------------
-
-
-def samples(artifacts: Mapping[str, Artifact]) -> list[Facts]:
-    """Return the fixed prompts of the evaluations, each with what every model made of it, the base first."""
-    prompts: dict[str, Facts] = {}
-    for model, artifact in _evaluated(artifacts).items():
-        for row in _read(artifact, answers.FILE) or []:
-            asked = {"text": redact(row["prompt"]), "answer": row.get("answer"), "answers": []}
-            text = redact("\n".join(answers.lines(row)))
-            prompts.setdefault(row["prompt"], asked)["answers"].append((model, text))
-    return list(prompts.values())
-
-
-def _training_samples(artifact: Artifact) -> list[Facts]:
-    """Return what the model made of a validation text as it learned: the first sample, the last, a few between."""
-    rows = [
-        row | {"prompt": redact(row["prompt"]), "text": redact(row["text"])} for row in _rows(artifact, "samples.jsonl")
-    ]
-    last, shown = len(rows) - 1, min(len(rows), _SAMPLES)
-    return [rows[round(number * last / max(shown - 1, 1))] for number in range(shown)]
 
 
 # ---- data -------------------------------------------------------------------------------------------------------
@@ -245,13 +258,12 @@ def _splits(report: Facts, index: Facts) -> list[Facts]:
 
 def _evaluations(artifacts: Mapping[str, Artifact]) -> dict[str, Facts]:
     """Return name -> evaluation, the base first."""
-    return {name: intervals.read(artifact.path) for name, artifact in _evaluated(artifacts).items()}
-
-
-def _evaluated(artifacts: Mapping[str, Artifact]) -> dict[str, Artifact]:
-    """Return name of the model -> evaluate artifact, the base first."""
-    found = {name.removeprefix(_EVALUATE): made for name, made in artifacts.items() if name.startswith(_EVALUATE)}
-    return dict(sorted(found.items(), key=lambda item: item[0] != _BASE))
+    evaluations = {
+        name.removeprefix(_EVALUATE): intervals.read(artifact.path)
+        for name, artifact in artifacts.items()
+        if name.startswith(_EVALUATE)
+    }
+    return dict(sorted(evaluations.items(), key=lambda item: item[0] != _BASE))
 
 
 def _evaluation(
@@ -278,9 +290,45 @@ def _evaluation(
         "rows": rows,
         "tasks": [key.removeprefix("task.") for key in rows[0] if key.startswith("task.")],
         "chance": {name: task.get("chance") for name, task in first["tasks"].items()},
+        "uninformative": [name for name, task in first["tasks"].items() if not task.get("informative", True)],
         "first": first,
         "candidate": candidate,
         "pareto": pareto.draw(models, levels, x, Axis("bits per byte"), "Size against bits per byte"),
+    }
+
+
+def samples(evaluations: Mapping[str, Facts], artifacts: Mapping[str, Artifact], candidate: str | None) -> list[Facts]:
+    """Return what the base and the candidate (else the last variant) write at the same prompts; empty without texts."""
+    written = {name: found for name in evaluations if (found := _read(artifacts.get(_EVALUATE + name), _SAMPLES))}
+    last = candidate if candidate in written else next(reversed(written), None)
+    names = list(dict.fromkeys(name for name in (_BASE, last) if name in written))
+    rows: dict[str, list[Facts]] = {}
+    for name in names:
+        for row in written[name]:
+            rows.setdefault(row["prompt"], []).append({"model": name, "text": _sample_text(row)})
+    return [{"prompt": prompt, "texts": texts} for prompt, texts in rows.items()]
+
+
+def _sample_text(row: Mapping[str, Any]) -> str:
+    """Return a decoder's continuation, or an encoder's guesses for each mask."""
+    if "text" in row:
+        return str(row["text"])
+    guesses = [", ".join(f"{word['text']} {word['probability']:.2f}" for word in words) for words in row["masks"]]
+    return " | ".join(guesses) + (f" (it was: {row['answer']})" if row.get("answer") else "")
+
+
+def _loading(artifacts: Mapping[str, Artifact], evaluations: Mapping[str, Facts], gate: Facts) -> Facts | None:
+    """Return how the champion of this run is loaded; None where it made none."""
+    name = gate["candidate"]
+    model = artifacts.get(_BASE if name == _BASE else f"compress.{name}")
+    if not gate["accepted"] or model is None or name not in evaluations:
+        return None
+    how = load_instructions.of(model)
+    return {
+        "sentence": how.sentence,
+        "snippet": how.snippet(load_instructions.LOADER[evaluations[name]["family"]], _EXPORTED),
+        "exported": _EXPORTED,
+        "uri": f"models:/{gate['model']}@champion",
     }
 
 

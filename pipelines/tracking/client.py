@@ -6,7 +6,8 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ _OURS = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # It would print the address of every run, a password in it included.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 _RETRIES = {
     # MLflow's own defaults wait for up to 7 x 120 s on a server that does not answer.
@@ -37,10 +40,13 @@ _RETRIES = {
 _LOUD = (
     "urllib3.connectionpool",
     "mlflow.store.db.utils",
+    "mlflow.store.model_registry.abstract_store",
     "mlflow.tracking._model_registry.client",
     "alembic",
     "alembic.runtime.migration",
 )
+_UPLOADS_AT_ONCE = 3
+"""Few: a server that answers one request after another must still answer each within `tracking.timeout_s`."""
 MIGRATION_WAIT_S = 120.0
 _WORK = ("runs", "registered_models", "datasets", "params", "metrics")
 """Tables of MLflow's database with a row as soon as anybody worked with it."""
@@ -142,6 +148,25 @@ def experiment_id(client: MlflowClient, config: TrackingConfig, store_root: Path
         if known is None:
             raise
         return str(known.experiment_id)
+
+
+def upload(client: MlflowClient, artifact_uri: str, files: Mapping[str, Path]) -> None:
+    """Send files to an MLflow run, a few at a time: to a slow server each costs a request.
+
+    Args:
+        client: connection to MLflow.
+        artifact_uri: where the run keeps its files; `client.log_artifact` would ask for it anew for each.
+        files: name in MLflow -> file; both end alike.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    repository = get_artifact_repository(artifact_uri, tracking_uri=client.tracking_uri)
+
+    def send(item: tuple[str, Path]) -> None:
+        repository.log_artifact(str(item[1]), item[0].rpartition("/")[0] or None)
+
+    with ThreadPoolExecutor(_UPLOADS_AT_ONCE, thread_name_prefix="mlflow-upload") as pool:
+        list(pool.map(send, files.items()))
 
 
 @contextlib.contextmanager

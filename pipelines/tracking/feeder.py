@@ -18,6 +18,8 @@ Job = Callable[[], None]
 _WAITING_JOBS = 10_000
 _PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 60.0
+_REST = 4.0
+"""After the idle job its own duration so many times over: a slow MLflow is told curves less often, not all the time."""
 
 
 class Feeder:
@@ -35,6 +37,7 @@ class Feeder:
         self._describe = describe
         self._jobs: queue.Queue[tuple[Job, bool, threading.Event] | None] = queue.Queue(_WAITING_JOBS)
         self._closed_until = 0.0
+        self._rests_until = 0.0
         self._pause_s = _PAUSE_S
         self.faults = 0
         """Jobs that failed or were dropped."""
@@ -79,7 +82,9 @@ class Feeder:
             try:
                 item = self._jobs.get(timeout=self._every_s)
             except queue.Empty:
-                self._attempt(self._idle, anyway=False)
+                if (started := time.monotonic()) >= self._rests_until:
+                    self._attempt(self._idle, anyway=False)
+                    self._rests_until = time.monotonic() + _REST * (time.monotonic() - started)
                 continue
             if item is None:
                 return

@@ -15,6 +15,18 @@ TIME = "time"
 """The field of a line that holds its wall-clock time (seconds since 1970), if it has one."""
 
 
+_HEADLINES = {
+    "pretrain": {
+        "validation_loss": "train/validation_loss",
+        "tokens": "train/tokens",
+        "tokens_per_s": "train/tokens_per_s",
+    },
+    "evaluate": {"bits_per_byte": "bits_per_byte", "ratio": "ratio_to_base"},
+    "promote": {"bits_per_byte": "champion/bits_per_byte", "size_bytes": "champion/size_bytes"},
+}
+"""Stage -> key of its summary -> name in the run that it belongs to."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One value of one metric."""
@@ -53,6 +65,21 @@ def numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from numbers(value, f"{key}/")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield key, float(value)
+
+
+def headline(node: str, summary: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a finished node adds to the overview of its run: few numbers, named by quantity and then by model.
+
+    MLflow's list of runs sorts metrics by name, so one quantity of all models stands together. Everything else stands
+    in the run of the node.
+    """
+    stage, _, model = node.partition(".")
+    known = dict(numbers(summary))
+    return {
+        f"{quantity}/{model}" if model else quantity: known[key]
+        for key, quantity in _HEADLINES.get(stage, {}).items()
+        if key in known
+    }
 
 
 def fit_key(key: str) -> str:

@@ -34,6 +34,10 @@ class StageRecord(BaseModel):
     status: str = "RUNNING"
     """MLflow's words: RUNNING, FINISHED, FAILED, KILLED."""
     mlflow_id: str | None = None
+    began_ms: int = 0
+    """When its first attempt began, milliseconds since 1970."""
+    new: bool = False
+    """True until MLflow was asked to create this run: until then nobody has to search for it."""
 
 
 class TrackingRecord(BaseModel):
@@ -52,6 +56,8 @@ class TrackingRecord(BaseModel):
     """Name in MLflow -> path of a small file that the parent run carries."""
     status: str = "RUNNING"
     mlflow_id: str | None = None
+    new: bool = False
+    """As of a stage."""
     pending: bool = True
     """True while MLflow may lack something that this record has."""
 

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.core import program
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import LockedError, Preempted
-from pipelines.core.provenance import git_commit
 from pipelines.core.redaction import redact
 from pipelines.core.stage import Progress
 from pipelines.tracking import record as records
+from pipelines.tracking import system_metrics
 from pipelines.tracking.client import explain
 from pipelines.tracking.config import TrackingConfig, resolve_uri
 from pipelines.tracking.feeder import Feeder
@@ -117,7 +118,8 @@ class Session:
         """Track one node for the length of the block; an exception inside marks its run as failed."""
         self._begin(node, fingerprint, params)
         try:
-            yield StageRun(self, node)
+            with system_metrics.sampled(lambda found: self._feed_machine(node, found)):
+                yield StageRun(self, node)
         except BaseException as error:
             self._end(node, "KILLED" if isinstance(error, Preempted | KeyboardInterrupt) else "FAILED")
             raise
@@ -171,6 +173,12 @@ class Session:
         now = time.time_ns() // 1_000_000
         self._points.extend((node, p) for p in points_of(progress.metrics, step=progress.done, timestamp_ms=now))
 
+    def _feed_machine(self, node: str, found: dict[str, float]) -> None:
+        """Queue what the machine does; the step is the second since the node began, also when another run goes on."""
+        now = time.time_ns() // 1_000_000
+        second = (now - self._record.stages[node].began_ms) // 1000
+        self._points.extend((node, point) for point in points_of(found, step=second, timestamp_ms=now))
+
     def finish_stage(self, node: str, artifact: Artifact, *, cached: bool) -> None:
         """Note the artifact of a node."""
         with self._lock:
@@ -184,7 +192,9 @@ class Session:
         with self._lock:
             earlier = self._record.stages.get(node)
             if earlier is None or earlier.fingerprint != fingerprint:
-                self._record.stages[node] = StageRecord(fingerprint=fingerprint, params=clean(params))
+                self._record.stages[node] = StageRecord(
+                    fingerprint=fingerprint, params=clean(params), began_ms=time.time_ns() // 1_000_000, new=True
+                )
             else:
                 earlier.cached = bool(earlier.cached)
                 earlier.status = "RUNNING"
@@ -222,7 +232,7 @@ class Session:
 
     def _connected(self) -> Mirror:
         if self._mirror is None:
-            self._mirror = open_mirror(self._config, self._root, self._record)
+            self._mirror = open_mirror(self._config, self._root, self._record, self._save)
         return self._mirror
 
     def _await(self, event: threading.Event) -> None:
@@ -263,9 +273,10 @@ def open_session(
         run_id=run_id,
         recipe=recipe,
         experiment=config.experiment,
-        git_commit=git_commit(),
+        git_commit=program.commit(),
         data_hash=data_hash,
         params=clean(params),
+        new=True,
     )
     lease = contextlib.ExitStack()
     try:
@@ -292,4 +303,5 @@ def _inherit(record: TrackingRecord, store_root: Path) -> None:
                 lease.enter_context(records.lease(store_root, earlier.run_id))
                 records.save(earlier.model_copy(update={"pending": False, "status": "FINISHED"}), store_root)
             record.mlflow_id, record.stages, record.files = earlier.mlflow_id, earlier.stages, earlier.files
+            record.new = earlier.new
         return

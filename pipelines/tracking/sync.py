@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pipelines.core.errors import LockedError, TransientError
@@ -45,7 +46,7 @@ def _send(config: TrackingConfig, store_root: Path, record: TrackingRecord) -> S
         stage.status = _ended(stage.status)
     try:
         with reachable(resolve_uri(config, store_root), what=f"run {record.run_id}"):
-            open_mirror(config, store_root, record).everything()
+            open_mirror(config, store_root, record, partial(records.save, record, store_root)).everything()
         record.pending = False
     except TransientError as error:
         return SyncResult(record.run_id, synced=False, message=error.message)

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, field_va
 from models.architectures.config import PRESETS, ArchitectureConfig, Family, Shape, preset
 from models.objectives import registry as objectives
 from models.optim import batch_split
-from pipelines.core.settings import ELASTIC, NOT_IDENTITY, Settings
+from pipelines.core.settings import ELASTIC, NOT_IDENTITY, PATH, Settings, validated_at
 from pipelines.training.monitors import registry as monitors
 
 _REGISTERED = re.compile(r"models:/[^/@:]+(?:@[^/@:]+|/\d+)")
@@ -256,10 +256,12 @@ class PretrainConfig(Settings):
         alias="from",
         description="Weights to start from: models:/NAME@champion, models:/NAME/3, an artifact or a model folder; "
         "empty: random ones.",
-        json_schema_extra=NOT_IDENTITY,  # the bytes that it leads to stand for it
+        json_schema_extra=NOT_IDENTITY | PATH,  # the bytes that it leads to stand for it
     )
     family: Family = Field("decoder", description="decoder: causal LM (Llama); encoder: masked LM (ModernBERT).")
-    preset: Annotated[str, AfterValidator(_known_preset)] = Field("4m", description="Named model size.")
+    preset: Annotated[str, AfterValidator(_known_preset)] = Field(
+        "4m", description="Model size: parameters at a vocabulary of 4,096 tokens."
+    )
     model: ModelOverrides = Field(default_factory=ModelOverrides, description="Values of the preset to replace.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="The update rule.")
     lisa: LisaConfig = Field(default_factory=LisaConfig, description="Train a few layers at a time.")
@@ -382,13 +384,13 @@ class PretrainConfig(Settings):
     def _objective_has_these_settings(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         if not (name := info.data.get("objective")):
             return value
-        return objectives.get(name).Config.model_validate(value).model_dump(mode="json")
+        return validated_at(objectives.get(name).Config, value).model_dump(mode="json")
 
     @field_validator("monitors")
     @classmethod
     def _monitors_are_known(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         return {
-            name: monitors.get(name).Config.model_validate(table).model_dump(mode="json")
+            name: validated_at(monitors.get(name).Config, table, name).model_dump(mode="json")
             for name, table in sorted(value.items())
         }
 

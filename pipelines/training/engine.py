@@ -27,10 +27,10 @@ from pipelines.training.config import PretrainConfig
 from pipelines.training.data_loader import Batch
 from pipelines.training.distributed import Ranks
 from pipelines.training.loss_module import LossModule, Question
+from pipelines.training.memory import LARGEST_BUCKET
 
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], FragmentOptimizer]
 
-_LARGEST_BUCKET = 500_000_000
 _BUCKET_ALIGNMENT = 128
 """Elements."""
 
@@ -164,7 +164,7 @@ def deepspeed_settings(config: PretrainConfig, parameters: int) -> dict[str, Any
     Clipping is off because the optimizer clips, with the norm of the active tensors only. Buckets are buffers: larger
     than the model they would only waste memory. DeepSpeed wants them aligned.
     """
-    bucket = min(_LARGEST_BUCKET, -(-parameters // _BUCKET_ALIGNMENT) * _BUCKET_ALIGNMENT)
+    bucket = min(LARGEST_BUCKET, -(-parameters // _BUCKET_ALIGNMENT) * _BUCKET_ALIGNMENT)
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation,

@@ -20,11 +20,9 @@ from typing import Any, TextIO
 import torch
 
 from pipelines.core import artifact
+from pipelines.training import peaks
 
 Record = dict[str, Any]
-
-_STATED = (("H200", 989.4e12), ("H100", 989.4e12), ("A100", 312e12), ("L40S", 362e12), ("L4", 121e12))
-"""Dense bf16 peak of GPUs by a word of their name, operations per second, from NVIDIA's data sheets."""
 
 _SIZE = 512
 _REPEATS = 8
@@ -135,10 +133,9 @@ class Peak:
 def peak(device: torch.device, precision: str) -> Peak:
     """Return the peak of this rank's device for `precision`."""
     if device.type == "cuda" and precision == "bf16":
-        name = torch.cuda.get_device_name(device)
-        for word, flops in _STATED:
-            if word in name:
-                return Peak(flops, f"stated for {word}, dense bf16")
+        known = peaks.stated_bf16(torch.cuda.get_device_name(device))
+        if known is not None:
+            return Peak(known[1], f"stated for {known[0]}, dense bf16")
     dtype = torch.bfloat16 if precision == "bf16" and device.type == "cuda" else torch.float32
     return Peak(_measured(device, dtype), f"measured, {_SIZE} x {_SIZE} product in {dtype}")
 

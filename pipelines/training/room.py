@@ -8,25 +8,42 @@ from pipelines.training.config import PretrainConfig
 from pipelines.training.worker_spec import WorkerSpec
 
 _FLOAT = 4
-_MOMENTS = {"lamb": 2, "adamw": 2, "lars": 1}
+MOMENTS = {"lamb": 2, "adamw": 2, "lars": 1}
+"""Arrays that each optimizer keeps beside a weight."""
+
+
+def active_parameters(config: PretrainConfig, architecture: ArchitectureConfig) -> int:
+    """Return the parameters that hold moments at a time: all of them, or with LISA the drawn layers' and the rest."""
+    every = count_parameters(architecture)
+    if not config.lisa.enabled:
+        return every
+    return every - (architecture.layers - config.lisa.layers) * layer_parameters(architecture)
+
+
+def layer_parameters(architecture: ArchitectureConfig) -> int:
+    """Return the parameters of one layer, not the first one."""
+    deeper = architecture.model_copy(update={"layers": architecture.layers + 1})
+    return count_parameters(deeper) - count_parameters(architecture)
 
 
 def checkpoint_bytes(config: PretrainConfig, architecture: ArchitectureConfig) -> int:
     """Return the size of a checkpoint: masters of all weights, and the moments of those that are active at a time."""
-    every = active = count_parameters(architecture)
-    if config.lisa.enabled:
-        shallower = architecture.model_copy(update={"layers": architecture.layers - 1})
-        active -= (architecture.layers - config.lisa.layers) * (every - count_parameters(shallower))
-    return _FLOAT * (every + _MOMENTS[config.optimizer.name] * active)
+    moments = MOMENTS[config.optimizer.name] * active_parameters(config, architecture)
+    return _FLOAT * (count_parameters(architecture) + moments)
+
+
+def model_bytes(config: PretrainConfig, architecture: ArchitectureConfig) -> int:
+    """Return the size of the weights as they are stored, in 2 or 4 bytes each."""
+    return count_parameters(architecture) * (_FLOAT if config.precision == "fp32" else 2)
 
 
 def needed_bytes(config: PretrainConfig, architecture: ArchitectureConfig) -> int:
     """Return the bytes that a training holds at most: the kept checkpoints, the one being written, the model twice.
 
-    The model is written to the scratch folder and then to the artifact, in 2 or 4 bytes a weight.
+    The model is written to the scratch folder and then to the artifact.
     """
-    model = count_parameters(architecture) * (_FLOAT if config.precision == "fp32" else 2)
-    return checkpoint_bytes(config, architecture) * (config.checkpoint.keep + 1) + 2 * model
+    kept = checkpoint_bytes(config, architecture) * (config.checkpoint.keep + 1)
+    return kept + 2 * model_bytes(config, architecture)
 
 
 def check(spec: WorkerSpec) -> None:

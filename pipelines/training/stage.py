@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from models.architectures.config import ArchitectureConfig
-from pipelines.core import artifact
+from pipelines.core import artifact, program
 from pipelines.core.artifact import Artifact
 from pipelines.core.compute import resolve_device
 from pipelines.core.errors import ConfigError
@@ -95,6 +94,7 @@ def train(spec: WorkerSpec, context: StageContext) -> None:
 def environment(spec: WorkerSpec) -> dict[str, str]:
     """Return the variables of a rank: threads, device, and what makes its arithmetic repeatable."""
     return {
+        "PYTHONPATH": program.environment()["PYTHONPATH"],
         "OMP_NUM_THREADS": str(spec.config.threads),
         "MKL_NUM_THREADS": str(spec.config.threads),
         "DS_ACCELERATOR": spec.device,
@@ -107,8 +107,12 @@ def summary(out_dir: Path) -> Summary:
     """Return the headline numbers of a finished artifact folder."""
     facts = read_json(out_dir / "training.json")
     observed = read_json(out_dir / "observations.json")
-    names = ("family", "preset", "parameters", "steps", "tokens", "validation_loss", "bits_per_byte", "skipped_steps")
-    return {name: facts[name] for name in names} | {"tokens_per_s": observed["tokens_per_s"]}
+    names = ("family", "preset", "parameters", "steps", "tokens", "validation_loss", "skipped_steps")
+    # `bits_per_byte` alone is that of the test split, which only an evaluation measures.
+    return {name: facts[name] for name in names} | {
+        "validation_bits_per_byte": facts["bits_per_byte"],
+        "tokens_per_s": observed["tokens_per_s"],
+    }
 
 
 def progress(record: Record, total: int, node: str, seconds_per_step: float | None) -> Progress:
@@ -151,7 +155,7 @@ def _launch(spec: WorkerSpec, context: StageContext) -> None:
     follow = _Follower(spec, context)
     compute = context.compute
     launch(
-        [sys.executable, "-m", "pipelines.training.worker", str(spec.scratch / "worker_spec.json")],
+        program.command("pipelines.training.worker", str(spec.scratch / "worker_spec.json")),
         world_size=spec.config.world_size,
         log_dir=spec.logs,
         env=environment(spec),

@@ -86,7 +86,7 @@ def skip_shared_memory_build() -> None:
     except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(
             f"DeepSpeed {deepspeed.__version__} lists its extensions in an unknown way: {error!r}",
-            hint="install the version of deepspeed that infra/constraints.txt names",
+            hint="install the version of deepspeed that flows/constraints.txt names",
         ) from error
 
 
@@ -266,7 +266,7 @@ def _agreed(engine: Any, read: Callable[[], tuple[Layout, Tensor]]) -> tuple[Lay
     except (AttributeError, KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
         problem = ConfigError(
             f"this DeepSpeed lays out {type(engine.optimizer).__name__} in an unknown way: {error!r}",
-            hint="install the version of deepspeed that infra/constraints.txt names",
+            hint="install the version of deepspeed that flows/constraints.txt names",
         )
         problem.__cause__ = error
     failures = torch.tensor([float(result is None)], device=engine.device)

@@ -32,7 +32,7 @@ import torch
 from models.architectures.build import build
 from models.optim import schedule
 from pipelines.core.artifact import Artifact
-from pipelines.core.provenance import CHECKOUT
+from pipelines.core.program import ROOT as CHECKOUT
 from pipelines.core.run_stage import materialize
 from pipelines.core.stage import StageContext
 from pipelines.core.store import Store

@@ -39,7 +39,7 @@ from models.objectives.causal import next_tokens
 from models.optim import lisa, schedule
 from models.optim.adamw import AdamW
 from pipelines.core.artifact import Artifact
-from pipelines.core.provenance import CHECKOUT
+from pipelines.core.program import ROOT as CHECKOUT
 from pipelines.data import packing, tokenizer
 from pipelines.training import data_order
 from pipelines.training.config import PretrainConfig

@@ -75,7 +75,7 @@ def test_a_configuration_is_frozen_closed_described_and_json(name: str) -> None:
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         kind(no_such_parameter=1)
     with pytest.raises(ValidationError, match="frozen"):
-        setattr(config, next(iter(kind.model_fields)), 1)
+        setattr(config, next(iter(kind.model_fields), "anything"), 1)
 
 
 def test_compression_is_deterministic_and_leaves_its_input_alone(method: Method, layer: Any) -> None:
@@ -132,15 +132,15 @@ def test_the_method_does_something_and_not_too_much(method: Method, layer: Any) 
     assert 0 < relative_error(weight, dense, seen.hessian_II) < 0.5
 
 
-def test_the_method_is_no_worse_than_its_null_arms_at_equal_bits(method: Method, layer: Any) -> None:
+def test_the_method_is_better_than_its_baselines_at_equal_bits(method: Method, layer: Any) -> None:
     weight, seen = layer
     config = method.Config()
-    packed, arms = method.compress(weight, seen, config), method.baselines(weight, seen, config)
-    assert bool(arms) != bool(method.not_informative), "either arms to compare with, or the reason why there are none"
+    packed, baselines = method.compress(weight, seen, config), method.baselines(weight, seen, config)
+    assert bool(baselines) != bool(method.not_informative), "baselines, or in not_informative why there are none"
     error = relative_error(weight, packed.dequantize(), seen.hessian_II)
-    for name, arm in arms.items():
-        assert arm.stored_bits() == packed.stored_bits(), name
-        assert error < relative_error(weight, arm.dequantize(), seen.hessian_II), name
+    for name, baseline in baselines.items():
+        assert baseline.stored_bits() == packed.stored_bits(), name
+        assert error < relative_error(weight, baseline.dequantize(), seen.hessian_II), name
 
 
 def test_missing_calibration_is_refused_by_name(method: Method, layer: Any) -> None:
@@ -201,7 +201,7 @@ def test_both_families_are_compressed_or_refused_by_name(
 
 
 @pytest.mark.parametrize("name", registry.names("training"))
-def test_a_method_that_trains_packs_the_same_child_twice_and_counts_its_bytes(
+def test_a_method_that_trains_packs_the_same_variant_twice_and_counts_its_bytes(
     name: str, prepare: Artifact, parent: Artifact, tmp_path: Path
 ) -> None:
     """Without a step of training, which is tested where ranks are: `tests/pipelines/compression/test_training.py`."""
@@ -224,16 +224,16 @@ def test_a_method_that_trains_packs_the_same_child_twice_and_counts_its_bytes(
 
 
 @pytest.mark.parametrize("name", registry.names("training"))
-def test_the_null_arms_of_a_method_that_trains_are_children_that_can_be_made(name: str) -> None:
+def test_the_baselines_of_a_method_that_trains_are_variants_that_can_be_made(name: str) -> None:
     method = registry.training(name)
     for changes in ({}, {"depth": 2}) if name == "sortednet" else ({},):
         config = method.Config.model_validate(changes)
-        arms = method.baselines(config)
-        assert bool(arms) != bool(method.not_informative)
-        for table in arms.values():
-            arm = CompressConfig.model_validate(table).parameters
-            assert not getattr(arm, "baselines", False), "a baseline has no baselines of its own"
-            assert getattr(arm, "steps", 0) in (0, config.steps)
+        baselines = method.baselines(config)
+        assert bool(baselines) != bool(method.not_informative), "baselines, or in not_informative why there are none"
+        for table in baselines.values():
+            baseline = CompressConfig.model_validate(table).parameters
+            assert not getattr(baseline, "baselines", False), "a baseline has no baselines of its own"
+            assert getattr(baseline, "steps", 0) in (0, config.steps)
 
 
 @pytest.mark.parametrize("name", [*registry.names("structure"), *registry.names("kv_cache")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,13 +14,19 @@ from pipelines.training.config import PretrainConfig
 from pipelines.training.monitors import registry
 from pipelines.training.monitors.base import Monitor
 
-SETTINGS = {"loss_spikes": {"factor": 3.0}}
-"""What a monitor must be told; one whose settings have defaults needs no entry."""
 CALM = [4.0 + 0.01 * math.sin(step) for step in range(200)]
 
 
+def settings(name: str) -> dict[str, Any]:
+    """Return what a monitor must be told: the example value of every setting without a default."""
+    required = {key: field for key, field in registry.get(name).Config.model_fields.items() if field.is_required()}
+    silent = [key for key, field in required.items() if not field.examples]
+    assert not silent, f"{name}: {silent} have neither a default nor a value in Field(examples=[...])"
+    return {key: (field.examples or [])[0] for key, field in required.items()}
+
+
 def make(name: str) -> Monitor:
-    return registry.make({name: SETTINGS.get(name, {})})[name]
+    return registry.make({name: settings(name)})[name]
 
 
 @pytest.mark.parametrize("name", registry.names())
@@ -43,8 +50,13 @@ def test_it_goes_on_from_its_state_as_if_nothing_had_happened(name: str) -> None
 
 
 @pytest.mark.parametrize("name", registry.names())
+def test_every_setting_is_described(name: str) -> None:
+    assert all(field.description for field in registry.get(name).Config.model_fields.values())
+
+
+@pytest.mark.parametrize("name", registry.names())
 def test_the_recipe_switches_it_on_by_its_key(name: str) -> None:
-    assert PretrainConfig.model_validate({"monitors": {name: SETTINGS.get(name, {})}}).monitors
+    assert PretrainConfig.model_validate({"monitors": {name: settings(name)}}).monitors
     with pytest.raises(ValueError, match="no monitor 'loss_spike'; did you mean 'loss_spikes'"):
         PretrainConfig.model_validate({"monitors": {"loss_spike": {}}})
 

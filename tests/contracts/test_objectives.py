@@ -48,6 +48,12 @@ def test_inputs_and_targets_depend_on_the_sample_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", registry.names())
+def test_every_setting_has_a_default_and_a_description(name: str) -> None:
+    fields = registry.get(name).Config.model_fields
+    assert [key for key, field in fields.items() if field.is_required() or not field.description] == []
+
+
+@pytest.mark.parametrize("name", registry.names())
 def test_padding_is_never_asked_for_and_something_is(name: str) -> None:
     rows = tokens()
     _, targets = targets_of(make(name), rows, list(range(len(rows))))

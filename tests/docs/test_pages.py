@@ -21,6 +21,7 @@ from flows import recipe
 from flows.cli import app
 from flows.config import RunConfig
 from models.compression import registry
+from models.objectives import registry as objectives
 from pipelines.core.errors import BY_EXIT_CODE
 from pipelines.evaluation import probe
 from pipelines.training.monitors import registry as monitors
@@ -60,6 +61,8 @@ def has_key(path: str) -> bool:
     parts = [part for part in path.split(".") if not part.isdigit() and part != "*"]
     if parts[:2] == ["pretrain", "monitors"] and len(parts) > 2:
         return parts[2] in monitors.names() and set(parts[3:]) <= set(monitors.get(parts[2]).Config.model_fields)
+    if parts[:2] == ["pretrain", "objective_settings"] and len(parts) > 2:
+        return any(set(parts[2:]) <= set(objectives.get(name).Config.model_fields) for name in objectives.names())
     if parts[:2] == ["evaluate", "probes"] and len(parts) > 2:
         return parts[2] in probe.names() and set(parts[3:]) <= set(probe.get(parts[2]).Settings.model_fields)
     for part in parts:

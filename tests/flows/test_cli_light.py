@@ -29,6 +29,7 @@ VERBS = (
     "data",
     "verify",
     "gc",
+    "delete",
     "doctor",
 )
 Ingot = Callable[..., subprocess.CompletedProcess[str]]
@@ -75,6 +76,19 @@ def test_a_plan_as_json_has_a_step_for_every_node(ingot: Ingot) -> None:
     steps = json.loads(ingot("plan", "--recipe", "demo", "--json").stdout)
     children = [child.name for child in recipe.resolve("demo").compress]
     assert {step["node"] for step in steps} >= {"prepare", "pretrain", "promote", *(f"compress.{c}" for c in children)}
+
+
+def test_a_plan_for_another_machine_refuses_nothing_that_this_one_could_not_hold(ingot: Ingot) -> None:
+    large = ("pretrain.preset=7b", "pretrain.model.ffn_width=11008", "pretrain.batch_size=64")
+    here = ingot("plan", *large, "compute.device=cpu", "compute.memory=8", check=2).stderr
+    assert "pretrain cannot fit" in here
+    assert "pretrain.preset=" in here
+    there = json.loads(ingot("plan", "--world-size", "8", "--json", *large, "compute.price_per_hour=2").stdout)
+    (pretrain,) = (step["estimate"] for step in there if step["node"] == "pretrain")
+    assert pretrain["ranks"] == 8
+    assert pretrain["facts"]["parameters"] > 6e9
+    assert pretrain["cost"] == pytest.approx(8 * 2 * pretrain["seconds"] / 3600)
+    assert pretrain["source"] == "stated"
 
 
 @pytest.mark.parametrize(

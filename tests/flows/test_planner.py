@@ -11,6 +11,7 @@ from flows.graph import Identified, identify
 from flows.planner import Selection
 from pipelines.core import artifact
 from pipelines.core.errors import ConfigError
+from pipelines.core.machine import Machine
 from pipelines.core.provenance import capture
 from pipelines.core.store import Store
 
@@ -106,6 +107,18 @@ def test_a_changed_method_is_told_by_name(store: Store) -> None:
     assert "group_size" in changed.why or "method" in changed.why
 
 
+def test_the_last_run_of_the_same_recipe_is_compared_with_before_a_closer_one_of_another(store: Store) -> None:
+    mine, closer = graph_of("pretrain.seed=7", "pretrain.steps=900"), graph_of("pretrain.seed=8")
+    publish(store, mine)
+    publish(store, closer)
+    wanted = graph_of("pretrain.seed=9")
+    assert why(planner.make(wanted, store), "pretrain") == "pretrain.seed: 8 -> 9"
+    last = {name: node.fingerprint for name, node in mine.items()}
+    reason = why(planner.make(wanted, store, last=last), "pretrain")
+    assert "pretrain.seed: 7 -> 9" in reason
+    assert "pretrain.steps: 900 -> " in reason
+
+
 def test_a_field_without_effect_on_results_changes_nothing(store: Store) -> None:
     publish(store, graph_of())
     assert planner.is_done(planner.make(graph_of("compute.retries=7", "pretrain.log_every=5"), store))
@@ -156,7 +169,36 @@ def test_a_changed_source_is_a_warning_not_a_rerun(store: Store, monkeypatch: py
     assert all("--force" in step.warning for step in steps)
 
 
-def test_estimates_come_from_the_closest_earlier_artifact(store: Store) -> None:
+def test_a_stage_without_an_estimator_takes_what_the_closest_earlier_one_took(store: Store) -> None:
     publish(store, graph_of())
-    steps = planner.make(graph_of("pretrain.seed=7"), store)
-    assert [step.estimate_s for step in steps if step.node == "pretrain"] == [2.0]
+    (promote,) = (step for step in planner.make(graph_of("pretrain.seed=7"), store) if step.node == "promote")
+    assert promote.seconds == 2.0
+    assert promote.estimate.time is not None
+    assert promote.estimate.time.source == "measured"
+
+
+def test_every_stage_that_runs_is_estimated_and_one_that_is_done_takes_nothing(store: Store) -> None:
+    fresh = planner.make(graph_of(), store, corpus_bytes=3_000_000)
+    known = {
+        step.node for step in fresh if None not in (step.seconds, step.estimate.memory_bytes, step.estimate.disk_bytes)
+    }
+    assert {step.node for step in fresh} - known == {"promote"}
+    publish(store, graph_of())
+    assert {step.seconds for step in planner.make(graph_of(), store)} == {None}
+
+
+def test_a_model_that_cannot_fit_is_refused_where_it_would_run_and_only_there(store: Store) -> None:
+    small = Machine("cpu", 4 * 10**9, "this machine has", shared=True)
+    graph = graph_of("pretrain.preset=7b", "pretrain.model.ffn_width=11008")
+    with pytest.raises(ConfigError, match=r"pretrain cannot fit: 2 ranks of .* this machine has 4 GB"):
+        planner.make(graph, store, machine=small, corpus_bytes=3_000_000)
+    planner.make(graph, store, Selection(only="prepare"), machine=small, corpus_bytes=3_000_000)
+    publish(store, graph)
+    assert planner.is_done(planner.make(graph, store, machine=small, corpus_bytes=3_000_000))
+
+
+def test_a_step_as_json_has_its_cost_only_where_a_price_is_known(store: Store) -> None:
+    (pretrain,) = (s for s in planner.make(graph_of(), store, corpus_bytes=3_000_000) if s.node == "pretrain")
+    assert pretrain.as_dict()["estimate"]["cost"] is None
+    assert pretrain.seconds is not None
+    assert pretrain.as_dict(3.6)["estimate"]["cost"] == pytest.approx(2 * pretrain.seconds / 1000)

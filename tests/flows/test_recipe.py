@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from flows import recipe
+from flows import graph, recipe
 from flows.config import RunConfig
+from models.architectures.config import DEMO_VOCABULARY
 from pipelines.core.errors import ConfigError
 
 
@@ -64,6 +65,10 @@ def test_children_that_became_equal_are_one_child() -> None:
         ("pretrain.model.heads=7", ["pretrain", "heads = 7", "valid"]),
         ("compress.0.method=gtpq", ["gtpq", "gptq"]),
         ("compress.0.bitts=4", ["compress.0", "bitts", "bits"]),
+        ("evaluate.probes.latency.repeat=3", ["evaluate.probes.latency.repeat = 3", "'repeats'"]),
+        ("pretrain.monitors.loss_spikes.facto=3", ["pretrain.monitors.loss_spikes.facto = 3", "'factor'"]),
+        ("pretrain.monitors.loss_spikes.window=3", ["pretrain.monitors.loss_spikes.factor: Field required"]),
+        ("pretrain.objective_settings.mask=1", ["pretrain.objective_settings.mask = 1", "(valid: none)"]),
         ("promote.candidate=nobody", ["promote.candidate", "nobody"]),
     ],
 )
@@ -158,3 +163,33 @@ def test_switching_a_section_off_takes_back_what_was_said_of_it_before(tmp_path:
     above = tmp_path / "above.toml"
     above.write_text('extends = "mine.toml"\n[pretrain.lisa]\nenabled = false\n')
     assert not recipe.resolve(str(above)).pretrain.lisa.enabled
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_a_resolved_recipe_written_as_toml_is_the_same_run(name: str, tmp_path: Path) -> None:
+    config = recipe.resolve(name, ["pretrain.seed=7"])
+    path = tmp_path / "mine.toml"
+    path.write_text(recipe.to_toml(config))
+    again = recipe.resolve(str(path))
+    assert again == config
+    assert graph.identify(again, "d") == graph.identify(config, "d")
+
+
+def test_none_is_left_out_of_toml_where_it_is_the_default_and_a_secret_always(tmp_path: Path) -> None:
+    table = {"data": {"rev": None}, "pretrain": {"seed": 3}, "tracking": {"uri": "http://u:c4n4ry@host:5000"}}
+    path = tmp_path / "mine.toml"
+    path.write_text(recipe.to_toml(recipe.validated(table)))
+    assert "c4n4ry" not in path.read_text()
+    assert "# tracking.uri held a secret and is left out" in path.read_text()
+    assert recipe.resolve(str(path)) == recipe.validated({"pretrain": {"seed": 3}})
+
+
+def test_presets_are_named_by_the_vocabulary_that_the_demo_has() -> None:
+    assert recipe.resolve("demo").prepare.vocab_size == DEMO_VOCABULARY
+
+
+@pytest.mark.parametrize(("old", "new"), [("124m", "90m"), ("350m", "300m")])
+def test_a_preset_that_was_renamed_is_refused_with_its_new_name(old: str, new: str) -> None:
+    with pytest.raises(ConfigError, match=f"pretrain.preset = '{old}' is called '{new}' now"):
+        recipe.resolve("smoke", [f"pretrain.preset={old}"])
+    assert recipe.resolve("smoke", [f"pretrain.preset={new}"]).pretrain.preset == new

@@ -173,7 +173,7 @@ def test_gc_keeps_what_the_newest_run_and_the_champion_need(smoke_store: Path, t
     artifact.publish(build, extra, stage="pretrain", node="pretrain", identity={"of": "no run"}, parents={}, summary={})
     assert str(extra) in run_in(store, "gc", "--dry-run", check=0).stdout
     assert extra.exists()
-    run_in(store, "gc", check=0)
+    run_in(store, "gc", "--yes", check=0)
     assert not extra.exists()
     assert "nothing was run" in run_in(store, "run", "--recipe", "smoke", check=0).stdout
 

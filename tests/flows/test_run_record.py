@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from flows import console
 from flows.run_record import PARETO, NodeRecord, RunRecord, Runs
-from pipelines.core.errors import ConfigError
-from pipelines.core.processes import ProcessName, start_of, this_process
-from pipelines.core.provenance import CHECKOUT
+from pipelines.core import lock
+from pipelines.core.errors import ConfigError, IntegrityError
+from pipelines.core.processes import ProcessName, this_process
+from pipelines.core.program import ROOT as CHECKOUT
 
 
 def start(runs: Runs, recipe: str = "smoke") -> RunRecord:
@@ -64,37 +66,81 @@ def test_a_password_stands_in_no_record_and_the_same_command_still_goes_on(
     assert cut_off.id == record.id
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ConfigError, match=r"tracking.uri of run .* held a secret"):
-        cut_off.command()
+        cut_off.table(full=True)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://u:c4n4ry@host:5000")
-    assert cut_off.command() == SECRET[:1]
+    assert cut_off.table(full=True) == {"tracking": {}}
 
 
-def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    name = this_process().model_copy(update={"pid": ended.pid, "start": start_of(ended.pid) or "ended"})
-    ended.wait()
-    record = start(Runs(tmp_path)).model_copy(update={"process": name})
-    assert record.status == "running"
-    assert not record.at_work
-    assert (record.state, record.unfinished) == ("killed", True)
+def test_a_run_is_at_work_as_long_as_its_process_holds_its_lock(tmp_path: Path) -> None:
+    """Seen by another process, and with a name of the process that says nothing: another host, another boot."""
+    code = (
+        "import sys; from pathlib import Path; from flows.run_record import Runs\n"
+        "Runs(Path(sys.argv[1])).start(recipe='smoke', overrides=[], config={}, data_hash='d', nodes={})\n"
+        "print('started', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        runs = Runs(tmp_path)
+        record = runs.get()
+        record.process = ProcessName(pid=1, host="elsewhere", start="another boot:1")
+        runs.save(record)
+        assert runs.get().at_work
+        assert (runs.get().state, runs.get().unfinished) == ("running", False)
+        process.kill()
+        process.wait()
+    assert not runs.get().at_work
+    assert (runs.get().state, runs.get().unfinished) == ("killed", True)
 
 
-def test_a_process_id_that_was_given_to_another_process_is_not_the_run(tmp_path: Path) -> None:
-    """The same id lives, but it started at another time."""
+def test_a_process_that_lives_is_no_run_at_work_without_the_lock(tmp_path: Path) -> None:
+    """What a record says of its process is for messages: the id may be a stranger's by now."""
     record = start(Runs(tmp_path))
-    assert record.process is not None
-    earlier = record.process.model_copy(update={"start": "another boot:1"})
-    assert record.process.pid == os.getpid()
-    assert not record.model_copy(update={"process": earlier}).at_work
+    elsewhere = Runs(tmp_path / "copy")
+    elsewhere.save(record)
+    assert record.process == this_process()
+    assert elsewhere.get().state == "killed"
 
 
-def test_a_run_on_another_host_is_believed(tmp_path: Path) -> None:
-    elsewhere = ProcessName(pid=1, host="elsewhere", start="?")
-    assert start(Runs(tmp_path)).model_copy(update={"process": elsewhere}).at_work
+def test_those_who_ask_whether_a_run_is_at_work_do_not_see_one_another(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    record = start(runs)
+    path = runs.folder(record.id) / "run.lock"
+    assert lock.is_held(path)
+    runs.finish(record, "done", 0)
+    with path.open("ab") as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH)  # another one who asks at this moment
+        assert not lock.is_held(path)
 
 
-def test_a_record_without_a_process_is_of_no_run_at_work(tmp_path: Path) -> None:
-    assert start(Runs(tmp_path)).model_copy(update={"process": None}).state == "killed"
+def test_one_damaged_record_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console.set_quiet(False)
+    runs = Runs(tmp_path)
+    sound = start(runs)
+    for name, text in (("torn", '{"id": "to'), ("wrong", '{"id": 1}'), ("list", "[]"), ("binary", "\udcff")):
+        (runs.root / name).mkdir()
+        (runs.root / name / "run.json").write_text(text, errors="surrogateescape")
+    assert runs.all() == [sound]
+    assert runs.all() == [sound]
+    said = capsys.readouterr().err
+    for name in ("torn", "wrong", "list", "binary"):
+        assert said.count(f"the record {runs.root / name / 'run.json'} is damaged") == 1
+    with pytest.raises(IntegrityError, match="is damaged") as caught:
+        runs.get("torn")
+    assert caught.value.hint == "`ingot delete torn` removes it"
+
+
+def test_a_run_that_a_newer_one_of_the_same_nodes_has_replaced_is_not_gone_on_with(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    first, second = start(runs), start(runs)
+    for record in (first, second):
+        runs.finish(record, "failed", 4)
+    assert [run.id for run in runs.unfinished()] == [second.id]
+    runs.finish(second, "done", 0)
+    assert runs.unfinished() == []
 
 
 @pytest.mark.parametrize(
@@ -103,7 +149,8 @@ def test_a_record_without_a_process_is_of_no_run_at_work(tmp_path: Path) -> None
 def test_a_run_is_unfinished_unless_it_came_to_its_end(status: str, unfinished: bool, tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     record = start(runs)
-    assert not record.unfinished  # at work
+    assert not record.unfinished
+    assert runs.unfinished() == []
     runs.finish(record, status, 1)
     assert runs.get().unfinished == unfinished
     assert runs.get().state == status
@@ -163,7 +210,9 @@ def test_saving_leaves_no_temporary_file(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     record = start(runs)
     runs.save(record)
-    assert [path.name for path in runs.folder(record.id).iterdir()] == ["run.json"]
+    assert {path.name for path in runs.folder(record.id).iterdir()} == {"run.json", "run.lock", "run.holder"}
+    runs.finish(record, "done", 0)
+    assert "run.json" in {path.name for path in runs.folder(record.id).iterdir()} <= {"run.json", "run.lock"}
 
 
 def test_a_command_that_was_cut_off_goes_on_from_the_weights_it_began_with(tmp_path: Path) -> None:
@@ -188,3 +237,17 @@ def test_a_command_that_came_to_its_end_begins_anew(status: str, tmp_path: Path)
     runs.finish(start(runs), status, 0)
     assert runs.cut_off("smoke", ["a=1"]) is None
     assert start(runs).pin(["a=1"]) == ["a=1"]
+
+
+def test_the_last_of_a_recipe_is_node_for_node_what_its_newest_runs_made(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    for recipe, states in (("mine", "done done"), ("mine", "cached failed"), ("other", "done done")):
+        record = start(runs, recipe)
+        record.nodes = {
+            name: NodeRecord(stage=name, fingerprint=f"{name} of {record.id}", state=state)
+            for name, state in zip(("prepare", "pretrain"), states.split(), strict=True)
+        }
+        runs.finish(record, "done", 0)
+    first, second, _ = runs.all()
+    assert runs.last_of("mine") == {"prepare": f"prepare of {second.id}", "pretrain": f"pretrain of {first.id}"}
+    assert runs.last_of("nothing") == {}

@@ -22,6 +22,7 @@ AGREED = {
     "README.md",
     "SECURITY.md",
     "data.dvc",
+    "ingot.toml",
     "docs",
     "flows",
     "infra",

@@ -21,11 +21,10 @@ from typing import Any
 
 from pydantic import Field
 
+from pipelines.core import parent_guard, program
 from pipelines.core.errors import TransientError
-from pipelines.core.provenance import CHECKOUT
 from pipelines.evaluation.probe import Measurement, Probe, ProbeSettings, Subject
 
-_GUARD = CHECKOUT / "pipelines" / "core" / "parent_guard.py"
 _AT_WORK = threading.Lock()
 """Two measurements at once would measure each other."""
 
@@ -63,12 +62,14 @@ def measure(model: Path, settings: LatencySettings, device: str = "cpu") -> dict
         TransientError: the process failed or did not end in time.
     """
     # The guard lets the kernel end the probe when this process is killed.
-    command = [sys.executable, "-I", "-S", str(_GUARD), "exec", str(os.getpid())]
-    command += [sys.executable, "-m", "pipelines.evaluation.probes.latency", str(model.resolve()), "--device", device]
+    command = [sys.executable, "-I", "-S", parent_guard.__file__, "exec", str(os.getpid())]
+    command += program.command("pipelines.evaluation.probes.latency", str(model.resolve()), "--device", device)
     command += ["--prompt-tokens", str(settings.prompt_tokens), "--new-tokens", str(settings.new_tokens)]
     command += ["--repeats", str(settings.repeats)]
     try:
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=settings.timeout_s, cwd=CHECKOUT)
+        finished = subprocess.run(
+            command, capture_output=True, text=True, timeout=settings.timeout_s, env=program.environment()
+        )
     except subprocess.TimeoutExpired:
         raise TransientError(
             f"the latency probe of {model} did not end in {settings.timeout_s:g} s",

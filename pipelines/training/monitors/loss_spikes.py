@@ -15,7 +15,9 @@ from pipelines.training.monitors import base
 class LossSpikesConfig(base.MonitorConfig):
     """What counts as a spike."""
 
-    factor: float = Field(gt=1.0, description="A loss above this many times the recent median is a spike.")
+    factor: float = Field(
+        gt=1.0, examples=[3.0], description="A loss above this many times the recent median is a spike."
+    )
     window: int = Field(20, ge=2, le=10000, description="Steps that the median is taken over.")
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows.commands import list as list_command
 from flows.commands import lookup, show
 from flows.run_record import PARETO, NodeRecord, RunRecord, Runs
+from pipelines.core.program import ROOT as CHECKOUT
 from pipelines.core.store import Store
 
 
@@ -105,3 +110,118 @@ def test_json_has_the_record_and_every_row(finished: Any, capsys: pytest.Capture
     assert [row["model"] for row in facts["pareto"]] == ["int4", "coded"]
     assert facts["pareto"][0] == child("int4")
     assert json.loads(shown(finished(), capsys, as_json=True))["pareto"] == []
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """The runs of the store that the commands use."""
+    monkeypatch.setenv("INGOT_STORE", str(tmp_path))
+    return Runs(tmp_path)
+
+
+def evaluated(runs: Runs, *, config: dict[str, Any], **summaries: dict[str, Any]) -> RunRecord:
+    """A finished run whose nodes have these summaries."""
+    nodes = {
+        name: NodeRecord(stage=name.partition(".")[0], fingerprint="0" * 64, summary=summary)
+        for name, summary in summaries.items()
+    }
+    record = runs.start(recipe="mine", overrides=[], config=config, data_hash="d", nodes=nodes)
+    runs.finish(record, "done", 0)
+    return record
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_difference_shows_the_digits_that_differ_headline_numbers_first_and_no_equal_rows(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = {"bits_per_byte": 2.0130001, "low": 1.0, "size_bytes": 1, "documents": 7}
+    new = {"bits_per_byte": 2.0130002, "low": 1, "size_bytes": 2, "documents": 7}
+    first = evaluated(runs, config={"a": 1, "b": "x"}, evaluate=old, compress={"method": "rtn"})
+    second = evaluated(runs, config={"a": 1.0, "b": "y"}, evaluate=new, compress={})
+    show.diff(first.id, second.id, as_json=False)
+    assert lines(capsys) == [
+        ["field", "old", "new"],
+        ["results.evaluate.bits_per_byte", "2.0130001", "2.0130002"],
+        ["config.b", "x", "y"],
+        ["results.evaluate.size_bytes", "1", "2"],
+        ["results.compress", "method", "rtn", "-"],
+    ]
+    show.diff(first.id, first.id, as_json=False)
+    assert capsys.readouterr().out == "no difference\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "texts"),
+    [
+        (0.1, 0.1 + 1e-17 + 2e-17, ("0.1", "0.10000000000000003")),
+        (1234567, 1234568, ("1234567", "1234568")),
+        (2.5, 3.0, ("2.5", "3")),
+        (True, 1, ("true", "1")),
+        ("1", 1, ("'1'", "1")),
+        (None, 0.123456789, ("null", "0.123457")),
+    ],
+)
+def test_two_different_values_never_read_the_same(old: Any, new: Any, texts: tuple[str, str]) -> None:
+    assert show._told_apart(old, new) == texts
+
+
+def test_a_run_is_followed_to_its_end_and_its_exit_code_is_that_of_the_command(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes = {name: NodeRecord(stage=name, fingerprint="0" * 64) for name in ("prepare", "pretrain")}
+    record = runs.start(recipe="mine", overrides=[], config={}, data_hash="d", nodes=nodes)
+    codes: list[int] = []
+    follower = threading.Thread(target=lambda: codes.append(show.status(None, follow=True, as_json=False)))
+    follower.start()
+    record.nodes["prepare"].state = "done"
+    record.nodes["prepare"].summary = {"train_tokens": 12}
+    runs.save(record)
+    said = ""
+    while "train_tokens 12" not in said:  # the time-out of the test is the limit
+        said += capsys.readouterr().err
+        assert follower.is_alive()
+    runs.finish(record, "refused", 7, "too large")
+    follower.join(timeout=30)
+    assert codes == [7]
+    assert "mine" in capsys.readouterr().out
+
+
+def test_following_ends_when_the_run_is_killed(runs: Runs) -> None:
+    code = (
+        "import sys; from pathlib import Path; from flows.run_record import Runs\n"
+        "Runs(Path(sys.argv[1])).start(recipe='smoke', overrides=[], config={}, data_hash='d', nodes={})\n"
+        "print('started', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(runs.root.parent)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=CHECKOUT
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        codes: list[int] = []
+        follower = threading.Thread(target=lambda: codes.append(show.status(None, follow=True, as_json=True)))
+        follower.start()
+        process.kill()
+    follower.join(timeout=30)
+    assert codes == [1]
+    assert runs.get().state == "killed"
+
+
+def test_runs_are_listed_newest_first_with_their_result_and_their_time(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    validated = evaluated(runs, config={}, pretrain={"bits_per_byte": 2.5})  # as older versions called it
+    judged = evaluated(runs, config={}, pretrain={}, **{"evaluate.pretrain": {"bits_per_byte": 2.25}})
+    promoted = evaluated(runs, config={}, promote={"bits_per_byte": 2.2, "candidate": "int8"})
+    promoted.started_at, promoted.finished_at = "2026-01-01T00:00:00+00:00", "2026-01-01T01:00:00+00:00"
+    runs.save(promoted)
+    list_command.show("runs", as_json=True)
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["id"], row["result"]) for row in rows] == [
+        (promoted.id, "2.2 bits/byte (int8)"),
+        (judged.id, "2.25 bits/byte (pretrain)"),
+        (validated.id, "2.5 validation bits/byte"),
+    ]
+    assert (rows[0]["seconds"], rows[0]["took"]) == (3600, "60 min")

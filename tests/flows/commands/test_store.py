@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pty
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +15,10 @@ import pytest
 
 from flows import console
 from flows.commands import list as list_command
-from flows.commands import lookup
 from flows.commands import show as show_command
 from flows.commands import store as store_command
 from flows.run_record import NodeRecord, Runs
-from pipelines.core import artifact
+from pipelines.core import artifact, disk, fingerprint
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, IntegrityError
 from pipelines.core.store import Store
@@ -36,20 +38,23 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 def made(store: Store) -> Made:
     """Publish an artifact of a node that reads others."""
 
-    def publish(node: str, *parents: Artifact, content: str = "x") -> Artifact:
+    def publish(
+        node: str, *parents: Artifact, content: str = "x", summary: dict[str, Any] | None = None, **named: Artifact
+    ) -> Artifact:
         stage = node.partition(".")[0]
         build = store.build_folder(stage, node)
         (build / "out.txt").write_text(content)
-        keys = {p.manifest.node: p.manifest.fingerprint for p in parents}
+        inputs = {p.manifest.node: p for p in parents} | named
+        keys = {name: p.manifest.fingerprint for name, p in inputs.items()}
         identity: dict[str, Any] = {"node": node, "content": content, "inputs": keys}
         return artifact.publish(
             build,
-            store.path(stage, artifact.fingerprint.digest(identity)),
+            store.path(stage, fingerprint.digest(identity)),
             stage=stage,
             node=node,
             identity=identity,
-            parents={p.manifest.node: p.digest for p in parents},
-            summary={},
+            parents={name: p.digest for name, p in inputs.items()},
+            summary=summary or {},
         )
 
     return publish
@@ -84,12 +89,12 @@ def test_gc_keeps_what_the_newest_runs_descend_from_and_removes_the_rest(
     remember(store, prepare, other)
     remember(store, child)
     size = sum(path.stat().st_size for path in other.path.iterdir())
-    store_command.gc(1, dry_run=True, as_json=True)
+    store_command.gc(1, dry_run=True, yes=False, as_json=True)
     planned = json.loads(capsys.readouterr().out)
     assert (planned["dry_run"], planned["bytes"]) == (True, size)
     assert [row["path"] for row in planned["removed"]] == [str(other.path)]
     assert other.path.exists()
-    store_command.gc(1, dry_run=False, as_json=False)
+    store_command.gc(1, dry_run=False, yes=True, as_json=False)
     assert f"1 folders, {console.size(size)} ({size} bytes): removed." in capsys.readouterr().out
     assert {a.path for a in store.artifacts()} == {prepare.path, parent.path, child.path}
     assert not list(store.root.glob("artifacts/*/.*"))
@@ -114,7 +119,7 @@ def test_gc_frees_unfinished_work_that_nobody_goes_on_with_or_works_on(
     (retired / "old").write_bytes(b"0")
     with store.lease("pretrain", "c" * 64, wait_s=0):
         for dry_run in (True, False):
-            store_command.gc(keep, dry_run=dry_run, as_json=True)
+            store_command.gc(keep, dry_run=dry_run, yes=True, as_json=True)
             said = json.loads(capsys.readouterr().out)
             assert said["bytes"] == (100 if keep else 200) + 20 + 1
             assert sorted({row["kind"] for row in said["removed"]}) == ["building", "retired", "scratch"]
@@ -134,10 +139,10 @@ def test_gc_never_removes_what_a_run_at_work_or_a_leased_stage_needs(
     record = Runs(store.root).start(recipe="smoke", overrides=[], config={}, data_hash="d", nodes=nodes)
     store.scratch("pretrain", "a" * 64).mkdir(parents=True)
     with store.lease("compress", "e" * 64, wait_s=0, inputs=[lone.manifest.fingerprint]):
-        store_command.gc(0, dry_run=False, as_json=True)
+        store_command.gc(0, dry_run=False, yes=True, as_json=True)
         assert [row["path"] for row in json.loads(capsys.readouterr().out)["removed"]] == [str(garbage.path)]
     Runs(store.root).finish(record, "done", 0)
-    store_command.gc(0, dry_run=False, as_json=True)
+    store_command.gc(0, dry_run=False, yes=True, as_json=True)
     capsys.readouterr()
     assert list(store.artifacts()) == []
     assert list((store.root / "scratch").iterdir()) == []
@@ -169,7 +174,7 @@ def test_gc_works_on_a_full_disk(
         store.scratch("pretrain", "a" * 64).mkdir(parents=True)
     with pytest.raises(OSError, match="No space left"):
         (store.scratch("pretrain", "a" * 64) / "checkpoint").write_bytes(b"0" * 2**21)
-    store_command.gc(0, dry_run=False, as_json=True)
+    store_command.gc(0, dry_run=False, yes=True, as_json=True)
     said = json.loads(capsys.readouterr().out)
     assert [row["kind"] for row in said["removed"]] == ["scratch"]
     assert said["bytes"] > 900_000
@@ -179,7 +184,7 @@ def test_gc_works_on_a_full_disk(
 def test_a_full_disk_is_told_what_gc_would_free(store: Store, made: Made) -> None:
     size = sum(path.stat().st_size for path in made("prepare", content="x" * 5000).path.iterdir())
     assert store_command.reclaimable(3) == f"`ingot gc` would free {console.size(size)} at this moment"
-    store_command.gc(3, dry_run=False, as_json=True)
+    store_command.gc(3, dry_run=False, yes=True, as_json=True)
     assert store_command.reclaimable(3) == "`ingot gc` would free nothing at this moment"
 
 
@@ -194,14 +199,114 @@ def test_gc_keeps_a_registered_model_with_all_it_came_from_whatever_the_runs(
         record = {"model": "m", "action": action, "version": "1", "fingerprint": model.manifest.fingerprint}
         with records.open("a") as file:
             file.write(json.dumps(record) + "\n")
-    store_command.gc(0, dry_run=False, as_json=True)
+    store_command.gc(0, dry_run=False, yes=True, as_json=True)
     assert [row["path"] for row in json.loads(capsys.readouterr().out)["removed"]] == [str(refused.path)]
     assert {a.path for a in store.artifacts()} == {prepare.path, champion.path}
 
 
+def test_gc_never_counts_runs_that_left_nothing_and_keeps_what_champion_and_decision_need(
+    store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A good run, then refused and failed ones: the good run stays; of an older one, only what the champion needs."""
+    prepare = made("prepare")
+    champion = made("pretrain", prepare)
+    evaluation = made("evaluate.pretrain", prepare, model=champion)
+    sibling = made("compress.v", champion)
+    decision = made("promote", summary={"candidate": "pretrain"}, **{"model:pretrain": champion, "model:v": sibling})
+    stranger = made("evaluate.v", prepare, model=sibling)
+    history.append(store.root, "m", history.PROMOTE, version="1", why="", fingerprint=champion.manifest.fingerprint)
+    remember(store, prepare, champion, evaluation, sibling, stranger, decision)
+    good = [made("pretrain", prepare, content="good")]
+    remember(store, prepare, *good)
+    runs = Runs(store.root)
+    for status in ("refused", "failed", "preempted"):
+        nodes = {"pretrain": NodeRecord(stage="pretrain", fingerprint=status, resume_key=status)}
+        runs.finish(runs.start(recipe="smoke", overrides=[], config={}, data_hash="d", nodes=nodes), status, 4)
+    store_command.gc(1, dry_run=False, yes=True, as_json=True)
+    assert {row["path"] for row in json.loads(capsys.readouterr().out)["removed"]} == {
+        str(sibling.path), str(stranger.path)
+    }  # fmt: skip
+    for kept in (prepare, champion, evaluation, decision, *good):
+        kept.verify()
+
+
+def test_gc_keeps_what_an_unfinished_run_goes_on_from_beside_the_newest_finished_ones(store: Store, made: Made) -> None:
+    finished = made("pretrain")
+    remember(store, finished)
+    runs = Runs(store.root)
+    half = made("prepare")
+    nodes = {
+        "prepare": NodeRecord(stage="prepare", fingerprint=half.manifest.fingerprint, state="done"),
+        "pretrain": NodeRecord(stage="pretrain", fingerprint="f" * 64, resume_key="a" * 64),
+    }
+    runs.finish(runs.start(recipe="x", overrides=[], config={}, data_hash="d", nodes=nodes), "preempted", 75)
+    store.scratch("pretrain", "a" * 64).mkdir(parents=True)
+    store_command.gc(1, dry_run=False, yes=True, as_json=True)
+    assert {a.path for a in store.artifacts()} == {finished.path, half.path}
+    assert store.scratch("pretrain", "a" * 64).is_dir()
+
+
+def test_gc_asks_at_a_terminal_and_refuses_where_there_is_none(
+    store: Store, made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    garbage = made("prepare", content="x" * 2000)
+    size = console.size(disk.size_of(garbage.path))
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(ConfigError, match="there is no terminal to ask at"):
+        store_command.gc(3, dry_run=False, yes=False, as_json=False)
+    leader, follower = pty.openpty()
+    with os.fdopen(leader, "wb", buffering=0) as keyboard, os.fdopen(follower) as terminal:
+        monkeypatch.setattr("sys.stdin", terminal)
+        for answer, left in ((b"\n", True), (b"n\n", True), (b"y\n", False)):
+            keyboard.write(answer)
+            store_command.gc(3, dry_run=False, yes=False, as_json=False)
+            assert garbage.path.exists() == left
+    said = capsys.readouterr().out
+    assert said.count("Nothing was removed.") == 2
+    (line,) = {line for line in said.splitlines() if line.strip().startswith("prepared data")}
+    assert line.split()[2:] == [*size.split(), "0", "B"]
+    assert f"Remove 1 folders, {size}?" in said
+
+
+def test_a_download_at_work_is_no_garbage(store: Store) -> None:
+    young, old = store.root / "scratch" / "fetched-a", store.root / "scratch" / "fetched-b"
+    for folder in (young, old):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    store_command.gc(0, dry_run=False, yes=True, as_json=True)
+    assert (young.exists(), old.exists()) == (True, False)
+
+
+def test_a_run_is_deleted_with_its_report_unless_it_is_at_work_or_the_record_of_a_champion(
+    store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    champion, other = made("pretrain"), made("pretrain", content="other")
+    history.append(store.root, "m", history.PROMOTE, version="1", why="", fingerprint=champion.manifest.fingerprint)
+    of_champion, of_other = remember(store, champion), remember(store, other)
+    runs = Runs(store.root)
+    (runs.folder(of_other) / "report.html").write_text("x")
+    store_command.delete(of_other, as_json=True)
+    assert json.loads(capsys.readouterr().out)["run"] == of_other
+    assert [run.id for run in runs.all()] == [of_champion]
+    assert not runs.folder(of_other).exists()
+    other.verify()  # `ingot gc` is for artifacts
+    with pytest.raises(ConfigError, match=f"{of_champion} is the only record of how m/1 was made"):
+        store_command.delete(of_champion, as_json=True)
+    second = remember(store, champion)
+    store_command.delete(of_champion, as_json=True)
+    assert [run.id for run in runs.all()] == [second]
+    at_work = runs.start(recipe="smoke", overrides=[], config={}, data_hash="d", nodes={})
+    with pytest.raises(ConfigError, match="is at work"):
+        store_command.delete(at_work.id, as_json=True)
+    runs.finish(at_work, "done", 0)
+    (runs.folder(at_work.id) / "run.json").write_text("{")
+    store_command.delete(at_work.id, as_json=True)
+    assert [run.id for run in runs.all()] == [second]
+
+
 def test_gc_of_an_empty_store_removes_nothing(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    store_command.gc(3, dry_run=False, as_json=True)
-    assert json.loads(capsys.readouterr().out) == {"dry_run": False, "bytes": 0, "removed": []}
+    store_command.gc(3, dry_run=False, yes=True, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"dry_run": False, "bytes": 0, "removed": [], "kinds": []}
     assert not store.root.exists()
 
 
@@ -229,17 +334,6 @@ def test_verify_of_a_run_looks_at_its_artifacts_only(
     assert [row["node"] for row in printed(capsys)] == ["prepare"]
 
 
-def test_a_name_is_found_as_run_node_path_and_fingerprint_and_a_near_miss_is_offered(store: Store, made: Made) -> None:
-    found = made("compress.rtn")
-    run = remember(store, found)
-    assert lookup.find(run[:-1]).id == run  # type: ignore[union-attr]
-    for name in ("compress.rtn", str(found.path), found.manifest.fingerprint[:6], found.digest):
-        assert lookup.find(name).path == found.path  # type: ignore[union-attr]
-    with pytest.raises(ConfigError, match=r"nothing here is called 'compress.rtm'; did you mean 'compress.rtn'\?"):
-        lookup.find("compress.rtm")
-    assert lookup.find_artifact(found.manifest.fingerprint[:5]) is None
-
-
 def test_show_reads_each_manifest_a_few_times_however_many_ancestors_there_are(
     store: Store, made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,10 +349,12 @@ def test_show_reads_each_manifest_a_few_times_however_many_ancestors_there_are(
 
 
 def test_a_model_is_exported_only_where_there_is_one(store: Store, made: Made, tmp_path: Path) -> None:
-    made("prepare")
-    with pytest.raises(ConfigError, match="'prepare' is no model"):
-        store_command.export("prepare", str(tmp_path / "out"), "hf", None, weights_only=False)
-    with pytest.raises(ConfigError, match="there are 0 registered models"):
+    prepare = made("prepare")
+    with pytest.raises(ConfigError, match="/prepare' is no model"):
+        store_command.export(
+            remember(store, prepare) + "/prepare", str(tmp_path / "out"), "hf", None, weights_only=False
+        )
+    with pytest.raises(ConfigError, match="there is no registered model yet"):
         store_command.export("champion", str(tmp_path / "out"), "hf", None, weights_only=False)
     assert not (tmp_path / "out").exists()
 

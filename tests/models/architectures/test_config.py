@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.architectures.build import build
 from models.architectures.config import (
+    DEMO_VOCABULARY,
     PRESETS,
     ArchitectureConfig,
     Family,
@@ -22,6 +25,7 @@ from models.architectures.config import (
     flops_per_token,
     preset,
 )
+from models.architectures.transformers_internals import without_initialization
 
 TOKENS = {"vocab_size": 53, "max_positions": 16, "bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
 SMALL = {"width": 24, "layers": 4, "heads": 4, "ffn_width": 40, "local_window": 4}
@@ -50,12 +54,20 @@ def test_the_formula_counts_the_parameters_of_the_built_model(values: dict[str, 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("family", ["decoder", "encoder"])
-def test_a_preset_has_about_the_size_that_its_name_says(family: Family, name: str) -> None:
+def test_the_formula_counts_the_parameters_of_every_preset(family: Family, name: str) -> None:
+    config = ArchitectureConfig(**preset(family, name).model_dump(), **{**TOKENS, "vocab_size": 32_000})
+    with without_initialization(), init_empty_weights(include_buffers=False):
+        model = importlib.import_module(f"models.architectures.{family}").construct(config)
+    model.tie_weights()
+    assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("family", ["decoder", "encoder"])
+def test_a_preset_has_the_size_that_its_name_says_at_the_vocabulary_of_the_demo(family: Family, name: str) -> None:
     unit = {"m": 1e6, "b": 1e9}[name[-1]]
-    small = float(name[:-1]) * unit < 5e7
-    tokens = {**TOKENS, "vocab_size": 4096 if small else 32_000}
-    config = ArchitectureConfig(**preset(family, name).model_dump(), **tokens)
-    assert count_parameters(config) == pytest.approx(float(name[:-1]) * unit, rel=0.15)
+    config = ArchitectureConfig(**preset(family, name).model_dump(), **{**TOKENS, "vocab_size": DEMO_VOCABULARY})
+    assert count_parameters(config) == pytest.approx(float(name[:-1]) * unit, rel=0.1)
 
 
 def test_the_smallest_preset_is_half_a_million_and_the_largest_seven_billion() -> None:
@@ -119,7 +131,7 @@ def test_a_special_token_outside_the_vocabulary_is_refused() -> None:
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown preset '3m'; known: 0\.5m, 4m"):
+    with pytest.raises(ValueError, match=r"unknown preset '3m'; known: 0\.5m, 1m, 4m"):
         preset("decoder", "3m")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.architectures.config import IGNORED
 from models.compression import search as method
 from pipelines.compression import budget_search, calibration
 from pipelines.compression.config import CompressConfig
@@ -166,7 +167,7 @@ def test_divergence_is_that_of_the_definition_and_zero_for_the_parent(bench: Any
     parent = load_model(bench.parent.path / "model")
     other = load_model(small(width=64).parent.path / "model")
     tokens_NT = bench.held_BT[:3].numpy()
-    labels_NT = np.concatenate([tokens_NT[:, 1:], np.full((3, 1), calibration.IGNORED)], axis=1)
+    labels_NT = np.concatenate([tokens_NT[:, 1:], np.full((3, 1), IGNORED)], axis=1)
     nats, kl = budget_search.compare(parent, parent, tokens_NT, labels_NT)
     assert kl == 0.0
     assert np.array_equal(nats[0], nats[1])

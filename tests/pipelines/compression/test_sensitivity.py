@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from models.architectures.config import IGNORED
 from pipelines.compression import calibration, sensitivity, sequential
 from pipelines.compression.run import CompressionRun
 from pipelines.core import artifact
 from pipelines.core.errors import NumericError
+from pipelines.data.shards import ShardReader
 from pipelines.modelio import meta_init
 from pipelines.modelio.load import load_model
 
@@ -73,15 +75,22 @@ def test_labels_of_an_encoder_are_the_hidden_tokens(small: Any) -> None:
     shown = calibration.sample_tokens(prepare, samples=12, seed=5, masked=True)
     labels = calibration.labels(prepare, shown, seed=5, masked=True)
     plain = calibration.sample_tokens(prepare, samples=12, seed=5, masked=False)
-    assert np.array_equal(np.where(labels == calibration.IGNORED, shown, labels), plain)
-    assert np.array_equal(labels != calibration.IGNORED, shown == 259)
+    assert np.array_equal(np.where(labels == IGNORED, shown, labels), plain)
+    assert np.array_equal(labels != IGNORED, shown == 259)
 
 
 def test_labels_of_a_decoder_are_the_next_tokens(small: Any) -> None:
     tokens = calibration.sample_tokens(small().prepare.path, samples=3, seed=5, masked=False)
     labels = calibration.labels(small().prepare.path, tokens, seed=5, masked=False)
     assert np.array_equal(labels[:, :-1], tokens[:, 1:])
-    assert (labels[:, -1] == calibration.IGNORED).all()
+    assert (labels[:, -1] == IGNORED).all()
+
+
+def test_nothing_is_asked_where_the_next_token_is_padding(small: Any) -> None:
+    prepare = small().prepare.path
+    pad = ShardReader(prepare, "train").index["pad_id"]
+    labels = calibration.labels(prepare, np.array([[7, 8, pad, pad]]), seed=5, masked=False)
+    assert labels.tolist() == [[8, IGNORED, IGNORED, IGNORED]]
 
 
 def test_a_gradient_that_overflows_is_named(small: Any, opened: Any, tmp_path: Path) -> None:
@@ -107,7 +116,7 @@ def asked(small: Any) -> tuple[Path, Any, Any]:
     """A decoder of one layer with width 8, twelve sequences, and their next tokens."""
     folder = small(width=8, layers=1, heads=2, ffn_width=8, init_std=0.6).parent.path / "model"
     tokens = np.random.default_rng(0).integers(0, 256, (12, 10))
-    labels = np.concatenate([tokens[:, 1:], np.full((12, 1), calibration.IGNORED)], axis=1)
+    labels = np.concatenate([tokens[:, 1:], np.full((12, 1), IGNORED)], axis=1)
     return folder, tokens, labels
 
 
@@ -120,7 +129,7 @@ def exact(folder: Path, name: str, tokens: Any, labels: Any) -> float:
     def loss(value: torch.Tensor) -> torch.Tensor:
         parameters = {f"{name}.weight": value}
         logits = torch.func.functional_call(model, parameters, kwargs={"input_ids": torch.from_numpy(tokens)}).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=calibration.IGNORED)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=IGNORED)
 
     with sdpa_kernel(SDPBackend.MATH):
         hessian = torch.autograd.functional.hessian(loss, weight)

@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from models.architectures.config import IGNORED
 from models.compression.solvers import structured
 from models.compression.solvers.structured import Structure, StructureConfig
-from pipelines.compression import calibration, quick_eval, structured_pruning
+from pipelines.compression import quick_eval, structured_pruning
 from pipelines.compression.masked_model import MaskedTransformer
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
@@ -173,7 +174,7 @@ def halves(bench: Any, opened: Any) -> dict[str, float]:
         best.neurons_LF, random_search.Method().select(masked, random_search.Config(**shape, trials=8)).neurons_LF
     )
     held = bench.held_BT[:96].numpy().astype(np.int64)
-    labels = np.concatenate([held[:, 1:], np.full_like(held[:, :1], calibration.IGNORED)], axis=1)
+    labels = np.concatenate([held[:, 1:], np.full_like(held[:, :1], IGNORED)], axis=1)
     judge = MaskedTransformer(masked.model, held, labels)
     losses = {name: float(judge.losses(choice).mean()) for name, choice in chosen.items()}
     return losses | {"parent": float(judge.losses(None).mean())}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.core.provenance import CHECKOUT
+from pipelines.core.program import ROOT as CHECKOUT
 from pipelines.core.stage import StageContext
 from pipelines.data import stage, versioning
 from pipelines.data.config import PrepareConfig, PrepareJob
@@ -25,8 +25,8 @@ Records = Sequence[dict[str, Any]]
 def corpus() -> Path:
     """The bundled corpus in the work tree, pulled when it is not there."""
     config = PrepareJob().data
-    versioning.ensure(config)
-    return versioning.verify(config).path
+    versioning.ensure(config, CHECKOUT)
+    return versioning.verify(config, CHECKOUT).path
 
 
 @pytest.fixture(scope="session")

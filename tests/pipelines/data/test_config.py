@@ -8,7 +8,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from pipelines.core.provenance import CHECKOUT
+from pipelines.core.program import ROOT as CHECKOUT
 from pipelines.data.config import DataConfig, PrepareConfig, PrepareJob
 
 
@@ -53,8 +53,8 @@ def test_a_minimum_above_the_maximum_is_refused() -> None:
 
 
 @pytest.mark.parametrize("path", ["", "/etc", "../data", "a/../../b", "~/data"])
-def test_a_corpus_outside_the_checkout_is_refused(path: str) -> None:
-    with pytest.raises(ValidationError, match="relative path inside the checkout"):
+def test_a_corpus_outside_the_project_is_refused(path: str) -> None:
+    with pytest.raises(ValidationError, match="relative path inside the project"):
         DataConfig(path=path)
 
 
@@ -66,7 +66,8 @@ def test_what_git_would_not_read_as_a_revision_is_refused(rev: str) -> None:
 
 def test_a_plan_needs_neither_torch_nor_dvc() -> None:
     script = (
-        "import sys; from pipelines.data import config, versioning; versioning.data_hash(config.DataConfig());"
+        "import sys; from pathlib import Path; from pipelines.data import config, versioning;"
+        " versioning.data_hash(config.DataConfig(), Path.cwd());"
         "print(sorted({'torch', 'dvc', 'transformers', 'datasketch', 'scipy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, text=True, check=True)

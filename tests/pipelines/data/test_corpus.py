@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.core.provenance import CHECKOUT
+from pipelines.core.program import ROOT as CHECKOUT
 from pipelines.data import reader
 from pipelines.data.clean import clean
 from pipelines.data.records import Document

@@ -16,7 +16,7 @@ import pytest
 
 from pipelines.core import hash_memo
 from pipelines.core.errors import ConfigError, IntegrityError, LockedError, TransientError
-from pipelines.core.provenance import CHECKOUT
+from pipelines.core.program import ROOT as CHECKOUT
 from pipelines.data import dvc, reader, versioning
 from pipelines.data.config import DataConfig
 from pipelines.data.records import Document
@@ -261,6 +261,14 @@ def test_add_records_an_edited_corpus_and_import_brings_one_from_a_path(clone: P
     imported = versioning.import_url(HERE, clone, str(tmp_path / "data"))
     assert imported["hash"] == versioning.verify(HERE, clone).hash
     assert "from elsewhere" in (clone / "data" / "a.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_text_that_joins_an_older_corpus_does_not_do_so_in_silence(checkout: Path) -> None:
+    (checkout / "data" / "mine.jsonl").write_text('{"text": "mine"}\n')
+    (checkout / "data" / "notes.txt").write_text("not JSON Lines")
+    added = versioning.add(HERE, checkout)
+    assert (added["added"], added["not read"]) == ("mine.jsonl, notes.txt", "notes.txt")
+    assert "shakespeare.jsonl.zst" in added["kept"]
 
 
 def test_adding_nothing_and_importing_from_nowhere_are_refused(clone: Path, tmp_path: Path) -> None:

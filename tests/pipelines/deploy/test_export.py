@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, IntegrityError
-from pipelines.core.provenance import CHECKOUT
+from pipelines.core.program import ROOT as CHECKOUT
 from pipelines.deploy import export
 from pipelines.modelio import load_instructions
 from pipelines.modelio.folder import WeightReader

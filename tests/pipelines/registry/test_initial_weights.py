@@ -35,7 +35,7 @@ def promoted(world: Any) -> Any:
 
 @pytest.fixture
 def resolve(store_root: Path) -> Resolve:
-    return lambda wanted: initial_weights.resolve(wanted, TrackingConfig(), store_root)
+    return lambda wanted: initial_weights.resolve(wanted, TrackingConfig(), store_root, store_root)
 
 
 def fetched(found: Source, store_root: Path, out: Path) -> tuple[Path, dict[str, Any]]:
@@ -176,5 +176,5 @@ def test_a_folder_without_model_or_with_pickled_weights_is_refused(resolve: Reso
 def test_without_a_registry_nothing_is_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ConfigError, match="there is no model registry"):
-        initial_weights.resolve("models:/ingot@champion", TrackingConfig(), tmp_path)
+        initial_weights.resolve("models:/ingot@champion", TrackingConfig(), tmp_path, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from pipelines.core.errors import LockedError, TransientError
-from pipelines.core.provenance import CHECKOUT
+from pipelines.core.program import ROOT as CHECKOUT
 from pipelines.registry import registry_lock
 from pipelines.tracking.client import reachable
 

@@ -89,7 +89,10 @@ def test_tuning_starts_from_the_bytes_of_the_champion_and_records_where_they_cam
     prepared: Artifact,
     tmp_path: Path,
 ) -> None:
-    store, champion = Store(world.root), initial_weights.resolve("models:/ingot@champion", TrackingConfig(), world.root)
+    store, champion = (
+        Store(world.root),
+        initial_weights.resolve("models:/ingot@champion", TrackingConfig(), world.root, world.root),
+    )
     order = FetchConfig(place=champion.place, weights=champion.weights, origin=champion.origin)
     fetched = made(store, "fetch", order, {})
     registered = load_file(tmp_path / "model2" / "model.safetensors")

@@ -28,10 +28,6 @@ MADE = Provenance(
 CHECK = {"name": "bytes / base", "found": "0.250", "required": "at most 1", "passed": True}
 
 
-class Document(list[Any]):
-    """A list that is one JSON document, not the lines of a stream."""
-
-
 def evaluation(bits: float, size: int, ratio: float | None, baselines: dict[str, float]) -> dict[str, Any]:
     """Return what the evaluate stage writes, with an interval of a tenth to both sides."""
     versus = None
@@ -83,13 +79,11 @@ def payloads() -> dict[str, dict[str, Any]]:
                 "losses": ["0x1p+2"],
                 "bits_per_byte": None,
             },
-            "samples.jsonl": [{"step": s, "prompt": "Now <is>", "text": f"<script>{s}</script>"} for s in range(1, 10)],
             "observations.json": {"tokens_per_s": 900.0, "mfu": 0.02, "seconds": {"forward": 1.5}, "resumed_at": [3]},
         },
         "evaluate.pretrain": {
             "evaluation.json": evaluation(2.0, 4_000_000, None, {"gzip": 3.125}),
             "observations.json": seen,
-            "samples.json": Document([{"prompt": "To be", "text": "or\n</td><script>no</script>"}]),
         },
         "compress.<b>int4": {
             "compression.json": {
@@ -102,11 +96,7 @@ def payloads() -> dict[str, dict[str, Any]]:
                 "layers": {},
             }
         },
-        "evaluate.<b>int4": {
-            "evaluation.json": evaluation(2.1, 1_000_000, 1.05, {}),
-            "observations.json": seen,
-            "samples.json": Document([{"prompt": "To be", "text": "or more"}]),
-        },
+        "evaluate.<b>int4": {"evaluation.json": evaluation(2.1, 1_000_000, 1.05, {}), "observations.json": seen},
         "promote": {
             "decision.json": {
                 "accepted": True,
@@ -132,7 +122,7 @@ def _publish(root: Path, node: str, files: dict[str, Any]) -> Artifact:
     build = root / f"build-{len(list(root.iterdir()))}"
     build.mkdir()
     for name, content in files.items():
-        rows = content if isinstance(content, list) and not isinstance(content, Document) else [content]
+        rows = content if isinstance(content, list) else [content]
         (build / name).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return artifact.publish(
         build,

@@ -101,3 +101,58 @@ def test_durations_read_aloud(seconds: float | None, expected: str) -> None:
 )
 def test_ticks_are_short(value: float, expected: str) -> None:
     assert axes.tick(value) == expected
+
+
+def test_a_broken_axis_keeps_close_values_apart_beside_far_ones() -> None:
+    """Three models within a hundredth, baselines at twice their value: the models still get a third of the axis."""
+    models = [(value - 0.004, value, value + 0.004) for value in (2.210, 2.215, 2.220)]
+    scale = axes.fit_broken(models, 400.0, 0.0, far=[2.579, 2.942, 4.5])
+    assert isinstance(scale, axes.Broken)
+    pixels = [scale(v) for v in (2.206, 2.210, 2.215, 2.220, 2.224, 2.579, 2.942, 4.5)]
+    assert pixels == sorted(pixels, reverse=True), "higher values stand higher, across the break too"
+    assert pixels[1] - pixels[3] > 400 / 3
+    assert all(0 <= scale(mark) <= 400 for mark in scale.ticks())
+    assert max(scale.ticks()) > 2.224 > min(scale.ticks())
+
+
+def test_a_model_far_above_the_others_stands_above_the_break() -> None:
+    models = [(value, value, value) for value in (1.0001, 1.0003, 1.4)]
+    scale = axes.fit_broken(models, 400.0, 0.0)
+    assert isinstance(scale, axes.Broken)
+    assert scale.lower.high < 1.4 <= scale.upper.high
+    assert scale(1.0001) - scale(1.0003) > 400 / 3
+
+
+@pytest.mark.parametrize(
+    ("models", "far"),
+    [
+        ([], []),
+        ([2.0], []),
+        ([2.0, 2.1, 2.2], [2.3]),
+        ([math.nan, 2.0], [math.nan]),
+        ([2.0, 2.0], [3.0]),
+        ([1.0, 5.0], []),
+    ],
+)
+def test_an_axis_is_broken_only_where_it_helps(models: list[float], far: list[float]) -> None:
+    shown = [(value, value, value) for value in models if not math.isnan(value)]
+    scale = axes.fit_broken(shown, 400.0, 0.0, far=far)
+    assert all(0 <= scale(value) <= 400 for value in (*models, *far) if not math.isnan(value))
+    assert isinstance(scale, axes.Broken) == (models == [2.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "expected"),
+    [
+        (1.000112, 1.000078, 1.000143, ["1.00011", "1.00008", "1.00014"]),
+        (1.05, 1.04, 1.06, ["1.050", "1.040", "1.060"]),
+        (0.9999951, 0.99999, 0.999999, ["0.999995", "0.999990", "0.999999"]),
+        (1.0, 1.0, 1.0, ["1.000", "1.000", "1.000"]),
+        (2.5, 0.5, 7.5, ["2.500", "0.500", "7.500"]),
+    ],
+)
+def test_a_ratio_has_the_digits_that_tell_it_from_one(
+    value: float, low: float, high: float, expected: list[str]
+) -> None:
+    assert [axes.ratio(value, low, high), axes.ratio(low, value, high), axes.ratio(high, low, value)] == expected
+    assert axes.ratio(None) == axes.NONE

@@ -158,3 +158,22 @@ def test_the_chosen_model_wears_a_ring() -> None:
     root = parse(pareto.draw(models, [], Axis("size"), Axis("bits"), "t"))
     kinds = [circle.get("class") for circle in root.iter("circle")]
     assert kinds == ["filled", "ring", "hollow"]
+
+
+def test_a_smoothed_curve_stands_before_its_raw_points() -> None:
+    raw: list[charts.Point] = [(step, 5.0 + (-1) ** step) for step in range(300)]
+    raw[100] = (100, NAN)
+    smoothed = charts.smooth(raw)
+    assert [x for x, _ in smoothed] == [x for x, _ in raw]
+    assert smoothed[100][1] is None, "a gap stays a gap"
+    assert all(y is None or abs(y - 5.0) < 0.35 for _, y in smoothed), "from +-1 to the ends' half windows"
+    root = parse(charts.lines([Series("a", smoothed, raw=raw)], STEP, LOSS, "t"))
+    kinds = [(line.get("class") or "").split()[0] for line in root.iter("polyline")]
+    assert kinds == ["raw", "raw", "curve", "curve"]
+
+
+def test_the_break_of_an_axis_is_drawn_and_said() -> None:
+    models = [Model(name, 1e6, value, value - 0.004, value + 0.004) for name, value in (("a", 2.21), ("b", 2.22))]
+    far = parse(pareto.draw(models, [("gzip", 3.0)], Axis("size", log=True), Axis("bits"), "t"))
+    near = parse(pareto.draw(models, [], Axis("size", log=True), Axis("bits"), "t"))
+    assert [len([t for t in root.iter("text") if "not to scale" in (t.text or "")]) for root in (far, near)] == [1, 0]

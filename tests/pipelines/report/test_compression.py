@@ -107,19 +107,21 @@ def test_sizes_of_one_method_are_joined_and_others_are_not(variants: Any) -> Non
     assert xs[0] < xs[1], "from the smaller to the larger"
 
 
-def test_baselines_are_diamonds_where_the_variant_would_lie_with_their_bytes(variants: Any) -> None:
+def test_baselines_are_marks_where_the_variant_would_lie_with_their_bytes(variants: Any) -> None:
     """A baseline of as many layer bytes stands straight above its variant; one of more bytes to the right of it."""
     found = compression.rows(MODELS, variants(gptq4=compared(rtn=measured(500), random=measured(700)), rtn8={}))
     svg = compression.picture(found, "gptq4")
-    diamonds = {
-        tip.split()[0]: float(x)
-        for x, tip in re.findall(r'<path d="M([\d.]+) [^"]*" class="baseline"><title>([^<]+)', svg)
-    }
+    found_marks = re.findall(r'<path d="M([\d.]+) ([^"]*)" class="baseline k\d"><title>([^<]+)', svg)
+    marks = {tip.split()[0]: float(x) for x, _, tip in found_marks}
+    shapes = {re.sub(r"^[\d.]+", "", path) for _, path, _ in found_marks}
     variant = next(
         float(x) for x, tip in re.findall(r'<circle cx="([\d.]+)"[^>]*><title>([^<]+)', svg) if "gptq4" in tip
     )
-    assert diamonds["rtn"] == pytest.approx(variant, abs=0.11)
-    assert diamonds["random"] > variant + 5
+    assert marks["rtn"] == pytest.approx(variant, abs=0.11)
+    assert marks["random"] > variant + 5
+    assert len(shapes) == 2, "told apart without colour"
+    assert all(f">baseline: {name}</text>" in svg for name in marks)
+    assert svg.count('class="tie"') == 2
     assert svg.count('class="ring"') == 1, "the candidate"
 
 
@@ -154,7 +156,7 @@ def test_a_baseline_of_a_quantized_cache_stands_where_its_cache_puts_it(variants
     assert compression._size_with(found[0]["baselines"]["rtn"], found[0]) == 12010 + 400 * 10
     svg = compression.picture(found)
     assert "bytes on disk and of a cache of 400 tokens" in svg
-    assert svg.count('class="baseline"') == 1
+    assert svg.count('class="baseline k0"><title>') == 1
     assert "of a cache" not in compression.picture(compression.rows(models, artifacts))
 
 

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipelines import report
 from pipelines.core.artifact import Artifact
 
 Render = Callable[[dict[str, Any], dict[str, Artifact]], str]
@@ -205,16 +207,57 @@ def test_the_report_loads_neither_torch_nor_mlflow_nor_prefect() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_texts_of_models_stand_side_by_side_and_stay_text(
-    render: Render, record: dict[str, Any], artifacts: dict[str, Artifact]
+def test_what_the_base_and_the_candidate_write_stands_side_by_side(
+    record: dict[str, Any], artifacts: dict[str, Artifact], render: Render
 ) -> None:
-    text = render(record, artifacts)
-    page = Page(text)
-    assert "script" not in page.tags
-    assert "</td><script>no</script>" in page.text
-    assert re.search(r"To be\s+pretrain\s*or\n</td><script>no</script>\s*<b>int4\s*or more", page.text)
-    assert "Now <is>" in page.text
-    shown = [int(step) for step in re.findall(r"step (\d)\s*<script>", page.text)]
-    assert shown[0] == 1
-    assert shown[-1] == 9
-    assert len(shown) == 6
+    for node, text in (("evaluate.pretrain", "the king"), ("evaluate.<b>int4", "the <i>queen")):
+        rows = [{"prompt": "Enter", "text": text}]
+        (artifacts[node].path / "samples.json").write_text(json.dumps(rows))
+    page = Page(render(record, artifacts))
+    assert "samples" in page.ids
+    assert re.search(r"Enter\s+pretrain the king\s*<b>int4 the <i>queen", page.text)
+
+
+def test_an_encoders_guesses_are_shown_with_the_answer(
+    record: dict[str, Any], artifacts: dict[str, Artifact], render: Render
+) -> None:
+    words = [{"text": "king", "probability": 0.5}, {"text": "sea", "probability": 0.25}]
+    rows = [{"prompt": "the [MASK] is dead", "masks": [words], "answer": "king"}]
+    (artifacts["evaluate.pretrain"].path / "samples.json").write_text(json.dumps(rows))
+    assert "king 0.50, sea 0.25 (it was: king)" in Page(render(record, artifacts)).text
+
+
+def test_the_page_says_how_the_champion_is_loaded_and_where_mlflow_is(
+    record: dict[str, Any], artifacts: dict[str, Artifact], render: Render
+) -> None:
+    text = Page(render(record | {"tracking_uri": "sqlite:///store/mlflow.db"}, artifacts)).text
+    assert "ingot export champion /tmp/champion" in text
+    assert "AutoModelForCausalLM.from_pretrained('/tmp/champion')" in text
+    assert "models:/ingot-demo@champion" in text
+    assert "mlflow server --backend-store-uri sqlite:///store/mlflow.db" in text
+
+
+def test_a_task_at_chance_is_called_uninformative(
+    record: dict[str, Any], artifacts: dict[str, Artifact], render: Render
+) -> None:
+    assert "Uninformative" not in render(record, artifacts)
+    path = artifacts["evaluate.pretrain"].path / "evaluation.json"
+    told = json.loads(path.read_text())
+    told["tasks"]["cloze"]["informative"] = False
+    path.write_text(json.dumps(told))
+    assert "Uninformative: cloze." in render(record, artifacts)
+
+
+def test_the_curves_of_earlier_runs_stand_beside_this_runs(
+    record: dict[str, Any], artifacts: dict[str, Artifact], tmp_path: Path
+) -> None:
+    for artifact in artifacts.values():
+        if (metrics := artifact.path / "metrics.jsonl").exists():
+            rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+            metrics.write_text("\n".join(json.dumps(row | {"tokens": 512 * row["step"]}) for row in rows))
+    path = tmp_path / "page.html"
+    report.write(record, artifacts, path, {"champion v3": artifacts["pretrain"]})
+    text = path.read_text()
+    assert ">this run</text>" in text
+    assert ">champion v3</text>" in text
+    assert ">tokens</text>" in text

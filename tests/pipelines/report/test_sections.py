@@ -94,3 +94,11 @@ def test_the_base_stands_first_and_baselines_last(record: dict[str, Any], artifa
         ("<b>int4", "variant"),
         ("gzip", "baseline"),
     ]
+
+
+def test_bits_per_byte_of_validation_text_are_called_that(artifacts: dict[str, Artifact]) -> None:
+    path = artifacts["pretrain"].path / "training.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bits_per_byte": 2.5}))
+    facts = (sections.training(artifacts["pretrain"]) or {})["facts"]
+    assert facts["validation_bits_per_byte"] == 2.5
+    assert "bits_per_byte" not in facts

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from itertools import pairwise
 
 import pytest
 
@@ -78,3 +80,19 @@ def test_stopping_ends_the_thread() -> None:
     feeder = Feeder(nothing)
     feeder.stop(LIMIT_S)
     assert not any(t.name == "mlflow-feeder" and t is feeder._thread for t in threading.enumerate())
+
+
+def test_a_slow_idle_job_is_done_less_often_than_it_takes() -> None:
+    """Curves are told to a slow MLflow now and then: it is free for the jobs that a run waits for."""
+    began: list[float] = []
+    took_s = 0.05
+
+    def idle() -> None:
+        began.append(time.monotonic())
+        time.sleep(took_s)
+
+    feeder, third = Feeder(idle, every_s=0.001), threading.Event()
+    while len(began) < 3:
+        third.wait(0.01)
+    feeder.stop(LIMIT_S)
+    assert all(later - earlier >= 5 * took_s for earlier, later in pairwise(began))

@@ -78,7 +78,7 @@ def everything_in(client: Any, experiment: str) -> list[tuple[Any, ...]]:
     return sorted(found, key=lambda one: str(one[0]))
 
 
-@pytest.mark.parametrize("method", ["create_run", "log_batch", "log_inputs", "log_artifact", "set_terminated"])
+@pytest.mark.parametrize("method", ["create_run", "log_batch", "log_inputs", "set_terminated"])
 def test_a_lost_answer_costs_nothing_but_a_second_look(
     client: Any, experiment: str, record: TrackingRecord, method: str
 ) -> None:

@@ -22,9 +22,12 @@ from pipelines.tracking.client import connect, reachable
 from pipelines.tracking.config import TrackingConfig
 from pipelines.tracking.session import open_session
 from pipelines.tracking.sync import sync
+from tests.pipelines.tracking.slow_proxy import SlowProxy
 
 ADDED_LIMIT_S = 0.1
 START_LIMIT_S = 60.0
+REQUESTS_OF_ONE_STAGE = 14
+"""Experiment (2), run (2), stage (2), curves and tags, overview, files (2), two ends, and two to spare."""
 
 
 def free_port() -> int:
@@ -159,3 +162,35 @@ def test_a_server_that_hangs_from_step_5_to_15_loses_no_step(
         assert session.url.startswith(f"{uri}/#/experiments/")
         client = connect(config, store_root)
         assert history_of(client, run_id or stage.run_id) == expected(rows)
+
+
+@pytest.mark.slow
+def test_a_slow_server_is_asked_little_and_delays_nothing(
+    store_root: Path,
+    tmp_path: Path,
+    publish: Callable[..., Artifact],
+    rows: list[dict[str, Any]],
+    history_of: Callable[..., Any],
+    expected: Callable[..., Any],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Every request takes a second longer: a run of one stage makes a dozen, and waits for them at its end alone."""
+    (tmp_path / "served").mkdir()
+    made = publish(rows, summary={"validation_loss": 1.5})
+    with (
+        mlflow_server(store_root / "mlflow.db", tmp_path / "served") as (uri, _),
+        SlowProxy(uri, 1.0).serving() as proxy,
+    ):
+        config = TrackingConfig(uri=proxy.url.replace("//", "//user:c4n4ry@"), finish_s=60)
+        started = time.monotonic()
+        session = open_session(config, store_root, run_id="r1", recipe="smoke", params={"a": 1}, data_hash=None)
+        with session.stage("pretrain", fingerprint="f" * 64, params={"b": 2}) as stage:
+            stage.report(Progress("pretrain", 1, 20, "steps", metrics={"loss": 9.0}))
+            stage.finish(made, cached=False)
+        assert time.monotonic() - started < 1.0
+        session.close("done")
+        assert not session.pending
+        assert len(proxy.requests) <= REQUESTS_OF_ONE_STAGE, "\n".join(proxy.requests)
+        assert history_of(connect(TrackingConfig(uri=uri), store_root), stage.run_id)["loss"] == expected(rows)["loss"]
+        told = capfd.readouterr()
+        assert "c4n4ry" not in told.out + told.err

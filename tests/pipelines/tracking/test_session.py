@@ -58,7 +58,8 @@ def test_a_run_is_a_parent_with_one_child_a_stage(
     store_root: Path, client: Any, publish: Callable[..., Artifact], rows: list[dict[str, Any]]
 ) -> None:
     session = begin(store_root)
-    made = publish(rows)
+    numbers = {"validation_loss": 1.5, "bits_per_byte": 2.0, "ratio": 1.25, "low": 1.0, "seconds": 9.0}
+    made = publish(rows, summary=numbers)
     with session.stage("pretrain", fingerprint="f" * 64, params={"steps": 20}) as stage:
         stage.finish(made, cached=False)
     with session.stage("evaluate.rtn", fingerprint="e" * 64, params={}) as stage:
@@ -71,7 +72,7 @@ def test_a_run_is_a_parent_with_one_child_a_stage(
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
     assert parent.data.params["pretrain.optimizer.name"] == "lamb"
     assert parent.data.params["compress.rtn.bits"] == "8"
-    assert parent.data.metrics["pretrain/final/loss"] == 1.5
+    assert parent.data.metrics == {"train/validation_loss": 1.5, "bits_per_byte/rtn": 2.0, "ratio_to_base/rtn": 1.25}
     assert [runs[n].data.tags["ingot.cached"] for n in ("pretrain", "evaluate.rtn")] == ["false", "true"]
     assert runs["pretrain"].data.tags["ingot.fingerprint"] == "f" * 64
     assert runs["pretrain"].data.tags["ingot.digest"] == made.digest

@@ -31,7 +31,7 @@ INDEX = {"vocab_size": 512, "sequence_length": 64, "bos_id": 0, "eos_id": 1, "pa
         ({"model": {"heads": 3}}, r"heads = 3 does not fit width = 256"),
         ({"model": {"depth": 3}}, "Extra inputs"),
         ({"family": "encoder", "model": {"kv_heads": 2}}, "one key head per head"),
-        ({"preset": "5m"}, r"unknown preset '5m'; known: 0\.5m, 4m"),
+        ({"preset": "5m"}, r"unknown preset '5m'; known: 0\.5m, 1m, 4m"),
         ({"steps": 10, "schedule": {"warmup": 10}}, r"schedule\.warmup = 10; of 10 steps, valid: 0 to 9"),
         ({"engine": "plain"}, "world_size = 2 must be 1 and zero_stage = 2 must be 0"),
         ({"zero_stage": 4}, "Input should be 0, 1, 2 or 3"),

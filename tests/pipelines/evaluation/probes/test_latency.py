@@ -13,7 +13,7 @@ import pytest
 
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import TransientError
-from pipelines.core.provenance import CHECKOUT
+from pipelines.core.program import ROOT as CHECKOUT
 from pipelines.evaluation.probes import latency
 from pipelines.evaluation.probes.latency import LatencySettings
 

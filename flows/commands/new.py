@@ -1,0 +1,151 @@
+"""new: a project of one's own, with its corpus, recipe, store, git and DVC, beside the program and beside others."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from flows import run_plan
+from flows.commands import run as run_command
+from pipelines.core import program, project
+from pipelines.core.errors import ConfigError
+from pipelines.data import convert, dvc, versioning
+from pipelines.data.config import DataConfig
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+_FILES = {
+    ".gitignore": "/.ingot/\n/data/\n__pycache__/\n.venv\n",
+    ".dvc/config": "[core]\n    analytics = false\n    autostage = false\n    check_update = false\n",
+    ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
+    ".dvcignore": "# Patterns of files that DVC leaves out.\n",
+}
+_MARKER = """# This file marks a project of Ingot: commands find it from any folder below.
+recipe = "{name}"  # what `ingot plan` and `ingot run` take where none is named: recipes/{name}.toml
+"""
+
+
+def new(place: str, data: str | None, family: str) -> None:
+    """Make a project, take a corpus into it, and print the first plan.
+
+    Args:
+        place: folder to create; its name names recipe and registered model.
+        data: folder, file or URL with the corpus; None leaves that for later.
+        family: decoder or encoder.
+
+    Raises:
+        ConfigError: something is there already, or holds no corpus.
+    """
+    folder = Path(place).expanduser().resolve()
+    source = None if data is None or "://" in data else Path(data).expanduser().resolve()
+    _check(folder, source, data)
+    name = model_name(folder.name)
+    with _removed_unless_complete(folder):
+        for relative, text in _FILES.items():
+            _write(folder / relative, text)
+        recipe = (TEMPLATES / f"{family}.toml").read_text(encoding="utf-8").replace("NAME", name)
+        _write(folder / project.RECIPES / f"{name}.toml", recipe)
+        own = _git_init(folder)
+        said = [] if data is None else _take(folder, source, data)
+        _write(folder / project.MARKER, _MARKER.format(name=name))  # last: it makes a project of the folder
+    said += _commit(folder) if own else [f"git: commit {folder} in the repository around it"]
+    print("\n".join([f"{folder}: recipe {project.RECIPES}/{name}.toml, registered model {name}", *said]))
+    if data is None:
+        print(f"Next: put JSON Lines into {shlex.quote(str(folder / 'data'))}, then")
+        print(f"  cd {shlex.quote(str(folder))} && {command()} data add && {command()} plan")
+        return
+    run_command.print_plan(run_plan.make(project=folder))
+    print(f"Next: cd {shlex.quote(str(folder))} && {command()} run")
+
+
+def model_name(folder: str) -> str:
+    """Return the name of a registered model made of a folder's name: letters, digits, dots, dashes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder).strip("-._") or "project"
+
+
+def command() -> str:
+    """Return how to call this program from any folder."""
+    called = Path(sys.argv[0])
+    if called.name != "ingot":
+        return f"{shlex.quote(sys.executable)} -m flows.cli"
+    on_path = shutil.which("ingot")
+    known = on_path is not None and Path(on_path).resolve() == called.resolve()
+    return "ingot" if known else shlex.quote(str(called.absolute()))
+
+
+def _check(folder: Path, source: Path | None, data: str | None) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not empty", hint="name a new folder")
+    if source is not None and not source.exists():
+        raise ConfigError(f"--data {data}: {source} does not exist", hint="give a folder, a file or a URL")
+    if source is not None and folder.is_relative_to(source):
+        raise ConfigError(f"{folder} would lie inside its own corpus {source}", hint="name a folder beside it")
+
+
+@contextlib.contextmanager
+def _removed_unless_complete(folder: Path) -> Iterator[None]:
+    """Remove what was made of a project when the block fails."""
+    there = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if there:
+            folder.mkdir()
+        raise
+
+
+def _take(folder: Path, source: Path | None, data: str) -> list[str]:
+    """Bring the corpus into the project and record it; return what was taken."""
+    settings = DataConfig()
+    incoming = folder / ".ingot" / "incoming"
+    if source is None:
+        incoming.parent.mkdir(parents=True)
+        # Under its own name: the suffix of a single file says how to read it.
+        last = re.split(r"[?#]", data)[0].rstrip("/").rpartition("/")[2] or "corpus"
+        incoming.mkdir()
+        dvc.run(folder, "get-url", data, str(incoming / last))
+        source = incoming / last
+    taken = convert.convert(source, folder / settings.path)
+    shutil.rmtree(incoming, ignore_errors=True)
+    recorded = versioning.add(settings, folder)
+    return [*convert.summary(taken), f"data.dvc: {recorded['files']} files, {recorded['bytes']:,} bytes"]
+
+
+def _git_init(folder: Path) -> bool:
+    """Make the folder a git repository, unless it lies in one that is not the program's; return whether it was made."""
+    around = _git(folder, "rev-parse", "--show-toplevel")
+    if around.returncode == 0 and Path(around.stdout.strip()).resolve() != program.ROOT:
+        return False
+    started = _git(folder, "init", "--quiet")
+    if started.returncode:
+        raise ConfigError(f"git init failed in {folder}: {started.stderr.strip()}")
+    return True
+
+
+def _commit(folder: Path) -> list[str]:
+    """Commit everything; where git knows nobody to do it as, say the command."""
+    _git(folder, "add", "--all")
+    done = _git(folder, "commit", "--quiet", "-m", "A project of Ingot")
+    if done.returncode == 0:
+        return ["git: committed"]
+    why = next(iter(done.stderr.strip().splitlines()), "no reason given")
+    return [f"git: not committed ({why}); commit it yourself: a revision of the corpus is one of git"]
+
+
+def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        raise ConfigError("git is not installed", hint="install git: it versions recipes and data.dvc") from None
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
