@@ -154,9 +154,8 @@ def _exact(target: str, runs: list[RunRecord]) -> RunRecord | Artifact | None:
         return found
     if target == CHAMPION:
         return _registered(_only_registered(history.models(store().root)), alias=CHAMPION)
-    for name in (target, f"compress.{target}"):
-        if (found := _newest(name, runs)) is not None:
-            return found
+    if (found := _newest(target, runs)) is not None:
+        return found
     named = _named_run(target, runs)
     if named is not None and named[1] is not None:
         return _node_of(*named)
@@ -179,8 +178,15 @@ def _folder(target: str) -> Artifact | None:
 
 
 def _newest(node: str, runs: list[RunRecord]) -> Artifact | None:
-    stored = (store().find(run.nodes[node].stage, run.nodes[node].fingerprint) for run in runs if node in run.nodes)
-    return next((each for each in stored if each is not None), None)
+    """Return the artifact of a node, or of a variant by its name, of the newest run that has it.
+
+    Raises:
+        ConfigError: runs have such a node, and the artifact of none is there.
+    """
+    having = [(run, name) for name in (node, f"compress.{node}") for run in runs if name in run.nodes]
+    stored = (store().find(run.nodes[name].stage, run.nodes[name].fingerprint) for run, name in having)
+    found = next((each for each in stored if each is not None), None)
+    return _node_of(*having[0]) if having and found is None else found
 
 
 def _named_run(target: str, runs: list[RunRecord]) -> tuple[RunRecord, str | None] | None:
@@ -328,6 +334,11 @@ def _nothing(target: str, runs: list[RunRecord]) -> ConfigError:
     names |= {name.removeprefix("compress.") for run in runs for name in run.nodes}
     names |= {f"{name}@{CHAMPION}" for name in history.models(store().root)} | {CHAMPION}
     near = difflib.get_close_matches(target, sorted(names), n=1)
+    if Path(target).is_dir():
+        return ConfigError(
+            f"the folder {target} holds no artifact: it has no {artifact.MANIFEST}",
+            hint="artifacts lie in artifacts/<stage>/ of the store; `ingot list artifacts` shows them",
+        )
     return ConfigError(
         f"nothing here is called {target!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
         hint="`ingot list runs`, `ingot list artifacts` and `ingot list models` show what there is",

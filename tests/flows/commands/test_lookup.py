@@ -140,6 +140,19 @@ def test_what_is_not_there_is_said_with_the_nearest_name(store: Store, made: Mad
         assert near in str(caught.value)
 
 
+def test_a_node_without_an_artifact_and_a_folder_without_a_manifest_are_called_that(
+    store: Store, made: Made, tmp_path: Path
+) -> None:
+    base = made("pretrain")
+    run = remember(store, base)
+    base.path.rename(store.root / "gone")
+    with pytest.raises(ConfigError, match=f"the artifact of {run.id}/pretrain is not in") as caught:
+        lookup.find("pretrain")
+    assert caught.value.hint == f"`ingot run --recipe {run.id}` makes it"
+    with pytest.raises(ConfigError, match="holds no artifact"):
+        lookup.find(str(tmp_path))
+
+
 def test_a_registered_model_whose_artifact_is_gone_or_was_made_again_is_never_passed_off_as_it(
     store: Store, made: Made
 ) -> None:
