@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flows.commands.lookup import find, store
+from flows.commands.lookup import find, find_model, store
 from flows.run_record import RunRecord, Runs
 from models.architectures.config import Family
 from pipelines.core import progress_bars
@@ -100,14 +100,14 @@ def _models(targets: Sequence[str]) -> dict[str, Artifact]:
     """
     models: dict[str, Artifact] = {}
     for target in targets:
-        found = find(target)
-        if isinstance(found, RunRecord):
-            models |= _of_run(found)
-        elif (found.path / "model").is_dir():
-            models[target] = found
+        named = find(target)
+        if not isinstance(named, RunRecord):
+            models[target] = find_model(target)
+        elif made := _of_run(named):
+            models |= made
         else:
             raise ConfigError(
-                f"{target!r} is no model", hint="`ingot list artifacts` shows pretrain and compress artifacts"
+                f"{named.id} has no model in this store", hint=f"`ingot run --recipe {named.id}` makes it"
             )
     return models
 

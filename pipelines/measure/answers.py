@@ -37,6 +37,6 @@ def lines(answer: Mapping[str, Any]) -> list[str]:
         return str(answer["text"]).splitlines() or ["(nothing)"]
     if "neighbours" in answer:
         return [f"{each['cosine']:.3f}  {each['text']}  ({each['document']})" for each in answer["neighbours"]]
-    return [
-        ", ".join(f"{word['text'].strip()} {word['probability']:.3f}" for word in words) for words in answer["masks"]
-    ]
+    was = f" (it was: {answer['answer']})" if answer.get("answer") else ""
+    rows = [[f"{word['text'].strip()} {word['probability']:.3f}" for word in words] for words in answer["masks"]]
+    return [", ".join(words) + was for words in rows]

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.core.artifact import Artifact
 from pipelines.core.redaction import redact, redact_value
-from pipelines.measure import intervals
+from pipelines.measure import answers, intervals
 from pipelines.modelio import load_instructions
 from pipelines.report import axes, charts, compression, lineage, pareto
 from pipelines.report.charts import Axis, Series
@@ -16,7 +16,9 @@ from pipelines.report.charts import Axis, Series
 Facts = dict[str, Any]
 _BASE = "pretrain"
 _EVALUATE = "evaluate."
-_SAMPLES = "samples.json"
+_SAMPLES = answers.FILE
+_TRAINING_SAMPLES = 6
+"""Shown at most."""
 _EXPORTED = "/tmp/champion"  # noqa: S108 - shown, not used
 
 
@@ -137,16 +139,29 @@ def training(artifact: Artifact | None, earlier: Mapping[str, Artifact] | None =
             rows, "tokens_per_s", steps, Axis("tokens per second", zero=True), "Throughput over steps", noisy=True
         ),
         "split": charts.bars(seconds, "Seconds of training by part", axes.duration) if seconds else "",
+        "samples": _training_samples(artifact),
     }
 
 
 def metrics(artifact: Artifact) -> list[Facts]:
     """Return the rows of metrics.jsonl by step; of a step that was repeated after a resume the last one counts."""
-    path = artifact.path / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.strip()]
-    by_step = {row["step"]: row for row in rows}
+    by_step = {row["step"]: row for row in _rows(artifact, "metrics.jsonl")}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _rows(artifact: Artifact, name: str) -> list[Facts]:
+    """Return the rows of a JSON Lines file; none where there is no file."""
+    path = artifact.path / name
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _training_samples(artifact: Artifact) -> list[Facts]:
+    """Return what the model made of a validation text as it learned: the first sample, the last, a few between."""
+    rows = _rows(artifact, "samples.jsonl")
+    last, shown = len(rows) - 1, min(len(rows), _TRAINING_SAMPLES)
+    picked = [rows[round(number * last / max(shown - 1, 1))] for number in range(shown)]
+    return [row | {"prompt": redact(row["prompt"]), "text": redact(row["text"])} for row in picked]
 
 
 def _losses(rows: list[Facts]) -> list[Series]:
@@ -305,16 +320,8 @@ def samples(evaluations: Mapping[str, Facts], artifacts: Mapping[str, Artifact],
     rows: dict[str, list[Facts]] = {}
     for name in names:
         for row in written[name]:
-            rows.setdefault(row["prompt"], []).append({"model": name, "text": _sample_text(row)})
-    return [{"prompt": prompt, "texts": texts} for prompt, texts in rows.items()]
-
-
-def _sample_text(row: Mapping[str, Any]) -> str:
-    """Return a decoder's continuation, or an encoder's guesses for each mask."""
-    if "text" in row:
-        return str(row["text"])
-    guesses = [", ".join(f"{word['text']} {word['probability']:.2f}" for word in words) for words in row["masks"]]
-    return " | ".join(guesses) + (f" (it was: {row['answer']})" if row.get("answer") else "")
+            rows.setdefault(row["prompt"], []).append({"model": name, "text": redact("\n".join(answers.lines(row)))})
+    return [{"prompt": redact(prompt), "texts": texts} for prompt, texts in rows.items()]
 
 
 def _loading(artifacts: Mapping[str, Artifact], evaluations: Mapping[str, Facts], gate: Facts) -> Facts | None:

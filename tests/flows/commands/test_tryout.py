@@ -84,6 +84,8 @@ def test_models_are_named_or_those_of_the_newest_run_that_has_any(store: Store, 
     made("pretrain", "compress.rtn")
     made("pretrain", architecture=BERT)
     made()
+    with pytest.raises(ConfigError, match="has no model in this store"):
+        ask(Runs(store.root).all()[-1].id)
     assert list(tryout._newest()) == ["pretrain"]
     oldest = Runs(store.root).all()[0].id
     assert list(tryout._models([oldest])) == ["pretrain", "compress.rtn"]

@@ -224,7 +224,7 @@ def test_an_encoders_guesses_are_shown_with_the_answer(
     words = [{"text": "king", "probability": 0.5}, {"text": "sea", "probability": 0.25}]
     rows = [{"prompt": "the [MASK] is dead", "masks": [words], "answer": "king"}]
     (artifacts["evaluate.pretrain"].path / "samples.json").write_text(json.dumps(rows))
-    assert "king 0.50, sea 0.25 (it was: king)" in Page(render(record, artifacts)).text
+    assert "king 0.500, sea 0.250 (it was: king)" in Page(render(record, artifacts)).text
 
 
 def test_the_page_says_how_the_champion_is_loaded_and_where_mlflow_is(
@@ -261,3 +261,18 @@ def test_the_curves_of_earlier_runs_stand_beside_this_runs(
     assert ">this run</text>" in text
     assert ">champion v3</text>" in text
     assert ">tokens</text>" in text
+
+
+def test_texts_of_models_stay_text(record: dict[str, Any], artifacts: dict[str, Artifact], render: Render) -> None:
+    rows = [{"prompt": "To <be>", "text": "or\n</p><script>no</script>"}]
+    (artifacts["evaluate.pretrain"].path / "samples.json").write_text(json.dumps(rows))
+    learned = [{"step": step, "prompt": "Now <is>", "text": f"<script>{step}</script>"} for step in range(1, 10)]
+    (artifacts["pretrain"].path / "samples.jsonl").write_text("\n".join(map(json.dumps, learned)) + "\n")
+    page = Page(render(record, artifacts))
+    assert "script" not in page.tags
+    assert page.open == []
+    assert "or\n</p><script>no</script>" in page.text
+    assert "To <be>" in page.text
+    assert "Now <is>" in page.text
+    shown = [int(step) for step in re.findall(r"step (\d) <script>", page.text)]
+    assert (shown[0], shown[-1], len(shown)) == (1, 9, 6)
