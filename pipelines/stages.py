@@ -41,7 +41,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "evaluate",
-            version=3,
+            version=4,
             entry="pipelines.evaluation.stage:run",
             observations=("observations.json",),
             settings="pipelines.evaluation.config:EvaluateConfig",
@@ -49,7 +49,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "promote",
-            version=2,
+            version=3,
             entry="pipelines.registry.stage:run",
             observations=("observations.json", "decision.json", "model_card.md"),
             settings="pipelines.registry.config:PromoteConfig",

@@ -40,9 +40,18 @@ def _models() -> Rows:
 
 
 def _champions() -> Rows:
-    from pipelines.registry import history
+    """Return the history, newest first, under the champions of this moment that others made since."""
+    from pipelines.registry import current, history
 
-    return history.read(store().root)[::-1]
+    root = store().root
+    rows = history.read(root)[::-1]
+    for model in history.models(root):
+        champion, known = current.champion(current.where(root, model), root, model), history.champion(root, model)
+        if champion is None and known is not None:
+            rows.insert(0, {"model": model, "action": history.OBSERVED, "version": None, "why": "the alias names none"})
+        elif champion is not None and champion != known:
+            rows.insert(0, champion)
+    return rows
 
 
 def _runs() -> Rows:

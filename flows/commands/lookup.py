@@ -28,7 +28,7 @@ from pipelines.core import artifact, project
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, TransientError
 from pipelines.core.store import Store
-from pipelines.registry import history
+from pipelines.registry import current, history
 from pipelines.registry.initial_weights import REGISTERED
 
 CHAMPION = "champion"
@@ -88,6 +88,20 @@ def find_model(target: str) -> Artifact:
     return found
 
 
+def registered_name(target: str) -> str | None:
+    """Return `models:/NAME@ALIAS` or `models:/NAME/VERSION` where `target` names a registered version, else None.
+
+    Raises:
+        ConfigError: it is `champion`, and there is no registered model, or more than one.
+    """
+    if target == CHAMPION:
+        return f"models:/{_only_registered(_registered_names())}@{CHAMPION}"
+    if (parts := _registered_parts(target)) is None or (not target.startswith("models:/") and _folder(target)):
+        return f"models:/{target}@{CHAMPION}" if target in history.models(store().root) else None
+    known = target.startswith("models:/") or parts["name"] in _registered_names()
+    return f"models:/{target.removeprefix('models:/')}" if known else None
+
+
 def find_registered(target: str | None) -> str:
     """Return the name of a registered model: the only one where `target` is None.
 
@@ -101,7 +115,9 @@ def find_registered(target: str | None) -> str:
         return str(target)
     if target in {None, CHAMPION}:
         return _only_registered(names)
-    champions = {name: record for name in names if (record := history.champion(store().root, name)) is not None}
+    root = store().root
+    held = {name: current.champion(current.where(root, name), root, name) for name in names}
+    champions = {name: record for name, record in held.items() if record is not None}
     if (parts := _registered_parts(str(target))) is not None and parts["name"] in names:
         version = champions.get(parts["name"], {}).get("version")
         holding = [parts["name"]] if parts["alias"] == CHAMPION or parts["version"] == version else []
@@ -249,6 +265,15 @@ def _beginning_so(target: str) -> dict[str, Artifact]:
     return {f"{each.manifest.node} {each.manifest.fingerprint[: len(target) + 4]}": each for each in found}
 
 
+def _registered_names() -> list[str]:
+    """Return the registered models that this store knows; of a store that registered none, those of its registry."""
+    if names := history.models(store().root):
+        return names
+    from pipelines.registry import registry
+
+    return sorted({row["name"] for row in registry.list_models(store().root)})
+
+
 def _only_registered(names: list[str]) -> str:
     if not names:
         raise ConfigError("there is no registered model yet", hint="`ingot run` makes one")
@@ -282,8 +307,8 @@ def _registered(name: str, *, alias: str | None = None, version: str | None = No
     stored = next((a for stage in _MODEL_STAGES if (a := store().find(stage, row["fingerprint"]))), None)
     if stored is None or row["digest"] not in {None, stored.digest}:
         raise ConfigError(
-            f"{name}/{row['version']} is registered, but the artifact {row['fingerprint'][:12]} that it was made of "
-            f"is not in {store().root}",
+            f"{name}/{row['version']} is registered, but the artifact {row['fingerprint'][:12] or '(of others)'} that "
+            f"it was made of is not in {store().root}",
             hint=f"its files: {row['path'] or 'see `ingot list models`'}",
         )
     return stored
@@ -294,12 +319,12 @@ def _versions(name: str) -> list[dict[str, Any]]:
     from pipelines.registry import registry
 
     try:
-        rows = registry.list_models(store().root, registry.where(store().root, name))
+        rows = registry.list_models(store().root, current.where(store().root, name))
     except TransientError as error:
         console.say(f"{error.message}; what {name} holds is taken from the history of this store")
         rows = []
     versions = [
-        row | {"fingerprint": row["tags"]["fingerprint"], "digest": row["tags"].get("digest")}
+        row | {"fingerprint": row["tags"].get("fingerprint", ""), "digest": row["tags"].get("digest")}
         for row in rows
         if row["name"] == name
     ]

@@ -14,9 +14,9 @@ from flows.commands import lookup
 from flows.planner import Selection, Step
 from flows.run_plan import RunPlan
 from flows.run_record import REPORT, RunRecord, Runs, SelectionRecord
-from pipelines.core.errors import ConfigError, Preempted
+from pipelines.core.errors import ConfigError, Preempted, TransientError
 from pipelines.data import versioning
-from pipelines.registry import history
+from pipelines.registry import current
 
 # Progress is told by our own lines; the bars and hints of libraries would only tear them apart.
 _QUIET_LIBRARIES = {
@@ -169,6 +169,8 @@ def print_plan(made: RunPlan) -> None:
     _print_sources(to_run)
     cached = sum(step.state == "cached" for step in made.steps)
     print(f"{cached} cached, {len(to_run)} to run{_totals(made, to_run)}. {_champion_line(made)}")
+    if any(step.stage == "promote" for step in to_run):
+        print(f"Gate: {made.config.promote.rule}.")
 
 
 def _row(step: Step) -> dict[str, str]:
@@ -214,7 +216,10 @@ def _totals(made: RunPlan, to_run: Sequence[Step]) -> str:
 
 def _champion_line(made: RunPlan) -> str:
     model = made.config.promote.model_name
-    champion = history.champion(made.store.root, model)
+    try:
+        champion = _champion(made)
+    except TransientError as error:
+        return f"The champion of {model} is unknown: {error.message}."
     if champion is None:
         return f"{model} has no champion yet."
     quality = champion.get("bits_per_byte")
@@ -222,10 +227,15 @@ def _champion_line(made: RunPlan) -> str:
     return f"Champion of {model}: v{champion['version']}{measured}."
 
 
+def _champion(made: RunPlan) -> dict[str, Any] | None:
+    """Return what the registry's alias says at this moment."""
+    return current.champion(made.config.tracking, made.store.root, made.config.promote.model_name)
+
+
 def _report_cached(made: RunPlan, *, as_json: bool) -> None:
     if as_json:
-        champion = history.champion(made.store.root, made.config.promote.model_name)
-        print(json.dumps({"status": "cached", "steps": _rows(made), "champion": champion}, indent=1, default=str))
+        rows = _rows(made)
+        print(json.dumps({"status": "cached", "steps": rows, "champion": _champion(made)}, indent=1, default=str))
         return
     print_plan(made)
     print("Everything is cached: nothing was run.")
@@ -235,9 +245,8 @@ def _summary(run_id: str, made: RunPlan, *, as_json: bool) -> None:
     """Print what a finished run leaves: the stages with their headline numbers, the champion, where to look."""
     runs = Runs(made.store.root)
     record, report = runs.get(run_id), runs.folder(run_id) / REPORT
-    champion = history.champion(made.store.root, made.config.promote.model_name)
     if as_json:
-        facts: dict[str, Any] = record.model_dump() | {"champion": champion, "report": str(report)}
+        facts: dict[str, Any] = record.model_dump() | {"champion": _champion(made), "report": str(report)}
         print(json.dumps(facts, indent=1, default=str))
         return
     rows = [

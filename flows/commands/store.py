@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows import console, retention
-from flows.commands.lookup import find, find_model, find_registered, store
+from flows.commands.lookup import find, find_model, find_registered, registered_name, store
 from flows.run_record import RunRecord, Runs
 from pipelines.core import disk, garbage
 from pipelines.core.artifact import Artifact
@@ -31,6 +33,9 @@ _PLACES = {
     "records and reports of runs": "runs",
     "Prefect's database": "prefect",
 }
+
+if TYPE_CHECKING:
+    from pipelines.deploy.export import About
 
 
 def verify(target: str | None, *, as_json: bool) -> None:
@@ -174,9 +179,40 @@ def export(target: str, destination: str, file_format: str, precision: str | Non
     from pipelines.deploy import export as deploy
 
     deploy.check(Path(destination), file_format, precision)
-    source = find_model(target)
-    said = deploy.write(source, Path(destination), file_format, precision, weights_only=weights_only)
+    with _exported(target) as (source, about):
+        said = deploy.write(source, Path(destination), file_format, precision, about=about, weights_only=weights_only)
     print(f"{source.manifest.node} -> {destination}; {said}")
+
+
+@contextlib.contextmanager
+def _exported(target: str) -> Iterator[tuple[Artifact, About]]:
+    """Give the model that `target` names: a registered one as the registry has it at this moment."""
+    from pipelines.deploy.export import About
+    from pipelines.registry import checkout, model_card
+
+    if (named := registered_name(target)) is not None:
+        with checkout.opened(named, store().root) as registered:
+            print(f"{target} is version {registered.version} of {registered.name}")
+            licence = model_card.licence_of(registered.card)
+            yield registered.model, About(registered.title, registered.card, licence)
+        return
+    source = find_model(target)
+    card = model_card.of_artifact(_origins(source), source.manifest.node)
+    yield source, About(f"{source.manifest.node} {source.manifest.fingerprint[:8]}", card, model_card.licence_of(card))
+
+
+def _origins(model: Artifact) -> dict[str, Artifact]:
+    """Return a model and what it was made from, as far as the store has it, named as the promote stage names them."""
+    inputs: dict[str, Artifact] = {}
+    above: Artifact | None = model
+    while above is not None:
+        inputs[f"model:{above.manifest.node}"] = above
+        keys = above.manifest.identity.get("inputs", {})
+        if (prepare := store().find("prepare", keys.get("prepare", ""))) is not None:
+            inputs.setdefault("prepare", prepare)
+        base = keys.get("model", "")
+        above = store().find("compress", base) or store().find("pretrain", base)
+    return inputs
 
 
 def rollback(model: str | None, *, as_json: bool) -> None:

@@ -6,11 +6,12 @@ import functools
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.compression.report import FILE
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
+from pipelines.deploy import companions
 from pipelines.modelio import load_instructions
 
 PRECISIONS = {
@@ -22,12 +23,25 @@ PRECISIONS = {
 """Format -> how its matrices can be stored, the default first."""
 
 
+@dataclass(frozen=True)
+class About:
+    """What an export says of the model besides what its files say."""
+
+    name: str
+    """What programs show: the registered model and version, or the node."""
+    card: str
+    """Model card, Markdown."""
+    licence: str = "other"
+    """As Hugging Face names licences."""
+
+
 def write(
     source: Artifact,
     destination: Path,
     file_format: str = "hf",
     precision: str | None = None,
     *,
+    about: About | None = None,
     weights_only: bool = False,
 ) -> str:
     """Write a model and return a sentence that says how to load it, and what of it is not in the file.
@@ -38,6 +52,7 @@ def write(
         file_format: `hf`: the model folder as it is; `gguf`: one file for llama.cpp (decoder); `onnx`: a folder for
             onnxruntime (encoder); `torchao`: a folder for transformers with torchao.
         precision: one of `PRECISIONS[file_format]`; None for its default.
+        about: name, card and licence; None names it after its node.
         weights_only: go on where the format leaves out rounded inputs or a quantized cache.
 
     Raises:
@@ -50,7 +65,7 @@ def write(
     lost = _left_out(source, file_format, used, allowed=weights_only)
     building = destination.with_name(f".{destination.name}.building-{os.getpid()}")
     try:
-        sentence = _WRITERS[file_format](source, building, used)
+        sentence = _WRITERS[file_format](source, building, used, about or _plain(source))
         building.rename(destination)
     finally:
         _remove(building)
@@ -73,41 +88,49 @@ def check(destination: Path, file_format: str, precision: str | None) -> str:
     return precision or valid[0]
 
 
-def _hf(source: Artifact, building: Path, _: str) -> str:
+def _plain(source: Artifact) -> About:
+    node = source.manifest.node
+    return About(node, f"# {node}\n\n{load_instructions.of(source).sentence}\n")
+
+
+def _hf(source: Artifact, building: Path, _: str, about: About) -> str:
     shutil.copytree(source.path / "model", building)
+    companions.finish(building, about.card)
     how = load_instructions.of(source)
     if how.plain:
-        return "load it with transformers: from_pretrained({!r})"
+        return f"load it with transformers: from_pretrained({{!r}}); needs: pip install {' '.join(how.packages)}"
     return f"{how.sentence} pipelines.modelio.load.load_model(Path({{!r}})) in this checkout"
 
 
-def _gguf(source: Artifact, building: Path, precision: str) -> str:
+def _gguf(source: Artifact, building: Path, precision: str, about: About) -> str:
     from pipelines.deploy import gguf
 
     building.parent.mkdir(parents=True, exist_ok=True)
-    used = gguf.write(source.path / "model", building, precision)  # type: ignore[arg-type]
+    used = gguf.write(source.path / "model", building, precision, title=about.name, licence=about.licence)  # type: ignore[arg-type]
     stored = ", ".join(f"{count} tensors {kind}" for kind, count in sorted(used.items()))
     return f"{stored}; load it with llama.cpp: llama-cli -m {{}}"
 
 
-def _onnx(source: Artifact, building: Path, precision: str) -> str:
+def _onnx(source: Artifact, building: Path, precision: str, about: About) -> str:
     from pipelines.deploy import onnx
 
     building.mkdir(parents=True)
     onnx.write(source.path / "model", building, precision)  # type: ignore[arg-type]
+    companions.finish(building, about.card)
     return f"{precision}; load it with onnxruntime: InferenceSession('{{}}/{onnx.MODEL}')"
 
 
-def _torchao(source: Artifact, building: Path, precision: str) -> str:
+def _torchao(source: Artifact, building: Path, precision: str, about: About) -> str:
     from pipelines.deploy import torchao
 
     building.mkdir(parents=True)
     used = torchao.write(source.path / "model", building, precision)  # type: ignore[arg-type]
+    companions.finish(building, about.card)
     stored = ", ".join(f"{count} matrices {how}" for how, count in used.items() if count)
     return f"{stored} ({precision}); load it with transformers and torchao: from_pretrained({{!r}})"
 
 
-_WRITERS: dict[str, Callable[[Artifact, Path, str], str]] = {
+_WRITERS: dict[str, Callable[[Artifact, Path, str, About], str]] = {
     "hf": _hf,
     "gguf": _gguf,
     "onnx": _onnx,
@@ -121,7 +144,7 @@ def _left_out(source: Artifact, file_format: str, precision: str, *, allowed: bo
     Raises:
         ConfigError: something is left out and `allowed` is false.
     """
-    if file_format == "hf" or FILE not in source.manifest.files:
+    if file_format == "hf":
         return ""
     from pipelines.deploy import torchao, unsupported
 

@@ -64,13 +64,17 @@ def stored_type(name: str, shape: tuple[int, ...], precision: Precision) -> str:
     return precision
 
 
-def write(model: Path, target: Path, precision: Precision = "f16") -> dict[str, int]:
+def write(
+    model: Path, target: Path, precision: Precision = "f16", *, title: str = "model", licence: str = "other"
+) -> dict[str, int]:
     """Write a decoder's folder as one GGUF file.
 
     Args:
         model: model folder with its tokenizer, in any layout of this project.
         target: the file.
         precision: how matrices are stored.
+        title: what llama.cpp and the programs on it call the model.
+        licence: as Hugging Face names licences.
 
     Returns:
         Number of tensors by stored type.
@@ -82,6 +86,8 @@ def write(model: Path, target: Path, precision: Precision = "f16") -> dict[str, 
 
     config = _config(model)
     writer = gguf.GGUFWriter(target, "llama", use_temp_file=True)
+    writer.add_name(title)
+    writer.add_license(licence)
     _add_shape(writer, config)
     writer.add_file_type(_FILE_TYPES[precision])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -126,7 +132,6 @@ def _tensors(model: Path, config: dict[str, Any]) -> Iterator[tuple[str, NDArray
 
 
 def _add_shape(writer: GGUFWriter, config: dict[str, Any]) -> None:
-    writer.add_name("ingot")
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])

@@ -30,7 +30,7 @@ from pipelines.core.stage import Progress, StageContext, Summary
 from pipelines.evaluation import baselines, probe, tasks
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.probe import Subject
-from pipelines.measure import heldout, intervals, scoring, windows
+from pipelines.measure import batches, heldout, intervals, scoring, windows
 from pipelines.measure.batches import EvaluationBatches, plan_batches, window_tokens
 from pipelines.measure.heldout import Heldout
 from pipelines.measure.scoring import Scorer
@@ -94,8 +94,14 @@ def _headline(
     model: Path,
 ) -> Json:
     return {
-        "format": 2,
+        "format": 3,
         "family": scorer.family,
+        "settings": {
+            **batches.description(config, documents, scorer.family),
+            "documents": documents.digest,
+            "batch_tokens": config.batch_tokens,
+            "max_documents": config.max_documents,
+        },
         "bits_per_byte": intervals.bits_per_byte(nats, planned.sizes, **_bootstrap(config)).to_json(),
         "bits_per_token": float(nats.sum()) / (planned.scored * math.log(2.0)),
         "scored_tokens": planned.scored,

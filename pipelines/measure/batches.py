@@ -47,8 +47,7 @@ def plan_batches(settings: BatchSettings, documents: Heldout, family: Family, pr
     Raises:
         ConfigError: the stride or the batch does not fit the context, which may come from the prepared data.
     """
-    context = window_tokens(settings, documents)
-    stride = settings.stride or max(1, context * 3 // 4)
+    context, stride = window_tokens(settings, documents), stride_tokens(settings, documents)
     if stride > context or settings.batch_tokens < context:
         raise ConfigError(
             f"evaluate.stride = {stride} and evaluate.batch_tokens = {settings.batch_tokens} do not fit a context of "
@@ -71,6 +70,19 @@ def plan_batches(settings: BatchSettings, documents: Heldout, family: Family, pr
     sizes = [token_sizes[ids[hidden]].sum() for ids, hidden in zip(documents.tokens, masked, strict=True)]
     batches = windows.masked_batches(documents.tokens, cuts, settings.batch_tokens, documents.index["mask_id"])
     return EvaluationBatches(batches, np.array(sizes, dtype=np.int64), masked)
+
+
+def description(settings: BatchSettings, documents: Heldout, family: Family) -> dict[str, int | float]:
+    """Return the settings that numbers depend on, as they were in force: numbers compare only where these are equal."""
+    context = window_tokens(settings, documents)
+    if family == "decoder":
+        return {"context": context, "stride": stride_tokens(settings, documents)}
+    return {"context": context, "mask_rate": settings.mask_rate, "mask_seed": settings.mask_seed}
+
+
+def stride_tokens(settings: BatchSettings, documents: Heldout) -> int:
+    """Return how many tokens of a decoder's window are scored: the setting, or three quarters of the window."""
+    return settings.stride or max(1, window_tokens(settings, documents) * 3 // 4)
 
 
 def window_tokens(settings: BatchSettings, documents: Heldout) -> int:

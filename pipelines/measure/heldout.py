@@ -57,6 +57,11 @@ class Heldout:
         return len(self.documents) < self.total
 
     @property
+    def digest(self) -> str:
+        """sha256 over the ids of the documents, in order: which documents were measured."""
+        return fingerprint.digest([document.id for document in self.documents])
+
+    @property
     def sizes(self) -> NDArray[np.int64]:
         """Bytes of each document [documents]."""
         return np.array([document.size for document in self.documents], dtype=np.int64)

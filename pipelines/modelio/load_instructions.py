@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pipelines.core.artifact import Artifact
 from pipelines.modelio.folder import KV_CACHE_FILE, PACKED_STEM
@@ -41,6 +43,8 @@ class Loading:
     """The weights are in a layout of ours."""
     cache: bool
     """The attention cache is quantized."""
+    packages: tuple[str, ...] = ("torch", "transformers")
+    """What has to be installed to load it."""
 
     @property
     def plain(self) -> bool:
@@ -48,10 +52,15 @@ class Loading:
         return not (self.packed or self.cache)
 
     @property
+    def needs(self) -> str:
+        """The packages to install, as a sentence."""
+        return f"It needs `pip install {' '.join(self.packages)}`."
+
+    @property
     def sentence(self) -> str:
         """What to know before loading."""
         if self.plain:
-            return "Load it with plain transformers; no code of Ingot is needed."
+            return f"Load it with plain transformers; no code of Ingot is needed. {self.needs}"
         if not self.cache:
             return (
                 "Its weights are in packed*.safetensors, a layout that no public loader reads; it is described by "
@@ -91,4 +100,12 @@ def of_files(names: Iterable[str]) -> Loading:
 
 def of(model: Artifact) -> Loading:
     """Return how the model of a pretrain or compress artifact is loaded."""
-    return of_files(name for name in model.manifest.files if name.startswith("model/"))
+    how = of_files(name for name in model.manifest.files if name.startswith("model/"))
+    return replace(how, packages=(*how.packages, *_quantizers(model.path / "model" / "config.json")))
+
+
+def _quantizers(config: Path) -> tuple[str, ...]:
+    """Return the packages that transformers reads a quantized folder with, by the names it knows them by."""
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    method = (settings.get("quantization_config") or {}).get("quant_method")
+    return () if method is None else (str(method),)

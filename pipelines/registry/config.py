@@ -36,6 +36,26 @@ class PromoteConfig(Settings):
         "`pretrain`.",
     )
     confidence: float = Field(0.95, gt=0.5, lt=1.0, description="Confidence of every interval of the gate.")
+    min_effect: float = Field(
+        0.002,
+        ge=0.0,
+        le=1.0,
+        description="Bits per byte that a candidate must gain on the champion, by the lower end of the interval: a "
+        "smaller gain is no improvement even where it is beyond noise, for training with another seed moves as much. A "
+        "candidate of fewer bytes becomes champion while it loses no more than this.",
+    )
+    min_gain_per_doubling: float = Field(
+        0.01,
+        ge=0.0,
+        le=1.0,
+        description="Bits per byte that a candidate must gain besides, for each doubling of the champion's bytes.",
+    )
+    min_documents: int = Field(
+        20,
+        ge=6,
+        description="Held-out documents that a model must be measured on. Of fewer than 6 all can favour one model by "
+        "chance more often than once in twenty times, and no interval over them means anything.",
+    )
     max_bits_per_byte_ratio: float = Field(
         1.02,
         ge=1.0,
@@ -75,8 +95,19 @@ class PromoteConfig(Settings):
         (), description="Baselines (gzip, xz, order1, ...) whose bits per byte the candidate must be below."
     )
     allow_new_test_set: bool = Field(
-        False, description="Accept a candidate measured on other held-out text than the champion, without a comparison."
+        False,
+        description="Accept a candidate that is not comparable with the champion, without a comparison: other held-out "
+        "text, other evaluation settings, or a champion that cannot be measured.",
     )
     register_variants: bool = Field(
         False, description="Register the other variants that are within budget too, without the alias `champion`."
     )
+
+    @property
+    def rule(self) -> str:
+        """What the gate asks of a candidate that meets a champion, in a sentence: for plans, before anything ran."""
+        return (
+            f"on {self.min_documents} documents or more, gain {self.min_effect:g} bits per byte on the champion, and "
+            f"{self.min_gain_per_doubling:g} more for each doubling of its bytes; a smaller model may lose "
+            f"{self.min_effect:g}, a smaller variant of the champion's model what its budgets allow"
+        )

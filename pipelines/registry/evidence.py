@@ -5,6 +5,8 @@ An `Evidence` also says what is wrong with the measurements themselves: missing,
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,13 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.compression.report import FILE, CompressionReport
+from pipelines.core import fingerprint
 from pipelines.core.artifact import Artifact
-from pipelines.core.errors import GateRefused
+from pipelines.core.errors import ConfigError, GateRefused, IntegrityError
 
+OURS = "ingot"
+"""Folder of a registered version with what Ingot knows of it."""
+EVIDENCE_TAG = "evidence_sha256"
 EVIDENCE_FILE = "evidence.json"
 NATS_FILE = "document_nats.npy"
 SIZES_FILE = "document_bytes.npy"
 RELATIVE_FILE = "relative.npy"
+_ARRAYS = {NATS_FILE: "nats", SIZES_FILE: "sizes", RELATIVE_FILE: "relative"}
 OUTCOMES_FILE = "task_outcomes.json"
 TEST_SPLIT = "documents/test.jsonl.zst"
 BASE = "pretrain"
@@ -72,18 +79,24 @@ class Evidence:
     """Bytes of attention cache for each token; None for an encoder."""
     relative: NDArray[np.float64] | None = None
     """An encoder's documents seen from anchors [documents, anchors]; see `pipelines.evaluation.probes.relative`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """How it was measured: what two models must have in common, and what measuring another model so needs to know."""
     truncated: bool = False
     method: str = "none"
     bits: float | None = None
-    """Stored bits per weight."""
+    """Stored bits per weight: of all weights of a model that is not compressed, of a variant's compressed layers."""
+    weights_bytes: int | None = None
+    """Bytes of its weight files."""
     problems: tuple[str, ...] = ()
     """Why the measurements cannot be trusted; empty when they can."""
     version: str | None = None
     """Version in the registry, for a registered model."""
+    measured_again: str = ""
+    """Why a registered model was measured again for this comparison; empty when it was not."""
 
     def facts(self) -> dict[str, Any]:
         """Return everything but the arrays, as JSON values."""
-        apart = {"nats", "sizes", "relative", "problems", "version"}
+        apart = {"nats", "sizes", "relative", "problems", "version", "measured_again"}
         return {name: value for name, value in vars(self).items() if name not in apart}
 
 
@@ -135,9 +148,11 @@ def of_artifacts(
         decode_ms=_decode_ms(evaluation),
         relative=_load_if_there(evaluation.path / RELATIVE_FILE),
         cache_bytes=measured.get("cache_bytes_per_token"),
+        settings=measured.get("settings") or {},
         truncated=bool(measured.get("truncated", False)),
         method=method,
         bits=bits,
+        weights_bytes=measured.get("weights_bytes"),
         problems=tuple(_problems(model, evaluation, prepare)),
     )
 
@@ -145,20 +160,86 @@ def of_artifacts(
 def save(evidence: Evidence, folder: Path) -> None:
     """Write evidence beside a registered model, for comparison with later candidates."""
     folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / NATS_FILE, evidence.nats, allow_pickle=False)
-    np.save(folder / SIZES_FILE, evidence.sizes, allow_pickle=False)
-    if evidence.relative is not None:
-        np.save(folder / RELATIVE_FILE, evidence.relative, allow_pickle=False)
-    text = json.dumps(evidence.facts(), indent=1, sort_keys=True)
-    (folder / EVIDENCE_FILE).write_text(text + "\n", encoding="utf-8")
+    for name, content in _files(evidence).items():
+        (folder / name).write_bytes(content)
 
 
-def load(folder: Path, version: str) -> Evidence:
-    """Read back what `save` wrote."""
-    facts = json.loads((folder / EVIDENCE_FILE).read_text(encoding="utf-8"))
-    nats, sizes = _load(folder / NATS_FILE), _load(folder / SIZES_FILE)
-    relative = _load_if_there(folder / RELATIVE_FILE)
-    return Evidence(**facts, nats=nats, sizes=sizes, relative=relative, version=version)
+def digest(evidence: Evidence) -> str:
+    """Return the sha256 over the files that `save` writes: what a version is tagged with, and `load` demands."""
+    return fingerprint.digest({name: hashlib.sha256(content).hexdigest() for name, content in _files(evidence).items()})
+
+
+def load(folder: Path, version: str, expected: str) -> Evidence:
+    """Read back what `save` wrote.
+
+    Args:
+        folder: where.
+        version: number of the registered version.
+        expected: what `digest` gave when it was saved.
+
+    Raises:
+        IntegrityError: the files are not those that were saved.
+        ConfigError: another version of Ingot wrote them.
+    """
+    names = [name for name in (EVIDENCE_FILE, *_ARRAYS) if (folder / name).is_file()]
+    actual = fingerprint.digest({name: fingerprint.hash_file(folder / name) for name in names})
+    if actual != expected:
+        raise IntegrityError(
+            f"the evidence of version {version} is damaged: sha256 {actual} over its files, its tag says {expected}",
+            hint=f"restore {OURS}/ of that version in the registry's storage; or delete the version's tag "
+            f"`{EVIDENCE_TAG}` in MLflow, and the next promotion measures the model again",
+        )
+    try:
+        facts = json.loads((folder / EVIDENCE_FILE).read_bytes())
+        arrays = {field: np.load(folder / name, allow_pickle=False) for name, field in _ARRAYS.items() if name in names}
+        return Evidence(**facts, **arrays, version=version)
+    except ValueError as error:
+        raise IntegrityError(f"the evidence of version {version} is not what Ingot writes: {error}") from error
+    except TypeError as error:
+        raise ConfigError(
+            f"the evidence of version {version} was written by another version of Ingot: {error}",
+            hint="update the checkout to the version that registered it",
+        ) from error
+
+
+def _files(evidence: Evidence) -> dict[str, bytes]:
+    """Return the files of saved evidence, by name; the same evidence gives the same bytes."""
+    text = json.dumps(evidence.facts(), indent=1, sort_keys=True) + "\n"
+    files = {EVIDENCE_FILE: text.encode()}
+    for name, field_name in _ARRAYS.items():
+        if (array := getattr(evidence, field_name)) is not None:
+            buffer = io.BytesIO()
+            np.save(buffer, array, allow_pickle=False)
+            files[name] = buffer.getvalue()
+    return files
+
+
+def described(name: str, model: Artifact, by_digest: Mapping[str, Artifact]) -> Evidence:
+    """Return what is known of a model that was not evaluated: its identity, family and method, and no numbers."""
+    names = _json(model, "model/config.json").get("architectures") or [""]
+    method, bits = _method(model)
+    return Evidence(
+        name=name,
+        fingerprint=model.manifest.fingerprint,
+        digest=model.digest,
+        base=_base(model, by_digest),
+        family="encoder" if names[0].endswith("ForMaskedLM") else "decoder",
+        test_digest="",
+        bits_per_byte={},
+        tasks={},
+        size_bytes=sum(r.size for file, r in model.manifest.files.items() if file.startswith("model/")),
+        nats=np.zeros(0),
+        sizes=np.zeros(0, np.int64),
+        method=method,
+        bits=bits,
+    )
+
+
+def whole_bits(variant: Evidence, base: Evidence) -> float | None:
+    """Return the stored bits of all weights of a variant for each weight of its base; None where that is not known."""
+    if not (variant.weights_bytes and base.weights_bytes and base.bits):
+        return None
+    return base.bits * variant.weights_bytes / base.weights_bytes
 
 
 def footprint(model: Evidence, cache_tokens: int) -> float:

@@ -1,8 +1,9 @@
 """The gate: pure functions from evidence to a decision, with every number that it rests on.
 
-A model passes when its numbers are sane and it beats the champion beyond the noise of the choice of documents. A
-compressed variant must stay within its budget against its own base; it may then replace that base, or another variant
-of it, and must beat any other champion beyond noise.
+A model passes when its numbers are sane and it beats the champion: it must gain bits per byte beyond the noise of the
+choice of documents and beyond the minimum effect, more if it is larger. A model of fewer bytes may lose as much as the
+minimum effect. A compressed variant must stay within its budget against its own base; it may then replace that base, or
+another variant of it, if it is the smaller one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.evaluation.probes import relative
-from pipelines.measure.intervals import Interval, paired_difference, paired_ratio
+from pipelines.measure.intervals import Interval, paired_difference, paired_gain, paired_ratio
 from pipelines.registry.config import PromoteConfig
 from pipelines.registry.evidence import BASE, Evidence, footprint
 
@@ -25,7 +26,7 @@ UNIFORM_BITS_PER_BYTE = 8.0
 """What guessing every byte with equal probability costs: a model above it knows less than nothing."""
 
 _SAME_SIZE = 1.001
-"""Variants whose sizes differ by less hold the same bits, packed beside a longer or shorter description."""
+"""Models whose sizes differ by less hold the same bits, packed beside a longer or shorter description."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Decision:
     checks: tuple[Check, ...]
     versus_champion: Mapping[str, float] | None = None
     """Candidate's bits per byte over the champion's: value, low, high."""
+    gain: Mapping[str, float] | None = None
+    """Bits per byte that the candidate saves over the champion: value, low, high."""
     relative: Mapping[str, Any] | None = None
     """How far the candidate's embedding space is from the champion's; see `pipelines.evaluation.probes.relative`."""
 
@@ -96,31 +99,41 @@ def within_budget(models: Mapping[str, Evidence], config: PromoteConfig) -> list
 
 
 def decide(
-    candidate: Evidence, models: Mapping[str, Evidence], champion: Evidence | None, config: PromoteConfig
+    candidate: Evidence,
+    models: Mapping[str, Evidence],
+    champion: Evidence | None,
+    config: PromoteConfig,
+    *,
+    obstacle: str = "",
 ) -> Decision:
     """Decide whether the candidate may become champion.
 
     Args:
         candidate: who is put forward.
         models: every model of the run, among them the candidate's base.
-        champion: who holds the title; None when nobody does.
+        champion: who holds the title; None when nobody does, or when there are no numbers of it.
         config: budgets and confidence.
+        obstacle: why there are no numbers of a champion that there is; empty otherwise.
     """
     base = _base_of(candidate, models) if candidate.base is not None else None
     checks = _own_checks(candidate, base, config)
     if not all(check.passed for check in checks):
         return Decision(accepted=False, candidate=candidate.name, rule="own measurements", checks=tuple(checks))
+    if obstacle:
+        return _without_comparison(candidate, champion, obstacle, checks, config)
     if champion is None:
         return _accept(candidate, "first champion: nobody to beat", checks)
     if (champion.fingerprint, champion.digest) == (candidate.fingerprint, candidate.digest):
         return _accept(candidate, "is the champion already", checks)
-    if difference := _incomparable(candidate, champion):
+    if difference := incomparable(candidate, champion):
         return _without_comparison(candidate, champion, difference, checks, config)
-    ratio = paired_ratio(candidate.nats, champion.nats, candidate.sizes, confidence=config.confidence)
+    if champion.measured_again:
+        name, why = f"champion v{champion.version} was measured", champion.measured_again
+        checks = [*checks, Check(name, "again", why, passed=True)]
     moved = _moved(candidate, champion, config.confidence)
     if config.max_relative_distance is not None:
         checks = [*checks, _compatible(moved, champion, config.max_relative_distance)]
-    return _against_champion(candidate, champion, ratio, checks, moved)
+    return _against_champion(candidate, champion, checks, moved, config)
 
 
 def table(decision: Decision) -> str:
@@ -133,7 +146,7 @@ def table(decision: Decision) -> str:
 
 def _own_checks(model: Evidence, base: Evidence | None, config: PromoteConfig) -> list[Check]:
     """Return the checks that need no champion; a model whose numbers are not sane is compared with nothing."""
-    checks = _sanity(model)
+    checks = _sanity(model, config)
     if all(check.passed for check in checks):
         checks += _baselines(model, base, config)
         if base is not None:
@@ -141,11 +154,18 @@ def _own_checks(model: Evidence, base: Evidence | None, config: PromoteConfig) -
     return checks
 
 
-def _sanity(model: Evidence) -> list[Check]:
+def _sanity(model: Evidence, config: PromoteConfig) -> list[Check]:
+    documents = len(model.nats)
     bits = model.bits_per_byte["value"]
     numbers = [*model.bits_per_byte.values(), *(t["accuracy"] for t in model.tasks.values()), *model.nats.tolist()]
     return [
         *(Check("measurements", problem, "of this model", passed=False) for problem in model.problems),
+        Check(
+            "held-out documents",
+            str(documents),
+            f"at least {config.min_documents} (promote.min_documents)",
+            documents >= config.min_documents,
+        ),
         Check(
             "finite numbers", str(sum(not _finite(n) for n in numbers)) + " not finite", "none", _all_finite(numbers)
         ),
@@ -183,7 +203,7 @@ def _budget(variant: Evidence, base: Evidence, config: PromoteConfig) -> Iterabl
 
 def _quality(variant: Evidence, base: Evidence, config: PromoteConfig) -> Check:
     name, required = "bits per byte / base", f"upper end at most {config.max_bits_per_byte_ratio:g}"
-    if difference := _incomparable(variant, base):
+    if difference := incomparable(variant, base):
         return Check(name, difference, required, passed=False)
     ratio = paired_ratio(variant.nats, base.nats, variant.sizes, confidence=config.confidence)
     return Check(name, str(ratio), required, ratio.high <= config.max_bits_per_byte_ratio)
@@ -215,21 +235,32 @@ def _limit(name: str, value: float | None, limit: float) -> Check:
     return Check(name, f"{value:.4f}", f"at most {limit:g}", _finite(value) and value <= limit)
 
 
-def _incomparable(one: Evidence, other: Evidence) -> str | None:
+def incomparable(one: Evidence, other: Evidence) -> str | None:
     """Say why two models' numbers must not be compared, or None when they may."""
     if one.family != other.family:
         return f"a {one.family} and a {other.family} count different bits"
     if one.test_digest != other.test_digest:
         return f"held-out text differs: {one.test_digest[:12]} and {other.test_digest[:12]}"
+    if difference := _settings_differ(one.settings, other.settings):
+        return difference
     if not np.array_equal(one.sizes, other.sizes):
         return f"measured on different documents: {len(one.sizes)} and {len(other.sizes)} of them"
     return None
 
 
+def _settings_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """Name the first evaluation setting in which two models differ; the batch changes nothing but rounding."""
+    for name in sorted((one.keys() | other.keys()) - {"batch_tokens", "max_documents"}):
+        if one.get(name) != other.get(name):
+            values = " and ".join(str(each.get(name, "unknown"))[:12] for each in (one, other))
+            return f"measured at different settings: {name} {values}"
+    return None
+
+
 def _without_comparison(
-    candidate: Evidence, champion: Evidence, difference: str, checks: list[Check], config: PromoteConfig
+    candidate: Evidence, champion: Evidence | None, difference: str, checks: list[Check], config: PromoteConfig
 ) -> Decision:
-    required = "the same documents (promote.allow_new_test_set=true goes on without)"
+    required = "the same text and settings (promote.allow_new_test_set=true goes on without)"
     checks = [*checks, Check("comparable with champion", difference, required, config.allow_new_test_set)]
     if config.max_relative_distance is not None:
         checks.append(_compatible(None, champion, config.max_relative_distance))
@@ -245,8 +276,9 @@ def _moved(candidate: Evidence, champion: Evidence, confidence: float) -> dict[s
     return relative.compare(one, other, confidence=confidence)
 
 
-def _compatible(moved: Mapping[str, Any] | None, champion: Evidence, limit: float) -> Check:
-    name, required = f"embedding distance to champion v{champion.version}", f"upper end at most {limit:g}"
+def _compatible(moved: Mapping[str, Any] | None, champion: Evidence | None, limit: float) -> Check:
+    number = f" v{champion.version}" if champion is not None else ""
+    name, required = f"embedding distance to champion{number}", f"upper end at most {limit:g}"
     if moved is None:
         return Check(
             name, f"not measured: only for encoders, on {relative.FEWEST} documents or more", required, passed=False
@@ -257,21 +289,45 @@ def _compatible(moved: Mapping[str, Any] | None, champion: Evidence, limit: floa
 
 
 def _against_champion(
-    candidate: Evidence, champion: Evidence, ratio: Interval, checks: list[Check], moved: Mapping[str, Any] | None
+    candidate: Evidence,
+    champion: Evidence,
+    checks: list[Check],
+    moved: Mapping[str, Any] | None,
+    config: PromoteConfig,
 ) -> Decision:
-    beats = ratio.high < 1.0
-    related = candidate.base is not None and candidate.base in {champion.fingerprint, champion.base}
-    required = "any: a variant within budget of the champion's model" if related and not beats else "upper end below 1"
-    check = Check(f"bits per byte / champion v{champion.version}", str(ratio), required, beats or related)
-    rule = (
-        "beats the champion beyond noise"
-        if beats
-        else "variant within budget of the champion's own model"
-        if related
-        else "must beat the champion beyond noise"
-    )
-    accepted = (beats or related) and all(check.passed for check in checks)
-    return Decision(accepted, candidate.name, rule, (*checks, check), ratio.to_json(), moved)
+    """Weigh the bits per byte that the candidate gains against the bytes that it takes."""
+    numbers = (candidate.nats, champion.nats, candidate.sizes)
+    gain = paired_gain(*numbers, confidence=config.confidence)
+    bytes_ratio = footprint(candidate, config.cache_tokens) / footprint(champion, config.cache_tokens)
+    smaller = bytes_ratio * _SAME_SIZE < 1.0
+    related = smaller and candidate.base is not None and candidate.base in {champion.fingerprint, champion.base}
+    least, required = _least(bytes_ratio, config)
+    if gain.low > 0.0 and gain.low >= least:
+        passed, rule = True, "beats the champion beyond noise and the minimum effect"
+    elif smaller and gain.low >= -config.min_effect:
+        passed, rule = True, "smaller than the champion, and no worse beyond the minimum effect"
+        required = f"smaller: lower end at least {-config.min_effect:g}"
+    elif related:
+        passed, rule = True, "smaller variant within budget of the champion's own model"
+        required = "any: smaller, and within budget of the champion's model"
+    else:
+        passed, rule = False, "must beat the champion beyond noise and the minimum effect"
+        required = f"smaller: lower end at least {-config.min_effect:g}" if smaller else required
+    number = f"champion v{champion.version}"
+    size = Check(f"bytes / {number}", f"{bytes_ratio:.3f}", "any; it sets what must be gained", passed=True)
+    quality = Check(f"bits per byte gained on {number}", str(gain), required, passed)
+    checks = [*checks, size, quality]
+    ratio = paired_ratio(*numbers, confidence=config.confidence)
+    accepted = all(check.passed for check in checks)
+    return Decision(accepted, candidate.name, rule, tuple(checks), ratio.to_json(), gain.to_json(), moved)
+
+
+def _least(bytes_ratio: float, config: PromoteConfig) -> tuple[float, str]:
+    """Return the bits per byte that a candidate of so many times the champion's bytes must gain, and say why."""
+    doublings = math.log2(bytes_ratio) if bytes_ratio > _SAME_SIZE else 0.0
+    least = config.min_effect + config.min_gain_per_doubling * doublings
+    parts = f": {config.min_effect:g} + {config.min_gain_per_doubling:g} x {doublings:.2f} doublings of bytes"
+    return least, f"lower end above 0 and at least {least:.4f}{parts if doublings else ''}"
 
 
 def _accept(candidate: Evidence, rule: str, checks: list[Check]) -> Decision:

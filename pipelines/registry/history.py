@@ -59,22 +59,29 @@ def read(store_root: Path, model: str | None = None) -> list[Record]:
 
 
 def champion(store_root: Path, model: str) -> Record | None:
-    """Return the record that made the present champion, or None when there is none."""
+    """Return the record that made the champion that this store last saw, or None when it saw none.
+
+    The alias in MLflow may have been moved since; see `current`.
+    """
     succession = champions(store_root, model)
-    return succession[-1] if succession else None
+    return succession[-1] if succession and succession[-1]["version"] is not None else None
 
 
 def champions(store_root: Path, model: str) -> list[Record]:
-    """Return the succession of champions, the present one last; a rollback removes the one that it took back."""
+    """Return the succession of champions, the present one last; a rollback removes those that it took back.
+
+    A record without a version stands for a time without a champion.
+    """
     succession: list[Record] = []
     for record in read(store_root, model):
         if record["action"] not in _MOVES:
             continue
-        if record["version"] is None:
-            succession.clear()
-        elif len(succession) > 1 and record["action"] != PROMOTE and record["version"] == succession[-2]["version"]:
+        numbers = [earlier["version"] for earlier in succession]
+        if record["action"] == ROLLBACK and record["version"] in numbers[:-1]:
+            del succession[len(numbers) - numbers[-2::-1].index(record["version"]) - 1 :]
+        elif record["action"] == OBSERVED and len(numbers) > 1 and record["version"] == numbers[-2]:
             succession.pop()
-        elif not succession or succession[-1]["version"] != record["version"]:
+        elif not numbers or numbers[-1] != record["version"]:
             succession.append(record)
     return succession
 

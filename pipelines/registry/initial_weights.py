@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from pipelines.core import artifact, fingerprint
 from pipelines.core.errors import ConfigError, IntegrityError
-from pipelines.registry.package import MODEL_FOLDER, OURS, downloaded
+from pipelines.registry.evidence import OURS
+from pipelines.registry.package import MODEL_FOLDER, downloaded
 from pipelines.tracking.client import connect, reachable
 from pipelines.tracking.config import TrackingConfig, resolve_uri
 

@@ -13,6 +13,7 @@ from pipelines.core.artifact import Artifact
 from pipelines.core.redaction import redact, redact_value
 from pipelines.measure import answers
 from pipelines.modelio import load_instructions
+from pipelines.registry import evidence
 from pipelines.registry.config import PromoteConfig
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.gate import Decision
@@ -71,6 +72,7 @@ _PAGE = jinja2.Environment(
 | {{ name }} | {{ value }} |
 {% endfor %}
 
+{% if models %}
 ## Evaluation
 
 {{ evaluation_sentence }}
@@ -85,10 +87,10 @@ _PAGE = jinja2.Environment(
 {% endfor %}
 {% if tasks %}
 
-| task | accuracy | standard error | chance | items |
-|---|---:|---:|---:|---:|
+| task | accuracy | standard error | chance | items | |
+|---|---:|---:|---:|---:|---|
 {% for row in tasks %}
-| {{ row.name }} | {{ row.accuracy }} | {{ row.stderr }} | {{ row.chance }} | {{ row.n }} |
+| {{ row.name }} | {{ row.accuracy }} | {{ row.stderr }} | {{ row.chance }} | {{ row.n }} | {{ row.note }} |
 {% endfor %}
 {% endif %}
 
@@ -112,6 +114,7 @@ _PAGE = jinja2.Environment(
 | {{ check.name }} | {{ check.found }} | {{ check.required }} | {{ "ok" if check.passed else "**broken**" }} |
 {% endfor %}
 
+{% endif %}
 ## Limits
 
 {% for limit in limits %}
@@ -147,31 +150,62 @@ def render(
         decision: what the gate said.
         config: name of the registered model.
     """
-    prepare, model = inputs["prepare"], inputs[f"model:{facts.name}"]
-    sources = source_rows(prepare)
-    front = _front_matter(facts, models, sources, config)
+    page = _about(facts, models, inputs, config.model_name) | {
+        "evaluation_sentence": _evaluation_sentence(facts),
+        "models": [_model_row(one) for one in models.values()],
+        "baselines": sorted((name, f"{bits:.4f}") for one in models.values() for name, bits in one.baselines.items()),
+        "tasks": [_task_row(name, row) for name, row in facts.tasks.items()],
+        "samples": _samples(inputs[f"evaluation:{facts.name}"]),
+        "verdict": f"{decision.candidate}: {'accepted' if decision.accepted else 'refused'} ({decision.rule}).",
+        "checks": decision.checks,
+    }
+    return _written(page, _front_matter(facts, models, page["sources"], config.model_name))
+
+
+def of_artifact(inputs: Mapping[str, Artifact], name: str) -> str:
+    """Return the model card of a model that no gate has judged: all but its evaluation.
+
+    Args:
+        inputs: `prepare` and `model:<name>` artifacts, as far as the store has them.
+        name: which model.
+    """
+    by_digest = {artifact.digest: artifact for key, artifact in inputs.items() if key.startswith("model:")}
+    facts = evidence.described(name, inputs[f"model:{name}"], by_digest)
+    page = _about(facts, {}, inputs, "ingot")
+    return _written(page, _front_matter(facts, {}, page["sources"], "ingot"))
+
+
+def licence_of(card: str) -> str:
+    """Return the licence that a card's front matter names."""
+    import yaml
+
+    front = yaml.safe_load(card.split("---\n", 2)[1])
+    return str(front.get("license_details") if front["license"] == "other" else front["license"])
+
+
+def _about(
+    facts: Evidence, models: Mapping[str, Evidence], inputs: Mapping[str, Artifact], title: str
+) -> dict[str, Any]:
+    """Return what is known of a model without its evaluation."""
+    prepare, model = inputs.get("prepare"), inputs[f"model:{facts.name}"]
     record, how = model.manifest.provenance, load_instructions.of(model)
-    page = _PAGE.render(
-        title=f"{config.model_name}: {facts.name}",
-        sentence=_sentence(facts),
-        loading=Markup(how.sentence),  # noqa: S704 - ours
-        snippet=Markup(how.snippet(load_instructions.LOADER[facts.family])),  # noqa: S704 - ours
-        sources=sources,
-        data_sentence=_data_sentence(prepare),
-        training=_training_rows(inputs, facts),
-        evaluation_sentence=_evaluation_sentence(facts),
-        models=[_model_row(one) for one in models.values()],
-        baselines=sorted((name, f"{bits:.4f}") for one in models.values() for name, bits in one.baselines.items()),
-        tasks=[{"name": name} | {k: f"{v:.4g}" for k, v in _numbers(row).items()} for name, row in facts.tasks.items()],
-        samples=_samples(inputs[f"evaluation:{facts.name}"]),
-        verdict=f"{decision.candidate}: {'accepted' if decision.accepted else 'refused'} ({decision.rule}).",
-        checks=decision.checks,
-        limits=_limits(facts),
-        lineage=[_lineage_row(name, artifact) for name, artifact in inputs.items()],
-        data_hash=(record.data_hash if record else None) or "unknown",
-        commit=record.git_commit if record else "unknown",
-    )
-    return f"---\n{front}---\n\n{redact(page)}"
+    return {
+        "title": f"{title}: {facts.name}",
+        "sentence": _sentence(facts, models),
+        "loading": Markup(how.sentence),  # noqa: S704 - ours
+        "snippet": Markup(how.snippet(load_instructions.LOADER[facts.family])),  # noqa: S704 - ours
+        "sources": source_rows(prepare) if prepare is not None else [],
+        "data_sentence": _data_sentence(prepare),
+        "training": _training_rows(inputs, facts),
+        "limits": _limits(facts),
+        "lineage": [_lineage_row(name, artifact) for name, artifact in inputs.items()],
+        "data_hash": (record.data_hash if record else None) or "unknown",
+        "commit": record.git_commit if record else "unknown",
+    }
+
+
+def _written(page: dict[str, Any], front: str) -> str:
+    return f"---\n{front}---\n\n{redact(_PAGE.render(page))}"
 
 
 def without_front_matter(card: str) -> str:
@@ -194,7 +228,7 @@ def source_rows(prepare: Artifact) -> list[dict[str, Any]]:
 
 
 def _front_matter(
-    facts: Evidence, models: Mapping[str, Evidence], sources: list[dict[str, Any]], config: PromoteConfig
+    facts: Evidence, models: Mapping[str, Evidence], sources: list[dict[str, Any]], registered: str
 ) -> str:
     import yaml
 
@@ -207,9 +241,10 @@ def _front_matter(
     front["datasets"] = [escape(row["source"]) for row in sources]
     base = next((one for one in models.values() if one.fingerprint == facts.base), None)
     if base is not None:
-        front["base_model"] = f"{config.model_name}/{base.name}-{base.fingerprint[:_KEY_DIGITS]}"
+        front["base_model"] = f"{registered}/{base.name}-{base.fingerprint[:_KEY_DIGITS]}"
         front["base_model_relation"] = "quantized"
-    front["model-index"] = [{"name": f"{config.model_name}-{facts.name}", "results": [_index_entry(facts)]}]
+    if models:
+        front["model-index"] = [{"name": f"{registered}-{facts.name}", "results": [_index_entry(facts)]}]
     return yaml.safe_dump(redact_value("", front), sort_keys=False, allow_unicode=True)
 
 
@@ -223,15 +258,20 @@ def _index_entry(facts: Evidence) -> dict[str, Any]:
     }
 
 
-def _sentence(facts: Evidence) -> str:
+def _sentence(facts: Evidence, models: Mapping[str, Evidence]) -> str:
     kind = "causal language model" if facts.family == "decoder" else "masked language model"
     if facts.base is None:
         return f"A {kind}, pretrained from scratch with Ingot."
-    bits = "" if facts.bits is None else f" to {facts.bits:.3g} bits per weight"
-    return f"A {kind}, compressed with {facts.method}{bits} from `{facts.base[:_KEY_DIGITS]}`."
+    bits = "" if facts.bits is None else f" to {facts.bits:.3g} bits per weight of the compressed layers"
+    base = next((one for one in models.values() if one.fingerprint == facts.base), None)
+    whole = None if base is None else evidence.whole_bits(facts, base)
+    stored = "" if whole is None else f"; with all its other tensors {whole:.3g} bits for each weight of its base model"
+    return f"A {kind}, compressed with {facts.method}{bits}{stored}, from `{facts.base[:_KEY_DIGITS]}`."
 
 
-def _data_sentence(prepare: Artifact) -> str:
+def _data_sentence(prepare: Artifact | None) -> str:
+    if prepare is None:
+        return "The prepared corpus is not in this store."
     splits = (prepare.read_json("index.json") if "index.json" in prepare.manifest.files else {}).get("splits") or {}
     parts = [
         f"{name} {row.get('documents', '?')} documents, {row.get('tokens', '?')} tokens" for name, row in splits.items()
@@ -261,6 +301,11 @@ def _model_row(one: Evidence) -> dict[str, str]:
     cache = "" if one.cache_bytes is None else f"{one.cache_bytes:,.1f}"
     size = f"{one.size_bytes:,}"
     return {"name": one.name, "bits": f"{bits['value']:.4f}", "interval": interval, "size": size, "cache": cache}
+
+
+def _task_row(name: str, row: Mapping[str, Any]) -> dict[str, str]:
+    note = "" if row.get("informative", True) else "no better than chance here: it says nothing"
+    return {"name": name, "note": note} | {key: f"{value:.4g}" for key, value in _numbers(row).items()}
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

@@ -12,6 +12,7 @@ transformers, not this checkout, and no pickle.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -22,18 +23,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.core.artifact import MANIFEST, Artifact
+from pipelines.core.artifact import MANIFEST, Artifact, Manifest
 from pipelines.core.errors import IntegrityError
 from pipelines.core.garbage import FETCHED
 from pipelines.registry import evidence as evidence_of
-from pipelines.registry.evidence import Evidence
+from pipelines.registry.evidence import OURS, Evidence
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
 MODEL_FOLDER = "model"
-OURS = "ingot"
 CARD = "model_card.md"
 _TASKS = {
     "decoder": ("text-generation", "TextGenerationPipeline", "KING HENRY:\n"),
@@ -74,25 +74,44 @@ def downloaded(client: MlflowClient, uri: str, version: ModelVersion, part: str,
         client: connection to MLflow.
         uri: where MLflow is.
         version: the registered version.
-        part: file or folder below what `build` wrote.
+        part: file or folder below what `build` wrote; empty for everything.
         store_root: root of the store.
-    """
-    from mlflow.artifacts import download_artifacts
 
+    Raises:
+        FileNotFoundError: the registry answers, and has no such part.
+    """
     source = client.get_model_version_download_uri(version.name, str(version.version))
     scratch_root = store_root / "scratch"
     scratch_root.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=FETCHED, dir=scratch_root))
     try:
-        yield Path(download_artifacts(artifact_uri=f"{source}/{part}", dst_path=str(scratch), tracking_uri=uri))
+        yield _download(f"{source}/{part}".rstrip("/"), scratch, uri)
     finally:
         shutil.rmtree(scratch)
 
 
-def hashes_of(model: Artifact) -> dict[str, str]:
+def _download(place: str, scratch: Path, uri: str) -> Path:
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import RequestException
+
+    try:
+        return Path(download_artifacts(artifact_uri=place, dst_path=str(scratch), tracking_uri=uri))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise FileNotFoundError(f"{place} is not there") from error
+    except OSError as error:
+        # MLflow's word for a file that its own folder does not have is an OSError without a number.
+        if isinstance(error, RequestException | ConnectionError) or error.errno not in {None, errno.ENOENT}:
+            raise
+        raise FileNotFoundError(f"{place} is not there") from error
+
+
+def hashes_of(model: Manifest) -> dict[str, str]:
     """Return file name -> sha256 of what the folder `model/` must hold."""
     prefix = MODEL_FOLDER + "/"
-    return {name: record.sha256 for name, record in model.manifest.files.items() if name.startswith(prefix)}
+    return {name: record.sha256 for name, record in model.files.items() if name.startswith(prefix)}
 
 
 def _describe(folder: Path, source: Path, evidence: Evidence) -> None:

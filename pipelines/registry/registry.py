@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.core import fingerprint
+from pipelines.core import artifact, fingerprint
 from pipelines.core.errors import ConfigError, IntegrityError
 from pipelines.core.fault_injection import fault_point
 from pipelines.core.redaction import redact
+from pipelines.registry import current, history, listing, package, registry_lock
 from pipelines.registry import evidence as evidence_of
-from pipelines.registry import history, listing, package, registry_lock
-from pipelines.registry.evidence import Evidence
-from pipelines.registry.package import MODEL_FOLDER, OURS
+from pipelines.registry.current import CHAMPION, PROMOTED_BY
+from pipelines.registry.evidence import EVIDENCE_TAG, OURS, Evidence
+from pipelines.registry.package import MODEL_FOLDER
 from pipelines.tracking.client import connect, experiment_id, reachable, upload
 from pipelines.tracking.config import TrackingConfig, resolve_uri
 
@@ -29,13 +29,15 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-CHAMPION, CHALLENGER = "champion", "challenger"
-"""Aliases; MLflow's documentation calls a candidate challenger."""
+CHALLENGER = "challenger"
+"""Alias of a candidate, as MLflow's documentation calls it."""
 _LEASE_WAIT_S = 900.0
 _PROMOTES = "ingot.promotes"
-_PROMOTED_BY = "ingot.promoted_by"
-"""Tag of a version that was champion: who made it so, when and why."""
 _KEY_DIGITS = 16
+_RESTORE = (
+    "no alias was moved; restore that version in the registry's storage, or delete the version in MLflow: a rollback "
+    "then goes one champion further back, and a promotion registers the model anew"
+)
 
 
 class Registry:
@@ -56,18 +58,25 @@ class Registry:
 
     def champion(self) -> ModelVersion | None:
         """Return the version that the alias `champion` names, and note in the history when others moved it."""
-        holder = self._by_alias(CHAMPION)
+        holder = self.by_alias(CHAMPION)
         known = history.champion(self.store_root, self.model)
         version = str(holder.version) if holder is not None else None
         if version != (known["version"] if known else None):
             tags = holder.tags if holder is not None else {}
-            self._note(history.OBSERVED, version, _moved_by(tags), tags)
+            self._note(history.OBSERVED, version, current.moved_by(tags), tags)
         return holder
 
-    def evidence(self, version: ModelVersion) -> Evidence:
-        """Fetch what a registered version was judged by."""
+    def evidence(self, version: ModelVersion) -> Evidence | None:
+        """Fetch what a registered version was judged by; None where there is nothing that can be verified.
+
+        Raises:
+            IntegrityError: it is not what was registered.
+        """
+        expected = version.tags.get(EVIDENCE_TAG)
+        if expected is None:
+            return None
         with self._downloaded(version, OURS) as folder:
-            return evidence_of.load(folder, str(version.version))
+            return evidence_of.load(folder, str(version.version), expected)
 
     def find(self, facts: Evidence) -> ModelVersion | None:
         """Return the registered version of this very model, or None."""
@@ -102,34 +111,60 @@ class Registry:
         return version
 
     def verify(self, version: ModelVersion, hashes: Mapping[str, str]) -> None:
-        """Fetch a version's model files back and hash them.
+        """Fetch the model files of a version that was just registered back, and hash them.
 
         Args:
             version: the registered version.
             hashes: file name -> sha256 that the artifact's manifest has.
 
         Raises:
-            IntegrityError: naming the file and both hashes; the version, if no alias names it, is removed.
+            IntegrityError: naming the file and both hashes; the version, if it is not champion, is removed.
         """
         with self._downloaded(version, MODEL_FOLDER) as folder:
             fault_point("promote.after_fetch", path=folder / "model.safetensors")
-            returned = {
-                f"{MODEL_FOLDER}/{path.relative_to(folder).as_posix()}": fingerprint.hash_file(path)
-                for path in folder.rglob("*")
-                if path.is_file()
-            }
+            try:
+                self._compare(version, folder, hashes)
+            except IntegrityError:
+                if CHAMPION not in self._aliases(version):
+                    self._client.delete_model_version(self.model, version.version)
+                raise
+        self._client.set_model_version_tag(self.model, version.version, "validation_status", "approved")
+
+    @contextlib.contextmanager
+    def verified(self, version: ModelVersion) -> Iterator[Path]:
+        """Download a whole version for the length of the block, its bytes checked if Ingot registered it.
+
+        The files must be those of its manifest, and the manifest that of the digest in the registry's database.
+
+        Raises:
+            IntegrityError: naming what differs.
+        """
+        with self._downloaded(version, "") as folder:
+            if (digest := version.tags.get("digest")) is not None:
+                manifest = artifact.load(folder / OURS).manifest
+                if manifest.digest != digest:
+                    raise IntegrityError(
+                        f"version {version.version} of {self.model}: its manifest has the digest {manifest.digest}, "
+                        f"its tag says {digest}",
+                        hint=_RESTORE,
+                    )
+                self._compare(version, folder / MODEL_FOLDER, package.hashes_of(manifest))
+            yield folder
+
+    def _compare(self, version: ModelVersion, folder: Path, hashes: Mapping[str, str]) -> None:
+        returned = {
+            f"{MODEL_FOLDER}/{path.relative_to(folder).as_posix()}": fingerprint.hash_file(path)
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
         wrong = sorted(n for n in hashes.keys() | returned.keys() if hashes.get(n) != returned.get(n))
-        if not wrong:
-            self._client.set_model_version_tag(self.model, version.version, "validation_status", "approved")
-            return
-        if CHAMPION not in self._aliases(version):
-            self._client.delete_model_version(self.model, version.version)
-        name = wrong[0]
-        raise IntegrityError(
-            f"version {version.version} of {self.model}: {name} came back from the registry as "
-            f"{returned.get(name, '(missing)')}, expected sha256 {hashes.get(name, '(no such file)')}",
-            hint="the version was not promoted; check the registry's storage, then run `ingot promote` again",
-        )
+        if wrong:
+            name = wrong[0]
+            raise IntegrityError(
+                f"version {version.version} of {self.model}: {name} came back from the registry as "
+                f"{returned.get(name, '(missing)')}, expected sha256 {hashes.get(name, '(no such file)')}",
+                hint=_RESTORE,
+            )
 
     def promote(self, version: ModelVersion, why: str, facts: Mapping[str, Any], *, over: ModelVersion | None) -> bool:
         """Make a verified version the champion, and write it into the history once.
@@ -145,7 +180,7 @@ class Registry:
         """
         number = str(version.version)
         fault_point("promote.before_alias")
-        previous = self._by_alias(CHAMPION)
+        previous = self.by_alias(CHAMPION)
         holder = str(previous.version) if previous is not None else None
         if holder not in {str(over.version) if over is not None else None, number}:
             return False
@@ -173,29 +208,55 @@ class Registry:
 
     def release(self, alias: str, number: str) -> None:
         """Take an alias from a version, if it has it."""
-        named = self._by_alias(alias)
+        named = self.by_alias(alias)
         if named is not None and str(named.version) == number:
             self._client.delete_registered_model_alias(self.model, alias)
 
     def rollback(self, why: str) -> history.Record:
-        """Give the title back to the champion before the present one.
+        """Give the title back to the champion before the present one, whose bytes are verified first.
+
+        Versions that were deleted since are passed over.
 
         Raises:
             ConfigError: there was none before.
+            IntegrityError: the registry no longer holds its bytes; nothing was changed.
         """
         current = self.champion()
-        succession = history.champions(self.store_root, self.model)
-        if current is None or len(succession) < 2:
+        before = str(current.version) if current is not None else None
+        version = self._earlier(before)
+        if version is None:
             raise ConfigError(
                 f"{self.model} has no earlier champion to go back to", hint="`ingot list models` shows its versions"
             )
-        number = succession[-2]["version"]
-        tags = self._client.get_model_version(self.model, number).tags
-        before = str(current.version)
-        why = why or f"rollback from version {before}"
+        with self.verified(version):
+            number = str(version.version)
+        why = why or (f"rollback from version {before}" if before else "rollback: the alias named no version")
         promoter = self._tag_promoter(number, why)
         self._client.set_registered_model_alias(self.model, CHAMPION, number)
-        return self._note(history.ROLLBACK, number, why, tags, previous=before, **promoter)
+        return self._note(history.ROLLBACK, number, why, version.tags, previous=before, **promoter)
+
+    def _earlier(self, current: str | None) -> ModelVersion | None:
+        """Return the newest earlier champion that the registry still has; None for none."""
+        for record in reversed(history.champions(self.store_root, self.model)):
+            number = record["version"]
+            if number in {None, current}:
+                continue
+            version = self.version(number)
+            # A database that was set up anew counts its versions from 1 again.
+            if version is not None and version.tags.get("fingerprint") == record.get("fingerprint"):
+                return version
+        return None
+
+    def version(self, number: str) -> ModelVersion | None:
+        """Return a version by its number, or None."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_model_version(self.model, number)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
 
     def run_for(self, facts: Evidence, experiment: str) -> str:
         """Return the MLflow run that carries a model's files when tracking names none."""
@@ -207,17 +268,26 @@ class Registry:
         self._client.set_terminated(created)
         return str(created)
 
-    def _downloaded(self, version: ModelVersion, part: str) -> contextlib.AbstractContextManager[Path]:
-        return package.downloaded(self._client, self._uri, version, part, self.store_root)
+    @contextlib.contextmanager
+    def _downloaded(self, version: ModelVersion, part: str) -> Iterator[Path]:
+        with contextlib.ExitStack() as downloads:
+            try:
+                folder = downloads.enter_context(
+                    package.downloaded(self._client, self._uri, version, part, self.store_root)
+                )
+            except FileNotFoundError as error:
+                raise IntegrityError(f"version {version.version} of {self.model}: {error}", hint=_RESTORE) from error
+            yield folder
 
     def _tag_promoter(self, number: str, why: str) -> dict[str, str]:
         """Tag a version with who gives it the title, when and why: other stores see the registry, not our history."""
         promoter = history.who_and_when()
         text = json.dumps(promoter | {"why": redact(why)}, sort_keys=True)
-        self._client.set_model_version_tag(self.model, number, _PROMOTED_BY, text)
+        self._client.set_model_version_tag(self.model, number, PROMOTED_BY, text)
         return promoter
 
-    def _by_alias(self, alias: str) -> ModelVersion | None:
+    def by_alias(self, alias: str) -> ModelVersion | None:
+        """Return the version that an alias names, or None."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -251,14 +321,6 @@ class Registry:
         if redact(self._uri) == self._uri:
             about["tracking_uri"] = self._uri
         return history.append(self.store_root, self.model, action, version=version, why=redact(why), **about, **facts)
-
-
-def _moved_by(tags: Mapping[str, str]) -> str:
-    """Say what is known about an alias that another store, or somebody, moved."""
-    if _PROMOTED_BY not in tags:
-        return "alias found moved by hand"
-    promoter = json.loads(tags[_PROMOTED_BY])
-    return f"alias found moved; {promoter['who']} at {promoter['time']}: {promoter['why']}"
 
 
 @contextlib.contextmanager
@@ -297,19 +359,11 @@ def rollback(store_root: Path, model: str, *, config: TrackingConfig | None = No
         ConfigError: there is no earlier champion.
         TransientError: MLflow does not answer.
     """
-    with opened(config or where(store_root, model), store_root, model) as (registry, _):
+    with opened(config or current.where(store_root, model), store_root, model) as (registry, _):
         return registry.rollback(why)
-
-
-def where(store_root: Path, model: str) -> TrackingConfig:
-    """Return the MLflow that a model was last registered with; the environment's and the store's own come after."""
-    records = [record for record in history.read(store_root, model) if "tracking_uri" in record]
-    if records and "MLFLOW_TRACKING_URI" not in os.environ:
-        return TrackingConfig(uri=records[-1]["tracking_uri"])
-    return TrackingConfig()
 
 
 def list_models(store_root: Path, config: TrackingConfig | None = None) -> list[dict[str, Any]]:
     """Return one row per version of every registered model; see `listing.rows`."""
     known = history.models(store_root)
-    return listing.rows(config or (where(store_root, known[-1]) if known else TrackingConfig()), store_root)
+    return listing.rows(config or current.where(store_root, known[-1] if known else None), store_root)

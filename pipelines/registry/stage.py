@@ -16,7 +16,7 @@ from pipelines.core.artifact import Artifact
 from pipelines.core.errors import GateRefused
 from pipelines.core.redaction import redact
 from pipelines.core.stage import Progress, StageContext, Summary
-from pipelines.registry import evidence, gate, history, model_card, package
+from pipelines.registry import evidence, gate, history, incumbent, model_card, package
 from pipelines.registry.config import PromoteConfig
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.gate import Decision
@@ -38,7 +38,7 @@ def run(config: PromoteConfig, inputs: Mapping[str, Artifact], out_dir: Path, co
     Raises:
         GateRefused: with a table of the numbers, the broken conditions named.
         TransientError: MLflow does not answer.
-        IntegrityError: the registry returned other bytes than it was given.
+        IntegrityError: the registry returned other bytes than it was given, or the champion's evidence is damaged.
     """
     models = evidence.read(inputs)
     candidate, passed_over = gate.choose(models, config)
@@ -46,8 +46,8 @@ def run(config: PromoteConfig, inputs: Mapping[str, Artifact], out_dir: Path, co
         promoted = False
         while not promoted:  # again when another champion took over while this one was being registered
             holder = registry.champion()
-            champion = registry.evidence(holder) if holder is not None and "fingerprint" in holder.tags else None
-            decision = gate.decide(candidate, models, champion, config)
+            champion = incumbent.of(registry, holder, candidate, inputs["prepare"], config, context)
+            decision = gate.decide(candidate, models, champion.evidence, config, obstacle=champion.obstacle)
             text = model_card.render(candidate, models, inputs, decision, config)
             _write(decision, passed_over, text, out_dir)
             if not decision.accepted:
@@ -55,7 +55,7 @@ def run(config: PromoteConfig, inputs: Mapping[str, Artifact], out_dir: Path, co
             run_id = context.tracking.run_id or registry.run_for(candidate, experiment)
             job = _Promotion(registry, inputs, models, run_id, context)
             version = job.register(candidate, text)
-            facts = {"versus_champion": decision.versus_champion, "run_id": run_id}
+            facts = {"versus_champion": decision.versus_champion, "gain": decision.gain, "run_id": run_id}
             promoted = registry.promote(version, decision.rule, facts, over=holder)
         if config.register_variants:
             for variant in gate.within_budget(models, config):
@@ -103,7 +103,7 @@ class _Promotion:
         )
         shutil.rmtree(folder, ignore_errors=True)
         self._registry.mark_candidate(version)
-        self._registry.verify(version, package.hashes_of(model))
+        self._registry.verify(version, package.hashes_of(model.manifest))
         return version
 
 
@@ -113,6 +113,7 @@ def version_tags(facts: Evidence, model: Artifact, prepare: Artifact) -> dict[st
     return {
         "fingerprint": facts.fingerprint,
         "digest": facts.digest,
+        evidence.EVIDENCE_TAG: evidence.digest(facts),
         "base": facts.base or "",
         "parent": model.manifest.parents.get("model", ""),
         "method": facts.method,

@@ -23,6 +23,7 @@ from pipelines.registry.config import PromoteConfig
 
 DATA_HASH = "0123456789abcdef0123456789abcdef.dir"
 DOCUMENTS = 40
+SETTINGS = {"context": 64, "stride": 48, "documents": "d" * 64, "batch_tokens": 512, "max_documents": None}
 WORKER = Path(__file__).parent / "promote_once.py"
 
 
@@ -61,16 +62,18 @@ class World:
         self.root = root
         self.tracking = TrackingTarget(uri=uri)
         self.model_folder = model_folder
-        self.sizes = np.random.default_rng(1).integers(200, 3000, DOCUMENTS)
+        self.sizes = np.random.default_rng(1).integers(60, 600, DOCUMENTS)
         self.difficulty = np.random.default_rng(2).uniform(0.8, 1.2, DOCUMENTS)
         self._built = 0
         self.prepare = self.prepared()
 
-    def prepared(self, text: str = "To be, or not to be") -> Artifact:
+    def prepared(self, text: str = "the king and the queen") -> Artifact:
         """Publish a corpus whose held-out text is `text`."""
         build = self._build()
         for split in ("train", "validation", "test"):
-            rows = [{"id": split, "text": text, "source": "shakespeare", "license": "public domain", "work": "hamlet"}]
+            names = {"source": "shakespeare", "license": "public domain", "work": "hamlet"}
+            texts = [(f"{text} " * size)[:size] for size in self.sizes]
+            rows = [{"id": f"{split}-{number}", "text": each, **names} for number, each in enumerate(texts)]
             path = build / "documents" / f"{split}.jsonl.zst"
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(zstandard.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
@@ -80,7 +83,8 @@ class World:
         counts["sources"]["shakespeare"]["licenses"] = ["public domain"]
         (build / "report.json").write_text(json.dumps(counts))
         splits = {"train": {"documents": 40, "tokens": 9000}, "test": {"documents": 5, "tokens": 900}}
-        (build / "index.json").write_text(json.dumps({"splits": splits}))
+        ids = {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
+        (build / "index.json").write_text(json.dumps({"splits": splits, "sequence_length": 64, **ids}))
         return self._publish(build, "prepare", "prepare", {"text": text}, {}, {"train_tokens": 9000})
 
     def model(
@@ -120,15 +124,17 @@ class World:
         prepare: Artifact | None = None,
         family: str = "decoder",
         nats: Any = None,
+        documents: int = DOCUMENTS,
         extra: Mapping[str, Any] | None = None,
         samples: list[dict[str, Any]] | None = None,
     ) -> Artifact:
         """Publish an evaluation with these bits per byte; `noise` scatters the documents independently."""
         prepare = prepare or self.prepare
+        sizes = self.sizes[:documents]
         if nats is None:
             scatter = np.random.default_rng(int(bits * 1e6) % 2**31).normal(1.0, noise, DOCUMENTS)
-            nats = bits * np.log(2.0) * self.sizes * self.difficulty * scatter
-        value = float(np.sum(nats) / (self.sizes.sum() * np.log(2.0)))
+            nats = bits * np.log(2.0) * sizes * (self.difficulty * scatter)[:documents]
+        value = float(np.sum(nats) / (sizes.sum() * np.log(2.0)))
         items = 64
         tasks: dict[str, Any] = {}
         outcomes: dict[str, list[int]] = {}
@@ -142,6 +148,13 @@ class World:
             "tasks": tasks,
             "size_bytes": size,
             "family": family,
+            "settings": {
+                "context": 64,
+                "stride": 48,
+                "documents": "d" * 64,
+                "batch_tokens": 512,
+                "max_documents": None,
+            },
             "truncated": False,
             "documents": DOCUMENTS,
             "baselines": {"gzip": 3.24, "order1": 3.15} if "model" not in model.manifest.parents else {},
@@ -155,7 +168,7 @@ class World:
         (build / "task_outcomes.json").write_text(json.dumps(outcomes))
         (build / "observations.json").write_text(json.dumps({"latency": {"decode_ms_per_token": size / 100}}))
         np.save(build / "document_nats.npy", np.asarray(nats, dtype=np.float64), allow_pickle=False)
-        np.save(build / "document_bytes.npy", self.sizes, allow_pickle=False)
+        np.save(build / "document_bytes.npy", sizes, allow_pickle=False)
         parents = {"prepare": prepare.digest, "model": model.digest}
         node = "evaluate." + model.manifest.node.removeprefix("compress.")
         identity = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipelines.registry.config import PromoteConfig
-from pipelines.registry.evidence import Evidence, load, save
+from pipelines.registry.evidence import Evidence, digest, load, save
 from pipelines.registry.gate import choose, decide, table, within_budget
 
 DOCUMENTS = 60
@@ -36,6 +36,7 @@ def model(name: str, bits: float, *, base: str | None = None, scatter: float = 0
         "size_bytes": 1000 if base is None else 300,
         "nats": nats,
         "sizes": SIZES,
+        "settings": {"context": 64, "stride": 48, "documents": "d", "batch_tokens": 512, "max_documents": None},
         "baselines": {"gzip": 3.24, "order1": 3.15} if base is None else {},
         "kl_nats": None if base is None else 0.01,
         "decode_ms": 4.0,
@@ -74,7 +75,7 @@ def test_a_base_must_beat_the_champion_beyond_noise(bits: float, scatter: float,
     assert decision.accepted is accepted
     assert decision.versus_champion is not None
     assert (decision.versus_champion["high"] < 1.0) is accepted
-    assert decision.broken == ([] if accepted else ["bits per byte / champion v3"])
+    assert decision.broken == ([] if accepted else ["bits per byte gained on champion v3"])
 
 
 def test_the_noise_band_is_the_paired_bootstrap_done_by_hand() -> None:
@@ -142,12 +143,22 @@ def test_paired_outcomes_show_a_loss_that_standard_errors_hide() -> None:
     ("champion", "accepted"),
     [
         (replace(BASE, version="1"), True),
-        (model("sibling", 1.99, base=BASE.fingerprint, version="1"), True),
+        (model("sibling", 1.99, base=BASE.fingerprint, version="1", size_bytes=600), True),
+        (model("sibling", 1.99, base=BASE.fingerprint, version="1"), False),
+        (model("sibling", 1.99, base=BASE.fingerprint, version="1", size_bytes=150), False),
         (model("stranger", 1.99, version="1"), False),
         (model("stranger", 2.1, version="1"), True),
         (None, True),
     ],
-    ids=["its base", "a sibling", "a better stranger", "a worse stranger", "nobody"],
+    ids=[
+        "its base",
+        "a larger sibling",
+        "a better sibling of its size",
+        "a better and smaller sibling",
+        "a better stranger",
+        "a worse stranger",
+        "nobody",
+    ],
 )
 def test_a_variant_may_replace_its_family_and_must_beat_strangers(champion: Evidence | None, accepted: bool) -> None:
     variant = variant_of_base()
@@ -235,7 +246,7 @@ def test_a_named_candidate_is_taken_whatever_it_measures() -> None:
 def test_evidence_survives_the_registry(tmp_path: Any) -> None:
     variant = variant_of_base(outcomes={"cloze": [1, 0, 1]})
     save(variant, tmp_path)
-    again = load(tmp_path, "7")
+    again = load(tmp_path, "7", digest(variant))
     assert again.facts() == variant.facts()
     assert again.version == "7"
     assert np.array_equal(again.nats, variant.nats)
@@ -308,8 +319,8 @@ def test_a_limit_on_the_embedding_space_needs_a_measurement() -> None:
 def test_the_description_of_a_space_survives_the_registry(tmp_path: Any) -> None:
     mine, _ = spaces(0.0)
     save(replace(BASE, relative=mine), tmp_path)
-    again = load(tmp_path, "7")
+    again = load(tmp_path, "7", digest(replace(BASE, relative=mine)))
     assert again.relative is not None
     assert np.array_equal(again.relative, mine)
     save(BASE, tmp_path / "plain")
-    assert load(tmp_path / "plain", "7").relative is None
+    assert load(tmp_path / "plain", "7", digest(BASE)).relative is None

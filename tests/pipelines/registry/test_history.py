@@ -32,13 +32,16 @@ def test_without_a_history_there_is_no_champion(tmp_path: Path) -> None:
         ([(PROMOTE, "1"), (PROMOTE, "2"), (ROLLBACK, "1"), (PROMOTE, "3")], ["1", "3"]),
         ([(PROMOTE, "1"), (PROMOTE, "2"), (OBSERVED, "1")], ["1"]),
         ([(PROMOTE, "1"), (OBSERVED, "9")], ["1", "9"]),
-        ([(PROMOTE, "1"), (OBSERVED, None)], []),
+        ([(PROMOTE, "1"), (OBSERVED, None)], ["1", None]),
+        ([(PROMOTE, "1"), (OBSERVED, None), (OBSERVED, "1")], ["1"]),
+        ([(PROMOTE, "1"), (PROMOTE, "2"), (OBSERVED, None), (ROLLBACK, "1")], ["1"]),
+        ([(PROMOTE, "1"), (PROMOTE, "2"), (PROMOTE, "3"), (ROLLBACK, "1")], ["1"]),
         ([(PROMOTE, "1"), (REFUSED, None)], ["1"]),
         ([(PROMOTE, "1"), (PROMOTE, "2"), (PROMOTE, "1")], ["1", "2", "1"]),
     ],
 )
 def test_the_line_of_champions_follows_every_move(
-    tmp_path: Path, moves: list[tuple[str, str | None]], line: list[str]
+    tmp_path: Path, moves: list[tuple[str, str | None]], line: list[str | None]
 ) -> None:
     write(tmp_path, *moves)
     assert [record["version"] for record in history.champions(tmp_path, "m")] == line

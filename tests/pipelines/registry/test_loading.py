@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.core import fingerprint
+from pipelines.core.errors import IntegrityError
 from pipelines.registry import evidence
 
 LIMIT_S = 280.0
@@ -67,12 +69,18 @@ def test_pickled_evidence_is_refused_and_not_run(world: Any, tmp_path: Path) -> 
     inputs = world.candidate(2.0)
     facts = evidence.read(inputs)["pretrain"]
     evidence.save(facts, tmp_path)
-    np.save(tmp_path / evidence.NATS_FILE, np.array([Bomb(sentinel)], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle"):
-        evidence.load(tmp_path, "1")
-    (tmp_path / evidence.NATS_FILE).write_bytes(pickle.dumps(Bomb(sentinel)))
-    with pytest.raises(ValueError, match="allow_pickle"):
-        evidence.load(tmp_path, "1")
+    names = (evidence.EVIDENCE_FILE, evidence.NATS_FILE, evidence.SIZES_FILE)
+    array = np.array([Bomb(sentinel)], dtype=object)
+    for write in (
+        lambda path: np.save(path, array, allow_pickle=True),
+        lambda path: path.write_bytes(pickle.dumps(Bomb(sentinel))),
+    ):
+        write(tmp_path / evidence.NATS_FILE)
+        with pytest.raises(IntegrityError, match="damaged"):
+            evidence.load(tmp_path, "1", evidence.digest(facts))
+        forged = fingerprint.digest({name: fingerprint.hash_file(tmp_path / name) for name in names})
+        with pytest.raises(IntegrityError, match="allow_pickle"):
+            evidence.load(tmp_path, "1", forged)
     assert not sentinel.exists()
 
 

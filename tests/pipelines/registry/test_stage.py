@@ -49,10 +49,10 @@ def test_a_better_model_replaces_the_champion_and_a_worse_one_is_refused(world: 
     assert world.promote(world.candidate(1.9, seed=1))["version"] == "2"
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(GateRefused, match="bits per byte / champion v2") as caught:
+    with pytest.raises(GateRefused, match="bits per byte gained on champion v2") as caught:
         world.promote(world.candidate(1.95, seed=2), out)
     assert caught.value.exit_code == 7
-    assert re.search(r"1\.02\d+ \[.*BROKEN", str(caught.value))
+    assert re.search(r"-0\.0[45]\d+ \[.*BROKEN", str(caught.value))
     assert champion_of(world) == "2"
     assert registered(world) == ["1", "2"]
     assert json.loads((out / "decision.json").read_text())["accepted"] is False
@@ -120,11 +120,11 @@ def test_a_variant_may_replace_its_base_within_budget_but_no_stranger(world: Any
     world.promote(world.inputs((base, measured)))
     variant = world.model("int8", base=base)
     inputs = world.inputs((base, measured), (variant, world.evaluation(variant, 2.01, size=300)))
-    assert world.promote(inputs)["rule"] == "variant within budget of the champion's own model"
+    assert world.promote(inputs)["rule"] == "smaller variant within budget of the champion's own model"
     stranger = world.model("pretrain", seed=5)
     cousin = world.model("int8", base=stranger, seed=5)
     pairs = [(stranger, world.evaluation(stranger, 2.02)), (cousin, world.evaluation(cousin, 2.021, size=300))]
-    with pytest.raises(GateRefused, match="broken: bits per byte / champion"):
+    with pytest.raises(GateRefused, match="broken: bits per byte gained on champion"):
         world.promote(world.inputs(*pairs))
     assert champion_of(world) == "2"
 
@@ -141,14 +141,11 @@ def test_other_children_are_registered_when_asked(world: Any) -> None:
     assert history.fingerprints(world.root) == {row["tags"]["fingerprint"] for row in rows}
 
 
-def test_other_held_out_text_is_refused_until_it_is_allowed(world: Any) -> None:
+def test_other_held_out_text_is_no_obstacle_where_it_is_allowed(world: Any) -> None:
     world.promote(world.candidate(2.0))
     other = world.prepared("Something else entirely")
     model = world.model("pretrain", seed=1, prepare=other)
-    inputs = world.inputs((model, world.evaluation(model, 1.5, prepare=other)), prepare=other)
-    with pytest.raises(GateRefused, match="held-out text differs") as caught:
-        world.promote(inputs)
-    assert "promote.allow_new_test_set=true" in str(caught.value)
+    inputs = world.inputs((model, world.evaluation(model, 7.9, prepare=other)), prepare=other)
     assert world.promote(inputs, allow_new_test_set=True)["rule"].startswith("no comparison with the champion")
 
 

@@ -36,7 +36,13 @@ RULES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def settings(tiny_settings: dict[str, Any]) -> Callable[[str], PretrainConfig]:
     """Return the settings of a tuning; looking for spikes makes it keep a checkpoint of step 0."""
-    common = {"engine": "plain", "world_size": 1, "zero_stage": 0, "steps": STEPS, "spike": {"factor": 50.0}}
+    common = {
+        "engine": "plain",
+        "world_size": 1,
+        "zero_stage": 0,
+        "steps": STEPS,
+        "monitors": {"loss_spikes": {"factor": 50.0}},
+    }
     return lambda rule: PretrainConfig.model_validate(
         {**tiny_settings, **common, "checkpoint": {"every": STEPS, "keep": 3}, **RULES[rule]}
     )

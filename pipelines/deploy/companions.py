@@ -1,0 +1,67 @@
+"""What lies beside exported weights, so that other programs use a model as it was trained.
+
+Training and evaluation call a model with token ids that they made themselves: documents begin with the start token, no
+row is padded on the left, and nothing is generated. Programs that are given text rely on the folder to say all that.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipelines.modelio.folder import write_json
+
+CARD = "README.md"
+"""Where Hugging Face looks for a model card."""
+
+
+def finish(folder: Path, card: str) -> None:
+    """Complete an exported folder: its card, a cache for generation, and a tokenizer that does as training did.
+
+    Args:
+        folder: with config.json and the tokenizer; changed in place.
+        card: model card, Markdown.
+    """
+    config = _read(folder / "config.json")
+    decoder = any(name.endswith("ForCausalLM") for name in config.get("architectures") or ())
+    if decoder:
+        write_json(folder / "config.json", config | {"use_cache": True})
+        generation = folder / "generation_config.json"
+        write_json(generation, (_read(generation) if generation.is_file() else {}) | {"use_cache": True})
+    _finish_tokenizer(folder, config, decoder=decoder)
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def _finish_tokenizer(folder: Path, config: dict[str, Any], *, decoder: bool) -> None:
+    """Have the tokenizer put the start token before a text (and the end token after it, for an encoder).
+
+    A decoder's rows are padded on the left: it goes on from the last token, which must not be padding.
+    """
+    path = folder / "tokenizer_config.json"
+    settings = _read(path) | {"model_max_length": config["max_position_embeddings"]}
+    write_json(path, settings | {"padding_side": "left" if decoder else "right"})
+    tokenizer = _read(folder / "tokenizer.json")
+    first, last = str(settings.get("bos_token")), str(settings.get("eos_token"))
+    ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
+    present = tokenizer.get("post_processor") or {"special_tokens": {}}
+    if present.get("special_tokens") != {} or first not in ids or last not in ids:
+        return  # a tokenizer of others', which knows what it does
+    around = [_special(first), *([] if decoder else [_special(last)])]
+    single = [around[0], {"Sequence": {"id": "A", "type_id": 0}}, *around[1:]]
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}, *around[1:]],
+        "special_tokens": {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in (first, last)},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _special(token: str) -> dict[str, Any]:
+    return {"SpecialToken": {"id": token, "type_id": 0}}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
