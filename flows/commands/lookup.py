@@ -115,9 +115,7 @@ def find_registered(target: str | None) -> str:
         return str(target)
     if target in {None, CHAMPION}:
         return _only_registered(names)
-    root = store().root
-    held = {name: current.champion(current.where(root, name), root, name) for name in names}
-    champions = {name: record for name, record in held.items() if record is not None}
+    champions = {name: record for name in names if (record := history.champion(store().root, name)) is not None}
     if (parts := _registered_parts(str(target))) is not None and parts["name"] in names:
         version = champions.get(parts["name"], {}).get("version")
         holding = [parts["name"]] if parts["alias"] == CHAMPION or parts["version"] == version else []
