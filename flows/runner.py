@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows import executors, planner
+from flows import executors, planner, preflight
 from flows.executors import Executor
 from flows.graph import Identified
 from flows.run_plan import RunPlan
@@ -57,6 +57,9 @@ class Execution:
         """
         node = self.plan.graph[name]
         cached = None if self.plan.selection.forced(node, self.plan.graph) else self._current(node)
+        if node.node.stage.name == "pretrain" and cached is None:
+            # The held-out text is known now: hours of training for a candidate that the gate must refuse are saved.
+            preflight.refuse(list(preflight.model_name(self.plan)))
         record = self.record.nodes[name]
         record.state = "running" if cached is None else "cached"
         self._save(at_once=True)

@@ -31,7 +31,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
-from flows import run_plan
+from flows import preflight, run_plan
 from flows.console import progress_line
 from flows.planner import Selection, Step
 from flows.run_plan import RunPlan
@@ -68,6 +68,8 @@ def train_to_registry(
         The id of the run.
     """
     plan = run_plan.make(recipe_name, overrides or [], Selection(only, since, tuple(force or ())))
+    if not plan.is_done():
+        preflight.refuse(preflight.check(plan))
     return _carry_out(plan, wait_s)
 
 

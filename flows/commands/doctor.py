@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flows import console
+from flows import console, preflight, run_plan
 from pipelines.core import disk, program, project
 from pipelines.core.errors import ConfigError, IngotError
 from pipelines.data import versioning
@@ -38,6 +38,7 @@ def doctor(*, as_json: bool) -> None:
         _memory(),
         _loopback(),
         _corpus(),
+        *_preflight(),
     ]
     console.table(rows, ["check", "state", "found", "do"], as_json=as_json)
     missing = [row["check"] for row in rows if row["state"] == "missing"]
@@ -113,5 +114,22 @@ def _corpus() -> dict[str, Any]:
         found = versioning.status(DataConfig(), root)
     except IngotError as error:
         return _row("corpus", error.message, ok=False, do=error.hint or "ingot data pull")
-    here = (root / DataConfig().path).is_dir()
-    return _row("corpus", str(found.get("state", found)), ok=here, do="ingot data pull")
+    work_tree = str(found["work_tree"])
+    shown = f"work tree {work_tree}; remote {found['remote']}"
+    return _row("corpus", shown, ok=work_tree == "matches", do="`ingot data status`")
+
+
+def _preflight() -> list[dict[str, Any]]:
+    """Ask of the project's own recipe what every run is asked before it starts."""
+    if project.find_any() is None:
+        return []
+    try:
+        plan = run_plan.make()
+    except IngotError as error:
+        return [_row("recipe", error.message, ok=False, do=error.hint or "`ingot plan`")]
+    rows = []
+    for name, asks in preflight.CHECKS.items():
+        findings = list(asks(plan))
+        rows += [_row(f"{plan.recipe}: {name}", f.message, ok=f.error is None, do=f.do) for f in findings]
+        rows += [] if findings else [_row(f"{plan.recipe}: {name}", "nothing against it")]
+    return rows

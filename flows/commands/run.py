@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
-from flows import console, run_plan
+from flows import console, preflight, run_plan
 from flows.commands import lookup
 from flows.planner import Selection, Step
 from flows.run_plan import RunPlan
 from flows.run_record import REPORT, RunRecord, Runs, SelectionRecord
 from pipelines.core.errors import ConfigError, Preempted, TransientError
-from pipelines.data import versioning
 from pipelines.registry import current
 
 # Progress is told by our own lines; the bars and hints of libraries would only tear them apart.
@@ -45,10 +45,13 @@ def plan(
     ranks = [] if world_size is None else [f"pretrain.world_size={world_size}"]
     selection = Selection(only, since, tuple(force))
     made = run_plan.make(name, [*overrides, *ranks], selection, elsewhere=world_size is not None)
+    findings = preflight.check(made, elsewhere=world_size is not None)
     if as_json:
         print(json.dumps(_rows(made), indent=1))
+        _say(findings, sys.stderr)
         return
     print_plan(made)
+    _say(findings, sys.stdout)
     print("Nothing was started.")
 
 
@@ -70,15 +73,16 @@ def run(
 
 
 def _carry_out(made: RunPlan, *, wait_s: float | None, as_json: bool, quiet: bool) -> None:
-    data = made.config.data
-    if data.rev is None and (made.project / data.path).exists():
-        # Also when everything is cached: a corpus that was changed by accident is never passed over in silence.
-        versioning.verify(data, made.project)
     if made.is_done():
+        # Also when everything is cached: a corpus that was changed by accident is never passed over in silence.
+        preflight.refuse(list(preflight.corpus(made)))
         _report_cached(made, as_json=as_json)
         return
+    findings = preflight.check(made)
+    preflight.refuse(findings)
     if not quiet and not as_json:
         print_plan(made)
+    _say(findings, sys.stderr if quiet or as_json else sys.stdout)
     _summary(_run_flow(made, wait_s), made, as_json=as_json)
 
 
@@ -150,6 +154,12 @@ def _run_flow(plan: RunPlan, wait_s: float | None) -> str:
 
 def _stop(_signum: int, _frame: FrameType | None) -> NoReturn:
     raise Preempted("the run was asked to stop", hint="the same command goes on where it stopped")
+
+
+def _say(findings: list[preflight.Finding], stream: TextIO) -> None:
+    """Print what speaks against a run."""
+    for finding in findings:
+        print(f"{'note' if finding.error is None else 'would be refused'}: {finding}", file=stream)
 
 
 def _rows(made: RunPlan) -> list[dict[str, Any]]:

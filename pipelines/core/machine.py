@@ -79,6 +79,12 @@ def ram_bytes() -> int:
         return total
 
 
+def gpu_count() -> int:
+    """Return how many GPUs processes here may use, as the driver and $CUDA_VISIBLE_DEVICES tell."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(_gpus()) if listed is None else min(len(_gpus()), len(listed.split(",")))
+
+
 @cache
 def _gpus() -> tuple[tuple[str, int], ...]:
     """Return name and memory in bytes of every GPU that processes here may use, as the driver tells them."""

@@ -182,11 +182,15 @@ def _listing(tree_hash: str, project: Path) -> dict[str, str] | None:
 
 
 def _local_remotes(project: Path) -> list[Path]:
-    """Return the remotes of DVC's configuration that are folders; relative ones are relative to `.dvc/`."""
+    """Return the remotes that are folders; relative ones are relative to `.dvc/`."""
+    return [(project / ".dvc" / url).resolve() for url in _remotes(project) if "://" not in url]
+
+
+def _remotes(project: Path) -> list[str]:
+    """Return the addresses of the remotes in DVC's configuration."""
     config = configparser.ConfigParser(interpolation=None)
     config.read([project / ".dvc" / "config", project / ".dvc" / "config.local"], encoding="utf-8")
-    urls = [config[section]["url"] for section in config.sections() if "remote" in section and "url" in config[section]]
-    return [(project / ".dvc" / url).resolve() for url in urls if "://" not in url]
+    return [config[section]["url"] for section in config.sections() if "remote" in section and "url" in config[section]]
 
 
 def _md5(path: Path) -> str:
@@ -242,6 +246,12 @@ def _fetch(config: DataConfig, target: Path, project: Path) -> None:
             ) from None
         raise TransientError(f"fetching the corpus at {config.rev} failed: {error}", hint=dvc.CHECK_REMOTE) from error
     partial.rename(target)
+
+
+def can_be_pulled(config: DataConfig, project: Path) -> bool:
+    """Tell whether the project has a place to bring the corpus from: a DVC remote, or the cache."""
+    in_cache = _listing(data_hash(config, project), project) is not None
+    return in_cache or bool(_remotes(project))
 
 
 # ---- `ingot data ...`

@@ -36,7 +36,7 @@ def champion(config: TrackingConfig, store_root: Path, model: str) -> Record | N
 
     Returns:
         The record of how it became champion if this store knows that (see `history`), else `model`, `version`, and of
-        its tags `fingerprint`, `digest` and `bits_per_byte` where it has them.
+        its tags those in `history.NOTED` and `bits_per_byte` where it has them.
 
     Raises:
         TransientError: MLflow does not answer.
@@ -49,7 +49,7 @@ def champion(config: TrackingConfig, store_root: Path, model: str) -> Record | N
     if known is not None and known["version"] == version and known.get("fingerprint") == tags.get("fingerprint"):
         return known
     record: Record = {"model": model, "version": version, "action": history.OBSERVED, "why": moved_by(tags)}
-    record |= {name: tags[name] for name in ("fingerprint", "digest", "base", "method", "bits") if name in tags}
+    record |= {name: tags[name] for name in history.NOTED if name in tags}
     return record | _quality(tags)
 
 

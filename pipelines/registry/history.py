@@ -18,6 +18,9 @@ HISTORY = "registry/history.jsonl"
 PROMOTE, ROLLBACK, OBSERVED, REGISTERED, REFUSED = "promote", "rollback", "observed", "registered", "refused"
 _MOVES = (PROMOTE, ROLLBACK, OBSERVED)
 
+NOTED = ("fingerprint", "digest", "base", "method", "bits", "family", "test_digest", "dvc_hash")
+"""Tags of a version that a record keeps: what a plan must know of a champion is among them."""
+
 Record = dict[str, Any]
 
 

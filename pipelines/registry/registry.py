@@ -313,9 +313,7 @@ class Registry:
     def _note(
         self, action: str, version: str | None, why: str, tags: Mapping[str, str], **facts: Any
     ) -> history.Record:
-        about: dict[str, Any] = {
-            name: tags[name] for name in ("fingerprint", "digest", "base", "method", "bits") if name in tags
-        }
+        about: dict[str, Any] = {name: tags[name] for name in history.NOTED if name in tags}
         if "bits_per_byte" in tags:
             about["bits_per_byte"] = float(tags["bits_per_byte"])
         if redact(self._uri) == self._uri:

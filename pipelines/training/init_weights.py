@@ -19,6 +19,7 @@ from torch import nn
 from models.architectures.config import ArchitectureConfig
 from pipelines.core.errors import ConfigError, IntegrityError
 from pipelines.modelio.meta_init import parameters_on_meta
+from pipelines.training.tokens import refuse_other_tokens, some
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -27,7 +28,6 @@ _FREE = {
     "max_position_embeddings", "pad_token_id", "sep_token_id", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 """Entries of config.json that may differ: they say nothing about what the weights compute. Ids have their own check."""
-_SHOWN = 3
 
 
 def check(architecture: ArchitectureConfig, folder: Path, tokenizer: Path) -> None:
@@ -64,7 +64,7 @@ def refuse_other_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) ->
     ]
     if differing:
         raise ConfigError(
-            f"pretrain.from: the model to start from is another model: {_some(differing)}",
+            f"pretrain.from: the model to start from is another model: {some(differing)}",
             hint="set pretrain.family, pretrain.preset and pretrain.model to the shape that its config.json shows",
         )
 
@@ -84,44 +84,9 @@ def refuse_other_shapes(wanted: Shapes, stored: Shapes, also: Any = ()) -> None:
     ]
     if problems:
         raise ConfigError(
-            f"pretrain.from: the weights do not fit the model: {_some(problems)}",
+            f"pretrain.from: the weights do not fit the model: {some(problems)}",
             hint="set pretrain.preset and pretrain.model to the shape of the model to start from",
         )
-
-
-def refuse_other_tokens(folder: Path, tokenizer: Path) -> None:
-    """Refuse a model whose tokenizer gives a token another id than the one that packed the corpus.
-
-    Raises:
-        ConfigError: naming tokens.
-    """
-    theirs, ours = vocabulary(folder), vocabulary(tokenizer)
-    if theirs == ours:
-        return
-    tokens = sorted(t for t in theirs.keys() | ours.keys() if theirs.get(t) != ours.get(t))
-    shown = [f"{token!r} is {theirs.get(token)} there and {ours.get(token)} here" for token in tokens]
-    raise ConfigError(
-        f"pretrain.from: the model was trained with another tokenizer: {_some(shown)}",
-        hint="use the corpus and the prepare settings that the model was trained with",
-    )
-
-
-def vocabulary(folder: Path) -> dict[str, int]:
-    """Return token -> id of the tokenizer in a folder.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"pretrain.from: {folder} has no tokenizer.json, so its tokens cannot be compared with the corpus's",
-            hint="save the model's tokenizer beside its weights",
-        )
-    found: dict[str, int] = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    return found
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -150,8 +115,3 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
 def _json(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
-
-
-def _some(problems: list[str]) -> str:
-    more = f", and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return "; ".join(problems[:_SHOWN]) + more

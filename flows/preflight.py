@@ -1,0 +1,245 @@
+"""What can be known before a run starts, asked before Prefect is: `ingot plan`, `run` and `doctor` share these checks.
+
+A finding that is certain refuses the run, with the exit code that the run would have ended with hours later; one that
+only may come true is said. Each names what to do.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.run_plan import RunPlan
+from pipelines.core import disk
+from pipelines.core.artifact import Artifact
+from pipelines.core.errors import ConfigError, DiskFullError, IngotError, IntegrityError, TransientError
+from pipelines.core.machine import gpu_count
+from pipelines.data import versioning
+from pipelines.registry import current, evidence, history
+from pipelines.training import tokens
+
+_OWN_NAME = "promote.model_name=NAME gives this model a name of its own; or see promote.allow_new_test_set"
+_AGAIN = "it will be measured again on that of this run"
+_COMPUTES = {"pretrain", "compress", "evaluate"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that speaks against a run."""
+
+    check: str
+    message: str
+    do: str
+    error: type[IngotError] | None
+    """What the run is refused with; None where it may still come out well."""
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  -> {self.do}"
+
+
+def check(plan: RunPlan, *, elsewhere: bool = False) -> list[Finding]:
+    """Return what speaks against a run.
+
+    Args:
+        plan: the run.
+        elsewhere: the plan is for a machine that is not this one, of which nothing is known.
+    """
+    away = elsewhere or plan.config.compute.executor != "local"
+    checks = [each for name, each in CHECKS.items() if not (away and name in _OF_THE_MACHINE)]
+    return list(itertools.chain.from_iterable(each(plan) for each in checks))
+
+
+def refuse(findings: list[Finding]) -> None:
+    """Raise the error of the findings that are certain, all of them in its message.
+
+    Raises:
+        IngotError: of the class of the first one.
+    """
+    certain = [finding for finding in findings if finding.error is not None]
+    if certain:
+        *others, last = certain
+        kind = certain[0].error or IngotError
+        raise kind("\n".join([*map(str, others), last.message]), hint=last.do)
+
+
+def corpus(plan: RunPlan) -> Iterator[Finding]:
+    """Is the corpus in the work tree the one that data.dvc names? Also asked when everything is cached."""
+    settings = plan.config.data
+    if settings.rev is not None:
+        return
+    if (plan.project / settings.path).exists():
+        try:
+            versioning.verify(settings, plan.project)
+        except IntegrityError as error:
+            yield Finding("corpus", error.message, error.hint or "`ingot data status`", IntegrityError)
+    elif _runs(plan, "prepare") and not versioning.can_be_pulled(settings, plan.project):
+        yield Finding(
+            "corpus",
+            f"{plan.project / settings.path} is not here, and the project names no DVC remote to bring it from",
+            "put it back; or `dvc remote add -d NAME URL`",
+            None,
+        )
+
+
+def model_name(plan: RunPlan) -> Iterator[Finding]:
+    """Has the registered model a champion that this run's model cannot, or was not meant to, be compared with?
+
+    A champion of other text is measured again at the end; an encoder with another tokenizer cannot be.
+    """
+    settings = plan.config.promote
+    if settings.allow_new_test_set or not _runs(plan, "promote"):
+        return
+    try:
+        champion = current.champion(plan.config.tracking, plan.store.root, settings.model_name)
+    except TransientError:
+        return  # the plan says that the champion is unknown
+    if champion is None:
+        return
+    name = f"the champion {settings.model_name} v{champion['version']}"
+    known, ours = _measured_on(champion, plan), _stored(plan, "prepare")
+    family = plan.config.pretrain.family
+    if known.family not in {None, family}:
+        message = f"{name} is of the family {known.family}, this run's model of {family}: the gate would refuse it"
+        yield Finding("model name", message, _OWN_NAME, ConfigError)
+    elif ours is not None and None not in (known.text, known.tokenizer):
+        other_text = evidence.test_digest(ours) != known.text
+        if other_text and family == "encoder" and _tokenizer_of(ours, "tokenizer") != known.tokenizer:
+            message = f"{name} has other held-out text and another tokenizer: the gate could compare nothing"
+            yield Finding("model name", message, _OWN_NAME, ConfigError)
+        elif other_text:
+            yield Finding("model name", f"{name} was measured on other held-out text; {_AGAIN}", _OWN_NAME, None)
+    elif known.data not in {None, plan.data_hash}:
+        change = f"{str(known.data)[:8]}, now {plan.data_hash[:8]}"
+        message = f"{name} was measured on another corpus ({change}); if the held-out text differs too, {_AGAIN}"
+        yield Finding("model name", message, _OWN_NAME, None)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known here of a champion; each None where it is not."""
+
+    family: str | None
+    text: str | None
+    """Digest of its held-out text."""
+    data: str | None
+    """DVC hash of its corpus."""
+    tokenizer: str | None
+    """sha256 of its tokenizer."""
+
+
+def _measured_on(champion: history.Record, plan: RunPlan) -> _Known:
+    """Return what a champion's record tells, and where that is of an older version, what the store tells."""
+    stored = {each.manifest.fingerprint: each for each in plan.store.artifacts()}
+    model = stored.get(str(champion.get("fingerprint")))
+    text, data = champion.get("test_digest"), champion.get("dvc_hash")
+    if model is not None:
+        made = model.manifest.provenance
+        data = data or (made.data_hash if made else None)
+        prepared = stored.get(_prepared_by(model) or "")
+        text = text or (evidence.test_digest(prepared) if prepared else None)
+    return _Known(champion.get("family"), text, data, _tokenizer_of(model, "model") if model else None)
+
+
+def _tokenizer_of(made: Artifact, folder: str) -> str | None:
+    record = made.manifest.files.get(f"{folder}/{tokens.TOKENIZER}")
+    return None if record is None else record.sha256
+
+
+def gpus(plan: RunPlan) -> Iterator[Finding]:
+    """Are there the GPUs that the recipe asks for?"""
+    compute, ranks = plan.config.compute, plan.config.pretrain.world_size
+    if compute.device == "cpu" or not any(step.runs and step.stage in _COMPUTES for step in plan.steps):
+        return
+    there, build = gpu_count(), importlib.metadata.version("torch").partition("+")[2]
+    if build.startswith("rocm"):
+        return  # the driver of NVIDIA does not know of them
+    training = _runs(plan, "pretrain")
+    if compute.device == "cuda" and (there == 0 or build == "cpu"):
+        found = "the installed torch is built for the CPU alone" if build == "cpu" else "this machine has none"
+        yield Finding("gpu", f"compute.device = cuda, but {found}", "compute.device=cpu", ConfigError)
+    elif training and 0 < there < ranks and build != "cpu":
+        do = f"pretrain.world_size={there}, or compute.device=cpu"
+        yield Finding("gpu", f"pretrain.world_size = {ranks}, but there are {there} GPUs here", do, ConfigError)
+    elif training and there == 0 and plan.config.pretrain.precision != "fp32":
+        message = f"no GPU here: {ranks} ranks compute in {plan.config.pretrain.precision} on the CPU"
+        yield Finding("gpu", message, "run it where GPUs are; compute.device=cuda refuses to do without", None)
+
+
+def space(plan: RunPlan) -> Iterator[Finding]:
+    """Has the disk room for what runs?"""
+    free = disk.free(plan.store.root)
+    running = [step for step in plan.steps if step.runs and step.estimate.disk_bytes is not None]
+    needed = [(step.estimate.disk_bytes or 0) - disk.size_of(_scratch(plan, step.node)) for step in running]
+    for step, size in zip(running, needed, strict=True):
+        if size > free:
+            message = f"{step.node} needs up to {size:,} bytes in {plan.store.root}, {free:,} are free"
+            yield Finding("disk", message, disk.HINT, DiskFullError)
+            return
+    if sum(needed) > free:
+        message = f"what runs takes up to {sum(needed):,} bytes in {plan.store.root}, {free:,} are free"
+        yield Finding("disk", message, disk.HINT, None)
+
+
+def parents(plan: RunPlan) -> Iterator[Finding]:
+    """With `--only`: is what the stage reads there?"""
+    wanted = plan.wanted()
+    sources = {source for name in wanted for source in plan.graph[name].node.inputs.values()}
+    if missing := [name for name in plan.graph if name in sources - {*wanted} and _stored(plan, name) is None]:
+        first = next(name for name in plan.graph if _stored(plan, name) is None)
+        yield Finding(
+            "inputs",
+            f"--only {plan.selection.only}: {', '.join(missing)} {'was' if len(missing) == 1 else 'were'} not run yet",
+            f"run without --only, or `--only {first}` first",
+            ConfigError,
+        )
+
+
+def tokenizer(plan: RunPlan) -> Iterator[Finding]:
+    """Do the weights to start from mean the same tokens as the corpus?"""
+    source = plan.init_weights
+    if source is None or plan.config.prepare.tokenizer == "init_weights" or not _runs(plan, "pretrain"):
+        return
+    origin = next((each for each in plan.store.artifacts() if each.manifest.fingerprint == source.origin), None)
+    model = origin.path / "model" if origin is not None else Path(source.place)
+    prepared = _stored(plan, "prepare")
+    if prepared is not None and model.is_dir():
+        try:
+            tokens.refuse_other_tokens(model, prepared.path / "tokenizer")
+        except ConfigError as error:
+            yield Finding("tokenizer", error.message, error.hint or "", ConfigError)
+    elif prepared is None and not (origin and _prepared_by(origin) == plan.graph["prepare"].fingerprint):
+        message = "this run trains a tokenizer of its own, and the model to start from most likely has another one"
+        yield Finding("tokenizer", message, "prepare.tokenizer=init_weights takes the model's", None)
+
+
+def _prepared_by(model: Artifact) -> str | None:
+    """Return the fingerprint of the prepared corpus that a model descends from."""
+    inputs = model.manifest.identity.get("inputs", {})
+    return inputs.get("prepare")
+
+
+def _runs(plan: RunPlan, stage: str) -> bool:
+    return any(step.runs and step.stage == stage for step in plan.steps)
+
+
+def _stored(plan: RunPlan, node: str) -> Artifact | None:
+    return plan.store.find(plan.graph[node].node.stage.name, plan.graph[node].fingerprint)
+
+
+def _scratch(plan: RunPlan, node: str) -> Path:
+    return plan.store.scratch(plan.graph[node].node.stage.name, plan.graph[node].resume_key)
+
+
+CHECKS: dict[str, Callable[[RunPlan], Iterator[Finding]]] = {
+    "corpus": corpus,
+    "inputs": parents,
+    "model name": model_name,
+    "tokenizer": tokenizer,
+    "gpu": gpus,
+    "disk": space,
+}
+"""Name of a check -> the check."""
+_OF_THE_MACHINE = {"gpu", "disk"}
