@@ -152,6 +152,14 @@ def _drop(node: Any, path: str, wanted: Callable[[Any], bool]) -> Iterator[str]:
             yield from _drop(node[key], where, wanted)
 
 
+def _remove(node: Any, keys: list[str]) -> None:
+    key = int(keys[0]) if isinstance(node, list) else keys[0]
+    if len(keys) == 1:
+        del node[key]
+    else:
+        _remove(node[key], keys[1:])
+
+
 def run_called(name: str, project: Path | None) -> RunRecord | None:
     """Return the run of a project's default store with this id or the only one whose id begins so; recipes come first.
 
@@ -170,7 +178,11 @@ def run_called(name: str, project: Path | None) -> RunRecord | None:
 def load(recipe: str, project: Path | None = None) -> dict[str, Any]:
     """Return the merged table of a recipe and of what it extends."""
     if (run := run_called(recipe, project)) is not None:
-        return run.table(full=False)
+        table = run.table(full=False)
+        if run.selection is None:  # an older version, which kept every setting and not which of them were set
+            for path, _ in list(idle_keys(validated(table))):
+                _remove(table, path.split("."))
+        return table
     return _load(_file(recipe, project), project, ())
 
 

@@ -116,6 +116,9 @@ def test_a_record_of_an_older_version_is_gone_on_with_and_what_is_assumed_is_sai
     made = run_plan.make("smoke", ["pretrain.seed=5"])
     plan = resumed(made, selection=None, settings={})
     assert fingerprints(plan) == fingerprints(made)
+    older = Runs(made.store.root).all()[0].id
+    changed = run_plan.make(older, ["pretrain.seed=6"])
+    assert fingerprints(changed) == fingerprints(run_plan.make("smoke", ["pretrain.seed=6"]))
     assert "was recorded by a version that kept no selection: all its stages are meant" in said[0]
 
 
