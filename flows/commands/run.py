@@ -206,18 +206,20 @@ def _print_sources(to_run: Sequence[Step]) -> None:
     for step, time in timed:
         by_source.setdefault(time.source, []).append(step.node)
     groups = [f"{source}: {', '.join(nodes)}" for source, nodes in sorted(by_source.items())]
+    told = "; ".join(groups) if len(groups) > 1 else f"all {timed[0][1].source}"
     longest, time = max(timed, key=lambda each: each[1].seconds)
-    print(f"  times {'; '.join(groups)}. {longest.node}, the longest, is {time.source}: {time.basis}")
+    print(f"  times: {told}. The longest, {longest.node}, is {time.source}: {time.basis}")
 
 
 def _totals(made: RunPlan, to_run: Sequence[Step]) -> str:
     """Return time, disk and cost of what runs, as far as they are known."""
     times = [step.seconds for step in to_run if step.seconds is not None]
+    without = ", ".join(step.node for step in to_run if step.seconds is None)
     disk = [step.estimate.disk_bytes for step in to_run if step.estimate.disk_bytes is not None]
     price = made.config.compute.price_per_hour
     costs = [cost for step in to_run if (cost := step.estimate.cost(price)) is not None]
     parts = [
-        f", about {console.duration(sum(times))}" if times and len(times) == len(to_run) else "",
+        f", about {console.duration(sum(times))}" + (f" without {without}" if without else "") if times else "",
         f", at most {console.size(sum(disk))} of disk" if disk else "",
         f", {sum(costs):.2f} at {price:g} a rank-hour" if costs else "",
     ]

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from models.architectures.config import PRESETS, ArchitectureConfig, Shape, count_parameters, flops_per_token, preset
+from models.architectures.config import PRESETS, ArchitectureConfig, count_parameters, flops_per_token
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
 from pipelines.core.estimate import Estimate, EstimateContext, Needs, Remedy, Time
@@ -277,11 +277,13 @@ _RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 def remedies(config: PretrainConfig, architecture: ArchitectureConfig, device: str) -> list[Remedy]:
     """Return settings and what they would hold: the same model otherwise, over more ranks, then smaller models."""
-    smaller = [{"preset": name} for name in reversed(_presets_below(config, architecture))]
+    smaller = [{"preset": name} for name in reversed(PRESETS)]
     over_ranks = [_spread(config, ranks) for ranks in _RANKS if ranks > config.world_size and device == "cuda"]
     tried = (*_MILDER, *over_ranks, *(option for each in smaller for option in (each, {**each, **_LEANEST})))
+    now = memory.of_rank(config, architecture, device).device_bytes
     found = (_remedy(config, architecture, device, changes) for changes in tried)
-    return list({remedy.settings: remedy for remedy in found if remedy is not None}.values())
+    less = [remedy for remedy in found if remedy is not None and remedy.needs.rank_bytes < now]
+    return list({remedy.settings: remedy for remedy in less}.values())
 
 
 def _spread(config: PretrainConfig, ranks: int) -> dict[str, Any]:
@@ -299,8 +301,6 @@ def _remedy(
     """Return the memory under changed settings; None where they change nothing or cannot be."""
     given = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
     news = {key: value for key, value in changes.items() if getattr(config, key) != value}
-    if "preset" in changes:
-        given.pop("model", None)
     try:
         changed = PretrainConfig.model_validate(given | news)
         model = architecture_of(changed, architecture.vocab_size, architecture.max_positions)
@@ -309,17 +309,6 @@ def _remedy(
     held = memory.of_rank(changed, model, device)
     settings = tuple(_settings("pretrain", news))
     return Remedy(settings, _needs(changed, held)) if settings else None
-
-
-def _presets_below(config: PretrainConfig, architecture: ArchitectureConfig) -> list[str]:
-    """Return the names of the presets with fewer parameters, ascending."""
-
-    def size(shape: Shape) -> int:
-        tokenizer = {"vocab_size": architecture.vocab_size, "max_positions": architecture.max_positions, **_IDS}
-        return count_parameters(ArchitectureConfig(**shape.model_dump(), **tokenizer))
-
-    sizes = {name: size(preset(config.family, name)) for name in PRESETS}
-    return sorted((name for name in sizes if sizes[name] < count_parameters(architecture)), key=lambda n: sizes[n])
 
 
 def _settings(path: str, values: Mapping[str, Any]) -> Iterator[str]:

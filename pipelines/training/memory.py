@@ -30,7 +30,7 @@ LARGEST_BUCKET = 500_000_000
 """Elements of a communication buffer, at most; smaller models have smaller ones."""
 _LIVE_WEIGHTS = 1_000_000_000
 """Gathered weights that ZeRO 3 keeps at most (DeepSpeed's `stage3_max_live_parameters`)."""
-_PROCESS = {"plain": 430_000_000, "deepspeed": 640_000_000}
+_PROCESS = {"plain": 550_000_000, "deepspeed": 660_000_000}
 """Python, torch and the libraries of an engine: resident memory of a rank on a CPU, measured on a model of no size."""
 _CUDA_CONTEXT = 600_000_000
 """What a process takes of a GPU before it has a tensor."""

@@ -1,6 +1,7 @@
 """What `ingot plan` predicts of a pretraining beside what its ranks hold and do; exits with 1 outside of the bounds.
 
     OMP_NUM_THREADS=1 python tests/bench/bench_estimates.py [--models demo 40m encoder] [--ranks 1 2] [--zero 0 1 2 3]
+    python tests/bench/bench_estimates.py --again tests/bench/estimates_results.jsonl
 
 Memory is the peak resident memory of the rank that holds most, from its start to the written model, with a checkpoint
 written meanwhile. Time is the CPU time of a rank for one step (waiting for a core, or for the other rank, does not
@@ -22,8 +23,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,13 @@ MEMORY_BOUND, TIME_BOUND = 0.20, 0.30
 SIZE, REPEATS = 512, 15
 MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
     "demo": (
-        {"preset": "4m", "model": {"ffn_width": 704}, "micro_batch_size": 2, "batch_size": 4, "steps": 8},
+        {"preset": "4m", "model": {"ffn_width": 704}, "micro_batch_size": 2, "batch_size": 4, "steps": 10},
         4096,
         256,
     ),
-    "40m": ({"preset": "30m", "micro_batch_size": 1, "batch_size": 2, "steps": 4}, 32_000, 128),
+    "40m": ({"preset": "30m", "micro_batch_size": 1, "batch_size": 2, "steps": 6}, 32_000, 128),
     "encoder": (
-        {"family": "encoder", "preset": "10m", "micro_batch_size": 2, "batch_size": 4, "steps": 6},
+        {"family": "encoder", "preset": "10m", "micro_batch_size": 2, "batch_size": 4, "steps": 8},
         4096,
         256,
     ),
@@ -126,7 +127,7 @@ class Watch:
 
     def step_s(self) -> float:
         """Return the CPU seconds of a step, without the first one."""
-        first, last = min(self.cpu_at), self._spec.config.steps - 1
+        first, last = min(self.cpu_at), self._spec.config.steps - 2  # a checkpoint is written from the next one on
         return (self.cpu_at[last] - self.cpu_at[first]) / (last - first)
 
     def _ranks(self) -> Iterator[tuple[int, psutil.Process]]:
@@ -151,36 +152,50 @@ def measure(spec: WorkerSpec) -> Measured:
     return Measured(watch.memory, watch.step_s(), (peak + peak_flops()) / 2)
 
 
-def row(name: str, ranks: int, zero: int, folder: Path, **changes: Any) -> dict[str, Any]:
-    """Train one case and return prediction, measurement and ratio of both."""
-    settings, vocab_size, length = MODELS[name]
-    index = prepare(folder / "data", vocab_size, length)
-    fixed = {"validate_every": 100, "validation_sequences": 4, "checkpoint": {"every": 2}, "schedule": {"warmup": 1}}
-    config = PretrainConfig.model_validate({**fixed, **settings, "world_size": ranks, "zero_stage": zero, **changes})
+def config_of(name: str, ranks: int, zero: int, changes: Mapping[str, Any]) -> PretrainConfig:
+    """Return the settings of a case. One checkpoint is written while it trains."""
+    settings = MODELS[name][0]
+    fixed = {"validate_every": 100, "validation_sequences": 4, "schedule": {"warmup": 1}}
+    chosen = {**fixed, **settings, "checkpoint": {"every": settings["steps"] - 1}, **changes}
+    return PretrainConfig.model_validate({**chosen, "world_size": ranks, "zero_stage": zero})
+
+
+def measured(name: str, ranks: int, zero: int, changes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Train one case and return what was measured."""
+    index = prepare(folder / "data", *MODELS[name][1:])
+    config = config_of(name, ranks, zero, changes)
     (folder / "scratch").mkdir()
-    spec = WorkerSpec(config=config, index=index, data=folder / "data", scratch=folder / "scratch", device="cpu")
-    seen = measure(spec)
-    held = memory.of_rank(config, spec.architecture, "cpu")
-    pace = estimate.Pace("cpu", seen.peak_flops)
-    step_s = estimate.busy_seconds(config, spec.architecture, pace) / config.steps
-    beyond = seen.memory_bytes - held.device["process"]
-    theirs = deepspeed_bytes(count_parameters(spec.architecture), memory.largest_layer(spec.architecture), ranks, zero)
+    seen = measure(
+        WorkerSpec(config=config, index=index, data=folder / "data", scratch=folder / "scratch", device="cpu")
+    )
+    case = {"model": name, "ranks": ranks, "zero": zero, "settings": dict(changes)}
+    return {**case, **asdict(seen), "load": round(os.getloadavg()[0], 1), "date": time.strftime("%Y-%m-%d")}
+
+
+def compared(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return predictions beside what was measured, and ratios."""
+    name, ranks, zero = found["model"], found["ranks"], found["zero"]
+    config = config_of(name, ranks, zero, found["settings"])
+    architecture = estimate.architecture_of(config, *MODELS[name][1:])
+    held = memory.of_rank(config, architecture, "cpu")
+    pace = estimate.Pace("cpu", found["peak_flops"])
+    step_s = estimate.busy_seconds(config, architecture, pace) / config.steps
+    beyond = found["memory_bytes"] - held.device["process"]
+    theirs = deepspeed_bytes(count_parameters(architecture), memory.largest_layer(architecture), ranks, zero)
     return {
-        "model": name,
-        "ranks": ranks,
-        "zero": zero,
-        "parameters": count_parameters(spec.architecture),
+        **found,
         "predicted_bytes": held.most_bytes,
-        "measured_bytes": seen.memory_bytes,
-        "memory": held.most_bytes / seen.memory_bytes,
+        "memory": held.most_bytes / found["memory_bytes"],
         "beyond_process": (held.most_bytes - held.device["process"]) / beyond,
         "deepspeed": None if theirs is None else theirs / beyond,
         "predicted_step_s": step_s,
-        "measured_step_s": seen.step_s,
-        "time": step_s / seen.step_s,
-        "peak_gflops": seen.peak_flops / 1e9,
-        "load": os.getloadavg()[0],
+        "time": step_s / found["step_s"],
     }
+
+
+def outside(found: Mapping[str, Any]) -> bool:
+    """Tell whether a prediction is outside of the bounds."""
+    return abs(found["memory"] - 1) > MEMORY_BOUND or abs(found["time"] - 1) > TIME_BOUND
 
 
 def main() -> int:
@@ -190,22 +205,34 @@ def main() -> int:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--zero", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--set", default="{}", help="more settings of the pretraining, as JSON")
-    parser.add_argument("--jsonl", type=Path, help="append every row to this file")
+    parser.add_argument("--record", type=Path, help="append what is measured to this file")
+    parser.add_argument("--again", type=Path, help="measure nothing: predict the cases of such a file")
     arguments = parser.parse_args()
-    outside = 0
     heads = ("model", "ranks", "ZeRO", "memory, GB", "measured", "ratio", "beyond the process", "DeepSpeed's")
     print(f"| {' | '.join((*heads, 's a step', 'measured', 'ratio'))} |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
+    wrong = 0
+    for found in map(compared, recorded(arguments.again) if arguments.again else run(arguments)):
+        print(line(found), flush=True)
+        wrong += outside(found)
+    print(f"{wrong} outside of {MEMORY_BOUND:.0%} in memory or {TIME_BOUND:.0%} in time")
+    return int(wrong > 0)
+
+
+def recorded(path: Path) -> list[dict[str, Any]]:
+    """Return the measurements of a file."""
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure all cases."""
     for case in itertools.product(arguments.models, arguments.ranks, arguments.zero):
         with tempfile.TemporaryDirectory() as temporary:
-            found = row(*case, Path(temporary), **json.loads(arguments.set))
-        if arguments.jsonl is not None:
-            with arguments.jsonl.open("a") as stream:
+            found = measured(*case, json.loads(arguments.set), Path(temporary))
+        if arguments.record is not None:
+            with arguments.record.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(found) + "\n")
-        print(line(found), flush=True)
-        outside += abs(found["memory"] - 1) > MEMORY_BOUND or abs(found["time"] - 1) > TIME_BOUND
-    print(f"{outside} outside of {MEMORY_BOUND:.0%} in memory or {TIME_BOUND:.0%} in time")
-    return int(outside > 0)
+        yield found
 
 
 def line(found: dict[str, Any]) -> str:
@@ -214,11 +241,11 @@ def line(found: dict[str, Any]) -> str:
         found["model"],
         str(found["ranks"]),
         str(found["zero"]),
-        *(f"{found[key] / 1e9:.2f}" for key in ("predicted_bytes", "measured_bytes")),
+        *(f"{found[key] / 1e9:.2f}" for key in ("predicted_bytes", "memory_bytes")),
         f"{found['memory']:.2f}",
         f"{found['beyond_process']:.2f}",
         "-" if found["deepspeed"] is None else f"{found['deepspeed']:.2f}",
-        *(f"{found[key]:.2f}" for key in ("predicted_step_s", "measured_step_s")),
+        *(f"{found[key]:.2f}" for key in ("predicted_step_s", "step_s")),
         f"{found['time']:.2f}",
     ]
     return f"| {' | '.join(cells)} |"

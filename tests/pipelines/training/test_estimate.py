@@ -161,7 +161,8 @@ def test_seven_billion_parameters_are_refused_on_a_laptop_with_settings_that_fit
 
 
 def test_settings_that_are_offered_hold_what_is_said_of_them() -> None:
-    settings = config(preset="3b", precision="bf16", zero_stage=1, micro_batch_size=4)
+    model = {"ffn_width": 8000}  # it stays when another preset is chosen
+    settings = config(preset="3b", model=model, precision="bf16", zero_stage=1, micro_batch_size=4)
     found = estimated(settings, Machine("cuda", 24 * 10**9))
     assert found.remedies
     for remedy in found.remedies:
