@@ -148,6 +148,21 @@ def _tokenizer_of(made: Artifact, folder: str) -> str | None:
     return None if record is None else record.sha256
 
 
+def held_out(plan: RunPlan) -> Iterator[Finding]:
+    """Will the models be measured on as many documents as the gate wants?"""
+    prepared, wanted = _stored(plan, "prepare"), plan.config.promote.min_documents
+    if not _runs(plan, "promote"):
+        return
+    counts = {"evaluate.max_documents": plan.config.evaluate.max_documents}
+    if prepared is not None:
+        counts["the test split"] = int(prepared.manifest.summary.get("test_documents", wanted))
+    for what, count in counts.items():
+        if count is not None and count < wanted:
+            message = f"{what} has {count} documents, promote.min_documents = {wanted}: the gate would refuse any model"
+            do = "raise prepare.test_fraction or evaluate.max_documents, add documents, or lower promote.min_documents"
+            yield Finding("held-out text", message, do, ConfigError)
+
+
 def gpus(plan: RunPlan) -> Iterator[Finding]:
     """Are there the GPUs that the recipe asks for?"""
     compute, ranks = plan.config.compute, plan.config.pretrain.world_size
@@ -236,6 +251,7 @@ def _scratch(plan: RunPlan, node: str) -> Path:
 CHECKS: dict[str, Callable[[RunPlan], Iterator[Finding]]] = {
     "corpus": corpus,
     "inputs": parents,
+    "held-out text": held_out,
     "model name": model_name,
     "tokenizer": tokenizer,
     "gpu": gpus,

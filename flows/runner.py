@@ -59,7 +59,7 @@ class Execution:
         cached = None if self.plan.selection.forced(node, self.plan.graph) else self._current(node)
         if node.node.stage.name == "pretrain" and cached is None:
             # The held-out text is known now: hours of training for a candidate that the gate must refuse are saved.
-            preflight.refuse(list(preflight.model_name(self.plan)))
+            preflight.refuse([*preflight.held_out(self.plan), *preflight.model_name(self.plan)])
         record = self.record.nodes[name]
         record.state = "running" if cached is None else "cached"
         self._save(at_once=True)

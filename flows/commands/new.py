@@ -17,8 +17,10 @@ from pipelines.core import program, project
 from pipelines.core.errors import ConfigError
 from pipelines.data import convert, dvc, versioning
 from pipelines.data.config import DataConfig
+from pipelines.registry.config import PromoteConfig
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
+_WANTED: int = PromoteConfig().min_documents
 _FILES = {
     ".gitignore": "/.ingot/\n/data/\n__pycache__/\n.venv\n",
     ".dvc/config": "[core]\n    analytics = false\n    autostage = false\n    check_update = false\n",
@@ -48,10 +50,9 @@ def new(place: str, data: str | None, family: str) -> None:
     with _removed_unless_complete(folder):
         for relative, text in _FILES.items():
             _write(folder / relative, text)
-        recipe = (TEMPLATES / f"{family}.toml").read_text(encoding="utf-8").replace("NAME", name)
-        _write(folder / project.RECIPES / f"{name}.toml", recipe)
         own = _git_init(folder)
-        said = [] if data is None else _take(folder, source, data)
+        documents, said = (None, []) if data is None else _take(folder, source, data)
+        _write(folder / project.RECIPES / f"{name}.toml", recipe(name, family, documents))
         _write(folder / project.MARKER, _MARKER.format(name=name))  # last: it makes a project of the folder
     said += _commit(folder) if own else [f"git: commit {folder} in the repository around it"]
     print("\n".join([f"{folder}: recipe {project.RECIPES}/{name}.toml, registered model {name}", *said]))
@@ -61,6 +62,17 @@ def new(place: str, data: str | None, family: str) -> None:
         return
     run_command.print_plan(run_plan.make(project=folder))
     print(f"Next: cd {shlex.quote(str(folder))} && {command()} run")
+
+
+def recipe(name: str, family: str, documents: int | None) -> str:
+    """Return the text of a first recipe for a corpus of so many documents; None: not known yet."""
+    text = (TEMPLATES / f"{family}.toml").read_text(encoding="utf-8")
+    return text.replace("NAME", name).replace("SHARE", f"{share(documents):g}")
+
+
+def share(documents: int | None) -> float:
+    """Return the share of the works that validation and test hold out each: more where there are few documents."""
+    return round(min(0.2, max(0.035, 1.5 * _WANTED / max(documents or 1, 1))), 3) if documents else 0.035
 
 
 def model_name(folder: str) -> str:
@@ -101,8 +113,8 @@ def _removed_unless_complete(folder: Path) -> Iterator[None]:
         raise
 
 
-def _take(folder: Path, source: Path | None, data: str) -> list[str]:
-    """Bring the corpus into the project and record it; return what was taken."""
+def _take(folder: Path, source: Path | None, data: str) -> tuple[int, list[str]]:
+    """Bring the corpus into the project and record it; return the number of documents and what is to be said."""
     settings = DataConfig()
     incoming = folder / ".ingot" / "incoming"
     if source is None:
@@ -115,7 +127,11 @@ def _take(folder: Path, source: Path | None, data: str) -> list[str]:
     taken = convert.convert(source, folder / settings.path)
     shutil.rmtree(incoming, ignore_errors=True)
     recorded = versioning.add(settings, folder)
-    return [*convert.summary(taken), f"data.dvc: {recorded['files']} files, {recorded['bytes']:,} bytes"]
+    documents = sum(taken.documents.values())
+    said = [*convert.summary(taken), f"data.dvc: {recorded['files']} files, {recorded['bytes']:,} bytes"]
+    if (held_out := round(share(documents) * documents)) < _WANTED:
+        said.append(f"about {held_out} documents will judge the models, the gate wants {_WANTED} (min_documents)")
+    return documents, said
 
 
 def _git_init(folder: Path) -> bool:

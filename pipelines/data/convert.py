@@ -27,7 +27,9 @@ _PART_CHARACTERS = 20_000
 """Length from which a plain text is cut: a chapter, not a book, so that near-duplicates and splits find their way."""
 _FEW_FILES = 20
 _LOOK_AT = 100
-"""Records of a JSON Lines file that are looked at before it is taken."""
+"""Records of a JSON Lines file that may be malformed before it is taken for something else."""
+_COUNTED = 10_000
+"""Documents of a JSON Lines file that are counted: what a split of few documents must know."""
 _LINE_BYTES = 16 << 20
 _COLUMNS = ("id", "text", "source", "license", "work")
 _UNKNOWN = "unknown"
@@ -40,7 +42,7 @@ class Taken:
     files: Counter[str] = field(default_factory=Counter)
     """Kind -> files taken."""
     documents: Counter[str] = field(default_factory=Counter)
-    """Kind -> documents written; JSON Lines are not counted, their lines are read when the corpus is prepared."""
+    """Kind -> documents; of each JSON Lines file at most 10,000 are counted, all are read when it is prepared."""
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """(file, why) of every file that was not taken."""
     parts_are_works: bool = False
@@ -88,7 +90,8 @@ def summary(taken: Taken) -> list[str]:
     """Return what was taken and what was not, a sentence a line."""
     lines = []
     for kind, files in sorted(taken.files.items()):
-        made = f", {taken.documents[kind]:,} documents" if kind in taken.documents else ""
+        more = " or more" if kind == "JSON Lines" and taken.documents[kind] >= _COUNTED else ""
+        made = f", {taken.documents[kind]:,} documents{more}"
         lines.append(f"{kind}: {files:,} {'file' if files == 1 else 'files'}{made}")
     if taken.cut:
         where = (
@@ -150,7 +153,7 @@ def _take(path: Path, name: str, target: Path, taken: Taken, writer: _Lazy) -> N
     if path.stat().st_size == 0:
         raise _Unreadable("empty")
     if name.endswith(reader.SUFFIXES):
-        _check_lines(path)
+        taken.documents["JSON Lines"] += _check_lines(path)
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target / name)
         taken.files["JSON Lines"] += 1
@@ -170,17 +173,21 @@ def _take(path: Path, name: str, target: Path, taken: Taken, writer: _Lazy) -> N
     taken.files[kind] += 1
 
 
-def _check_lines(path: Path) -> None:
-    """Refuse JSON Lines of which not one of the first records is a document."""
+def _check_lines(path: Path) -> int:
+    """Return the number of documents of a JSON Lines file, `_COUNTED` at most; refuse one that begins with none."""
     reasons: list[str] = []
-    for number, record in enumerate(reader.read(path, max_line_bytes=_LINE_BYTES)):
-        if not isinstance(record, Quarantined):
-            return
-        reasons.append(record.reason)
-        if number == _LOOK_AT:
+    documents = 0
+    for record in reader.read(path, max_line_bytes=_LINE_BYTES):
+        if isinstance(record, Quarantined):
+            reasons.append(record.reason)
+        else:
+            documents += 1
+        if documents == _COUNTED or (not documents and len(reasons) == _LOOK_AT):
             break
-    why = reasons[0] if reasons else "only blank lines"
-    raise _Unreadable(f"none of its first lines is an object with the field `text`: {why}")
+    if not documents:
+        why = reasons[0] if reasons else "only blank lines"
+        raise _Unreadable(f"none of its first lines is an object with the field `text`: {why}")
+    return documents
 
 
 def _of_text(path: Path, name: str, taken: Taken) -> Iterator[Document]:

@@ -51,7 +51,7 @@ def plan(store: Path, tmp_path: Path) -> Plan:
     return make
 
 
-def publish(plan: RunPlan, node: str, files: dict[str, str]) -> Artifact:
+def publish(plan: RunPlan, node: str, files: dict[str, str], **summary: Any) -> Artifact:
     """Put an artifact of a node into the store of a plan."""
     known = plan.graph[node]
     stage = known.node.stage.name
@@ -61,7 +61,7 @@ def publish(plan: RunPlan, node: str, files: dict[str, str]) -> Artifact:
         (build / name).write_text(text)
     place = plan.store.path(stage, known.fingerprint)
     identity = dict(known.identity)
-    return artifact.publish(build, place, stage=stage, node=node, identity=identity, parents={}, summary={})
+    return artifact.publish(build, place, stage=stage, node=node, identity=identity, parents={}, summary=summary)
 
 
 def crown(store: Path, **facts: str) -> None:
@@ -142,6 +142,15 @@ def test_a_champion_of_the_other_family_is_never_compared(plan: Plan, store: Pat
     (found,) = preflight.model_name(plan())
     assert found.error is ConfigError
     assert "encoder" in found.message
+
+
+def test_too_little_held_out_text_is_found_as_soon_as_it_is_known(plan: Plan) -> None:
+    assert list(preflight.held_out(plan())) == []
+    publish(plan(), "prepare", {evidence.TEST_SPLIT: "x"}, test_documents=7)
+    (found,) = preflight.held_out(plan())
+    assert (found.error, "7 documents" in found.message) == (ConfigError, True)
+    assert list(preflight.held_out(plan("promote.min_documents=7"))) == []
+    assert ["max_documents" in f.message for f in preflight.held_out(plan("evaluate.max_documents=9"))] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def test_one_command_leads_from_texts_to_a_plan(ingot: Ingot, place: Path) -> No
     said = ingot(place, "new", "mine", "--data", "texts").stdout
     mine = place / "mine"
     assert "plain text: 60 files, 60 documents" in said
+    assert "about 12 documents will judge the models, the gate wants 20" in said
     assert "1 x .pdf: not a format that is read; it is scan.pdf" in said
     assert "mine has no champion yet" in said
     assert f"cd '{mine}' && " in said.splitlines()[-1]
@@ -120,9 +121,14 @@ def test_inside_a_repository_of_the_user_it_joins_that(ingot: Ingot, place: Path
 @pytest.mark.parametrize("family", ["decoder", "encoder"])
 def test_the_recipes_of_new_projects_can_be_planned(family: str, tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
-    path.write_text((new.TEMPLATES / f"{family}.toml").read_text().replace("NAME", "x"))
+    path.write_text(new.recipe("x", family, 200))
     config = recipe.resolve(str(path))
     assert (config.pretrain.family, config.promote.model_name) == (family, "x")
+    assert config.prepare.test_fraction * 200 >= config.promote.min_documents
+
+
+def test_few_documents_hold_out_more_of_them() -> None:
+    assert [new.share(n) for n in (None, 10, 200, 300, 100_000)] == [0.035, 0.2, 0.15, 0.1, 0.035]
 
 
 @pytest.mark.parametrize(
