@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c flows/constraints.txt
 
-.PHONY: run test test-tensors test-pipelines setup check quick quick-tensors quick-pipelines docs exactness faults bench bench-gpu bench-large-batch bench-lisa clean
+.PHONY: run test test-tensors test-pipelines setup check quick quick-tensors quick-pipelines docs exactness faults bench bench-gpu bench-large-batch bench-lisa pictures clean
 
 run: $(VENV)/.installed
 	@$(BIN)/ingot run --recipe demo
@@ -72,6 +72,10 @@ bench-lisa: $(VENV)/.installed-dev
 # Write the pages of docs/reference that are made from the code.
 docs: $(VENV)/.installed
 	$(BIN)/python infra/reference_pages.py
+
+# Make the pictures and tables of README and docs anew, from the newest run of the demo. Needs Chromium.
+pictures: $(VENV)/.installed-dev
+	$(BIN)/python infra/pictures/make.py
 
 clean:
 	rm -rf $(VENV) .ingot data .mypy_cache .ruff_cache .pytest_cache .hypothesis

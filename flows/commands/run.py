@@ -277,7 +277,7 @@ def _summary(run_id: str, made: RunPlan, *, as_json: bool) -> None:
 def headline(summary: dict[str, Any]) -> str:
     """Return the first few facts of a stage summary in one line: headline numbers, other numbers, words."""
     summary = {key: summary[key] for key in HEADLINES if key in summary} | summary
-    numbers = {k: f"{v:.4g}" for k, v in summary.items() if isinstance(v, float)}
+    numbers = {k: f"{v:.{6 if k == 'ratio' else 4}g}" for k, v in summary.items() if isinstance(v, float)}
     numbers |= {k: str(v) for k, v in summary.items() if isinstance(v, int) and not isinstance(v, bool)}
     words = {k: v for k, v in summary.items() if isinstance(v, str) and len(v) <= _LONGEST_SHOWN}
     return ", ".join(f"{key} {value}" for key, value in list((numbers | words).items())[:4])

@@ -64,8 +64,7 @@ class Mirror:
         """Find or create the parent run, and return its MLflow id."""
         record = self._record
         tags = {RUN_ID: record.run_id, NODE: PARENT_NODE, "ingot.recipe": record.recipe}
-        name = f"{record.recipe} {record.run_id}"
-        record.mlflow_id = self._open(record, name, tags, record.params)
+        record.mlflow_id = self._open(record, record.run_id, tags, record.params)
         return record.mlflow_id
 
     def open_stage(self, node: str) -> str:
