@@ -155,6 +155,16 @@ def test_a_key_under_a_closed_switch_is_refused_and_the_switch_is_named(override
         recipe.resolve("smoke", overrides)
 
 
+def test_a_probe_is_not_told_what_does_nothing_for_the_family() -> None:
+    said = "evaluate.probes.samples: temperature does nothing: an encoder fills in words"
+    with pytest.raises(ConfigError, match=said):
+        recipe.resolve("demo-encoder", ["evaluate.probes.samples.temperature=0.5"])
+    with pytest.raises(ConfigError, match="'To be' has none"):
+        recipe.resolve("demo-encoder", ['evaluate.probes.samples.prompts=["To be"]'])
+    off = ["evaluate.probes.samples.temperature=0.5", "evaluate.probes.samples.enabled=false"]
+    assert not recipe.resolve("demo-encoder", off).evaluate.probes["samples"].enabled
+
+
 def test_switching_a_section_off_takes_back_what_was_said_of_it_before(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('extends = "smoke"\n[pretrain.lisa]\nenabled = true\nlayers = 1\n')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shutil
@@ -41,6 +42,24 @@ def test_a_run_ends_with_a_champion_and_a_report(smoke_store: Path, smoke_result
     assert smoke_result["champion"]["version"]
     page = Path(smoke_result["report"]).read_text()
     assert "<svg" in page or "data:image/png" in page
+
+
+def test_what_models_write_is_kept_shown_and_sent_to_mlflow(smoke_store: Path, smoke_result: dict[str, Any]) -> None:
+    nodes = {node: Path(entry["artifact"]) for node, entry in smoke_result["nodes"].items()}
+    evaluated = [path for node, path in nodes.items() if node.startswith("evaluate.")]
+    written = [json.loads((path / "samples.json").read_text()) for path in evaluated]
+    assert len(written) == 2
+    assert [row["prompt"] for row in written[0]] == [row["prompt"] for row in written[1]]
+    learned = [json.loads(line) for line in (nodes["pretrain"] / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in learned] == [20, 40]
+    manifest = artifact.load(nodes["pretrain"]).manifest
+    assert manifest.files["samples.jsonl"].observation, "no part of the digest"
+    page, card = Path(smoke_result["report"]).read_text(), (nodes["promote"] / "model_card.md").read_text()
+    for prompt in (row["prompt"].split()[0] for row in written[0]):
+        assert html.escape(prompt) in page
+        assert html.escape(prompt, quote=False) in card
+    sent = {path.name for path in (smoke_store / "mlartifacts").rglob("samples.json*")}
+    assert sent == {"samples.json", "samples.jsonl"}
 
 
 def test_the_registry_names_the_champion(smoke: Ingot) -> None:

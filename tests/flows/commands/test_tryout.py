@@ -118,6 +118,8 @@ def test_nothing_that_a_model_writes_commands_the_terminal(capsys: pytest.Captur
     assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(shown)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_models_of_a_finished_run_write_side_by_side(smoke_store: Path) -> None:
     """In processes of its own: from standard input, in two orders, with one seed."""
 
