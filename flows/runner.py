@@ -161,12 +161,8 @@ class Execution:
                 self.runs.save(self.record)
 
 
-def open_execution(plan: RunPlan, *, console: Callable[[Progress], None], wait_s: float | None = None) -> Execution:
-    """Start the record and the tracking session of a run."""
-    from pipelines.tracking.session import open_session
-
-    runs, overrides = Runs(plan.store.root), list(plan.overrides)
-    resolved = plan.config.model_dump(mode="json")
+def begin(plan: RunPlan, runs: Runs) -> RunRecord:
+    """Start the record of a run: everything that going on with it needs."""
     nodes = {
         name: NodeRecord(stage=node.node.stage.name, fingerprint=node.fingerprint, resume_key=node.resume_key)
         for name, node in plan.graph.items()
@@ -174,8 +170,8 @@ def open_execution(plan: RunPlan, *, console: Callable[[Progress], None], wait_s
     asked = plan.selection
     record = runs.start(
         recipe=plan.recipe,
-        overrides=overrides,
-        config=resolved,
+        overrides=list(plan.overrides),
+        config=plan.config.model_dump(mode="json"),
         project=plan.project,
         data_hash=plan.data_hash,
         nodes=nodes,
@@ -184,16 +180,26 @@ def open_execution(plan: RunPlan, *, console: Callable[[Progress], None], wait_s
             only=asked.only, since=asked.since, force=list(asked.force), finished=list(asked.finished)
         ),
     )
+    record.init_weights = None if plan.init_weights is None else plan.init_weights.place
+    runs.save(record)
+    return record
+
+
+def open_execution(plan: RunPlan, *, console: Callable[[Progress], None], wait_s: float | None = None) -> Execution:
+    """Start the record and the tracking session of a run."""
+    from pipelines.tracking.session import open_session
+
+    runs = Runs(plan.store.root)
+    record = begin(plan, runs)
     session = open_session(
         plan.config.tracking,
         plan.store.root,
         run_id=record.id,
         recipe=plan.recipe,
-        params=resolved,
+        params=plan.config.model_dump(mode="json"),
         data_hash=plan.data_hash,
     )
     record.tracking_url, record.tracking_uri = session.url, redact(session.uri)
-    record.init_weights = None if plan.init_weights is None else plan.init_weights.place
     runs.save(record)
     return Execution(plan, runs, record, session, executors.get(plan.config.compute), console, wait_s)
 

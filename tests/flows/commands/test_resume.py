@@ -15,7 +15,7 @@ from flows.commands import show as show_command
 from flows.planner import Selection
 from flows.run_plan import RunPlan
 from flows.run_record import Runs
-from flows.runner import open_execution
+from flows.runner import begin
 from pipelines.core.errors import ConfigError
 
 
@@ -61,12 +61,12 @@ def resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ru
     monkeypatch.setenv("INGOT_STORE", str(tmp_path / "store"))
 
     def go_on(made: RunPlan, *, done: tuple[str, ...] = (), **changes: Any) -> RunPlan:
-        execution = open_execution(made, console=lambda _progress: None)
-        execution.session.close("failed")
+        runs = Runs(made.store.root)
+        record = begin(made, runs)
         for name in done:
-            execution.record.nodes[name].state = "done"
-        execution.runs.finish(execution.record, "failed", 4)
-        path = execution.runs.folder(execution.record.id) / "run.json"
+            record.nodes[name].state = "done"
+        runs.finish(record, "failed", 4)
+        path = runs.folder(record.id) / "run.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
         plans: list[RunPlan] = []
         monkeypatch.setattr(run_command, "_run_flow", lambda *arguments: plans.append(arguments[0]))
@@ -86,7 +86,7 @@ def test_a_run_is_gone_on_with_as_it_was_asked_for_though_its_recipe_is_gone_and
 ) -> None:
     mine = tmp_path / "mine.toml"
     mine.write_text('extends = "smoke"\n[pretrain]\nsteps = 12\nschedule.warmup = 1\n')
-    selection = Selection(only="pretrain", force=("pretrain",))
+    selection = Selection(only="prepare", force=("prepare",))
     made = run_plan.make(str(mine), ["pretrain.seed=5"], selection)
     mine.unlink()
     (tmp_path / "elsewhere").mkdir()
@@ -95,7 +95,7 @@ def test_a_run_is_gone_on_with_as_it_was_asked_for_though_its_recipe_is_gone_and
     assert plan.config == made.config
     assert plan.selection == selection
     assert fingerprints(plan) == fingerprints(made)
-    assert plan.wanted() == ["pretrain"]
+    assert plan.wanted() == ["prepare"]
 
 
 def test_what_was_forced_and_is_done_is_not_forced_once_more(resumed: Callable[..., RunPlan]) -> None:
