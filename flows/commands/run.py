@@ -266,6 +266,9 @@ def _summary(run_id: str, made: RunPlan, *, as_json: bool) -> None:
         for n, r in record.nodes.items()
     ]
     console.table(rows, ["stage", "state", "took", "result"], as_json=False)
+    for name, node in record.nodes.items():
+        if uninformative := node.summary.get("uninformative_tasks"):
+            print(f"{name} does no better than chance in {', '.join(uninformative)}: that says nothing of the model.")
     print(_champion_line(made))
     print(f"Report: {report}")
     if record.tracking_url:

@@ -3,31 +3,108 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
 
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from pipelines.core.settings import Settings, validated_at
+from pipelines.core import fingerprint
+from pipelines.core.settings import NOT_IDENTITY, Settings, validated_at
 from pipelines.evaluation import probe
 from pipelines.evaluation.probe import ProbeSettings
 from pipelines.measure.config import BatchSettings
 
-TaskName = Literal["next_line", "cloze", "addition"]
+TaskName = Literal["next_line", "word_order", "cloze", "addition"]
 BaselineName = Literal["gzip", "xz", "order1", "order2", "order3", "unigram"]
 DEFAULT_PROBES: dict[str, Any] = {"relative": {}, "latency": {}}
 """Probes that run unless they are switched off; a new file in `probes/` changes no evaluation that does not name it."""
 
 
+class HarnessTask(Settings):
+    """One task of lm-eval: one that comes with it, by name, or a YAML file of one's own."""
+
+    name: str = Field(
+        default="",
+        pattern=r"^[A-Za-z0-9_.-]*$",
+        description="Name of the task; of a file, what results call it. Default: the file's name.",
+    )
+    file: str = Field(
+        default="",
+        description="YAML file as lm-eval reads it; its data files are found from its folder, which counts as a whole.",
+        json_schema_extra=NOT_IDENTITY,
+    )
+    data: str = Field(
+        default="",
+        description="Folder with the data as SPLIT.jsonl or SPLIT.parquet; empty: what the task names, for a task of "
+        "lm-eval usually a download.",
+        json_schema_extra=NOT_IDENTITY,
+    )
+    fewshot: int | None = Field(default=None, ge=0, description="Examples before each item; none: what the task says.")
+    limit: int | None = Field(default=None, ge=2, description="Take this many items, the first ones; none: all.")
+    sha256: str = Field(
+        default="",
+        pattern=r"^([0-9a-f]{64})?$",
+        description="Of the file's folder and the data; found when the recipe is read, and checked where it is given.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pinned(cls, table: Any) -> Any:
+        """Name the task, make its paths absolute, and find out what its files hold: bytes are identity, places not."""
+        if not isinstance(table, Mapping) or not (table.get("file") or table.get("data") or table.get("name")):
+            return table
+        found = dict(table)
+        for key in ("file", "data"):
+            if found.get(key):
+                found[key] = str(Path(found[key]).expanduser().resolve())
+        found["name"] = found.get("name") or Path(found["file"] if found.get("file") else "").stem
+        places = [Path(found["file"]).parent] if found.get("file") else []
+        places += [Path(found["data"])] if found.get("data") else []
+        if found.get("file") and not Path(found["file"]).is_file():
+            raise ValueError(f"file: {found['file']} is not there")
+        actual = _digest(places) if places else ""
+        if found.get("sha256") not in {None, "", actual}:
+            raise ValueError(f"the files of {found['name']} have sha256 {actual}, expected {found['sha256']}")
+        return found | {"sha256": actual}
+
+    @model_validator(mode="after")
+    def _names_a_task(self) -> Self:
+        if not self.name:
+            raise ValueError("a task has a name (one that comes with lm-eval) or a file of its own")
+        return self
+
+
+def _digest(folders: list[Path]) -> str:
+    """Return the sha256 over the files that lie directly in each folder."""
+    files: dict[str, str] = {}
+    for number, folder in enumerate(folders):
+        if not folder.is_dir():
+            raise ValueError(f"data: {folder} is not a folder")
+        files |= {f"{number}/{p.name}": fingerprint.hash_file(p) for p in sorted(folder.iterdir()) if p.is_file()}
+    return fingerprint.digest(files)
+
+
 class TaskConfig(Settings):
-    """The local lm-eval tasks made from the test split."""
+    """The lm-eval tasks: some made from the test split, and any others."""
 
     names: tuple[TaskName, ...] = Field(
         default=("next_line", "cloze", "addition"), description="Tasks to generate and run; empty runs none."
     )
-    items: int = Field(default=64, ge=2, le=10_000, description="Items per task.")
+    lm_eval: tuple[HarnessTask, ...] = Field(
+        default=(), description="Tasks that come with lm-eval, and YAML files of one's own, one table a task."
+    )
+    items: int = Field(default=64, ge=2, le=10_000, description="Items per generated task.")
     seed: int = Field(default=0, ge=0, description="Seed of the choice of items.")
     batch_size: int = Field(default=32, ge=1, le=4096, description="Sequences per forward pass in lm-eval.")
+
+    @field_validator("lm_eval")
+    @classmethod
+    def _own_names(cls, value: tuple[HarnessTask, ...]) -> tuple[HarnessTask, ...]:
+        names = [*get_args(TaskName), *(task.name for task in value)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two tasks are called {', '.join(twice)}; give the file a `name` of its own")
+        return value
 
 
 class EvaluateConfig(BatchSettings):

@@ -15,6 +15,8 @@ _FIXED_S = 20.0
 """Imports, baselines, intervals and probes of a small model."""
 _RATE = {"cpu": 20e9, "cuda": 50e12}
 """Operations a second of forward passes, where nothing has been measured."""
+_NAMED_ITEMS = 2000
+"""Items of a task of lm-eval without a limit, of which some have hundreds and some ten thousand."""
 _ITEM_TOKENS = 64
 """Tokens of an item of a task with its choices, about."""
 _RESULTS = 4_000_000
@@ -30,7 +32,10 @@ def estimate_evaluate(config: EvaluateConfig, context: EstimateContext) -> Estim
     share = min(1.0, config.max_documents / documents) if config.max_documents and documents else 1.0
     length = config.context or context.fact("sequence_length")
     overlap = length / (config.stride or 0.75 * length)
-    asked = len(config.tasks.names) * config.tasks.items * _ITEM_TOKENS + config.kl_tokens
+    items = [config.tasks.items] * len(config.tasks.names) + [
+        task.limit or _NAMED_ITEMS for task in config.tasks.lm_eval
+    ]
+    asked = sum(items) * _ITEM_TOKENS + config.kl_tokens
 
     def work(parameters: float, tokens: float) -> float:
         """Seconds of an evaluation laid out like this one on the CPU, of a model on so many tokens."""

@@ -1,4 +1,4 @@
-"""Runs the generated tasks through lm-eval's own harness, and gives it encoders as a model class of its own."""
+"""Runs tasks through lm-eval's own harness, and gives it encoders as a model class of its own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from lm_eval.utils import hash_string
 
 from pipelines.core import progress_bars
 from pipelines.core.errors import ConfigError, NumericError
+from pipelines.evaluation import named_tasks
+from pipelines.evaluation.config import HarnessTask
 from pipelines.evaluation.tasks import Task
+from pipelines.measure import intervals
 from pipelines.measure.scoring import Scorer, negative_log_likelihood
 from pipelines.measure.windows import Batch
 
@@ -44,13 +47,17 @@ class Outcome:
     correct: tuple[int, ...]
     """0 or 1 for each item, in the order of the data file."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the row of evaluation.json."""
+    def to_json(self, confidence: float) -> dict[str, Any]:
+        """Return the row of evaluation.json; a task whose interval holds chance does not inform of the model."""
+        interval = intervals.proportion(sum(self.correct), self.n, confidence)
         return {
             "accuracy": self.accuracy,
             "stderr": self.stderr,
+            "low": interval.low,
+            "high": interval.high,
             "n": self.n,
             "chance": self.chance,
+            "informative": not interval.low <= self.chance <= interval.high,
             "hash": self.hash,
         }
 
@@ -75,15 +82,55 @@ def run(
     if not tasks:
         return {}
     with _RUNNING, _quietly():
-        if scorer.family == "decoder":
-            model = CausalLM(pretrained=scorer.model, tokenizer=tokenizer, batch_size=batch_size)
-        else:
-            model = MaskedLM(scorer, tokenizer, batch_size)
+        model = _as_lm(scorer, tokenizer, batch_size)
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         # Not `simple_evaluate`: that also seeds the global generators and asks pip, git and the driver for their
         # versions, which takes longer than the tasks.
         results = evaluate(model, manager.load([_absolute(task, folder, cache) for task in tasks]))
     return {task.name: _outcome(task, results, scorer.name) for task in tasks}
+
+
+def run_named(
+    scorer: Scorer, tokenizer: Any, tasks: Sequence[HarnessTask], *, scratch: Path, batch_size: int
+) -> tuple[dict[str, Outcome], dict[str, str]]:
+    """Run tasks that come with lm-eval, or that a file of the user's describes.
+
+    Args:
+        scorer: the loaded model.
+        tokenizer: its tokenizer, as transformers loads it.
+        tasks: what to run.
+        scratch: folder for task files and the tables that `datasets` makes.
+        batch_size: sequences per forward pass.
+
+    Returns:
+        Outcomes by name, and the reason for each task that this family of models cannot do.
+
+    Raises:
+        NumericError: a log likelihood is not finite.
+        ConfigError: there is no such task, its data cannot be had, or it does not say what is right.
+    """
+    outcomes: dict[str, Outcome] = {}
+    skipped: dict[str, str] = {}
+    if not tasks:
+        return outcomes, skipped
+    with _RUNNING, _quietly():
+        model = _as_lm(scorer, tokenizer, batch_size)
+        for task in tasks:
+            loaded = named_tasks.load(task, scratch)
+            kind = str(loaded["tasks"][task.name].OUTPUT_TYPE)
+            if scorer.family == "encoder" and kind not in {"multiple_choice", "loglikelihood"}:
+                skipped[task.name] = f"an encoder scores continuations; it does no {kind}"
+                continue
+            items = None if task.limit is None else {task.name: named_tasks.first(loaded, task)}
+            results = evaluate(model, loaded, samples=items)
+            outcomes[task.name] = _named_outcome(task.name, results, kind, scorer.name)
+    return outcomes, skipped
+
+
+def _as_lm(scorer: Scorer, tokenizer: Any, batch_size: int) -> LM:
+    if scorer.family == "decoder":
+        return CausalLM(pretrained=scorer.model, tokenizer=tokenizer, batch_size=batch_size)
+    return MaskedLM(scorer, tokenizer, batch_size)
 
 
 def _absolute(task: Task, folder: Path, cache: Path) -> dict[str, Any]:
@@ -92,18 +139,30 @@ def _absolute(task: Task, folder: Path, cache: Path) -> dict[str, Any]:
 
 
 def _outcome(task: Task, results: dict[str, Any], model: str) -> Outcome:
-    row = results["results"][task.name]
     samples = sorted(results["samples"][task.name], key=lambda sample: sample["doc_id"])
-    scores = torch.tensor([response[0] for sample in samples for response in sample["filtered_resps"]])
-    if not bool(torch.isfinite(scores).all()):
-        raise NumericError(f"{model} gives non-finite log likelihoods in task {task.name}")
+    return _of_samples(results["results"][task.name], "acc,none", samples, task.chance, f"{model} in task {task.name}")
+
+
+def _named_outcome(name: str, results: dict[str, Any], kind: str, model: str) -> Outcome:
+    """Return the outcome of a task that we did not make: guessing finds one of its choices, or nothing."""
+    key, samples = named_tasks.answers(name, results)
+    chances = [1.0 / len(sample["filtered_resps"]) if kind == "multiple_choice" else 0.0 for sample in samples]
+    chance = float(np.mean(chances))
+    return _of_samples(results["results"][name], key, samples, chance, f"{model} in task {name}")
+
+
+def _of_samples(row: dict[str, Any], key: str, samples: list[dict[str, Any]], chance: float, where: str) -> Outcome:
+    metric, _, used = key.partition(",")
+    scores = [r[0] for sample in samples for r in sample["filtered_resps"] if isinstance(r, tuple | list)]
+    if not bool(torch.isfinite(torch.tensor(scores, dtype=torch.float64)).all()):
+        raise NumericError(f"{where}: log likelihoods that are not finite")
     return Outcome(
-        accuracy=float(row["acc,none"]),
-        stderr=float(row["acc_stderr,none"]),
+        accuracy=float(row[key]),
+        stderr=float(row[f"{metric}_stderr,{used}"]),
         n=len(samples),
-        chance=task.chance,
+        chance=chance,
         hash=hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)),
-        correct=tuple(int(sample["acc"]) for sample in samples),
+        correct=tuple(int(sample[metric]) for sample in samples),
     )
 
 

@@ -2,6 +2,8 @@
 
 next_line   the lines before, and which of four lines follows; the wrong ones are lines of the same source and of
             similar length.
+word_order  the lines before, and which of four orders of the next line's words follows; the wrong ones exchange two
+            neighbours. The one of these that a model of a few million parameters learns something of.
 cloze       the text before a rare word, and which of four words follows; the wrong ones are words of similar length
             and frequency.
 addition    `a+b=` in the plain format of "Teaching Arithmetic to Small Transformers" (Lee et al. 2023), with numbers of
@@ -24,6 +26,7 @@ Item = dict[str, Any]
 CHOICES = 4
 _CONTEXT_CHARACTERS = 300
 _LINE_CHARACTERS = range(20, 161)
+_WORDS_TO_ORDER = 5
 _RARE = range(2, 21)
 """How often a cloze word occurs in the test split."""
 _WORD = re.compile(r"[^\W\d_]{5,14}")
@@ -58,6 +61,31 @@ def next_line(documents: Sequence[Document], count: int, seed: int) -> list[Item
         wrong = _similar_lines(line, by_source[line.source], rng) if line.number else []
         if len(wrong) == CHOICES - 1:
             items.append(_item(_before(texts[line.document][: line.number]), line.text, wrong, rng))
+        if len(items) == count:
+            break
+    return items
+
+
+def word_order(documents: Sequence[Document], count: int, seed: int) -> list[Item]:
+    """Return up to `count` items {"context", "choices", "label"}; wrong choices exchange two neighbouring words."""
+    texts = [lines_of(document.text) for document in documents]
+    places = [
+        (d, n)
+        for d, lines in enumerate(texts)
+        for n, text in enumerate(lines)
+        if n and len(text) in _LINE_CHARACTERS and len(text.split()) >= _WORDS_TO_ORDER
+    ]
+    rng = random.Random(f"{seed}/word_order")
+    items = []
+    for document, number in rng.sample(places, len(places)):
+        words = texts[document][number].split()
+        right = " ".join(words)
+        orders = {" ".join([*words[:i], words[i + 1], words[i], *words[i + 2 :]]) for i in range(len(words) - 1)} - {
+            right
+        }
+        if len(orders) >= CHOICES - 1:
+            wrong = rng.sample(sorted(orders), CHOICES - 1)
+            items.append(_item(_before(texts[document][:number]), right, wrong, rng))
         if len(items) == count:
             break
     return items

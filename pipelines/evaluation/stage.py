@@ -138,22 +138,27 @@ def _run_tasks(
 ) -> tuple[Json, dict[str, list[int]]]:
     """Generate, write and run the tasks; return their part of evaluation.json and the outcome of every item."""
     generated, skipped = tasks.generate(config.tasks, documents.documents, scorer.family)
-    if not generated:
+    if not generated and not config.tasks.lm_eval:
         return {"tasks": {}, "skipped_tasks": skipped, "harness": None}, {}
     # lm-eval takes seconds to import: only a run with tasks pays for it.
     from pipelines.evaluation import harness
 
     tasks.write(generated, out_dir / "tasks")
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     outcomes = harness.run(
         scorer,
-        AutoTokenizer.from_pretrained(model, local_files_only=True),
+        tokenizer,
         generated,
         folder=out_dir / "tasks",
         cache=context.scratch / "datasets",
         batch_size=config.tasks.batch_size,
     )
-    rows = {name: outcome.to_json() for name, outcome in outcomes.items()}
-    part = {"tasks": rows, "skipped_tasks": skipped, "harness": f"lm-eval {harness.VERSION}"}
+    named, refused = harness.run_named(
+        scorer, tokenizer, config.tasks.lm_eval, scratch=context.scratch / "tasks", batch_size=config.tasks.batch_size
+    )
+    outcomes |= named
+    rows = {name: outcome.to_json(config.confidence) for name, outcome in outcomes.items()}
+    part = {"tasks": rows, "skipped_tasks": skipped | refused, "harness": f"lm-eval {harness.VERSION}"}
     return part, {name: list(outcome.correct) for name, outcome in outcomes.items()}
 
 
@@ -231,6 +236,7 @@ def _summary(evaluation: Json, observations: Json) -> Summary:
         "size_bytes": evaluation["size_bytes"],
         "cache_bytes_per_token": evaluation["cache_bytes_per_token"],
         "tasks": {name: row["accuracy"] for name, row in evaluation["tasks"].items()},
+        "uninformative_tasks": [name for name, row in evaluation["tasks"].items() if not row["informative"]],
         "baselines": evaluation["baselines"],
         "ratio": versus.get("bits_per_byte_ratio", {}).get("value"),
         "kl_nats_per_token": versus.get("kl_nats_per_token"),

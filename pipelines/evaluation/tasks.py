@@ -73,6 +73,8 @@ def _task(name: str, config: TaskConfig, documents: Sequence[Document]) -> Task:
         return Task(name, _exact(name), items.addition(config.items, config.seed), chance=0.0)
     if name == "next_line":
         generated, delimiter = items.next_line(documents, config.items, config.seed), "\n"
+    elif name == "word_order":
+        generated, delimiter = items.word_order(documents, config.items, config.seed), "\n"
     else:
         generated, delimiter = items.cloze(documents, config.items, config.seed), " "
     return Task(name, _multiple_choice(name, delimiter), generated, chance=1.0 / CHOICES)

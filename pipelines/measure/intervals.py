@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,15 @@ def paired_difference(a: ArrayLike, b: ArrayLike, **options: Any) -> Interval:
     """Return mean(a) - mean(b) over the same items (for instance right answers as 0 and 1) with its paired interval."""
     first, second = _column(a), _column(b)
     return bootstrap(lambda x, y, n: (x - y) / n, (first, second, np.ones_like(first)), **options)
+
+
+def proportion(right: int, items: int, confidence: float = 0.95) -> Interval:
+    """Return a share of right answers with its Wilson interval, which also holds where none or all are right."""
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share, spread = right / items, z * z / items
+    middle = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / items + spread / (4 * items)) / (1 + spread)
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def _column(values: ArrayLike) -> Floats:

@@ -85,10 +85,23 @@ def test_additions_are_right_different_and_balanced_in_length() -> None:
 
 
 def test_items_depend_on_seed_and_documents_only(documents: tuple[Document, ...]) -> None:
-    for make in (items.next_line, items.cloze):
+    for make in (items.next_line, items.word_order, items.cloze):
         assert make(documents, 20, 0) == make(documents, 20, 0)
         assert make(documents, 20, 0) != make(documents, 20, 1)
     assert items.addition(20, 0) != items.addition(20, 1)
+
+
+def test_word_order_exchanges_two_neighbours_and_nothing_else(documents: tuple[Document, ...]) -> None:
+    made = items.word_order(documents, 40, 0)
+    assert len(made) == 40
+    for item in made:
+        right = item["choices"][item["label"]].split()
+        assert len(set(item["choices"])) == items.CHOICES
+        for wrong in (choice.split() for n, choice in enumerate(item["choices"]) if n != item["label"]):
+            (first, second) = (n for n, pair in enumerate(zip(right, wrong, strict=True)) if pair[0] != pair[1])
+            assert second == first + 1
+            assert (wrong[first], wrong[second]) == (right[second], right[first])
+    assert items.word_order(documents, 40, 0)[:10] == items.word_order(documents, 10, 0)
 
 
 def test_more_items_extend_fewer(documents: tuple[Document, ...]) -> None:
@@ -106,4 +119,5 @@ def test_text_without_line_breaks_falls_apart_into_sentences() -> None:
 def test_documents_that_give_no_items_give_none() -> None:
     poor = [Document("1", "x y z", "s"), Document("2", "", "s")]
     assert items.next_line(poor, 10, 0) == []
+    assert items.word_order(poor, 10, 0) == []
     assert items.cloze(poor, 10, 0) == []
