@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,11 +24,9 @@ WORDS = [
 
 
 def text(number: int) -> str:
-    """Forty sentences that no other number gives."""
-    lines = [
-        " ".join(WORDS[(number * 7 + line * word + word * word) % len(WORDS)] + str(number % 13) for word in range(9))
-        for line in range(40)
-    ]
+    """Forty lines of words that no other number gives."""
+    rng = random.Random(number)
+    lines = [" ".join(f"{word}{rng.randrange(50)}" for word in rng.choices(WORDS, k=9)) for _line in range(40)]
     return f"Chapter {number}.\n" + "\n".join(lines)
 
 
@@ -78,6 +77,24 @@ def test_one_command_leads_from_texts_to_a_plan(ingot: Ingot, place: Path) -> No
     assert {step["state"] for step in steps} == {"run", "waits"}
     assert json.loads(ingot(below, "show", "config").stdout)["promote"]["model_name"] == "mine"
     assert ingot(mine, "data", "status").stdout.count("matches") == 1
+
+
+@pytest.mark.slow
+def test_a_run_from_a_folder_below_reads_the_corpus_of_its_project(ingot: Ingot, place: Path) -> None:
+    """Also where that folder has packages with the names of ours, and the stage runs in a process of its own."""
+    ingot(place, "new", "mine", "--data", "texts")
+    below = place / "mine" / "notebooks"
+    for package in ("models", "pipelines"):
+        (below / package).mkdir(parents=True)
+    small = ["prepare.vocab_size=300", "prepare.sequence_length=16", "prepare.workers=1", "promote.min_documents=6"]
+    said = json.loads(ingot(below, "run", *small, "--only", "prepare", "compute.parallel=2", "--json").stdout)
+    prepared = said["nodes"]["prepare"]
+    assert (said["project"], prepared["state"]) == (str(place / "mine"), "done")
+    documents = [prepared["summary"][f"{split}_documents"] for split in ("train", "validation", "test")]
+    assert min(documents) >= 6
+    assert sum(documents) <= 60
+    again = json.loads(ingot(place / "mine", "run", *small, "--only", "prepare", "--json").stdout)
+    assert again["status"] == "cached"
 
 
 def test_outside_of_a_project_the_way_in_is_named(ingot: Ingot, place: Path) -> None:
