@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,11 @@ class RunRecord(BaseModel):
         """Return overrides that start from the same weights as this run, wherever the aliases point by now."""
         pinned = f"pretrain.from={self.init_weights}"
         return overrides if self.init_weights is None or pinned in overrides else [*overrides, pinned]
+
+    @property
+    def trained(self) -> str | None:
+        """Fingerprint of its pretraining; None for a run without any."""
+        return self.nodes["pretrain"].fingerprint if "pretrain" in self.nodes else None
 
     def promoted(self, model: str) -> str | None:
         """Return the version of a registered model that this run made champion; None for none."""
@@ -308,6 +313,29 @@ class Runs:
         size = disk.size_of(folder)
         shutil.rmtree(folder)
         return size
+
+    def before(self, record: RunRecord, model: str, champions: Sequence[str]) -> dict[str, RunRecord]:
+        """Return runs that trained another model than this one, by what they are to it.
+
+        Args:
+            record: this run.
+            model: name of the registered model.
+            champions: versions that have been champion, oldest first; this run's own may be the last.
+
+        Returns:
+            The run that made the champion before it, and the newest run before it, unless they are one.
+        """
+        others = [
+            run
+            for run in self.all()
+            if run.started_at <= record.started_at and run.trained not in (None, record.trained)
+        ]
+        made = {run.promoted(model): run for run in others}
+        version = next((version for version in reversed(champions) if version in made), None)
+        named = {} if version is None else {f"champion v{version}": made[version]}
+        if others and others[-1] not in named.values():
+            named["last run"] = others[-1]
+        return named
 
     def pareto(self, run_id: str) -> list[dict[str, Any]]:
         """Return the rows of a run's variants by method and bits, as its report shows them; empty without a report."""

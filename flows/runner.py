@@ -120,22 +120,11 @@ class Execution:
 
     def _earlier_training(self) -> dict[str, Artifact]:
         """Return the pretraining of the champion before this run, and of the newest run before it, by what they are."""
-        own = self.record.nodes["pretrain"].fingerprint if "pretrain" in self.record.nodes else ""
-        others = [
-            run
-            for run in self.runs.all()[::-1]
-            if run.id != self.record.id and "pretrain" in run.nodes and run.nodes["pretrain"].fingerprint != own
-        ]
-        made = {run.promoted(self.plan.config.promote.model_name): run for run in others[::-1]}
-        versions = [
-            str(c["version"]) for c in history.champions(self.plan.store.root, self.plan.config.promote.model_name)
-        ]
-        champion = next((version for version in versions[::-1] if version in made), None)
-        named = {} if champion is None else {f"champion v{champion}": made[champion]}
-        named |= {"last run": others[0]} if others and others[0] not in named.values() else {}
+        model, store = self.plan.config.promote.model_name, self.plan.store
+        champions = [str(line["version"]) for line in history.champions(store.root, model)]
         found = {
-            f"{name} ({run.id})": self.plan.store.find("pretrain", run.nodes["pretrain"].fingerprint)
-            for name, run in named.items()
+            f"{name} ({run.id})": store.find("pretrain", run.trained or "")
+            for name, run in self.runs.before(self.record, model, champions).items()
         }
         return {name: artifact for name, artifact in found.items() if artifact is not None}
 

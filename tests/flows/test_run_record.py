@@ -251,3 +251,27 @@ def test_the_last_of_a_recipe_is_node_for_node_what_its_newest_runs_made(tmp_pat
     first, second, _ = runs.all()
     assert runs.last_of("mine") == {"prepare": f"prepare of {second.id}", "pretrain": f"pretrain of {first.id}"}
     assert runs.last_of("nothing") == {}
+
+
+def trained(runs: Runs, fingerprint: str, version: str | None, recipe: str = "smoke") -> RunRecord:
+    """A run that has trained a model, and made it champion where there is a version."""
+    summary = {} if version is None else {"model": "m", "version": version}
+    nodes = {
+        "pretrain": NodeRecord(stage="pretrain", fingerprint=fingerprint),
+        "promote": NodeRecord(stage="promote", fingerprint="p", summary=summary),
+    }
+    record = runs.start(recipe=recipe, overrides=[], config={}, data_hash="d", nodes=nodes)
+    runs.finish(record, "done", 0)
+    return record
+
+
+def test_the_champions_run_and_the_last_one_stand_beside_a_run(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    first, second, third = (trained(runs, print_, version) for print_, version in (("a", "1"), ("b", None), ("c", "2")))
+    names = {name: run.id for name, run in runs.before(third, "m", ["1", "2"]).items()}
+    assert names == {"champion v1": first.id, "last run": second.id}
+    again = trained(runs, "c", None)
+    assert {n: r.id for n, r in runs.before(again, "m", ["1", "2"]).items()} == names, (
+        "the same model again is no other"
+    )
+    assert {n: r.id for n, r in runs.before(again, "other", ["1"]).items()} == {"last run": second.id}
