@@ -319,7 +319,7 @@ def sync(as_json: Json = False) -> None:
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check this machine and this checkout, and say what is missing and how to get it."""
+    """Check this machine and this project, and say what is missing and how to get it."""
     from flows.commands import doctor as command
 
     command.doctor(as_json=as_json)
