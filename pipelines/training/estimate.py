@@ -1,7 +1,7 @@
 """What a pretraining will take, from its configuration: memory, arithmetic, time, disk; and what would take less.
 
-The time of a step is a sum of three things: arithmetic at a share of the device's peak, passes over the arrays that
-autograd and the optimizer touch, and what the ranks exchange. An earlier run tells the peak of its machine and by how
+The time of a step is a sum of three things: arithmetic at a share of the device's peak, gradients, weights and moments
+that are moved through memory, and what the ranks exchange. An earlier run tells the peak of its machine and by how
 much this sum was wrong there; the factor is applied to the new run, so one of the same shape is told what it took.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,16 +21,21 @@ from pipelines.core.estimate import Estimate, EstimateContext, Needs, Remedy, Ti
 from pipelines.training import memory, peaks, phases, room
 from pipelines.training.config import PretrainConfig
 
-_EFFICIENCY = {"cpu": 0.6, "cuda": 0.5}
-"""Share of the peak that the products of a training step reach."""
+_EFFICIENCY = {"cpu": 0.9, "cuda": 0.5}
+"""Share of the peak that a training step reaches, the elementwise work between its products included."""
 _MEMORY_RATE = {"cpu": 6e9, "cuda": 1.5e12}
-"""Bytes a second that elementwise passes of a rank move."""
-_EXCHANGE_RATE = {"cpu": 0.7e9, "cuda": 100e9}
-"""Bytes a second that ranks exchange: gloo in one machine, NVLink."""
-_PASSES_OVER_ACTIVATIONS = 4
-"""How often a kept activation is written or read, forward and backward together."""
+"""Bytes a second that a rank moves through memory."""
+_EXCHANGE_RATE = {"cpu": 3e9, "cuda": 100e9}
+"""Bytes a second that ranks exchange: gloo in one machine, NVLink. Numbers for the CPU here and below are fitted to
+what `tests/bench/bench_estimates.py` measured; those for GPUs are assumed."""
+_GRADIENT_BYTES = 40
+"""Bytes that a pass moves for each parameter: gradients are made, zeroed, added up and put into buffers."""
 _OPTIMIZER_BYTES = {"lamb": 44, "adamw": 28, "lars": 32}
-"""Bytes that a step of the optimizer moves for each parameter in float32; see `models.optim.sharded_optimizer`."""
+"""Bytes that a step of the optimizer moves for each parameter; see `models.optim.sharded_optimizer`."""
+_SHARDED_BYTES = 60
+"""Bytes that a step of ZeRO 1 to 3 moves for each parameter beside: flat copies, parts, weights brought back."""
+_GATHERED_BYTES = 20
+"""Bytes that a pass of ZeRO 3 moves for each parameter: weights are gathered in both directions, through a copy."""
 _CALL_S = {"cpu": 0.0007, "cuda": 0.0003}
 """Cost of a layer of a forward and backward pass however small it is."""
 _START_S = {"plain": 8.0, "deepspeed": 14.0}
@@ -39,6 +45,8 @@ _WRITE_RATE = 0.4e9
 _RECORD_BYTES = 900
 """A line of metrics and one of losses."""
 _IDS = {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
+_LOOKED_AT = 20
+"""Earlier runs that are asked for their pace, the closest first."""
 _BUSY = ("data", "forward", "backward", "step")
 
 
@@ -136,32 +144,30 @@ def pass_seconds(
     config: PretrainConfig, architecture: ArchitectureConfig, pace: Pace, sequences: int, length: int
 ) -> float:
     """Return the seconds of one forward and backward pass of one rank over a micro batch."""
-    tokens = sequences * length
+    tokens, every = sequences * length, count_parameters(architecture)
     operations = tokens * flops_per_token(architecture, length)
-    # The output matrix serves targets only.
+    # The output matrix serves targets only, and LISA's frozen layers get no gradients of their weights.
     operations -= 6.0 * (1.0 - memory.target_share(config)) * tokens * architecture.vocab_size * architecture.width
-    held = memory.pass_bytes(config, architecture, sequences, length)
-    touched = _PASSES_OVER_ACTIVATIONS * sum(held.values())
-    exchanged = 0.0
-    if config.zero_stage == 3 and config.engine == "deepspeed":  # weights are gathered for both directions
-        exchanged = 2 * _received(config, memory.FP32 * count_parameters(architecture))
-    if config.zero_stage == 2 and config.engine == "deepspeed":  # gradients are reduced after every pass
-        exchanged = 2 * _received(config, memory.FP32 * count_parameters(architecture))
+    operations -= 2.0 * (every - room.active_parameters(config, architecture)) * tokens
+    stage = config.zero_stage if config.engine == "deepspeed" else 0
+    moved = (_GRADIENT_BYTES + (_GATHERED_BYTES if stage == 3 else 0)) * every
+    # Gradients are reduced in every pass, with stage 3 weights gathered twice; before, once a step.
+    exchanged = {0: 0, 1: 0, 2: 2, 3: 3}[stage] * _received(config, memory.FP32 * every)
     return (
         operations / (_EFFICIENCY[pace.device] * pace.peak_flops)
-        + touched / _MEMORY_RATE[pace.device]
+        + moved / _MEMORY_RATE[pace.device]
         + exchanged / _EXCHANGE_RATE[pace.device]
         + _CALL_S[pace.device] * (architecture.layers + 2)
     )
 
 
 def update_seconds(config: PretrainConfig, architecture: ArchitectureConfig, pace: Pace) -> float:
-    """Return the seconds of an optimizer step of one rank, with the exchange of gradients and weights."""
-    every = count_parameters(architecture)
-    sharded = config.engine == "deepspeed" and config.zero_stage > 0
-    mine = every / config.world_size if sharded else every
-    moved = _OPTIMIZER_BYTES[config.optimizer.name] * mine + 3 * memory.FP32 * every
-    exchanged = _received(config, 2 * memory.FP32 * every)
+    """Return the seconds of an optimizer step of one rank, with what is exchanged once a step."""
+    every, active = count_parameters(architecture), room.active_parameters(config, architecture)
+    stage = config.zero_stage if config.engine == "deepspeed" else 0
+    moved = _OPTIMIZER_BYTES[config.optimizer.name] * active / (config.world_size if stage else 1)
+    moved += _SHARDED_BYTES * every if stage else 0
+    exchanged = {0: 2, 1: 3, 2: 1, 3: 0}[stage] * _received(config, memory.FP32 * every)
     return moved / _MEMORY_RATE[pace.device] + exchanged / _EXCHANGE_RATE[pace.device]
 
 
@@ -172,7 +178,8 @@ def _received(config: PretrainConfig, size: float) -> float:
 
 def _time(config: PretrainConfig, architecture: ArchitectureConfig, context: EstimateContext) -> Time:
     machine = context.machine
-    known = next((each for each in map(_earlier, context.history) if each and each.fits(config, machine.device)), None)
+    earlier = map(_earlier, islice(context.history, _LOOKED_AT))
+    known = next((each for each in earlier if each is not None and each.fits(config, machine.device)), None)
     if machine.peak_flops is not None:
         peak, source, basis = machine.peak_flops, "stated", "compute.peak_tflops"
         known = None

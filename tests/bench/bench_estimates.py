@@ -52,7 +52,7 @@ MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
     ),
     "40m": ({"preset": "30m", "micro_batch_size": 1, "batch_size": 2, "steps": 6}, 32_000, 128),
     "encoder": (
-        {"family": "encoder", "preset": "10m", "micro_batch_size": 2, "batch_size": 4, "steps": 8},
+        {"family": "encoder", "preset": "10m", "micro_batch_size": 2, "batch_size": 4, "steps": 6},
         4096,
         256,
     ),
@@ -155,7 +155,7 @@ def measure(spec: WorkerSpec) -> Measured:
 def config_of(name: str, ranks: int, zero: int, changes: Mapping[str, Any]) -> PretrainConfig:
     """Return the settings of a case. One checkpoint is written while it trains."""
     settings = MODELS[name][0]
-    fixed = {"validate_every": 100, "validation_sequences": 4, "schedule": {"warmup": 1}}
+    fixed = {"validate_every": 100, "validation_sequences": 4, "samples": False, "schedule": {"warmup": 1}}
     chosen = {**fixed, **settings, "checkpoint": {"every": settings["steps"] - 1}, **changes}
     return PretrainConfig.model_validate({**chosen, "world_size": ranks, "zero_stage": zero})
 
