@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pipelines.core import disk
+from flows import console, logs
+from flows.commands import with_common_options
+from pipelines.core import disk, stop
 from pipelines.core.errors import DiskFullError, IngotError
 
 app = typer.Typer(
@@ -40,10 +42,32 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Only = Annotated[str | None, typer.Option("--only", help="Run this stage alone, on the artifacts that exist.")]
 Since = Annotated[str | None, typer.Option("--from", help="Run this stage again, and everything below it.")]
 Force = Annotated[list[str] | None, typer.Option("--force", help="Run this stage again although nothing changed.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only.")]
 RunId = Annotated[
     str | None, typer.Argument(metavar="[RUN]", help="Id of a run or its beginning; the newest if left out.")
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from flows.commands import version as command
+
+        command.show()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the versions of Ingot and of what it stands on.",
+            is_eager=True,
+            callback=_print_version,
+        ),
+    ] = False,
+) -> None:
+    del version  # its callback has printed it
 
 
 @app.command()
@@ -93,22 +117,19 @@ def run(
     force: Force = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Exit with 6 if another run works on a stage.")] = False,
     as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Take the corpus to a champion. What is cached stays cached; what was interrupted goes on."""
     from flows.commands import run as command
 
-    command.run(
-        recipe, overrides or [], only, since, force or [], wait_s=0.0 if no_wait else None, as_json=as_json, quiet=quiet
-    )
+    command.run(recipe, overrides or [], only, since, force or [], wait_s=0.0 if no_wait else None, as_json=as_json)
 
 
 @app.command()
-def resume(run_id: RunId = None, as_json: Json = False, quiet: Quiet = False) -> None:
+def resume(run_id: RunId = None, as_json: Json = False) -> None:
     """Go on with a run that did not finish, with the configuration it had."""
     from flows.commands import run as command
 
-    command.resume(run_id, as_json=as_json, quiet=quiet)
+    command.resume(run_id, as_json=as_json)
 
 
 @app.command()
@@ -364,13 +385,23 @@ def _data(verb: str, *arguments: Any, as_json: bool) -> None:
     command.run(verb, *arguments, as_json=as_json)
 
 
+for _app in (app, data):
+    for _command in _app.registered_commands:
+        assert _command.callback is not None
+        _command.callback = with_common_options(_command.callback)
+
+
 def main() -> None:
     """Run the command line; errors of ours become a message and their exit code."""
+    stop.install()
+    console.survive_closed_terminal()
+    logs.start()
     try:
         app()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - nothing of it is lost: it is in the log
         if (known := disk.known(error)) is None:
-            raise
+            print(logs.unexpected(error), file=sys.stderr)
+            sys.exit(1)
         print(f"ingot: {known}", file=sys.stderr)
         if isinstance(known, DiskFullError):
             from flows.commands.store import reclaimable

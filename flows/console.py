@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import sys
 import time
@@ -19,6 +21,33 @@ def set_quiet(quiet: bool) -> None:
     """Print no progress from now on."""
     global _quiet  # noqa: PLW0603 - one process, one terminal
     _quiet = quiet
+
+
+def is_quiet() -> bool:
+    """Whether only results are printed."""
+    return _quiet
+
+
+class _Terminal(io.FileIO):
+    """A terminal that may be closed while the process goes on (`disown`): then what is written to it is gone."""
+
+    def write(self, data: Any) -> int:
+        """Write; a closed terminal takes everything."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(data)
+
+
+def survive_closed_terminal() -> None:
+    """Let whatever this process prints be lost, and nothing else, when its terminal is closed."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is not None and stream.isatty():
+            raw = io.BufferedWriter(_Terminal(descriptor, "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
 
 
 def progress_line(progress: Progress) -> None:

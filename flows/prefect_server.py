@@ -1,83 +1,56 @@
-"""A Prefect API for one run: the user's own server when one is configured, else a private one that ends with the run.
+"""The Prefect server of a run: the one that the user configured, or none. Imports no Prefect.
 
-Prefect would start such a server by itself, but one that outlives a killed run; ours is told by the kernel when its
-parent dies. Its database stays in the store, so past runs can be looked at later.
+With none, Prefect's engine drives the flow all the same (see `prefect_client.py`): nobody could look at the pages of a
+server that lives as long as the run, and starting one took several times longer than everything else at the start.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
-import subprocess
-import sys
 import time
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.core import parent_guard, program
 from pipelines.core.errors import TransientError
 
-_START_DEADLINE_S = 120.0
+_WAIT_S = 5.0
 _POLL_S = 0.1
 _SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+    # The terminal has our own lines; Prefect's pages have both.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
     "DO_NOT_TRACK": "1",
 }
+_ALONE = {
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",  # nobody reads its log lines; errors reach the user as our own messages
+    "PREFECT_LOGGING_TO_API_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
+}
 
-# With nobody to read its pages during the run, log lines go to the terminal alone; errors reach it as our own messages.
-_PRIVATE = {"PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_LOGGING_TO_API_ENABLED": "false"}
-_SERVER = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 
-
-@contextlib.contextmanager
-def api(store_root: Path) -> Iterator[str]:
-    """Give the block a Prefect API, with `PREFECT_API_URL` set; must be entered before prefect is imported.
+def prepare(store_root: Path) -> str | None:
+    """Set Prefect's environment for a run; must be called before prefect is imported.
 
     Args:
-        store_root: root of the store; the private server's database and log live in its `prefect/`.
+        store_root: root of the store; without a server Prefect keeps what little it writes there.
+
+    Returns:
+        The URL of the server that the user configured, None for none.
 
     Raises:
-        TransientError: the configured server does not answer, or the private one does not start.
+        TransientError: the configured server does not answer.
     """
-    for key, value in _SETTINGS.items():
+    url = configured_url()
+    for key, value in (_SETTINGS if url else _SETTINGS | _ALONE).items():
         os.environ.setdefault(key, value)
-    if configured := configured_url():
-        _wait(configured, 5.0, None, hint="start it, or unset PREFECT_API_URL to run without a server")
-        yield configured
-        return
-    home = store_root / "prefect"
-    home.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
-    url = f"http://127.0.0.1:{port}/api"
-    for key, value in (_PRIVATE | {"PREFECT_HOME": str(home)}).items():
-        os.environ.setdefault(key, value)
-    log_path = home / "server.log"
-    with log_path.open("ab") as log:
-        server = subprocess.Popen(
-            _command(port),
-            env=os.environ | _SERVER,
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    try:
-        _wait(url, _START_DEADLINE_S, server, hint=f"its log is {log_path}")
-        os.environ["PREFECT_API_URL"] = url
-        yield url
-    finally:
-        os.environ.pop("PREFECT_API_URL", None)
-        server.terminate()
-        try:
-            server.wait(5)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+    if url:
+        _wait(url)
+    else:
+        os.environ.setdefault("PREFECT_HOME", str(store_root / "prefect"))
+    return url
 
 
 def configured_url() -> str | None:
@@ -93,16 +66,9 @@ def configured_url() -> str | None:
     return table.get("profiles", {}).get(active, {}).get("PREFECT_API_URL")
 
 
-def _command(port: int) -> list[str]:
-    """Return the command of a private server that the kernel kills with this process."""
-    guarded = [sys.executable, "-I", "-S", parent_guard.__file__, "exec", str(os.getpid())]
-    uvicorn = program.command("uvicorn", "--factory", "prefect.server.api.server:create_app")
-    return [*guarded, *uvicorn, "--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
-
-
-def _wait(url: str, deadline_s: float, server: subprocess.Popen[bytes] | None, *, hint: str) -> None:
+def _wait(url: str) -> None:
     """Return when the API answers."""
-    until = time.monotonic() + deadline_s
+    until = time.monotonic() + _WAIT_S
     while True:
         try:
             with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=2) as answer:
@@ -111,12 +77,9 @@ def _wait(url: str, deadline_s: float, server: subprocess.Popen[bytes] | None, *
         except urllib.error.HTTPError:
             return  # it answers; whether it lets us in, its client will say
         except OSError as error:
-            if time.monotonic() > until or (server is not None and server.poll() is not None):
-                raise TransientError(f"the Prefect API at {url} does not answer: {error}", hint=hint) from None
+            if time.monotonic() > until:
+                raise TransientError(
+                    f"the Prefect API at {url} does not answer: {error}",
+                    hint="start it, or unset PREFECT_API_URL (`prefect config unset PREFECT_API_URL`) to run without",
+                ) from None
         time.sleep(_POLL_S)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -15,6 +15,7 @@ from flows.executors import Executor
 from flows.graph import Identified
 from flows.run_plan import RunPlan
 from flows.run_record import PARETO, REPORT, NodeRecord, RunRecord, Runs, SelectionRecord
+from pipelines.core import stop
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import GateRefused, IngotError, Preempted
 from pipelines.core.redaction import redact
@@ -197,14 +198,23 @@ def open_execution(plan: RunPlan, *, console: Callable[[Progress], None], wait_s
 def closing(execution: Execution) -> Iterator[None]:
     """Close record, report and tracking session, however the block ends."""
     status, code, message = "failed", 1, None
+
+    def preempted() -> None:
+        if execution.record.status == "running":
+            execution.runs.finish(execution.record, "preempted", Preempted.exit_code, "ended by a second signal")
+
     try:
-        yield
+        with stop.last_words(preempted):
+            yield
         status, code = "done", 0
     except GateRefused as error:
         status, code, message = "refused", error.exit_code, str(error)
         raise
     except Preempted as error:
         status, code, message = "preempted", error.exit_code, str(error)
+        raise
+    except stop.StopRequested:
+        status, code, message = "preempted", Preempted.exit_code, "a signal asked the run to stop"
         raise
     except IngotError as error:
         code, message = error.exit_code, str(error)
@@ -213,12 +223,17 @@ def closing(execution: Execution) -> Iterator[None]:
         message = repr(error)
         raise
     finally:
-        execution.runs.finish(execution.record, status, code, message)
-        try:
-            if status in {"done", "refused"}:
-                execution.report()
-        finally:
-            execution.session.close(status)
-            execution.record.tracking_pending = execution.session.pending
-            execution.record.tracking_problem = execution.session.problem
-            execution.runs.save(execution.record)
+        with stop.held():  # a stop that is asked for now finds the run at its end
+            _close(execution, status, code, message)
+
+
+def _close(execution: Execution, status: str, code: int, message: str | None) -> None:
+    execution.runs.finish(execution.record, status, code, message)
+    try:
+        if status in {"done", "refused"}:
+            execution.report()
+    finally:
+        execution.session.close(status)
+        execution.record.tracking_pending = execution.session.pending
+        execution.record.tracking_problem = execution.session.problem
+        execution.runs.save(execution.record)

@@ -3,6 +3,8 @@
 Truth about a stage is its manifest (DESIGN, rule 4), so Prefect's own result cache stays off: a task asks the store by
 fingerprint and, when nothing ran, ends in a completed state called `Cached`.
 
+Prefect is told and never asked: a server that goes away in mid-run changes nothing (see `prefect_client.py`).
+
 With `compute.parallel = 1` the tasks run one after another in the main thread: each uses the whole machine (or the
 whole launch of ranks), signals reach the stage itself, and torch is imported once. With more, every task waits in a
 thread for its executor, and is submitted when its inputs are there; a node that measures time has the run for itself.
@@ -17,7 +19,7 @@ import time
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from prefect import Task, flow
+from prefect import Task, flow, get_run_logger
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
@@ -31,11 +33,12 @@ from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
-from flows import preflight, run_plan
+from flows import prefect_client, preflight, run_plan
 from flows.console import progress_line
 from flows.planner import Selection, Step
 from flows.run_plan import RunPlan
 from flows.runner import Execution, closing, open_execution
+from pipelines.core import stop
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import DiskFullError, Preempted, TransientError
 from pipelines.core.redaction import redact_override
@@ -73,8 +76,14 @@ def train_to_registry(
     return _carry_out(plan, wait_s)
 
 
-def run_planned(plan: RunPlan, wait_s: float | None = None) -> str:
-    """Run the same flow on a plan that was made already, in this process; return the id of the run."""
+def run_planned(plan: RunPlan, wait_s: float | None = None, *, server: str | None = None) -> str:
+    """Run the same flow on a plan that was made already, in this process; return the id of the run.
+
+    Args:
+        plan: what to run.
+        wait_s: how long to wait for another run of the same stage; None waits for ever.
+        server: address of the Prefect server that is told; None for none.
+    """
 
     @flow(name=FLOW_NAME, persist_result=False, log_prints=False)
     def planned(
@@ -89,15 +98,22 @@ def run_planned(plan: RunPlan, wait_s: float | None = None) -> str:
         return _carry_out(plan, wait_s)
 
     asked = plan.selection
-    return planned(
-        plan.recipe, [redact_override(o) for o in plan.overrides], asked.only, asked.since, list(asked.force), wait_s
-    )
+    with stop.unwinding(), _as_preempted(), contextlib.nullcontext() if server else prefect_client.alone():
+        overrides = [redact_override(each) for each in plan.overrides]
+        return planned(plan.recipe, overrides, asked.only, asked.since, list(asked.force), wait_s)
 
 
 def _carry_out(plan: RunPlan, wait_s: float | None) -> str:
-    execution = open_execution(plan, console=progress_line, wait_s=wait_s)
+    prefect_client.tolerate()
     try:
-        with closing(execution), _as_preempted():
+        with contextlib.ExitStack() as at_work:
+            at_work.enter_context(stop.unwinding())
+            with stop.held():
+                execution = open_execution(plan, console=progress_line, wait_s=wait_s)
+                at_work.enter_context(closing(execution))
+                at_work.enter_context(_as_preempted())
+            stop.check()
+            prefect_client.name_flow_run(execution.record.id)
             _show_plan(plan.steps, execution.session.url)
             try:
                 if plan.config.compute.parallel == 1:
@@ -105,7 +121,8 @@ def _carry_out(plan: RunPlan, wait_s: float | None) -> str:
                 else:
                     _side_by_side(execution)
             except BaseException:
-                execution.executor.stop()
+                with stop.held():
+                    execution.executor.stop()
                 raise
     except Preempted as error:
         if isinstance(error.__cause__, TerminationSignal):
@@ -177,7 +194,9 @@ def _node_task(execution: Execution, name: str) -> Task[Any, Any]:
         try:
             if rows := execution.preview(name):
                 create_table_artifact(rows, key=_key_of(name, "inputs"), description=f"What {name} is about to read")
-            artifact, cached = execution.execute(name, _ProgressArtifact(name))
+            progress = _ProgressShown(name)
+            artifact, cached = execution.execute(name, progress)
+            progress.finish()
         except BaseException as error:
             execution.failed(name, error)
             raise
@@ -204,8 +223,8 @@ def _may_pass(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
     return isinstance(error, TransientError) and not isinstance(error, DiskFullError)
 
 
-class _ProgressArtifact:
-    """A progress bar in the Prefect UI, updated at most every few seconds.
+class _ProgressShown:
+    """Progress in the Prefect UI, at most every few seconds: a bar, and a line in the log of the task.
 
     Args:
         node: name of the node that works.
@@ -218,15 +237,24 @@ class _ProgressArtifact:
 
     def __call__(self, progress: Progress) -> None:
         """Show a progress report."""
-        percent = 100.0 * progress.done / max(progress.total, 1)
         now = time.monotonic()
-        if self._id is None:
-            self._id = create_progress_artifact(percent, key=_key_of(self._node, "progress"), description=self._node)
-        elif now - self._updated_at > _PROGRESS_EVERY_S or progress.done >= progress.total:
-            update_progress_artifact(self._id, percent, description=f"{self._node}: {progress.message}")
-        else:
+        if now - self._updated_at <= _PROGRESS_EVERY_S and progress.done < progress.total:
             return
+        percent = 100.0 * progress.done / max(progress.total, 1)
+        self._show(percent, f"{self._node}: {progress.message}")
+        get_run_logger().info("%d/%d %s  %s", progress.done, progress.total, progress.unit, progress.message)
         self._updated_at = now
+
+    def finish(self) -> None:
+        """Show that the node is done: the last report of a stage need not be its last."""
+        if self._id is not None:
+            self._show(100.0, f"{self._node}: done")
+
+    def _show(self, percent: float, description: str) -> None:
+        if self._id is None:
+            self._id = create_progress_artifact(percent, key=_key_of(self._node, "progress"), description=description)
+        else:
+            update_progress_artifact(self._id, percent, description=description)
 
 
 def _show_plan(steps: Collection[Step], tracking_url: str | None) -> None:

@@ -26,6 +26,7 @@ sys.path.insert(0, str(CHECKOUT))
 
 from flows import renamed_keys  # noqa: E402
 from flows.cli import app  # noqa: E402 - the checkout may not be installed
+from flows.commands import EVERYWHERE  # noqa: E402
 from flows.config import RunConfig  # noqa: E402
 from models.architectures.config import (  # noqa: E402
     DEMO_VOCABULARY,
@@ -66,15 +67,20 @@ def differences() -> list[str]:
 
 def cli() -> str:
     """Return the page of all verbs with their arguments and options."""
-    command = typer.main.get_command(app)
+    verbs = list(_verbs(typer.main.get_command(app), "ingot"))
+    common = [parameter for parameter in verbs[0][1].params if parameter.name in EVERYWHERE]
     parts = [
         "# The command line",
         "Made by `make docs` from the command's own help. Exit codes: [exit-codes.md](exit-codes.md).",
         "Settings are dotted overrides over a recipe, `section.key=value`: [recipe-keys.md](recipe-keys.md).",
+        "Every verb also takes:",
+        _table(("option", "default", "meaning"), [_parameter(parameter) for parameter in common]),
+        "`ingot --version` prints the versions of Ingot, of Python and of what it stands on.",
+        "`ingot --install-completion` has the shell complete verbs, recipes, runs, stages, models and settings.",
     ]
-    for path, verb in _verbs(command, "ingot"):
+    for path, verb in verbs:
         parts += [f"## {path}", (verb.help or "").strip()]
-        rows = [_parameter(parameter) for parameter in verb.params]
+        rows = [_parameter(parameter) for parameter in verb.params if parameter.name not in EVERYWHERE]
         if rows:
             parts.append(_table(("argument or option", "default", "meaning"), rows))
     return "\n\n".join(parts) + "\n"

@@ -33,6 +33,11 @@ def show(what: str, *, as_json: bool) -> None:
     console.table(rows(), columns, as_json=as_json)
 
 
+def names() -> list[str]:
+    """Return the lists that there are."""
+    return list(_LISTS)
+
+
 def _models() -> Rows:
     from pipelines.registry import registry
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
-from flows import console, preflight, run_plan
+from flows import console, logs, preflight, run_plan
 from flows.commands import lookup
 from flows.planner import Selection, Step
 from flows.run_plan import RunPlan
 from flows.run_record import REPORT, RunRecord, Runs, SelectionRecord
-from pipelines.core.errors import ConfigError, Preempted, TransientError
+from pipelines.core.errors import ConfigError, TransientError
 from pipelines.registry import current
 
 # Progress is told by our own lines; the bars and hints of libraries would only tear them apart.
@@ -23,6 +21,7 @@ _QUIET_LIBRARIES = {
     "TQDM_DISABLE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
+    "TORCH_LOGS": "-all",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -64,15 +63,14 @@ def run(
     *,
     wait_s: float | None,
     as_json: bool,
-    quiet: bool,
 ) -> None:
     """Run a recipe; a run with nothing to do is answered from the plan, before any flow or model code loads."""
-    console.set_quiet(quiet)
+    console.say("planning ...")
     made = run_plan.make(name, overrides, Selection(only, since, tuple(force)))
-    _carry_out(made, wait_s=wait_s, as_json=as_json, quiet=quiet)
+    _carry_out(made, wait_s=wait_s, as_json=as_json)
 
 
-def _carry_out(made: RunPlan, *, wait_s: float | None, as_json: bool, quiet: bool) -> None:
+def _carry_out(made: RunPlan, *, wait_s: float | None, as_json: bool) -> None:
     if made.is_done():
         # Also when everything is cached: a corpus that was changed by accident is never passed over in silence.
         preflight.refuse(list(preflight.corpus(made)))
@@ -80,13 +78,13 @@ def _carry_out(made: RunPlan, *, wait_s: float | None, as_json: bool, quiet: boo
         return
     findings = preflight.check(made)
     preflight.refuse(findings)
-    if not quiet and not as_json:
+    if not console.is_quiet() and not as_json:
         print_plan(made)
-    _say(findings, sys.stderr if quiet or as_json else sys.stdout)
+    _say(findings, sys.stderr if console.is_quiet() or as_json else sys.stdout)
     _summary(_run_flow(made, wait_s), made, as_json=as_json)
 
 
-def resume(run_id: str | None, *, as_json: bool, quiet: bool) -> None:
+def resume(run_id: str | None, *, as_json: bool) -> None:
     """Go on with an unfinished run: its configuration and its selection are those of its record.
 
     Every finished stage is found in the store, every other one goes on. What the run was to force and has executed is
@@ -95,7 +93,6 @@ def resume(run_id: str | None, *, as_json: bool, quiet: bool) -> None:
     Raises:
         ConfigError: the run is finished, or still at work.
     """
-    console.set_quiet(quiet)
     runs = Runs(lookup.store().root)
     if run_id is None:
         unfinished = runs.unfinished()
@@ -112,7 +109,7 @@ def resume(run_id: str | None, *, as_json: bool, quiet: bool) -> None:
     made = run_plan.again(record, lookup.store(), {}, _selection_of(record))
     if made.data_hash != record.data_hash:
         console.say(f"the corpus has changed since {record.id} began: what reads it runs again")
-    _carry_out(made, wait_s=None, as_json=as_json, quiet=quiet)
+    _carry_out(made, wait_s=None, as_json=as_json)
 
 
 def _selection_of(record: RunRecord) -> Selection:
@@ -133,27 +130,22 @@ def promote(candidate: str | None, run_id: str | None, *, as_json: bool) -> None
     record, name = lookup.find_candidate(candidate, run_id)
     change = {"promote.candidate": name} if name else {}
     made = run_plan.again(record, lookup.store(), change, Selection(only="promote", force=("promote",)))
-    _carry_out(made, wait_s=None, as_json=as_json, quiet=False)
+    _carry_out(made, wait_s=None, as_json=as_json)
 
 
 def _run_flow(plan: RunPlan, wait_s: float | None) -> str:
-    """Execute the Prefect flow in this process, with a server of its own if none is configured."""
-    from flows.prefect_server import api
+    """Execute the Prefect flow in this process, and tell the configured server of it, if there is one."""
+    from flows import prefect_server
 
-    console.say("starting Prefect ...")
     for key, value in _QUIET_LIBRARIES.items():
         os.environ.setdefault(key, value)
-    # Prefect catches SIGTERM during a flow and then passes it on to the handler that was there before: this one.
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, _stop)
-    with api(plan.store.root):
-        from flows.train_to_registry import run_planned
+    logs.into(plan.store.root)
+    server = prefect_server.prepare(plan.store.root)
+    console.say(f"telling Prefect at {server}" if server else "no Prefect server is configured; running without one")
+    from flows.train_to_registry import run_planned
 
-        return run_planned(plan, wait_s)
-
-
-def _stop(_signum: int, _frame: FrameType | None) -> NoReturn:
-    raise Preempted("the run was asked to stop", hint="the same command goes on where it stopped")
+    logs.take_back()
+    return run_planned(plan, wait_s, server=server)
 
 
 def _say(findings: list[preflight.Finding], stream: TextIO) -> None:

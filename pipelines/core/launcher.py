@@ -2,11 +2,11 @@
 
 A rank dies -> the others are stopped and the error names the rank that was first, with the tail of its log.
 A rank falls silent -> the stacks of all ranks are saved, the group is killed, and the run may be tried again.
-SIGTERM or SIGINT -> handed on to the ranks, which save and exit within the grace time.
+A request to stop (see `stop.py`) -> handed on to the ranks, which save and exit within the grace time.
 The launcher itself dies, however it dies -> the kernel and a watcher process kill the ranks (see `parent_guard.py`).
 
-Signal handlers belong to the main thread. `launch` installs its own when it runs there; a program that calls it from
-another thread installs a handler that calls `terminate_all`.
+Signal handlers belong to the main thread. A program that calls `launch` from another thread installs a handler that
+calls `terminate_all`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipelines.core import stop
 from pipelines.core.errors import BY_EXIT_CODE, ConfigError, IngotError, Preempted, TransientError
 
 HEARTBEAT_VARIABLE = "INGOT_HEARTBEAT"
@@ -238,19 +238,15 @@ class _Group:
 @contextlib.contextmanager
 def _registered(group: _Group) -> Iterator[None]:
     """Make `terminate_all` reach this group, from this process's signal handlers too when they can be set here."""
-    previous = {}
     _live.append(group)
     try:
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                previous[signum] = signal.signal(signum, lambda number, _frame: terminate_all(number) and None)
-        group.start()
-        yield
+        # The ranks save on SIGTERM and SIGINT; what became of a terminal is nothing to them.
+        with stop.passed_to(lambda signum: terminate_all(signal.SIGTERM if signum == signal.SIGHUP else signum)):
+            group.start()
+            yield
     finally:
         group.close()
         _live.remove(group)
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 def _supervise(

@@ -17,19 +17,17 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from pydantic import ValidationError
 
-from pipelines.core import artifact, disk, fingerprint, progress_bars, provenance
+from pipelines.core import artifact, disk, fingerprint, progress_bars, provenance, stop
 from pipelines.core.artifact import Artifact
-from pipelines.core.errors import ConfigError, IngotError, Preempted
+from pipelines.core.errors import ConfigError, IngotError
 from pipelines.core.request import ArtifactRef, StageRequest
 from pipelines.core.settings import Settings
 from pipelines.core.stage import Progress, Stage, StageContext
@@ -165,10 +163,10 @@ def main(arguments: list[str]) -> int:
         facts = dataclasses.asdict(progress)
         tell("progress", **{name: value for name, value in facts.items() if name != "node"})
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, _stop)
+    stop.install(announces=False)
     try:
-        made = execute(_read(arguments), report)
+        with stop.unwinding():
+            made = execute(_read(arguments), report)
     except Exception as error:
         if (known := disk.known(error)) is None:
             raise
@@ -187,10 +185,6 @@ def _read(arguments: list[str]) -> StageRequest:
         return StageRequest.model_validate_json(text)
     except (OSError, ValidationError) as error:
         raise ConfigError(f"{arguments[0]} is not a stage request: {error}") from None
-
-
-def _stop(_signum: int, _frame: FrameType | None) -> NoReturn:
-    raise Preempted("the stage was asked to stop", hint="the same command goes on where it stopped")
 
 
 if __name__ == "__main__":

@@ -43,14 +43,22 @@ class Server:
             self._port = str(probe.getsockname()[1])
         self._url = f"http://127.0.0.1:{self._port}/api"
         self.home = home
+        self._process: psutil.Process | None = None
         self.environment = environment | QUIET | {"PREFECT_HOME": str(home), "PREFECT_API_URL": self._url}
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         uvicorn = ["-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
-        with self.process("server", *uvicorn, "--host", "127.0.0.1", "--port", self._port, "--log-level", "warning"):
+        arguments = [*uvicorn, "--host", "127.0.0.1", "--port", self._port, "--log-level", "warning"]
+        with self.process("server", *arguments) as self._process:
             self.wait("the server answers", lambda: self.ask("GET", "/health"))
             yield
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
 
     @contextlib.contextmanager
     def process(self, name: str, *arguments: str) -> Iterator[psutil.Process]:

@@ -1,29 +1,32 @@
-"""A private Prefect API: it answers, it ends with the block, and it dies with a killed parent."""
+"""The Prefect server of a run: the configured one must answer at the start; it may be away later, or not be there."""
 
 from __future__ import annotations
 
-import os
+import json
+import shutil
 import signal
 import subprocess
 import sys
-import time
-import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from flows import prefect_server
+from flows.run_record import Runs
 from pipelines.core.errors import TransientError
+from tests.flows.prefect_process import Server
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+RUN = [sys.executable, "-m", "flows", "run", "--recipe", "smoke", "--only", "promote", "--force", "promote"]
 
 
 def test_a_configured_server_is_used_and_must_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     monkeypatch.setattr(prefect_server.time, "monotonic", iter(range(0, 1000, 10)).__next__)
-    with pytest.raises(TransientError, match="does not answer") as error, prefect_server.api(tmp_path):
-        pass
+    with pytest.raises(TransientError, match="does not answer") as error:
+        prefect_server.prepare(tmp_path)
     assert "unset PREFECT_API_URL" in str(error.value)
 
 
@@ -37,27 +40,34 @@ def test_the_active_profile_names_the_server(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_a_private_server_answers_and_dies_with_its_parent(tmp_path: Path) -> None:
-    code = (
-        "import sys, time\nfrom pathlib import Path\nfrom flows.prefect_server import api\n"
-        "with api(Path(sys.argv[1])) as url:\n    print(url, flush=True)\n    time.sleep(600)\n"
-    )
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")} | {
-        "HOME": str(tmp_path)
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=CHECKOUT, env=clean, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    with process.stdout:
-        url = process.stdout.readline().strip()
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            assert answer.status == 200
-        children = psutil.Process(process.pid).children(recursive=True)
-        assert children
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    deadline = time.monotonic() + 15
-    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
-        assert time.monotonic() < deadline, "the server outlived its parent"
-        time.sleep(0.05)
+@pytest.mark.timeout(600)
+def test_a_server_that_goes_away_in_mid_run_changes_nothing(smoke_store: Path, server: Server, tmp_path: Path) -> None:
+    store = Path(server.environment["INGOT_STORE"])
+    shutil.copytree(smoke_store, store)
+    faults = tmp_path / "faults.json"
+    faults.write_text(json.dumps([{"point": "artifact.before_manifest", "action": "SIGSTOP"}]))
+    environment = server.environment | {"INGOT_FAULTS": str(faults)}
+    process = psutil.Popen(RUN, cwd=CHECKOUT, env=environment, stderr=subprocess.PIPE, text=True)
+    server.wait("the node is at work", lambda: process.status() == psutil.STATUS_STOPPED)
+    (newest,) = server.ask("POST", "/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
+    server.kill()
+    process.send_signal(signal.SIGCONT)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said
+    assert "Prefect does not answer" in said
+    assert Runs(store).get().status == "done"
+    assert newest["name"] == Runs(store).get().id
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_three_runs_may_start_together(
+    smoke_store: Path, tmp_path: Path, environment_of: Callable[[Path], dict[str, str]]
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(smoke_store, store)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen(RUN, cwd=CHECKOUT, env=environment_of(store), **pipes) for _ in range(3)]
+    ended = [(process.communicate(timeout=400)[0], process.returncode) for process in started]
+    assert [code for _, code in ended] == [0, 0, 0], ended
+    assert [run.status for run in Runs(store).all()[-3:]] == ["done"] * 3

@@ -56,6 +56,12 @@ def test_prefect_draws_the_graph(smoke_store: Path, server: Server, parallel: in
     assert {name: task["state"]["name"] for name, task in tasks.items()} == {
         name: "Completed" if name == "promote" else "Cached" for name in edges
     }
+    run = server.ask("GET", f"/flow_runs/{tasks['promote']['flow_run_id']}")
+    assert run["name"] == Runs(Path(server.environment["INGOT_STORE"])).get().id
+    (bar,) = server.ask("POST", "/artifacts/filter", {"artifacts": {"key": {"any_": ["promote-progress"]}}})
+    assert bar["data"] == 100.0
+    of_the_task = {"logs": {"task_run_id": {"any_": [tasks["promote"]["id"]]}}}
+    assert any("models" in line["message"] for line in server.ask("POST", "/logs/filter", of_the_task))
 
 
 def test_independent_nodes_overlap_and_give_the_bytes_of_one_after_the_other(

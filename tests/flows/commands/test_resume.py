@@ -30,18 +30,18 @@ def test_a_run_that_came_to_its_end_is_not_gone_on_with(
     show_command.status(None, follow=False, as_json=False)
     assert "ingot resume" not in capsys.readouterr().out
     with pytest.raises(ConfigError, match="there is no unfinished run"):
-        run_command.resume(None, as_json=False, quiet=True)
+        run_command.resume(None, as_json=False)
     with pytest.raises(ConfigError, match=f"{record.id} is finished"):
-        run_command.resume(record.id, as_json=False, quiet=True)
+        run_command.resume(record.id, as_json=False)
 
 
 def test_a_run_at_work_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INGOT_STORE", str(tmp_path))
     record = Runs(tmp_path).start(recipe="smoke", overrides=[], config={}, data_hash="d", nodes={})
     with pytest.raises(ConfigError, match=f"{record.id} is at work \\(process"):
-        run_command.resume(record.id, as_json=False, quiet=True)
+        run_command.resume(record.id, as_json=False)
     with pytest.raises(ConfigError, match="there is no unfinished run"):
-        run_command.resume(None, as_json=False, quiet=True)
+        run_command.resume(None, as_json=False)
 
 
 def test_status_offers_to_go_on_with_a_run_that_failed(
@@ -71,7 +71,7 @@ def resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ru
         plans: list[RunPlan] = []
         monkeypatch.setattr(run_command, "_run_flow", lambda *arguments: plans.append(arguments[0]))
         monkeypatch.setattr(run_command, "_summary", lambda *_arguments, **_named: None)
-        run_command.resume(None, as_json=False, quiet=True)
+        run_command.resume(None, as_json=False)
         return plans[0]
 
     return go_on
