@@ -3,9 +3,9 @@
     make pictures                                    from the newest demo run of `.ingot`
     .venv/bin/python infra/pictures/make.py --check  change nothing; exit code 3 where a page tells other numbers
 
-The report is drawn anew from the run's artifacts by the code of this checkout; MLflow and Prefect serve the databases
-of the store. Needs Chromium (`apt-get install chromium`). Times and speeds in the tables are not touched: they were
-measured on a quiet machine. `run.json` beside this file keeps
+The report is drawn anew from the run's artifacts by the code of this checkout. MLflow serves the database of the store,
+Prefect that of the server which the run had (`--prefect`), if it had one. Needs Chromium (`apt-get install chromium`).
+Times and speeds in the tables are not touched: they were measured on a quiet machine. `run.json` beside this file keeps
 the numbers and the sha256 of each picture; tests/infra/pictures compares.
 """
 
@@ -47,6 +47,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, default=CHECKOUT / ".ingot", help="store of the run")
     parser.add_argument("--run", help="id of the run; default: the newest finished one of the recipe demo")
+    home = Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect"))
+    parser.add_argument("--prefect", type=Path, default=home, help="PREFECT_HOME of the server that the run had")
     parser.add_argument("--check", action="store_true", help="only compare the pages with the run")
     asked = parser.parse_args()
     try:
@@ -57,7 +59,7 @@ def main() -> int:
                 raise IntegrityError("\n".join(wrong), hint="make pictures")
             return 0
         tables.write(facts)
-        make_pictures(record, asked.store)
+        make_pictures(record, asked.store, asked.prefect)
         pictures = {path.name: _sha256(path) for path in sorted(HERE.glob("*.png")) if path.stem in _MADE}
         for name in pictures:
             print(f"infra/pictures/{name}: {(HERE / name).stat().st_size // 1000} kB")
@@ -68,8 +70,8 @@ def main() -> int:
     return 0
 
 
-def make_pictures(record: RunRecord, store: Path) -> None:
-    """Write every picture of `_MADE`."""
+def make_pictures(record: RunRecord, store: Path, prefect: Path) -> None:
+    """Write every picture of `_MADE`; Prefect's stays as it is where the run had no server."""
     with tempfile.TemporaryDirectory() as folder, browser.page(Path(folder) / "profile") as page:
         scratch = Path(folder)
         page.open(_report_page(record, store, scratch), width=_WIDTH, height=_TALLEST, shows=record.id)
@@ -78,7 +80,10 @@ def make_pictures(record: RunRecord, store: Path) -> None:
         server = ["-m", "mlflow", "server", "--backend-store-uri", database, "--workers", "1"]
         with _serving(server, "/health", {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}) as url:
             _photograph_mlflow(page, url, record)
-        shutil.copytree(store / "prefect", scratch / "prefect")
+        if not (prefect / "prefect.db").is_file():
+            print(f"infra/pictures/prefect.png is left: {prefect} has no database; run with a Prefect server")
+            return
+        shutil.copytree(prefect, scratch / "prefect")
         server = ["-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--log-level", "error"]
         with _serving(server, "/api/health", {"PREFECT_HOME": str(scratch / "prefect")}) as url:
             address = f"{url}/runs/flow-run/{_flow_run(url, record)}"
