@@ -143,11 +143,8 @@ def status(
     """Show how far a run is."""
     from flows.commands import show as command
 
-    try:
-        code = command.status(run_id, follow=follow, as_json=as_json)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    raise typer.Exit(code)
+    stop.only_looking()  # Ctrl-C stops looking, with 130; 75 is what a run ends with that was stopped
+    raise typer.Exit(command.status(run_id, follow=follow, as_json=as_json))
 
 
 @app.command()

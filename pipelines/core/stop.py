@@ -46,6 +46,8 @@ class _State:
     scopes: list[Callable[[int], object]] = field(default_factory=list)
     """What the main thread does with a request, innermost scope last."""
     last_words: list[Callable[[], None]] = field(default_factory=list)
+    only_looks: bool = False
+    """Whether this process does no work of its own."""
     signum: int | None = None
     """The first signal that came."""
     masks: dict[int, set[Any]] = field(default_factory=dict)
@@ -72,6 +74,11 @@ def install(*, announces: bool = True) -> None:
     os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_forget)
     signal.signal(signal.SIGALRM, _again)
     _handle()
+
+
+def only_looking() -> None:
+    """Say that this process only looks at the work of another: stopped, it ends as shells expect, not as preempted."""
+    _state.only_looks = True
 
 
 def requested() -> int | None:
@@ -214,6 +221,8 @@ def _watch(reader: int) -> None:
             continue
         name = signal.Signals(signum).name
         with _lock:
+            if _state.only_looks:
+                os._exit(128 + signum)
             if not _state.scopes:
                 _say(f"stopped by {name}; run the same command again")
                 _end()

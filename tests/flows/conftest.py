@@ -50,6 +50,7 @@ def smoke_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("smoke") / "store"
     done = call(store, "run", "--recipe", "smoke", "--json")
     (store / "stdout.json").write_text(done.stdout)
+    (store / "stderr.txt").write_text(done.stderr)
     return store
 
 

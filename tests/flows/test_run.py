@@ -62,6 +62,14 @@ def test_what_models_write_is_kept_shown_and_sent_to_mlflow(smoke_store: Path, s
     assert sent == {"samples.json", "samples.jsonl"}
 
 
+def test_a_normal_run_says_nothing_but_its_progress(smoke_store: Path) -> None:
+    """Warnings of libraries go to the log: each line is a node with its progress, or one of our own."""
+    nodes = tuple(states(smoke_store))
+    ours = ("planning ...", "no Prefect server is configured")
+    said = (smoke_store / "stderr.txt").read_text().splitlines()
+    assert [line for line in said if not line.startswith((*nodes, *ours))] == []
+
+
 def test_the_registry_names_the_champion(smoke: Ingot) -> None:
     rows = json.loads(smoke("list", "models", "--json").stdout)
     champion = next(row for row in rows if "champion" in row["aliases"])

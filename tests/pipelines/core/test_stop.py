@@ -211,3 +211,10 @@ def test_signals_of_a_forked_child_are_its_own() -> None:
     """
     with program(code) as started:
         assert started.end()[:2] == (0, f"{int(signal.SIGTERM)}\nNone\n")
+
+
+def test_a_process_that_only_looks_ends_as_shells_expect() -> None:
+    with program(f"stop.only_looking()\nsay('ready')\n{FOREVER}") as started:
+        started.wait_for("ready")
+        started.signal(signal.SIGINT)
+        assert started.end() == (130, "", "")
