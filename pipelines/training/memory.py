@@ -9,6 +9,7 @@ P is the number of parameters, N the number of ranks. In float32 a rank holds, i
     optimizer state  8          8/N        8/N        8/N            8       lars: half; LISA: of the active layers
     buffers          4          0          4          8              0       at most two billion bytes each
 
+Offload moves masters and moments to the CPU, and adds the gradients of the part there and a buffer on either side.
 Every figure is of what DeepSpeed 0.19 does: ZeRO 1 to 3 keep masters beside the weights in float32 too. ZeRO 3 gathers
 weights to compute, through a copy, and keeps up to a billion of them, so it saves nothing for models below that.
 `tests/bench/bench_estimates.py` compares all this with what ranks really held.
@@ -112,7 +113,12 @@ def state_bytes(config: PretrainConfig, architecture: ArchitectureConfig) -> tup
         "buffers": live * bucket * {1: 0, 2: 1, 3: 2}[stage],
     }
     sharded = {"master weights": FP32 * part, "optimizer state": -(-moments // ranks)}
-    return (states, sharded) if config.offload else (states | sharded, {})
+    if not config.offload:
+        return states | sharded, {}
+    # Gradients cross over tensor by tensor, from a buffer on either side into pinned memory of the CPU.
+    crossing = FP32 * max(architecture.vocab_size, architecture.ffn_width) * architecture.width
+    states["buffers"] += crossing
+    return states, sharded | {"gradients": FP32 * part, "buffers": crossing}
 
 
 def pass_bytes(config: PretrainConfig, architecture: ArchitectureConfig, sequences: int, length: int) -> dict[str, int]:
