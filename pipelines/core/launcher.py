@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipelines.core import stop
+from pipelines.core import environment, stop
 from pipelines.core.errors import BY_EXIT_CODE, ConfigError, IngotError, Preempted, TransientError
 
 HEARTBEAT_VARIABLE = "INGOT_HEARTBEAT"
@@ -64,7 +64,7 @@ def launch(
         command: program and arguments, the same for every rank.
         world_size: number of ranks.
         log_dir: where logs, heartbeats and stack dumps go.
-        env: variables added to this process's environment.
+        env: variables added to this process's environment, without what could change a result (`environment.py`).
         heartbeat_timeout_s: a rank that has not called `beat` for this many seconds counts as hung; None never does.
         grace_s: seconds between a request to stop and SIGKILL.
         on_poll: called about 20 times a second; it must not block. An exception from it stops the ranks.
@@ -186,13 +186,15 @@ class _Group:
             "PYTHONUNBUFFERED": 1,  # or the last words of a killed rank are lost
             "PYTHONFAULTHANDLER": 1,  # SIGABRT and SIGSEGV write the stacks of all threads to the log
         }
+        own = {name: str(value) for name, value in placement.items()}
+        variables = {**environment.cleared(os.environ), **self.env, **own}
         with log.open("ab") as stream:
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(_GUARD), "exec", str(os.getpid()), *self.command],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self.env, **{name: str(value) for name, value in placement.items()}},
+                env=variables,
                 start_new_session=True,
             )
             return _Rank(rank, process, log, stream.tell(), heartbeat, time.monotonic())

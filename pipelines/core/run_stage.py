@@ -25,7 +25,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipelines.core import artifact, disk, fingerprint, progress_bars, provenance, stop
+from pipelines.core import artifact, disk, environment, fingerprint, progress_bars, provenance, stop
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, IngotError
 from pipelines.core.request import ArtifactRef, StageRequest
@@ -45,6 +45,7 @@ def execute(request: StageRequest, report: Callable[[Progress], None] = lambda _
         ConfigError: this checkout would make something else than what was planned.
         IngotError: an input is not in the store; everything that `materialize` and the stage raise.
     """
+    environment.clear()
     stage, store = request.described(), Store(Path(request.store))
     config, keys = stage.configured(request.configuration), request.input_keys()
     if (mine := fingerprint.digest(stage.identity(config, keys))) != request.fingerprint:
