@@ -1,20 +1,17 @@
 """The champion of this moment: what the registry's alias says, for commands that only look.
 
-A SQLite registry is asked without MLflow, whose import takes seconds that `ingot plan` does not have. The query rests
-on two tables of MLflow's schema; a database without them is left to MLflow itself, as every other registry is.
+A SQLite registry is asked without MLflow, whose import takes seconds that `ingot plan` does not have: see
+`mlflow_database`. Every other registry is left to MLflow itself.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import quote
 
-from pipelines.registry import history
+from pipelines.registry import history, mlflow_database
 from pipelines.registry.history import Record
 from pipelines.tracking.config import TrackingConfig, resolve_uri
 
@@ -22,8 +19,6 @@ CHAMPION = "champion"
 """The alias."""
 PROMOTED_BY = "ingot.promoted_by"
 """Tag of a version that was champion: who made it so, when and why."""
-_VERSION = "SELECT version FROM registered_model_aliases WHERE name = ? AND alias = ?"
-_TAGS = "SELECT key, value FROM model_version_tags WHERE name = ? AND version = ?"
 
 
 def champion(config: TrackingConfig, store_root: Path, model: str) -> Record | None:
@@ -82,8 +77,9 @@ def _ask(uri: str, config: TrackingConfig, store_root: Path, model: str) -> tupl
         path = Path(uri.removeprefix("sqlite:///"))
         if not path.exists():
             return None
-        with contextlib.suppress(sqlite3.Error):
-            return _ask_sqlite(path, model)
+        if (versions := mlflow_database.versions(path)) is not None:
+            named = (each for each in versions if each.name == model and CHAMPION in each.aliases)
+            return next(((each.version, each.tags) for each in named), None)
     from mlflow.exceptions import MlflowException
 
     from pipelines.tracking.client import connect, reachable
@@ -96,10 +92,3 @@ def _ask(uri: str, config: TrackingConfig, store_root: Path, model: str) -> tupl
                 return None
             raise
     return str(version.version), dict(version.tags)
-
-
-def _ask_sqlite(path: Path, model: str) -> tuple[str, dict[str, str]] | None:
-    database = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=10.0)
-    with contextlib.closing(database):
-        row = database.execute(_VERSION, (model, CHAMPION)).fetchone()
-        return None if row is None else (str(row[0]), dict(database.execute(_TAGS, (model, row[0]))))
