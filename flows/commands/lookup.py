@@ -110,18 +110,18 @@ def find_registered(target: str | None) -> str:
     Raises:
         ConfigError: there is no such registered model, or what `target` names is no champion.
     """
-    names = history.models(store().root)
+    names = _registered_names()
     if target in names:
         return str(target)
     if target in {None, CHAMPION}:
         return _only_registered(names)
-    champions = {name: record for name in names if (record := history.champion(store().root, name)) is not None}
+    champions = {name: row for name in names for row in _versions(name) if CHAMPION in row["aliases"]}
     if (parts := _registered_parts(str(target))) is not None and parts["name"] in names:
         version = champions.get(parts["name"], {}).get("version")
         holding = [parts["name"]] if parts["alias"] == CHAMPION or parts["version"] == version else []
     else:
         found = find_model(str(target)).manifest.fingerprint
-        holding = [name for name, record in champions.items() if record.get("fingerprint") == found]
+        holding = [name for name, row in champions.items() if row["fingerprint"] == found]
     if len(holding) != 1:
         titles = f"of {', '.join(holding)}" if holding else "of no registered model"
         raise ConfigError(f"{target!r} is champion {titles}", hint=f"registered models: {', '.join(names) or 'none'}")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from flows.commands import list as list_command
+from flows.commands import lookup
 from flows.commands import run as run_command
 from flows.commands import store as store_command
 from pipelines.core.compute import ComputeConfig
@@ -208,6 +209,17 @@ def test_a_deleted_champion_is_no_champion_and_the_rollback_finds_the_one_before
     assert history.champions(world.root, "ingot")[-1]["version"] == "1"
     with pytest.raises(ConfigError, match="no earlier champion"):
         rollback(world.root, "ingot")
+
+
+def test_a_rollback_is_told_by_the_champion_that_the_alias_names(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, bits in enumerate((2.0, 1.9)):
+        world.promote(world.candidate(bits, seed=number))
+    world.client().set_registered_model_alias("ingot", "champion", "1")
+    monkeypatch.setenv("INGOT_STORE", str(world.root))
+    fingerprint = str(world.client().get_model_version("ingot", "1").tags["fingerprint"])
+    assert lookup.find_registered("ingot/1") == lookup.find_registered(fingerprint) == "ingot"
+    with pytest.raises(ConfigError, match="'ingot/2' is champion of no registered model"):
+        lookup.find_registered("ingot/2")
 
 
 def test_a_foreign_champion_is_listed_and_its_export_says_how_to_get_it(
