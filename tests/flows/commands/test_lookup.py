@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,7 @@ def test_an_ambiguous_beginning_lists_what_it_may_mean_and_an_exact_name_is_pref
     base = made("pretrain")
     first, second = remember(store, base), remember(store, base)
     with pytest.raises(ConfigError, match="is the beginning of 2 names") as caught:
-        lookup.find(os.path.commonprefix([first.id, second.id])[:-1])
+        lookup.find(first.id[:4])  # the year
     assert first.id in str(caught.value)
     assert second.id in str(caught.value)
     assert lookup.find(first.id) == first  # though the id of the second may begin so
