@@ -55,10 +55,13 @@ class CompressionRun:
         Raises:
             ConfigError: the machine has no device as wanted.
             IntegrityError: the base model is damaged.
+            NumericError: a weight of the base model is not finite.
         """
         source = inputs["model"].path / "model"
+        reader = WeightReader(source)
+        reader.refuse_not_finite()
         device = torch_device(context.compute)
-        return cls(config, inputs, out_dir, context, compress, device, meta_init.build(source), WeightReader(source))
+        return cls(config, inputs, out_dir, context, compress, device, meta_init.build(source), reader)
 
     @property
     def source(self) -> Path:

@@ -48,7 +48,7 @@ class DiskFullError(TransientError):
 
 
 class NumericError(IngotError):
-    """Training produced non-finite numbers for longer than the configuration allows."""
+    """Weights that are not finite, or training that made such numbers for longer than the configuration allows."""
 
     exit_code = 5
 

@@ -116,6 +116,7 @@ def load(model: Path, device: str) -> Scorer:
 
     Raises:
         IntegrityError: the folder does not hold a readable model.
+        NumericError: a weight is not finite.
     """
     family = folder.family_of(model)
     transformers_logging.disable_progress_bar()
@@ -125,6 +126,7 @@ def load(model: Path, device: str) -> Scorer:
             loaded: Any = compressed.load_model(model)
         else:
             loaded = auto.from_pretrained(model, dtype="auto", local_files_only=True)
+            compressed.refuse_not_finite(loaded, model)
     except (OSError, ValueError) as error:
         raise IntegrityError(f"{model} cannot be loaded by transformers: {error}") from error
     return Scorer(loaded.to(device).eval(), family, str(model), device)

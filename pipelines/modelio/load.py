@@ -16,6 +16,7 @@ def load_model(path: Path) -> PreTrainedModel:
 
     Raises:
         IntegrityError: weights are missing or damaged.
+        NumericError: a weight is not finite.
     """
     model = load_weights(path)
     return kv_cache_file.attach(model, path) if kv_cache_file.exists(path) else model
@@ -29,9 +30,12 @@ def load_weights(path: Path) -> PreTrainedModel:
 
     Raises:
         IntegrityError: weights are missing or damaged.
+        NumericError: a weight is not finite.
     """
     if not _is_packed(path):
-        return meta_init.architecture(AutoConfig.from_pretrained(path), path).from_pretrained(path).eval()
+        loaded = meta_init.architecture(AutoConfig.from_pretrained(path), path).from_pretrained(path).eval()
+        refuse_not_finite(loaded, path)
+        return loaded
     model = meta_init.build(path)
     reader = folder.WeightReader(path)
     stored = set(reader.names())
@@ -45,6 +49,16 @@ def load_weights(path: Path) -> PreTrainedModel:
             packed_linear.put(model, name, packed)
     model.tie_weights()
     return model
+
+
+def refuse_not_finite(model: PreTrainedModel, path: Path) -> None:
+    """Refuse a model that transformers loaded with a weight that is not finite.
+
+    Raises:
+        NumericError: naming the weight.
+    """
+    for name, parameter in model.named_parameters():
+        folder.refuse_not_finite(name, parameter, path)
 
 
 def is_private(path: Path) -> bool:

@@ -26,6 +26,7 @@ def run(config: FetchConfig, inputs: Mapping[str, Artifact], out_dir: Path, cont
     Raises:
         IntegrityError: the weights are no longer those that the plan was made for.
         ConfigError: the model is gone.
+        NumericError: a weight is not finite.
     """
     with initial_weights.opened(config.place, config_of(context.tracking), context.store) as folder:
         if (present := initial_weights.folder_digest(folder)) != config.weights:
@@ -46,12 +47,14 @@ def copy_dense(folder: Path, target: Path) -> bool:
     """Copy a model folder, with dense weights whatever the layout that stores them; tell whether they were packed."""
     from pipelines.modelio.folder import WeightReader, WeightWriter, copy_companions, read_record
 
+    reader = WeightReader(folder)
+    reader.refuse_not_finite()
     copy_companions(folder, target)
     if read_record(folder) is None:
         for path in folder.glob("*.safetensors*"):
             shutil.copyfile(path, target / path.name)
         return False
-    reader, writer = WeightReader(folder), WeightWriter(target)
+    writer = WeightWriter(target)
     for name in reader.names():
         writer.add(name, reader.dense(name).float())
     writer.close()

@@ -16,6 +16,7 @@ from models.architectures.config import ArchitectureConfig
 from models.optim.sharded_optimizer import FragmentOptimizer
 from pipelines.core import artifact
 from pipelines.core.errors import IntegrityError
+from pipelines.modelio.folder import refuse_not_finite
 from pipelines.training.distributed import Ranks
 
 _PREFIX = "model."
@@ -61,6 +62,9 @@ def write_model(folder: Path, architecture: ArchitectureConfig, weights: dict[st
         architecture: what was trained.
         weights: name -> float32 tensor; a tied matrix is there once, under the embedding's name.
         precision: bf16 weights are stored as bfloat16, fp32 ones as they are.
+
+    Raises:
+        NumericError: a weight is not finite, as trained or as stored.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -72,6 +76,8 @@ def write_model(folder: Path, architecture: ArchitectureConfig, weights: dict[st
     if architecture.family == "decoder":
         GenerationConfig.from_model_config(layout).save_pretrained(folder)
     stored = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
+    for name, tensor in stored.items():
+        refuse_not_finite(name, tensor, folder)
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
 
 

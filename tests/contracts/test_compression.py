@@ -24,7 +24,7 @@ from pipelines.compression.stage import run
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
 from pipelines.core.compute import ComputeConfig
-from pipelines.core.errors import ConfigError
+from pipelines.core.errors import ConfigError, NumericError
 from pipelines.core.stage import StageContext
 from pipelines.data import shards
 from pipelines.modelio.folder import WeightReader
@@ -261,6 +261,29 @@ def test_methods_of_whole_models_do_both_families_or_refuse_by_name(
     again.mkdir()
     run(config, inputs, again, context)
     assert (again / "compression.json").read_bytes() == (tmp_path / "compression.json").read_bytes()
+
+
+@pytest.fixture(scope="module", params=["inf", "nan"])
+def not_finite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A small decoder with one weight that is not finite."""
+    folder = tmp_path_factory.mktemp(request.param) / "build"
+    shape = ArchitectureConfig(width=32, layers=2, heads=2, ffn_width=64, vocab_size=64, max_positions=32, **IDS)
+    model = build(shape, seed=0)
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.down_proj.weight")[3, 5] = float(request.param)
+    model.save_pretrained(folder / "model")
+    return _publish(folder)
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_no_method_starts_on_a_weight_that_is_not_finite(
+    name: str, prepare: Artifact, not_finite: Artifact, tmp_path: Path
+) -> None:
+    table = {"method": name}
+    context = StageContext(node="compress.x", scratch=tmp_path, compute=ComputeConfig(device="cpu"))
+    with pytest.raises(NumericError, match=r"model\.layers\.1\.mlp\.down_proj\.weight has 1 of 2048 values"):
+        run(CompressConfig.model_validate(table), {"prepare": prepare, "model": not_finite}, tmp_path, context)
+    assert not list(tmp_path.iterdir())
 
 
 def _publish(folder: Path) -> Artifact:

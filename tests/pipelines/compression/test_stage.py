@@ -164,7 +164,7 @@ def test_activations_that_overflow_stop_the_stage(small: Any, compress: Callable
     for path in (bench.parent.path / "model").iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
     weights = load_file(broken / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"] *= float("inf")
+    weights["model.layers.0.mlp.up_proj.weight"].fill_(1e38)
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     parent = artifact.publish(
         broken.parent, tmp_path / "bad", stage="pretrain", node="p", identity={}, parents={}, summary={}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from pipelines.core.errors import ConfigError, IntegrityError
+from pipelines.core.errors import ConfigError, IntegrityError, NumericError
+from pipelines.measure import scoring
 from pipelines.modelio import folder, meta_init
 from pipelines.modelio.folder import WeightReader, WeightWriter
 from pipelines.modelio.load import load_model
@@ -117,3 +119,37 @@ def test_a_folder_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForSequenceClassification"]}))
     with pytest.raises(IntegrityError, match="BertForSequenceClassification"):
         folder.family_of(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_weight_that_is_not_finite_is_neither_written_nor_read(
+    value: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    tensor = torch.ones(4, 4)
+    tensor[2, 3] = value
+    tensor = tensor.to(dtype)
+    with pytest.raises(NumericError, match=r"the weight a\.weight has 1 of 16 values"):
+        WeightWriter(tmp_path).add("a.weight", tensor)
+    save_file({"a.weight": tensor, "b.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    reader = WeightReader(tmp_path)
+    assert torch.equal(reader.dense("b.weight"), torch.ones(2))
+    for read in (reader.refuse_not_finite, lambda: reader.dense("a.weight")):
+        with pytest.raises(NumericError, match=r"model\.safetensors: the weight a\.weight has 1 of 16 values"):
+            read()
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(0), torch.ones(3, dtype=torch.int8), torch.tensor([True, False])])
+def test_empty_tensors_integers_and_truth_values_are_finite(tensor: torch.Tensor, tmp_path: Path) -> None:
+    WeightWriter(tmp_path).add("a.weight", tensor)
+
+
+def test_a_public_folder_with_a_weight_that_is_not_finite_is_not_loaded(small: Any, tmp_path: Path) -> None:
+    shutil.copytree(small().parent.path / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericError, match=r"the weight model\.norm\.weight has 1 of 32 values"):
+        load_model(tmp_path / "model")
+    with pytest.raises(NumericError, match=r"the weight model\.norm\.weight has 1 of 32 values"):
+        scoring.load(tmp_path / "model", "cpu")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from models.compression import registry
 from models.compression.base import Statistics
-from pipelines.core.errors import ConfigError, IntegrityError
+from pipelines.core.errors import ConfigError, IntegrityError, NumericError
 from pipelines.core.stage import StageContext
 from pipelines.registry import fetch, initial_weights
 from pipelines.registry.config import FetchConfig
@@ -101,6 +101,18 @@ def test_weights_that_changed_after_the_plan_are_refused(
     found = dataclasses.replace(resolve(str(model_folder)), weights="0" * 64)
     with pytest.raises(IntegrityError, match="the plan was made for 0000000000000000"):
         fetched(found, store_root, tmp_path / "out")
+
+
+def test_a_folder_with_a_weight_that_is_not_finite_is_refused_by_its_own_name(
+    resolve: Resolve, model_folder: Path, store_root: Path, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(model_folder, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("inf")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericError, match=r"broken/model\.safetensors: the weight model\.norm\.weight has 1 of"):
+        fetched(resolve(str(broken)), store_root, tmp_path / "out")
+    assert not (tmp_path / "out" / "model").exists()
 
 
 def test_a_compressed_model_starts_from_the_weights_that_it_computes_with(

@@ -14,7 +14,7 @@ from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
 from models.optim.fragment_layout import Fragment, Layout
 from models.optim.lamb import Lamb
-from pipelines.core.errors import IntegrityError
+from pipelines.core.errors import IntegrityError, NumericError
 from pipelines.core.launcher import launch
 from pipelines.training.distributed import Ranks
 from pipelines.training.model_export import copy_tokenizer, gather_weights, write_json, write_model
@@ -84,6 +84,15 @@ def test_what_an_older_attempt_left_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "m" / "stale.txt").write_text("old")
     write_model(tmp_path / "m", config, {k: v.detach() for k, v in build(config, seed=0).named_parameters()}, "fp32")
     assert not (tmp_path / "m" / "stale.txt").exists()
+
+
+def test_a_weight_that_is_not_finite_as_stored_is_not_written(tmp_path: Path) -> None:
+    config = architecture("decoder")
+    weights = {k: v.detach().clone() for k, v in build(config, seed=0).named_parameters()}
+    weights["model.norm.weight"][1] = 3.4e38  # finite in float32, not in bfloat16
+    with pytest.raises(NumericError, match=r"the weight model\.norm\.weight has 1 of"):
+        write_model(tmp_path / "m", config, weights, "bf16")
+    assert not (tmp_path / "m" / "model.safetensors").exists()
 
 
 def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
