@@ -10,7 +10,7 @@ import difflib
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -18,7 +18,7 @@ from flows import renamed_keys
 from pipelines.core import project as projects
 from pipelines.core.errors import ConfigError
 from pipelines.core.redaction import HIDDEN, redact_value
-from pipelines.core.settings import idle_keys
+from pipelines.core.settings import PROJECT, absolute, idle_keys
 
 if TYPE_CHECKING:
     from flows.config import RunConfig
@@ -65,23 +65,48 @@ def _absolute(override: str) -> str:
     from flows.config import RunConfig
 
     key, _, text = override.partition("=")
-    extra = _field(RunConfig, key.split("."))
     value = _value(text)
-    if not extra.get("path") or not isinstance(value, str) or not value or value.startswith("models:/"):
-        return override
-    return f"{key}={Path(value).expanduser().resolve()}"
+    started = _started(value, *_field(RunConfig, {}, key.split(".")))
+    return override if started == value else f"{key}={started if isinstance(started, str) else _inline(started)}"
 
 
-def _field(section: type[BaseModel], keys: Sequence[str]) -> dict[str, Any]:
-    """Return what is noted of a field (`json_schema_extra`); nothing for one that is not there."""
-    by_name = {field.alias or name: field for name, field in section.model_fields.items()}
-    field = by_name.get(keys[0])
-    if field is None:
-        return {}
-    if len(keys) == 1:
-        return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-    inner = field.annotation
-    return _field(inner, keys[1:]) if isinstance(inner, type) and issubclass(inner, BaseModel) else {}
+def _started(value: Any, kind: Any, extra: Mapping[str, Any]) -> Any:
+    """Return the value of a field with the paths in it made absolute, from the working directory on."""
+    section = _section(kind)
+    if isinstance(value, list):
+        return [_started(element, kind, {}) for element in value]
+    if isinstance(value, dict) and section is not None:
+        return {key: _started(inner, *_field(section, {}, [key])) for key, inner in value.items()}
+    return absolute(value) if extra.get("path") and isinstance(value, str) and value else value
+
+
+def _inline(value: Any) -> str:
+    """Return a list or a table as TOML on one line."""
+    import tomlkit
+
+    table = tomlkit.inline_table()
+    table["value"] = value
+    return table["value"].as_string()
+
+
+def _field(kind: Any, extra: Mapping[str, Any], keys: Sequence[str]) -> tuple[Any, Mapping[str, Any]]:
+    """Return type and notes (`json_schema_extra`) of the field at the end of `keys`; None for one that is not there."""
+    if not keys:
+        return kind, extra
+    section = _section(kind)
+    if keys[0].isdigit():  # an element of a list, which has the same settings as any other
+        return _field(kind, {}, keys[1:])
+    by_name = {field.alias or name: field for name, field in (section.model_fields if section else {}).items()}
+    if (field := by_name.get(keys[0])) is None:
+        return None, {}
+    noted = field.json_schema_extra
+    return _field(field.annotation, noted if isinstance(noted, dict) else {}, keys[1:])
+
+
+def _section(kind: Any) -> type[BaseModel] | None:
+    """Return the settings that a field holds, itself or as elements of a list."""
+    kinds = [each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel)]
+    return kinds[0] if kinds else None
 
 
 def resolve(recipe: str, overrides: Sequence[str] = (), project: Path | None = None) -> RunConfig:
@@ -98,19 +123,23 @@ def resolve(recipe: str, overrides: Sequence[str] = (), project: Path | None = N
             was renamed; keys that do nothing because the switch of their section is off.
     """
     if not overrides and (run := run_called(recipe, project)) is not None:
-        return validated(run.table(full=True))
+        return validated(run.table(full=True), project)
     table = load(recipe, project)
     for override in overrides:
         apply(table, override)
-    config = validated(table)
+    config = validated(table, project)
     if idle := list(idle_keys(config)):
         lines = [f"{key} does nothing while {switch} is off" for key, switch in idle]
         raise ConfigError("\n".join(lines), hint="switch it on, or leave the key out")
     return config
 
 
-def validated(table: Mapping[str, Any]) -> RunConfig:
+def validated(table: Mapping[str, Any], project: Path | None = None) -> RunConfig:
     """Return the `RunConfig` of a whole table, in which a key that does nothing may stand.
+
+    Args:
+        table: what a recipe says, with everything that it extends.
+        project: where relative paths start; None for the working directory.
 
     Raises:
         ConfigError: see `resolve`.
@@ -119,7 +148,7 @@ def validated(table: Mapping[str, Any]) -> RunConfig:
 
     renamed_keys.refuse(dict(table))
     try:
-        return RunConfig.model_validate(table)
+        return RunConfig.model_validate(table, context={PROJECT: project})
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(RunConfig, e) for e in error.errors())) from None
 

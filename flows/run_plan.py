@@ -131,7 +131,7 @@ def again(record: RunRecord, store: Store, change: Mapping[str, Any], selection:
     pinned = [*record.pin(record.overrides), *overrides]
     known = record.project is not None and projects.find_any(Path(record.project)) == Path(record.project)
     root = Path(record.project) if known and record.project else projects.find()
-    return _of(recipe.validated(table), record.recipe, pinned, selection, root)
+    return _of(recipe.validated(table, root), record.recipe, pinned, selection, root)
 
 
 def _of(

@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 NOT_IDENTITY: dict[str, Any] = {"identity": False}
 """`Field(json_schema_extra=NOT_IDENTITY)` marks a field that cannot change a result (worker counts, log level)."""
 
 PATH: dict[str, Any] = {"path": True}
-"""Marks a field that names a file or a folder: typed on a command line it starts at the working directory, in a recipe
-at the project."""
+"""Marks a field that names a file, a folder or a SQLite database: typed on a command line it starts at the working
+directory, in a recipe at the project."""
+
+PROJECT = "project"
+"""Key of a validation's context: the root of the project, where relative paths start; else the working directory."""
 
 ELASTIC: dict[str, Any] = {"elastic": True}
 """`Field(json_schema_extra=ELASTIC)` marks a field that changes a result by rounding only (number of ranks, sharding):
 it is identity, but a run that was cut short under one value may go on under another."""
 
 B = TypeVar("B", bound=BaseModel)
+
+
+_SQLITE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>[^/:?][^?]*)(?P<options>.*)")
+"""A database that is named by a relative path."""
+
+
+def absolute(path: str, start: Path | None = None) -> str:
+    """Return a path, or the path in `sqlite:///PATH`, from its start on; any other URI as it is.
+
+    Args:
+        path: as written.
+        start: where it starts if it is relative; None for the working directory.
+    """
+    if database := _SQLITE.fullmatch(path):
+        return f"{database['scheme']}{absolute(database['path'], start)}{database['options']}"
+    return path if ":/" in path else str(((start or Path()) / Path(path).expanduser()).resolve())
+
+
+def start_of(info: ValidationInfo) -> Path | None:
+    """Return where the paths of a recipe start that is being validated."""
+    return (info.context or {}).get(PROJECT)
 
 
 class Settings(BaseModel):

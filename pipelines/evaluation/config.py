@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipelines.core import fingerprint
-from pipelines.core.settings import NOT_IDENTITY, Settings, validated_at
+from pipelines.core.settings import NOT_IDENTITY, PATH, Settings, absolute, start_of, validated_at
 from pipelines.evaluation import probe
 from pipelines.evaluation.probe import ProbeSettings
 from pipelines.measure.config import BatchSettings
@@ -32,13 +32,13 @@ class HarnessTask(Settings):
     file: str = Field(
         default="",
         description="YAML file as lm-eval reads it; its data files are found from its folder, which counts as a whole.",
-        json_schema_extra=NOT_IDENTITY,
+        json_schema_extra=NOT_IDENTITY | PATH,
     )
     data: str = Field(
         default="",
         description="Folder with the data as SPLIT.jsonl or SPLIT.parquet; empty: what the task names, for a task of "
         "lm-eval usually a download.",
-        json_schema_extra=NOT_IDENTITY,
+        json_schema_extra=NOT_IDENTITY | PATH,
     )
     fewshot: int | None = Field(default=None, ge=0, description="Examples before each item; none: what the task says.")
     limit: int | None = Field(default=None, ge=2, description="Take this many items, the first ones; none: all.")
@@ -50,14 +50,14 @@ class HarnessTask(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _pinned(cls, table: Any) -> Any:
+    def _pinned(cls, table: Any, info: ValidationInfo) -> Any:
         """Name the task, make its paths absolute, and find out what its files hold: bytes are identity, places not."""
         if not isinstance(table, Mapping) or not (table.get("file") or table.get("data") or table.get("name")):
             return table
         found = dict(table)
         for key in ("file", "data"):
             if found.get(key):
-                found[key] = str(Path(found[key]).expanduser().resolve())
+                found[key] = absolute(found[key], start_of(info))
         found["name"] = found.get("name") or Path(found["file"] if found.get("file") else "").stem
         places = [Path(found["file"]).parent] if found.get("file") else []
         places += [Path(found["data"])] if found.get("data") else []

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from pipelines.core.errors import ConfigError
 from pipelines.core.redaction import HIDDEN, redact
-from pipelines.core.settings import NOT_IDENTITY, Settings
+from pipelines.core.settings import NOT_IDENTITY, PATH, Settings, absolute, start_of
 from pipelines.core.stage import TrackingTarget
 
 _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
@@ -22,8 +22,9 @@ class TrackingConfig(Settings):
 
     uri: str | None = Field(
         None,
-        description="MLflow tracking URI; default: $MLFLOW_TRACKING_URI, else SQLite in the store.",
-        json_schema_extra=NOT_IDENTITY,
+        description="MLflow tracking URI; default: $MLFLOW_TRACKING_URI, else SQLite in the store. The path in "
+        "sqlite:///PATH is relative to the project.",
+        json_schema_extra=NOT_IDENTITY | PATH,
     )
     experiment: str = Field(
         "ingot",
@@ -44,7 +45,7 @@ class TrackingConfig(Settings):
 
     @field_validator("uri")
     @classmethod
-    def _is_a_database_or_a_server(cls, value: str | None) -> str | None:
+    def _is_a_database_or_a_server(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None:
             return None
         scheme = value.partition(":")[0].partition("+")[0]
@@ -53,7 +54,7 @@ class TrackingConfig(Settings):
                 f"{redact(value)!r} is neither a database nor a server (one of {', '.join(_SCHEMES)}): "
                 "the model registry needs one, a plain folder will not do"
             )
-        return value
+        return absolute(value, start_of(info))
 
 
 def recorded(table: Mapping[str, Any]) -> TrackingConfig:

@@ -203,3 +203,64 @@ def test_a_preset_that_was_renamed_is_refused_with_its_new_name(old: str, new: s
     with pytest.raises(ConfigError, match=f"pretrain.preset = '{old}' is called '{new}' now"):
         recipe.resolve("smoke", [f"pretrain.preset={old}"])
     assert recipe.resolve("smoke", [f"pretrain.preset={new}"]).pretrain.preset == new
+
+
+OWN_TASK = """
+tracking.uri = "sqlite:///registry/models.db"
+[[evaluate.tasks.lm_eval]]
+file = "tasks/own.yaml"
+data = "tasks/data"
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project with a task of its own, below which somebody works in a folder that has one of the same name."""
+    for root in (tmp_path, tmp_path / "elsewhere"):
+        (root / "tasks" / "data").mkdir(parents=True)
+        (root / "tasks" / "own.yaml").write_text(f"task: {root.name}\n")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "own.toml").write_text(f'extends = "smoke"\n{OWN_TASK}')
+    return tmp_path
+
+
+def test_paths_in_a_recipe_start_at_the_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project / "elsewhere")
+    config = recipe.resolve("own", project=project)
+    (task,) = config.evaluate.tasks.lm_eval
+    assert (task.file, task.data) == (str(project / "tasks" / "own.yaml"), str(project / "tasks" / "data"))
+    assert config.tracking.uri == f"sqlite:///{project}/registry/models.db"
+    again = recipe.validated(config.model_dump(mode="json", by_alias=True, exclude_unset=True))
+    assert again == config, "what a record holds means the same anywhere"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["evaluate.tasks.lm_eval.0.file=tasks/own.yaml", "evaluate.tasks.lm_eval.data=tasks/data"],
+        ['evaluate.tasks.lm_eval=[{file="tasks/own.yaml", data="tasks/data"}]'],
+        ['evaluate.tasks={lm_eval=[{file="tasks/own.yaml", data="tasks/data"}], names=[]}'],
+    ],
+)
+def test_paths_that_are_typed_start_at_the_working_directory(
+    overrides: list[str], project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = project / "elsewhere"
+    monkeypatch.chdir(here)
+    typed = [*overrides, "tracking.uri=sqlite:///x.db", "evaluate.tasks.items=8", "pretrain.from=../weights"]
+    name, started = recipe.from_here("own", typed, project)
+    assert started[-2:] == ["evaluate.tasks.items=8", f"pretrain.from={project}/weights"]
+    monkeypatch.chdir("/")
+    config = recipe.resolve(name, started, project)
+    (task,) = config.evaluate.tasks.lm_eval
+    assert (task.file, task.data) == (str(here / "tasks" / "own.yaml"), str(here / "tasks" / "data"))
+    assert config.tracking.uri == f"sqlite:///{here}/x.db"
+
+
+@pytest.mark.parametrize(
+    "uri", ["sqlite:////srv/x.db", "https://host/path", "postgresql://u@h/db", "sqlite:///:memory:"]
+)
+def test_what_is_no_relative_path_is_kept(uri: str, project: Path) -> None:
+    _, started = recipe.from_here("own", [f"tracking.uri={uri}", "pretrain.from=models:/m@champion"], project)
+    config = recipe.resolve("own", started, project)
+    assert (config.tracking.uri, config.pretrain.from_) == (uri, "models:/m@champion")
