@@ -49,7 +49,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "promote",
-            version=3,
+            version=4,
             entry="pipelines.registry.stage:run",
             observations=("observations.json", "decision.json", "model_card.md"),
             settings="pipelines.registry.config:PromoteConfig",

@@ -66,7 +66,8 @@ class PromoteConfig(Settings):
         0.05,
         ge=0.0,
         le=1.0,
-        description="Accuracy that a variant may lose on any task; only a loss beyond the task's noise counts.",
+        description="Accuracy that a variant may lose on any task; only a loss beyond the task's noise counts, and no "
+        "task in which guessing explains what the base got right.",
     )
     max_bytes_ratio: float = Field(
         1.0, gt=0.0, le=10.0, description="A variant's bytes on disk over its base's must stay below."

@@ -127,6 +127,23 @@ def test_a_loss_of_accuracy_within_its_noise_is_no_reason_to_refuse() -> None:
     assert decide(variant, family(variant), None, CONFIG).accepted
 
 
+@pytest.mark.parametrize(("informative", "accepted"), [(True, False), (False, True)])
+def test_a_task_that_guessing_explains_for_the_base_is_not_weighed(informative: bool, accepted: bool) -> None:
+    row = {"accuracy": 0.28, "stderr": 0.02, "n": 64, "chance": 0.25}
+    base = replace(BASE, tasks={"cloze": row | {"informative": informative}})
+    variant = variant_of_base(tasks={"cloze": row | {"accuracy": 0.1, "informative": True}})
+    decision = decide(variant, {"pretrain": base, "variant": variant}, None, CONFIG)
+    assert decision.accepted == accepted
+    assert ("not weighed: the base has 0.2800, guessing 0.2500" in table(decision)) == accepted
+
+
+def test_a_variant_that_falls_to_guessing_is_refused() -> None:
+    row = {"accuracy": 0.75, "stderr": 0.05, "n": 64, "chance": 0.25, "informative": True}
+    base = replace(BASE, tasks={"cloze": row})
+    variant = variant_of_base(tasks={"cloze": row | {"accuracy": 0.25, "informative": False}})
+    assert decide(variant, {"pretrain": base, "variant": variant}, None, CONFIG).broken == ["accuracy lost, cloze"]
+
+
 def test_paired_outcomes_show_a_loss_that_standard_errors_hide() -> None:
     right, wrong = [1] * 128, [0] * 20 + [1] * 108
     row = {"accuracy": 1.0, "stderr": 0.08, "n": 128, "chance": 0.25}
