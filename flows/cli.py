@@ -100,12 +100,16 @@ def plan(
         int | None,
         typer.Option("--world-size", min=1, help="Plan for so many ranks on a machine that is not this one."),
     ] = None,
+    drawn: Annotated[
+        bool, typer.Option("--graph", help="Print the graph with the state of each stage, as a Mermaid flowchart.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what a run would do, why, and what it takes. Starts nothing, changes nothing."""
     from flows.commands import run as command
 
-    command.plan(recipe, overrides or [], only, since, force or [], as_json=as_json, world_size=world_size)
+    selection = (only, since, force or [])
+    command.plan(recipe, overrides or [], *selection, as_json=as_json, world_size=world_size, drawn=drawn)
 
 
 @app.command()
@@ -176,7 +180,11 @@ def diff(
 @app.command("list")
 def list_(
     what: Annotated[
-        str, typer.Argument(help="models, champions, runs, artifacts, recipes, compressors or optimizers.")
+        str,
+        typer.Argument(
+            help="models, champions, runs, artifacts, recipes; compressors, optimizers, objectives, monitors, probes, "
+            "stages or executors."
+        ),
     ],
     as_json: Json = False,
 ) -> None:

@@ -171,3 +171,22 @@ def _resolve(name: str, overrides: list[str], root: Path) -> tuple[RunConfig, li
     cut_off = Runs(Store(root / config.store.path).root).cut_off(name, overrides)
     pinned = overrides if cut_off is None else cut_off.pin(overrides)
     return recipe.resolve(name, pinned, root), pinned
+
+
+def mermaid(plan: RunPlan) -> str:
+    """Return the graph as a Mermaid flowchart: a box a stage, and arrows as few as tell the order.
+
+    What a stage reads and what it reads was made of too (the base model beside its variant) has no arrow of its own.
+    """
+    boxes = {name: f"n{position}" for position, name in enumerate(plan.graph)}
+    ancestors: dict[str, set[str]] = {}
+    lines = ["flowchart LR", f'  corpus[("{plan.config.data.dvc_file}")]']
+    lines += [f'  {boxes[step.node]}["{step.node}<br/>{step.state}"]:::{step.state}' for step in plan.steps]
+    for name, node in plan.graph.items():
+        sources = set(node.node.inputs.values())
+        further = set().union(*(ancestors[source] for source in sources))
+        ancestors[name] = sources | further
+        if "data" in node.input_keys:
+            lines.append(f"  corpus --> {boxes[name]}")
+        lines += [f"  {boxes[source]} --> {boxes[name]}" for source in plan.graph if source in sources - further]
+    return "\n".join([*lines, "  classDef cached stroke-dasharray:4", "  classDef run,waits stroke-width:3px"])

@@ -174,9 +174,11 @@ class RunRecord(BaseModel):
         summaries = {name: node.summary for name, node in self.nodes.items()}
         promoted = summaries.get("promote", {})
         if "bits_per_byte" in promoted:
-            return f"{promoted['bits_per_byte']:.4g} bits/byte ({promoted['candidate']})"
+            name = promoted["candidate"]
+            mark = _mark(summaries.get(f"evaluate.{name}", {}))
+            return f"{promoted['bits_per_byte']:.4g} bits/byte ({name}{mark})"
         if "bits_per_byte" in (evaluated := summaries.get("evaluate.pretrain", {})):
-            return f"{evaluated['bits_per_byte']:.4g} bits/byte (pretrain)"
+            return f"{evaluated['bits_per_byte']:.4g} bits/byte (pretrain{_mark(evaluated)})"
         validated = summaries.get("pretrain", {}).get("validation_bits_per_byte")
         return None if validated is None else f"{validated:.4g} validation bits/byte"
 
@@ -366,6 +368,11 @@ class Runs:
         if name is not None and len(runs) > 1:
             raise ConfigError(f"{name!r} names {len(runs)} runs: {', '.join(run.id for run in runs[::-1])}")
         return runs[-1]
+
+
+def _mark(evaluated: Mapping[str, Any]) -> str:
+    """Return what a number is marked with that was not measured on the whole test split."""
+    return ", truncated" if evaluated.get("truncated") is True else ""
 
 
 @functools.cache

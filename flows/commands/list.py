@@ -1,11 +1,10 @@
-"""list: models, champions, runs, artifacts (newest first), recipes, compressors, optimizers."""
+"""list: models, champions, runs, artifacts (newest first), recipes, and what a recipe can name."""
 
 from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 from flows import console, recipe
@@ -13,6 +12,7 @@ from flows.commands.lookup import store
 from flows.run_record import Runs
 from pipelines.core import program, project
 from pipelines.core.errors import ConfigError
+from pipelines.stages import STAGES
 
 Rows = list[dict[str, Any]]
 
@@ -109,13 +109,47 @@ def _optimizers() -> Rows:
     """Name each optimizer with the first line of its module, read without importing it (and torch with it)."""
     from pipelines.training.config import OptimizerConfig
 
+    return _modules("models.optim", get_args(OptimizerConfig.model_fields["name"].annotation))
+
+
+def _stages() -> Rows:
     return [
-        {"name": name, "description": _first_line(program.ROOT / "models" / "optim" / f"{name}.py")}
-        for name in get_args(OptimizerConfig.model_fields["name"].annotation)
+        {"name": name, "version": stage.version, "description": _first_line(stage.entry.partition(":")[0])}
+        for name, stage in STAGES.items()
     ]
 
 
-def _first_line(source: Path) -> str:
+def _objectives() -> Rows:
+    from models.objectives import registry
+
+    return _modules("models.objectives", registry.names())
+
+
+def _monitors() -> Rows:
+    from pipelines.training.monitors import registry
+
+    return _modules("pipelines.training.monitors", registry.names())
+
+
+def _probes() -> Rows:
+    from pipelines.evaluation import probe
+
+    return _modules("pipelines.evaluation.probes", probe.names())
+
+
+def _executors() -> Rows:
+    from flows import executors
+
+    return _modules("flows.executors", executors.names())
+
+
+def _modules(package: str, names: Iterable[str]) -> Rows:
+    return [{"name": name, "description": _first_line(f"{package}.{name}")} for name in names]
+
+
+def _first_line(module: str) -> str:
+    """Return the first line of a module's description, read without importing it."""
+    source = program.ROOT.joinpath(*module.split(".")).with_suffix(".py")
     text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
     return text.partition("\n")[0]
 
@@ -128,4 +162,9 @@ _LISTS: dict[str, tuple[Callable[[], Rows], list[str]]] = {
     "recipes": (_recipes, ["name", "description"]),
     "compressors": (_compressors, ["name", "kind", "bits", "calibration", "paper"]),
     "optimizers": (_optimizers, ["name", "description"]),
+    "objectives": (_objectives, ["name", "description"]),
+    "monitors": (_monitors, ["name", "description"]),
+    "probes": (_probes, ["name", "description"]),
+    "stages": (_stages, ["name", "version", "description"]),
+    "executors": (_executors, ["name", "description"]),
 }

@@ -39,11 +39,21 @@ def plan(
     *,
     as_json: bool,
     world_size: int | None = None,
+    drawn: bool = False,
 ) -> None:
-    """Print the plan of a run; with `world_size` of a run on so many ranks of a machine that is not this one."""
+    """Print the plan of a run; with `world_size` of a run on so many ranks of a machine that is not this one.
+
+    Raises:
+        ConfigError: a drawing is wanted as JSON; or see `run_plan.make`.
+    """
+    if drawn and as_json:
+        raise ConfigError("--graph prints Mermaid, --json the steps with their inputs", hint="give one of the two")
     ranks = [] if world_size is None else [f"pretrain.world_size={world_size}"]
     selection = Selection(only, since, tuple(force))
     made = run_plan.make(name, [*overrides, *ranks], selection, elsewhere=world_size is not None)
+    if drawn:
+        print(run_plan.mermaid(made))
+        return
     findings = preflight.check(made, elsewhere=world_size is not None)
     if as_json:
         print(json.dumps(_rows(made), indent=1))
@@ -270,9 +280,13 @@ def _summary(run_id: str, made: RunPlan, *, as_json: bool) -> None:
 
 
 def headline(summary: dict[str, Any]) -> str:
-    """Return the first few facts of a stage summary in one line: headline numbers, other numbers, words."""
+    """Return the first few facts of a stage summary in one line: headline numbers, other numbers, words.
+
+    A truncated evaluation says so first: its numbers are not those of the whole test split.
+    """
     summary = {key: summary[key] for key in HEADLINES if key in summary} | summary
     numbers = {k: f"{v:.{6 if k == 'ratio' else 4}g}" for k, v in summary.items() if isinstance(v, float)}
     numbers |= {k: str(v) for k, v in summary.items() if isinstance(v, int) and not isinstance(v, bool)}
     words = {k: v for k, v in summary.items() if isinstance(v, str) and len(v) <= _LONGEST_SHOWN}
-    return ", ".join(f"{key} {value}" for key, value in list((numbers | words).items())[:4])
+    marks = ["truncated"] if summary.get("truncated") is True else []
+    return ", ".join([*marks, *(f"{key} {value}" for key, value in list((numbers | words).items())[:4])])

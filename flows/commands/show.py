@@ -168,26 +168,26 @@ def _text(value: Any) -> str:
 
 
 def _show_run(record: RunRecord, *, as_json: bool) -> None:
-    """Print how far a run is, and its children from the smallest to the largest."""
-    children = Runs(store().root).pareto(record.id)
+    """Print how far a run is, and its variants from the smallest to the largest."""
+    variants = Runs(store().root).pareto(record.id)
     if as_json:
-        print(json.dumps(record.model_dump() | {"status": record.state, "pareto": children}, indent=1))
+        print(json.dumps(record.model_dump() | {"status": record.state, "pareto": variants}, indent=1))
         return
     _show_status(record)
-    if children:
-        tokens = children[0].get("cache_tokens")
+    if variants:
+        tokens = variants[0].get("cache_tokens")
         counted = f" Sizes are with a cache of {tokens:,} tokens." if tokens else ""
-        print(f"Children by size; ratios are to the parent's bits per byte, baselines on validation text.{counted}")
-        columns = ["child", "method", "bits", "size", "ratio", "interval", "best", "baselines"]
-        console.table([_child_row(row) for row in children], columns, as_json=False)
+        print(f"Variants by size; ratios are to the base model's bits per byte, baselines on validation text.{counted}")
+        columns = ["variant", "method", "bits", "size", "ratio", "interval", "best", "baselines"]
+        console.table([_variant_row(row) for row in variants], columns, as_json=False)
 
 
-def _child_row(row: dict[str, Any]) -> dict[str, Any]:
+def _variant_row(row: dict[str, Any]) -> dict[str, Any]:
     bits = row.get("bits_per_cached_number") or row["bits_per_weight"]
     baselines = [(name, measured["ratio"]["value"]) for name, measured in row["baselines"].items()]
     measured = row["ratio"] is not None
     return {
-        "child": row["model"],
+        "variant": row["model"],
         "method": row["method"],
         "bits": f"{bits:.3g}{' cached' if row.get('bits_per_cached_number') else ''}" if bits else None,
         "size": console.size(round(row.get("footprint_bytes", row["size_bytes"]))),
@@ -237,8 +237,8 @@ def _show_artifact(found: Artifact, *, as_json: bool) -> None:
     for line in _lineage(found, {stored.manifest.fingerprint: stored for stored in store().artifacts()}):
         print(f"  {line}")
     print("result:")
-    for key, value in manifest.summary.items():
-        print(f"  {key:<28}{json.dumps(value)}")
+    for fact in fingerprint.explain({}, manifest.summary):  # dotted, so that no line holds a table
+        print(f"  {fact.path:<40}  {json.dumps(fact.new)}")
     print(f"files: {len(manifest.files)}")
     for name, record in list(manifest.files.items())[:20]:
         print(f"  {record.sha256[:12]}  {console.size(record.size):>9}  {name}")

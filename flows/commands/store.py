@@ -239,7 +239,10 @@ def sync(*, as_json: bool) -> None:
     config = recorded(runs[-1].config["tracking"]) if runs else TrackingConfig()
     results = send_pending(config, store().root)
     rows = [{"run": r.run_id, "state": "sent" if r.synced else "pending", "message": r.message} for r in results]
-    console.table(rows, ["run", "state", "message"], as_json=as_json)
+    if rows or as_json:
+        console.table(rows, ["run", "state", "message"], as_json=as_json)
+    else:
+        print("MLflow lacks nothing of the runs of this store.")
     if any(not r.synced for r in results):
         raise TransientError("MLflow still lacks a part of these runs", hint="start it, then `ingot sync` again")
 

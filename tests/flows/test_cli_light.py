@@ -15,6 +15,7 @@ from flows import recipe
 CHECKOUT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch._C", "transformers", "deepspeed", "mlflow", "prefect", "dvc", "accelerate", "datasets")
 VERBS = (
+    "new",
     "plan",
     "run",
     "resume",
@@ -30,6 +31,7 @@ VERBS = (
     "verify",
     "gc",
     "delete",
+    "sync",
     "doctor",
 )
 Ingot = Callable[..., subprocess.CompletedProcess[str]]
@@ -74,8 +76,28 @@ def test_a_plan_touches_nothing(ingot: Ingot, empty_store: Path) -> None:
 
 def test_a_plan_as_json_has_a_step_for_every_node(ingot: Ingot) -> None:
     steps = json.loads(ingot("plan", "--recipe", "demo", "--json").stdout)
-    children = [child.name for child in recipe.resolve("demo").compress]
-    assert {step["node"] for step in steps} >= {"prepare", "pretrain", "promote", *(f"compress.{c}" for c in children)}
+    variants = {f"compress.{variant.name}" for variant in recipe.resolve("demo").compress}
+    assert {step["node"] for step in steps} >= {"prepare", "pretrain", "promote", *variants}
+
+
+def test_a_plan_is_drawn_with_the_state_of_each_stage_and_arrows_that_tell_the_order(ingot: Ingot) -> None:
+    lines = ingot("plan", "--recipe", "smoke", "--graph", "compress.0.name=int8").stdout.splitlines()
+    boxes = {line.split("[")[0].strip(): line.split('"')[1] for line in lines if "[" in line}
+    arrows = [
+        tuple(boxes[end].partition("<")[0] for end in line.strip().split(" --> ")) for line in lines if "-->" in line
+    ]
+    assert lines[0] == "flowchart LR"
+    assert boxes["n0"] == "prepare<br/>run"
+    assert set(arrows) == {
+        ("data.dvc", "prepare"),
+        ("prepare", "pretrain"),
+        ("pretrain", "evaluate.pretrain"),
+        ("pretrain", "compress.int8"),
+        ("compress.int8", "evaluate.int8"),
+        ("evaluate.pretrain", "evaluate.int8"),
+        ("evaluate.int8", "promote"),
+    }
+    assert "give one of the two" in ingot("plan", "--graph", "--json", check=2).stderr
 
 
 def test_a_plan_for_another_machine_refuses_nothing_that_this_one_could_not_hold(ingot: Ingot) -> None:
@@ -129,7 +151,13 @@ def test_an_empty_store_lists_nothing(ingot: Ingot, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "names"), [("compressors", {"rtn", "gptq", "wanda"}), ("optimizers", {"lamb", "adamw", "lars"})]
+    ("what", "names"),
+    [
+        ("compressors", {"rtn", "gptq", "wanda"}),
+        ("optimizers", {"lamb", "adamw", "lars"}),
+        ("probes", {"latency", "samples"}),
+        ("stages", {"prepare", "pretrain", "promote"}),
+    ],
 )
 def test_methods_are_listed_by_name(ingot: Ingot, what: str, names: set[str]) -> None:
     assert names <= {row["name"] for row in json.loads(ingot("list", what, "--json").stdout)}

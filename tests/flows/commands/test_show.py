@@ -1,4 +1,4 @@
-"""`ingot show RUN`: the stages, then the run's children by size with their arms."""
+"""`ingot show RUN`: the stages, then the run's variants by size with their baselines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipelines.core.program import ROOT as CHECKOUT
 from pipelines.core.store import Store
 
 
-def child(name: str, **changes: Any) -> dict[str, Any]:
+def variant(name: str, **changes: Any) -> dict[str, Any]:
     """A row as the report leaves it."""
     row = {
         "model": name,
@@ -41,7 +41,7 @@ def child(name: str, **changes: Any) -> dict[str, Any]:
     return row | changes
 
 
-CODED = child(
+QUANTIZED = variant(
     "coded",
     method="kvquant",
     bits_per_weight=None,
@@ -55,16 +55,16 @@ CODED = child(
 
 @pytest.fixture
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunRecord]:
-    """Return a function that makes a finished run with these children."""
+    """Return a function that makes a finished run with these variants."""
     monkeypatch.setattr(lookup, "store", lambda: Store(tmp_path))
     monkeypatch.setattr(show, "store", lambda: Store(tmp_path))
 
-    def make(*children: dict[str, Any]) -> RunRecord:
+    def make(*variants: dict[str, Any]) -> RunRecord:
         runs = Runs(tmp_path)
         nodes = {"pretrain": NodeRecord(stage="pretrain", fingerprint="0" * 64)}
         record = runs.start(recipe="mine", overrides=[], config={}, data_hash="d", nodes=nodes)
-        if children:
-            (runs.folder(record.id) / PARETO).write_text(json.dumps(children))
+        if variants:
+            (runs.folder(record.id) / PARETO).write_text(json.dumps(variants))
         runs.finish(record, "done", 0)
         return record
 
@@ -76,39 +76,39 @@ def shown(record: RunRecord, capsys: pytest.CaptureFixture[str], *, as_json: boo
     return capsys.readouterr().out
 
 
-def test_a_child_is_a_line_with_its_size_its_ratio_and_its_arms_best_first(
+def test_a_variant_is_a_line_with_its_size_its_ratio_and_its_baselines_best_first(
     finished: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = shown(finished(child("int4")), capsys)
+    text = shown(finished(variant("int4")), capsys)
     assert "pretrain" in text
     (line,) = [line for line in text.splitlines() if line.strip().startswith("int4")]
-    # The child is no arm of its own.
+    # The variant is no baseline of its own.
     assert " ".join(line.split()) == "int4 gptq 4.25 2.0 MB 1.00200 [1.00100, 1.00300] best rtn 1.01100, zeros 1.50000"
     assert "with a cache of" not in text
 
 
-def test_a_coded_cache_is_counted_and_said_to_be(finished: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(finished(CODED), capsys)
+def test_a_quantized_cache_is_counted_and_said_to_be(finished: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(finished(QUANTIZED), capsys)
     assert "Sizes are with a cache of 4,096 tokens." in text
     (line,) = [line for line in text.splitlines() if line.strip().startswith("coded")]
     assert " ".join(line.split()) == "coded kvquant 3.4 cached 2.5 MB 1.00200 [1.00100, 1.00300]"
 
 
-def test_a_child_without_numbers_and_a_run_without_children_are_shown(
+def test_a_variant_without_numbers_and_a_run_without_variants_are_shown(
     finished: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lost = child("lost", ratio=None, ratio_low=None, ratio_high=None, bits_per_weight=None, best=False, baselines={})
+    lost = variant("lost", ratio=None, ratio_low=None, ratio_high=None, bits_per_weight=None, best=False, baselines={})
     (line,) = [line for line in shown(finished(lost), capsys).splitlines() if line.strip().startswith("lost")]
     assert line.split() == ["lost", "gptq", "-", "2.0", "MB", "-", "-"]
-    assert "Children by size" not in shown(finished(), capsys)
+    assert "Variants by size" not in shown(finished(), capsys)
 
 
 def test_json_has_the_record_and_every_row(finished: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    record = finished(child("int4"), CODED)
+    record = finished(variant("int4"), QUANTIZED)
     facts = json.loads(shown(record, capsys, as_json=True))
     assert (facts["id"], facts["status"]) == (record.id, "done")
     assert [row["model"] for row in facts["pareto"]] == ["int4", "coded"]
-    assert facts["pareto"][0] == child("int4")
+    assert facts["pareto"][0] == variant("int4")
     assert json.loads(shown(finished(), capsys, as_json=True))["pareto"] == []
 
 
@@ -225,3 +225,19 @@ def test_runs_are_listed_newest_first_with_their_result_and_their_time(
         (validated.id, "2.5 validation bits/byte"),
     ]
     assert (rows[0]["seconds"], rows[0]["took"]) == (3600, "60 min")
+
+
+def test_a_number_that_was_not_measured_on_the_whole_test_split_is_marked_wherever_it_stands(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summaries = {"evaluate.pretrain": {"bits_per_byte": 2.5, "truncated": True}}
+    judged = evaluated(runs, config={}, **summaries)
+    summaries |= {"evaluate.int8": {"bits_per_byte": 2.2, "truncated": True}}
+    promoted = evaluated(runs, config={}, **summaries, promote={"bits_per_byte": 2.2, "candidate": "int8"})
+    assert [judged.result, promoted.result] == [
+        "2.5 bits/byte (pretrain, truncated)",
+        "2.2 bits/byte (int8, truncated)",
+    ]
+    show.status(promoted.id, follow=False, as_json=False)
+    marked = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "truncated, bits_per_byte" in line]
+    assert marked == ["evaluate.pretrain", "evaluate.int8"]
