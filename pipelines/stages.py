@@ -33,7 +33,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "compress",
-            version=6,
+            version=7,
             entry="pipelines.compression.stage:run",
             observations=("observations.json", "metrics.jsonl"),
             settings="pipelines.compression.config:CompressConfig",
@@ -41,7 +41,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "evaluate",
-            version=4,
+            version=5,
             entry="pipelines.evaluation.stage:run",
             observations=("observations.json",),
             settings="pipelines.evaluation.config:EvaluateConfig",

@@ -36,11 +36,13 @@ def finish(folder: Path, card: str) -> None:
 def _finish_tokenizer(folder: Path, config: dict[str, Any], *, decoder: bool) -> None:
     """Have the tokenizer put the start token before a text (and the end token after it, for an encoder).
 
+    A special token that a text spells out is text, as it was in training: `split_special_tokens`.
     A decoder's rows are padded on the left: it goes on from the last token, which must not be padding.
     """
     path = folder / "tokenizer_config.json"
     settings = _read(path) | {"model_max_length": config["max_position_embeddings"]}
-    write_json(path, settings | {"padding_side": "left" if decoder else "right"})
+    settings |= {"padding_side": "left" if decoder else "right", "split_special_tokens": True}
+    write_json(path, settings)
     tokenizer = _read(folder / "tokenizer.json")
     first, last = str(settings.get("bos_token")), str(settings.get("eos_token"))
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}

@@ -82,7 +82,7 @@ def run(
     if not tasks:
         return {}
     with _RUNNING, _quietly():
-        model = _as_lm(scorer, tokenizer, batch_size)
+        model = as_lm(scorer, tokenizer, batch_size)
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         # Not `simple_evaluate`: that also seeds the global generators and asks pip, git and the driver for their
         # versions, which takes longer than the tasks.
@@ -114,7 +114,7 @@ def run_named(
     if not tasks:
         return outcomes, skipped
     with _RUNNING, _quietly():
-        model = _as_lm(scorer, tokenizer, batch_size)
+        model = as_lm(scorer, tokenizer, batch_size)
         for task in tasks:
             loaded = named_tasks.load(task, scratch)
             kind = str(loaded["tasks"][task.name].OUTPUT_TYPE)
@@ -127,7 +127,15 @@ def run_named(
     return outcomes, skipped
 
 
-def _as_lm(scorer: Scorer, tokenizer: Any, batch_size: int) -> LM:
+def as_lm(scorer: Scorer, tokenizer: Any, batch_size: int) -> LM:
+    """Return a model as lm-eval sees it; a special token spelled out in a task is text, as it was in training.
+
+    Args:
+        scorer: the loaded model.
+        tokenizer: its tokenizer, as transformers loads it; changed to cut such texts in that way.
+        batch_size: sequences per forward pass.
+    """
+    tokenizer.split_special_tokens = True
     if scorer.family == "decoder":
         return CausalLM(pretrained=scorer.model, tokenizer=tokenizer, batch_size=batch_size)
     return MaskedLM(scorer, tokenizer, batch_size)

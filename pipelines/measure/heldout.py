@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from pipelines.core import fingerprint
 from pipelines.core.errors import IntegrityError
+from pipelines.data import tokenizer as tokenization
 
 Ids = NDArray[np.int64]
 TOKENIZER = "tokenizer.json"
@@ -110,10 +111,9 @@ def ranked(documents: Sequence[Document]) -> list[int]:
 
 
 def tokenize(documents: tuple[Document, ...], tokenizer: Path, index: dict[str, Any]) -> tuple[Ids, ...]:
-    """Return the token ids of each document, with the start and the end token around them."""
-    encoder = Tokenizer.from_file(str(tokenizer))
-    encodings = encoder.encode_batch([document.text for document in documents], add_special_tokens=False)
-    return tuple(np.array([index["bos_id"], *e.ids, index["eos_id"]], dtype=np.int64) for e in encodings)
+    """Return the token ids of each document as packing makes them, with the start and the end token around them."""
+    rows = tokenization.encode(Tokenizer.from_file(str(tokenizer)), [document.text for document in documents])
+    return tuple(np.array([index["bos_id"], *row, index["eos_id"]], dtype=np.int64) for row in rows)
 
 
 def token_sizes(tokenizer: Path) -> NDArray[np.int64]:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from pipelines.core.artifact import Artifact
+from pipelines.data import tokenizer as tokenization
 from pipelines.deploy import export
 from pipelines.deploy.export import About
 from pipelines.registry import model_card
@@ -74,6 +75,15 @@ def test_the_tokenizer_starts_texts_as_training_did_and_knows_how_much_the_model
     assert tokenizer("the ark").input_ids[1:] == tokenizer("the ark", add_special_tokens=False).input_ids
     assert tokenizer.decode(tokenizer("the ark").input_ids, skip_special_tokens=True) == "the ark"
     assert (tokenizer.padding_side, tokenizer.model_max_length) == ("left", 64)
+
+
+@pytest.mark.parametrize("special", tokenization.SPECIAL_TOKENS)
+def test_a_special_token_spelled_in_a_text_is_the_text_that_packing_saw(special: str, exported: Path) -> None:
+    text = f"before{special}after"
+    (expected,) = tokenization.encode(Tokenizer.from_file(str(exported / "tokenizer.json")), [text])
+    loaded = AutoTokenizer.from_pretrained(exported)
+    assert loaded(text)["input_ids"] == loaded([text])["input_ids"][0] == [0, *expected]
+    assert not set(expected) & set(range(4))
 
 
 def test_an_encoder_reads_between_start_and_end_and_pads_on_the_right(

@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
+from pipelines.data import tokenizer as tokenization
 from pipelines.evaluation import harness, tasks
 from pipelines.evaluation.config import TaskConfig
 from pipelines.evaluation.harness import Outcome
@@ -268,6 +270,26 @@ def test_task_files_name_their_data_relative_to_the_folder_and_say_how_to_run_th
         text = (folder / f"{name}.yaml").read_text()
         assert text.startswith("# Run from this folder: lm-eval run ")
         assert yaml.safe_load(text)["dataset_kwargs"] == {"data_files": {"test": f"{name}.jsonl"}}
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder"])
+@pytest.mark.parametrize("special", tokenization.SPECIAL_TOKENS)
+def test_a_special_token_spelled_in_a_task_is_the_text_that_packing_sees(
+    special: str, family: str, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(f"{family}_artifact").path / "model"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lm = harness.as_lm(scoring.load(model, "cpu"), tokenizer, 1)
+    text = f"before{special}after"
+    (expected,) = tokenization.encode(Tokenizer.from_file(str(model / heldout.TOKENIZER)), [text])
+    assert not set(expected) & set(range(4))
+    if isinstance(lm, harness.CausalLM):
+        assert lm.tok_encode(text) == expected
+        assert lm.tok_batch_encode([text])[0].tolist() == [expected]
+        context, continuation = lm._encode_pair("before", f"{special}after")
+        assert [*context, *continuation] == expected
+    else:
+        assert tokenizer.encode(text, add_special_tokens=False) == expected
 
 
 def test_no_tasks_give_no_outcomes(decoder: Any) -> None:

@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import IntegrityError
+from pipelines.core.program import ROOT
+from pipelines.data import tokenizer as tokenization
 from pipelines.measure import heldout
 from pipelines.measure.heldout import Document
 
@@ -104,3 +106,18 @@ def test_a_model_with_another_tokenizer_is_refused_with_both_hashes(prepared: Ar
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(IntegrityError, match=r"\(missing\)"):
         heldout.check_tokenizer(prepared.path, tmp_path)
+
+
+def test_a_special_token_spelled_in_a_document_is_measured_as_the_text_that_packing_sees(prepared: Artifact) -> None:
+    path = prepared.path / "tokenizer" / heldout.TOKENIZER
+    for special in tokenization.SPECIAL_TOKENS:
+        document = heldout.Document("a", f"before{special}after", "s")
+        (ids,) = heldout.tokenize((document,), path, {"bos_id": 0, "eos_id": 1})
+        assert ids.tolist() == [0, *tokenization.encode(Tokenizer.from_file(str(path)), [document.text])[0], 1]
+        assert not set(ids[1:-1].tolist()) & set(range(4))
+        assert heldout.token_sizes(path)[ids].sum() == document.size, "bits per byte would be of other bytes"
+
+
+def test_corpus_text_is_encoded_in_one_place() -> None:
+    users = [path for path in (ROOT / "pipelines").rglob("*.py") if "encode_batch" in path.read_text(encoding="utf-8")]
+    assert users == [ROOT / "pipelines" / "data" / "tokenizer.py"]
