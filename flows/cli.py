@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from flows import console, logs
-from flows.commands import with_common_options
+from flows.commands.options import with_common_options
 from pipelines.core import disk, stop
 from pipelines.core.errors import DiskFullError, IngotError
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(CHECKOUT))
 
 from flows import renamed_keys  # noqa: E402
 from flows.cli import app  # noqa: E402 - the checkout may not be installed
-from flows.commands import EVERYWHERE  # noqa: E402
+from flows.commands.options import EVERYWHERE  # noqa: E402
 from flows.config import RunConfig  # noqa: E402
 from models.architectures.config import (  # noqa: E402
     DEMO_VOCABULARY,

@@ -61,7 +61,10 @@ def restore(found: Artifact, optimizer: FragmentOptimizer) -> dict[str, Any]:
     """
     content = found.read_json(STATE)
     if content["format"] != FORMAT:
-        raise IntegrityError(f"{found.path} has format {content['format']}; this checkout reads {FORMAT}")
+        raise IntegrityError(
+            f"{found.path} has format {content['format']}; this program reads {FORMAT}",
+            hint=f"go on with the version that wrote it, or delete {found.path.parent} and train from the start",
+        )
     _refuse_other_model(found, content["shapes"], optimizer.layout.shapes)
     files = [found.path / name for name in sorted(found.manifest.files) if name.endswith(".safetensors")]
     with checkpoint_io.Reader(files) as reader:

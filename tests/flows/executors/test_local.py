@@ -70,7 +70,7 @@ def test_stop_has_children_save_and_refuses_what_is_asked_later(tmp_path: Path) 
         future = threads.submit(local.execute, request(tmp_path, sleep=True), lambda _progress: at_work.set())
         assert at_work.wait(60)
         local.stop()
-        with pytest.raises(Preempted, match="asked to stop"):
+        with pytest.raises(Preempted, match="stopped by SIGTERM"):
             future.result(60)
     assert children() == []
     assert [path.read_text() for path in tmp_path.glob("scratch/*/progress")] == ["half way"]

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import nn
 
+from models.optim.lamb import Lamb
 from pipelines.core import artifact
-from pipelines.core.errors import ConfigError
+from pipelines.core.errors import ConfigError, IntegrityError
+from pipelines.training import snapshot
 from pipelines.training.checkpoint import Checkpoints
 
 Run = Callable[..., Any]
@@ -321,3 +325,13 @@ def test_a_checkpoint_is_published_while_the_last_writer_is_held_up_behind_its_n
     late = [{"point": "artifact.after_replace", "action": "delay", "seconds": 2.0, "rank": 1}]
     done = ranks("train", 2, tmp_path, layout="flat", steps=4, wait=False, faults=late).result
     assert done["steps"] == [2, 4]
+
+
+def test_a_checkpoint_of_another_format_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / snapshot.STATE).write_text(json.dumps({"format": snapshot.FORMAT - 1}))
+    names: dict[str, Any] = {"stage": "checkpoint", "node": "pretrain", "identity": {}, "parents": {}, "summary": {}}
+    older = artifact.publish(tmp_path / "build", tmp_path / "checkpoints" / "step-00000005", **names)
+    with pytest.raises(IntegrityError, match=f"has format {snapshot.FORMAT - 1}; this program reads") as refused:
+        snapshot.restore(older, Lamb([nn.Parameter(torch.ones(1))]))
+    assert str(tmp_path / "checkpoints") in str(refused.value.hint)
