@@ -94,9 +94,9 @@ def show(target: str, recipe_name: str | None, overrides: list[str], *, as_json:
         text = json.dumps(redact_value("", config.model_dump(mode="json")), indent=1) + "\n"
         print(recipe.to_toml(config) if as_toml else text, end="")
     elif target == "schema":
-        from flows.config import RunConfig
+        from flows import recipe_schema
 
-        print(json.dumps(RunConfig.model_json_schema(), indent=1))
+        print(json.dumps(recipe_schema.schema(), indent=1))
     else:
         found = find(target)
         if isinstance(found, RunRecord):

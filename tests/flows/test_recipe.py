@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import jsonschema  # type: ignore[import-untyped]  # comes with Prefect
 import pytest
 
-from flows import graph, recipe
+from flows import graph, recipe, recipe_schema
 from flows.config import RunConfig
 from models.architectures.config import DEMO_VOCABULARY
 from pipelines.core.errors import ConfigError
+from pipelines.core.program import ROOT as CHECKOUT
 
 
 @pytest.mark.parametrize("name", recipe.names())
@@ -264,3 +267,21 @@ def test_what_is_no_relative_path_is_kept(uri: str, project: Path) -> None:
     _, started = recipe.from_here("own", [f"tracking.uri={uri}", "pretrain.from=models:/m@champion"], project)
     config = recipe.resolve("own", started, project)
     assert (config.tracking.uri, config.pretrain.from_) == (uri, "models:/m@champion")
+
+
+def test_every_recipe_fits_the_schema_that_editors_are_given_and_a_slip_does_not() -> None:
+    known = recipe_schema.schema()
+    jsonschema.Draft202012Validator.check_schema(known)
+    editor = jsonschema.Draft202012Validator(known)
+    for name in recipe.names():
+        table = tomllib.loads((CHECKOUT / "flows" / "recipes" / f"{name}.toml").read_text())
+        assert [error.message for error in editor.iter_errors(table)] == []
+    slips: list[dict[str, Any]] = [
+        {"compress": [{"method": "gptq", "bitz": 4}]},
+        {"compress": [{"method": "gtpq"}]},
+        {"compress": [{"heads": 2}]},  # rtn, the method where none is named, has no heads
+        {"compress": [{"method": "gptq", "bits": 99}]},
+        {"pretrain": {"stepps": 3}},
+        {"extend": "demo"},
+    ]
+    assert [slip for slip in slips if editor.is_valid(slip)] == []
