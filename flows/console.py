@@ -82,26 +82,6 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str], *, as_json: bo
         print("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
 
 
-def duration(seconds: float | None) -> str:
-    """Return seconds as a person would say them, `-` for None."""
-    if seconds is None:
-        return "-"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def size(count: float | None) -> str:
-    """Return a number of bytes with a decimal unit, `-` for None."""
-    if count is None:
-        return "-"
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def _cell(value: Any) -> str:
     if value is None:
         return "-"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import console, preflight, run_plan
-from pipelines.core import disk, program, project
+from pipelines.core import disk, program, project, quantity
 from pipelines.core.errors import ConfigError, IngotError
 from pipelines.data import versioning
 from pipelines.data.config import DataConfig
@@ -91,12 +91,12 @@ def _project() -> dict[str, Any]:
 
 def _disk() -> dict[str, Any]:
     free = disk.free(project.find_any() or Path.cwd())
-    return _row("disk", f"{console.size(free)} free", ok=free > _DISK_WANTED, do="free 5 GB, or `ingot gc`")
+    return _row("disk", f"{quantity.size(free)} free", ok=free > _DISK_WANTED, do="free 5 GB, or `ingot gc`")
 
 
 def _memory() -> dict[str, Any]:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return _row("memory", f"{console.size(total)}, {os.cpu_count()} cores", ok=total > 4e9, do="4 GB is the least")
+    return _row("memory", f"{quantity.size(total)}, {os.cpu_count()} cores", ok=total > 4e9, do="4 GB is the least")
 
 
 def _loopback() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from flows import console, recipe
 from flows.commands.lookup import store
 from flows.run_record import Runs
-from pipelines.core import program, project
+from pipelines.core import program, project, quantity
 from pipelines.core.errors import ConfigError
 from pipelines.stages import STAGES
 
@@ -67,7 +67,7 @@ def _runs() -> Rows:
             "status": run.state,
             "result": run.result,
             "seconds": run.seconds,
-            "took": console.duration(run.seconds),
+            "took": quantity.duration(run.seconds),
             "started_at": run.started_at,
             "finished_at": run.finished_at,
             "overrides": run.overrides,
@@ -83,7 +83,7 @@ def _artifacts() -> Rows:
             "fingerprint": a.manifest.fingerprint[:12],
             "stage": a.manifest.stage,
             "node": a.manifest.node,
-            "size": console.size(a.size),
+            "size": quantity.size(a.size),
             "bytes": a.size,
             "created_at": a.manifest.provenance.created_at if a.manifest.provenance else None,
             "digest": a.digest,

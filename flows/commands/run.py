@@ -13,6 +13,7 @@ from flows.commands import lookup
 from flows.planner import Selection, Step
 from flows.run_plan import RunPlan
 from flows.run_record import REPORT, RunRecord, Runs, SelectionRecord
+from pipelines.core import quantity
 from pipelines.core.errors import ConfigError, TransientError
 from pipelines.registry import current
 
@@ -188,14 +189,14 @@ def print_plan(made: RunPlan) -> None:
 def _row(step: Step) -> dict[str, str]:
     """Return a line of the plan: what is done already takes nothing any more."""
     estimate, runs = step.estimate, step.runs
-    memory = console.size(estimate.memory_bytes) if runs else "-"
+    memory = quantity.size(estimate.memory_bytes) if runs else "-"
     return {
         "stage": step.node,
         "state": step.state,
         "why": step.why,
-        "time": console.duration(step.seconds),
+        "time": quantity.duration(step.seconds),
         "memory": f"{estimate.ranks} x {memory}" if estimate.ranks > 1 and runs and estimate.memory_bytes else memory,
-        "disk": console.size(estimate.disk_bytes) if runs else "-",
+        "disk": quantity.size(estimate.disk_bytes) if runs else "-",
     }
 
 
@@ -221,8 +222,8 @@ def _totals(made: RunPlan, to_run: Sequence[Step]) -> str:
     price = made.config.compute.price_per_hour
     costs = [cost for step in to_run if (cost := step.estimate.cost(price)) is not None]
     parts = [
-        f", about {console.duration(sum(times))}" + (f" without {without}" if without else "") if times else "",
-        f", at most {console.size(sum(disk))} of disk" if disk else "",
+        f", about {quantity.duration(sum(times))}" + (f" without {without}" if without else "") if times else "",
+        f", at most {quantity.size(sum(disk))} of disk" if disk else "",
         f", {sum(costs):.2f} at {price:g} a rank-hour" if costs else "",
     ]
     return "".join(parts)
@@ -264,7 +265,7 @@ def _summary(run_id: str, made: RunPlan, *, as_json: bool) -> None:
         print(json.dumps(facts, indent=1, default=str))
         return
     rows = [
-        {"stage": n, "state": r.state, "took": console.duration(r.seconds), "result": headline(r.summary)}
+        {"stage": n, "state": r.state, "took": quantity.duration(r.seconds), "result": headline(r.summary)}
         for n, r in record.nodes.items()
     ]
     console.table(rows, ["stage", "state", "took", "result"], as_json=False)

@@ -11,7 +11,7 @@ from flows import console, recipe
 from flows.commands.lookup import find, store
 from flows.commands.run import HEADLINES, headline
 from flows.run_record import RECORD, RunRecord, Runs
-from pipelines.core import fingerprint, project
+from pipelines.core import fingerprint, project, quantity
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
 from pipelines.core.redaction import redact_value
@@ -190,7 +190,7 @@ def _variant_row(row: dict[str, Any]) -> dict[str, Any]:
         "variant": row["model"],
         "method": row["method"],
         "bits": f"{bits:.3g}{' cached' if row.get('bits_per_cached_number') else ''}" if bits else None,
-        "size": console.size(round(row.get("footprint_bytes", row["size_bytes"]))),
+        "size": quantity.size(round(row.get("footprint_bytes", row["size_bytes"]))),
         "ratio": f"{row['ratio']:.5f}" if measured else None,
         "interval": f"[{row['ratio_low']:.5f}, {row['ratio_high']:.5f}]" if measured else None,
         "best": "best" if row["best"] else "",
@@ -216,7 +216,7 @@ def _node_row(name: str, node: Any) -> dict[str, str]:
     return {
         "stage": name,
         "state": node.state,
-        "took": console.duration(node.seconds),
+        "took": quantity.duration(node.seconds),
         "result": headline(node.summary) or at_work,
     }
 
@@ -228,7 +228,7 @@ def _show_artifact(found: Artifact, *, as_json: bool) -> None:
         return
     print(f"{manifest.node}  {found.path}")
     print(
-        f"  fingerprint {manifest.fingerprint}\n  digest      {found.digest}\n  size        {console.size(found.size)}"
+        f"  fingerprint {manifest.fingerprint}\n  digest      {found.digest}\n  size        {quantity.size(found.size)}"
     )
     if manifest.provenance is not None:
         for key, value in manifest.provenance.model_dump().items():
@@ -241,7 +241,7 @@ def _show_artifact(found: Artifact, *, as_json: bool) -> None:
         print(f"  {fact.path:<40}  {json.dumps(fact.new)}")
     print(f"files: {len(manifest.files)}")
     for name, record in list(manifest.files.items())[:20]:
-        print(f"  {record.sha256[:12]}  {console.size(record.size):>9}  {name}")
+        print(f"  {record.sha256[:12]}  {quantity.size(record.size):>9}  {name}")
 
 
 def _lineage(found: Artifact, stored: Mapping[str, Artifact], depth: int = 0) -> list[str]:

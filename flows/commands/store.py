@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flows import console, retention
 from flows.commands.lookup import find, find_model, find_registered, registered_name, store
 from flows.run_record import RunRecord, Runs
-from pipelines.core import disk, garbage
+from pipelines.core import disk, garbage, quantity
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, IntegrityError, TransientError
 from pipelines.core.garbage import Garbage
@@ -93,7 +93,7 @@ def gc(keep: int, *, dry_run: bool, yes: bool, as_json: bool) -> None:
             removed = list(garbage.remove(store(), retention.removable(store(), keep)))
     total = sum(each.bytes for each in removed)
     rows = [
-        {"kind": g.kind, "name": g.name, "bytes": g.bytes, "size": console.size(g.bytes), "path": str(g.path)}
+        {"kind": g.kind, "name": g.name, "bytes": g.bytes, "size": quantity.size(g.bytes), "path": str(g.path)}
         for g in removed
     ]
     if as_json:
@@ -102,11 +102,11 @@ def gc(keep: int, *, dry_run: bool, yes: bool, as_json: bool) -> None:
         return
     if rows:
         console.table(rows, ["kind", "name", "size", "path"], as_json=False)
-    print(f"{len(rows)} folders, {console.size(total)} ({total} bytes): {'would go' if dry_run else 'removed'}.")
+    print(f"{len(rows)} folders, {quantity.size(total)} ({total} bytes): {'would go' if dry_run else 'removed'}.")
 
 
 def _agreed(wanted: list[Garbage]) -> bool:
-    total = console.size(sum(each.bytes for each in wanted))
+    total = quantity.size(sum(each.bytes for each in wanted))
     if not sys.stdin.isatty():
         raise ConfigError(
             f"{len(wanted)} folders ({total}) would go, and there is no terminal to ask at",
@@ -129,7 +129,7 @@ def _space(wanted: list[Garbage]) -> list[dict[str, Any]]:
 
 def _print_space(wanted: list[Garbage]) -> None:
     if rows := _space(wanted):
-        shown = [{**row, "goes": console.size(row["goes"]), "stays": console.size(row["stays"])} for row in rows]
+        shown = [{**row, "goes": quantity.size(row["goes"]), "stays": quantity.size(row["stays"])} for row in rows]
         console.table(shown, ["kind", "goes", "stays"], as_json=False)
 
 
@@ -159,7 +159,7 @@ def delete(target: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"run": run_id, "bytes": size}))
     else:
-        print(f"{run_id}: record and report removed, {console.size(size)}. `ingot gc` frees what only it needed.")
+        print(f"{run_id}: record and report removed, {quantity.size(size)}. `ingot gc` frees what only it needed.")
 
 
 def reclaimable(keep: int) -> str:
@@ -167,7 +167,7 @@ def reclaimable(keep: int) -> str:
     total = sum(each.bytes for each in retention.removable(store(), keep))
     if total == 0:
         return "`ingot gc` would free nothing at this moment"
-    return f"`ingot gc` would free {console.size(total)} at this moment"
+    return f"`ingot gc` would free {quantity.size(total)} at this moment"
 
 
 def export(target: str, destination: str, file_format: str, precision: str | None, *, weights_only: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from flows.commands.run import headline
 from flows.run_record import RunRecord
+from pipelines.core import quantity
 from pipelines.core.errors import ConfigError
 from pipelines.core.store import Store
 from pipelines.measure import intervals
@@ -93,4 +94,4 @@ def _model_line(row: Facts) -> str:
         low, high = row["ratio_low"], row["ratio_high"]
         ends = f"[{axes.ratio(low, row['ratio'], high)}, {axes.ratio(high, row['ratio'], low)}]"
         ratio, kl = f"{axes.ratio(row['ratio'], low, high)} {ends}", axes.number(row["kl"], 2)
-    return f"| {row['model']} | {bits} | {ratio} | {kl} | {axes.size(row['size_bytes'])} |\n"
+    return f"| {row['model']} | {bits} | {ratio} | {kl} | {quantity.size(row['size_bytes'])} |\n"

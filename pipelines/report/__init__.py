@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from pipelines.core import quantity
 from pipelines.core.artifact import Artifact, write_text
 from pipelines.measure import intervals
 from pipelines.report import axes, compression, sections
@@ -62,9 +63,9 @@ def _environment() -> jinja2.Environment:
     )
     texts = {
         "number": axes.number,
-        "short": axes.short,
-        "size": axes.size,
-        "duration": axes.duration,
+        "short": functools.partial(quantity.short, none=axes.NONE),
+        "size": functools.partial(quantity.size, none=axes.NONE),
+        "duration": functools.partial(quantity.duration, none=axes.NONE),
         "ratio": axes.ratio,
     }
     environment.filters.update(texts)

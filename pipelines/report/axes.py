@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from pipelines.core import quantity
+
 NONE = "\N{EN DASH}"
 """Stands where there is no number."""
 _NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
-_BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 _WORTH_A_BREAK = 3.0
 """A lower part that would have less than the third of an ordinary axis gets a part of its own."""
 _VERY_FAR = 20.0
@@ -18,7 +19,6 @@ _GAP_PIXELS = 14.0
 _RATIO_PLACES = (3, 6)
 _LOWER_PART = 0.72
 """Share of a broken axis that its lower part has."""
-_COUNT_UNITS = ("", "k", "M", "G", "T")
 
 
 @dataclass(frozen=True)
@@ -212,36 +212,5 @@ def ratio(value: float | None, *others: float | None) -> str:
 def tick(value: float) -> str:
     """Return the text of a tick: as short as it is exact."""
     if value and not 1e-4 <= abs(value) < 1e4:
-        return short(value) if abs(value) >= 1 else f"{value:.3g}".replace("e-0", "e-")
+        return quantity.short(value) if abs(value) >= 1 else f"{value:.3g}".replace("e-0", "e-")
     return f"{value:.6g}"
-
-
-def short(value: float | None) -> str:
-    """Return a count in thousands, millions and so on: 12.7M."""
-    return NONE if value is None else _scaled(value, 1000.0, _COUNT_UNITS, "")
-
-
-def size(value: float | None) -> str:
-    """Return bytes in decimal units: 541 kB."""
-    return NONE if value is None else _scaled(value, 1000.0, _BYTE_UNITS, " ")
-
-
-def duration(seconds: float | None) -> str:
-    """Return seconds as people say them: 55 s, 3 min 15 s, 2 h 10 min."""
-    if seconds is None:
-        return NONE
-    if seconds < 10:
-        return f"{number(seconds, 2)} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60} min"
-
-
-def _scaled(value: float, base: float, units: tuple[str, ...], gap: str) -> str:
-    power = 0
-    while abs(value) >= base and power < len(units) - 1:
-        value, power = value / base, power + 1
-    return f"{value:.3g}{gap}{units[power]}" if abs(value) < 999.5 else f"{value:,.0f}{gap}{units[power]}"

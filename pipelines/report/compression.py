@@ -14,9 +14,10 @@ from itertools import groupby
 from typing import Any
 
 from pipelines.compression.report import CompressionReport
+from pipelines.core import quantity
 from pipelines.core.artifact import Artifact
 from pipelines.modelio import load_instructions
-from pipelines.report import axes, pareto
+from pipelines.report import pareto
 from pipelines.report.charts import Axis
 
 Facts = dict[str, Any]
@@ -43,7 +44,7 @@ def footprint(row: Mapping[str, Any], cache_tokens: int) -> float:
 def size_axis(cache_tokens: int) -> Axis:
     """Return the axis of sizes, which says what counts."""
     counted = f" and of a cache of {cache_tokens:,} tokens" if cache_tokens else ""
-    return Axis(f"bytes on disk{counted} (logarithmic)", log=True, text=axes.size)
+    return Axis(f"bytes on disk{counted} (logarithmic)", log=True, text=quantity.size)
 
 
 def rows(models: Sequence[Mapping[str, Any]], artifacts: Mapping[str, Artifact], cache_tokens: int = 0) -> list[Facts]:

@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pipelines.core import quantity
 from pipelines.core.artifact import Artifact
 from pipelines.core.redaction import redact, redact_value
 from pipelines.measure import answers, intervals
 from pipelines.modelio import load_instructions
-from pipelines.report import axes, charts, compression, lineage, pareto
+from pipelines.report import charts, compression, lineage, pareto
 from pipelines.report.charts import Axis, Series
 
 Facts = dict[str, Any]
@@ -138,7 +139,7 @@ def training(artifact: Artifact | None, earlier: Mapping[str, Artifact] | None =
         "speed": _line(
             rows, "tokens_per_s", steps, Axis("tokens per second", zero=True), "Throughput over steps", noisy=True
         ),
-        "split": charts.bars(seconds, "Seconds of training by part", axes.duration) if seconds else "",
+        "split": charts.bars(seconds, "Seconds of training by part", quantity.duration) if seconds else "",
         "samples": _training_samples(artifact),
     }
 
@@ -182,7 +183,7 @@ def _beside(own: Artifact, rows: list[Facts], earlier: Mapping[str, Artifact]) -
         same = artifact.manifest.parents.get("prepare") == own.manifest.parents.get("prepare")
         curves.append(_by_tokens(metrics(artifact), name if same else f"{name}, on other tokens"))
     return charts.lines(
-        curves, Axis("tokens", text=axes.short), Axis("loss, nats per token"), "Loss by tokens, beside earlier runs"
+        curves, Axis("tokens", text=quantity.short), Axis("loss, nats per token"), "Loss by tokens, beside earlier runs"
     )
 
 
@@ -215,7 +216,7 @@ def _series(rows: list[Facts], key: str, name: str) -> Series:
 
 def _stage_times(record: Mapping[str, Any]) -> str:
     rows = [(name, entry["seconds"]) for name, entry in record["nodes"].items() if entry.get("seconds") is not None]
-    return charts.bars(rows, "Seconds by node of the run", axes.duration) if rows else ""
+    return charts.bars(rows, "Seconds by node of the run", quantity.duration) if rows else ""
 
 
 # ---- data -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from models.architectures.config import ArchitectureConfig
-from pipelines.core import artifact, program
+from pipelines.core import artifact, program, quantity
 from pipelines.core.artifact import Artifact
 from pipelines.core.compute import resolve_device
 from pipelines.core.errors import ConfigError
@@ -122,7 +122,7 @@ def progress(record: Record, total: int, node: str, seconds_per_step: float | No
     if "val/loss" in record:
         parts.insert(1, f"validation {record['val/loss']:.4f}")
     if seconds_per_step is not None:
-        parts.append(f"{_span(seconds_per_step * (total - record['step']))} left")
+        parts.append(f"{quantity.duration(seconds_per_step * (total - record['step']))} left")
     numbers = {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
     return Progress(node, record["step"], total, "steps", ", ".join(parts), numbers)
 
@@ -200,9 +200,3 @@ class _Follower:
 def read_json(path: Path) -> Any:
     """Parse one JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _span(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -16,21 +16,6 @@ def _loud(monkeypatch: pytest.MonkeyPatch) -> None:
     console.set_quiet(False)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(None, "-"), (0.4, "0 s"), (89, "89 s"), (90, "2 min"), (3600, "60 min"), (7200, "2.0 h")]
-)
-def test_durations_are_said_as_a_person_would(seconds: float | None, said: str) -> None:
-    assert console.duration(seconds) == said
-
-
-@pytest.mark.parametrize(
-    ("count", "said"),
-    [(None, "-"), (12, "12 B"), (1500, "1.5 kB"), (2_000_000, "2.0 MB"), (3e9, "3.0 GB"), (4e12, "4.0 TB")],
-)
-def test_sizes_have_decimal_units(count: float | None, said: str) -> None:
-    assert console.size(count) == said
-
-
 def test_a_table_lines_up_and_marks_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     console.table(
         [{"name": "a", "bits": 1.23456}, {"name": "long name", "bits": None}], ["name", "bits"], as_json=False

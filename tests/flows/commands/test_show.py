@@ -83,7 +83,7 @@ def test_a_variant_is_a_line_with_its_size_its_ratio_and_its_baselines_best_firs
     assert "pretrain" in text
     (line,) = [line for line in text.splitlines() if line.strip().startswith("int4")]
     # The variant is no baseline of its own.
-    assert " ".join(line.split()) == "int4 gptq 4.25 2.0 MB 1.00200 [1.00100, 1.00300] best rtn 1.01100, zeros 1.50000"
+    assert " ".join(line.split()) == "int4 gptq 4.25 2 MB 1.00200 [1.00100, 1.00300] best rtn 1.01100, zeros 1.50000"
     assert "with a cache of" not in text
 
 
@@ -99,7 +99,7 @@ def test_a_variant_without_numbers_and_a_run_without_variants_are_shown(
 ) -> None:
     lost = variant("lost", ratio=None, ratio_low=None, ratio_high=None, bits_per_weight=None, best=False, baselines={})
     (line,) = [line for line in shown(finished(lost), capsys).splitlines() if line.strip().startswith("lost")]
-    assert line.split() == ["lost", "gptq", "-", "2.0", "MB", "-", "-"]
+    assert line.split() == ["lost", "gptq", "-", "2", "MB", "-", "-"]
     assert "Variants by size" not in shown(finished(), capsys)
 
 
@@ -224,7 +224,7 @@ def test_runs_are_listed_newest_first_with_their_result_and_their_time(
         (judged.id, "2.25 bits/byte (pretrain)"),
         (validated.id, "2.5 validation bits/byte"),
     ]
-    assert (rows[0]["seconds"], rows[0]["took"]) == (3600, "60 min")
+    assert (rows[0]["seconds"], rows[0]["took"]) == (3600, "1 h 0 min")
 
 
 def test_a_number_that_was_not_measured_on_the_whole_test_split_is_marked_wherever_it_stands(

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 
-from flows import console
 from flows.commands import list as list_command
 from flows.commands import show as show_command
 from flows.commands import store as store_command
 from flows.run_record import NodeRecord, Runs
-from pipelines.core import artifact, disk, fingerprint
+from pipelines.core import artifact, disk, fingerprint, quantity
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, IntegrityError
 from pipelines.core.store import Store
@@ -95,7 +94,7 @@ def test_gc_keeps_what_the_newest_runs_descend_from_and_removes_the_rest(
     assert [row["path"] for row in planned["removed"]] == [str(other.path)]
     assert other.path.exists()
     store_command.gc(1, dry_run=False, yes=True, as_json=False)
-    assert f"1 folders, {console.size(size)} ({size} bytes): removed." in capsys.readouterr().out
+    assert f"1 folders, {quantity.size(size)} ({size} bytes): removed." in capsys.readouterr().out
     assert {a.path for a in store.artifacts()} == {prepare.path, parent.path, child.path}
     assert not list(store.root.glob("artifacts/*/.*"))
 
@@ -183,7 +182,7 @@ def test_gc_works_on_a_full_disk(
 
 def test_a_full_disk_is_told_what_gc_would_free(store: Store, made: Made) -> None:
     size = sum(path.stat().st_size for path in made("prepare", content="x" * 5000).path.iterdir())
-    assert store_command.reclaimable(3) == f"`ingot gc` would free {console.size(size)} at this moment"
+    assert store_command.reclaimable(3) == f"`ingot gc` would free {quantity.size(size)} at this moment"
     store_command.gc(3, dry_run=False, yes=True, as_json=True)
     assert store_command.reclaimable(3) == "`ingot gc` would free nothing at this moment"
 
@@ -250,7 +249,7 @@ def test_gc_asks_at_a_terminal_and_refuses_where_there_is_none(
     store: Store, made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     garbage = made("prepare", content="x" * 2000)
-    size = console.size(disk.size_of(garbage.path))
+    size = quantity.size(disk.size_of(garbage.path))
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     with pytest.raises(ConfigError, match="there is no terminal to ask at"):
         store_command.gc(3, dry_run=False, yes=False, as_json=False)

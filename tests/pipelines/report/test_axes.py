@@ -74,29 +74,6 @@ def test_numbers_show_their_significant_digits(value: float | None, digits: int,
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"),
-    [(0, "0 B"), (999, "999 B"), (541_460, "541 kB"), (1_126_812, "1.13 MB"), (5e15, "5,000 TB"), (None, axes.NONE)],
-)
-def test_sizes_are_decimal(value: float | None, expected: str) -> None:
-    assert axes.size(value) == expected
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        (0.5, "0.50 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 0 s"),
-        (194, "3 min 14 s"),
-        (7800, "2 h 10 min"),
-        (None, axes.NONE),
-    ],
-)
-def test_durations_read_aloud(seconds: float | None, expected: str) -> None:
-    assert axes.duration(seconds) == expected
-
-
-@pytest.mark.parametrize(
     ("value", "expected"), [(0.0, "0"), (0.02, "0.02"), (6000, "6000"), (20000, "20k"), (5e-6, "5e-6")]
 )
 def test_ticks_are_short(value: float, expected: str) -> None:

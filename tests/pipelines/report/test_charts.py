@@ -8,7 +8,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from pipelines.report import axes, charts, pareto
+from pipelines.core import quantity
+from pipelines.report import charts, pareto
 from pipelines.report.charts import Axis, Series
 from pipelines.report.pareto import Model
 
@@ -77,7 +78,7 @@ def test_names_are_escaped() -> None:
     model = Model(name, 10.0, 1.0, 0.9, 1.1)
     pictures = [
         charts.lines(two, Axis(name), Axis(name), name),
-        charts.bars([(name, 1.0)], name, axes.duration),
+        charts.bars([(name, 1.0)], name, quantity.duration),
         pareto.draw([model], [(name, 2.0)], Axis(name, log=True), Axis(name), name),
     ]
     for svg in pictures:
@@ -115,7 +116,7 @@ def test_thinning_keeps_a_long_gap() -> None:
 
 
 def test_bars_are_as_long_as_their_values() -> None:
-    root = parse(charts.bars([("a", 1.0), ("b", 3.0), ("c", 0.0)], "t", axes.duration))
+    root = parse(charts.bars([("a", 1.0), ("b", 3.0), ("c", 0.0)], "t", quantity.duration))
     a, b, c = (float(bar.get("width", "")) for bar in root.iter("rect"))
     assert b == pytest.approx(3 * a, abs=0.2)
     assert 0 < c <= 1

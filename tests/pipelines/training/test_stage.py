@@ -237,5 +237,5 @@ def test_a_progress_line_shows_loss_rate_and_time_left() -> None:
 
 def test_a_progress_line_says_when_a_loss_is_not_finite() -> None:
     shown = progress({"step": 1, "loss": None, "tokens_per_s": 1.0}, 8000, "pretrain", 2.0)
-    assert shown.message.startswith("loss not finite, 1 tokens/s, 4 h 26 min left")
+    assert shown.message.startswith("loss not finite, 1 tokens/s, 4 h 27 min left")
     assert "loss" not in shown.metrics
