@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from flows import console
 from pipelines.core import disk, lock
@@ -63,6 +63,31 @@ class NodeRecord(BaseModel):
         return self
 
 
+class _Ratio(BaseModel):
+    value: float
+
+
+class _Baseline(BaseModel):
+    ratio: _Ratio
+
+
+class _Variant(BaseModel):
+    """What is shown of a row of `PARETO`, which has more."""
+
+    model: str
+    method: str
+    bits_per_weight: float | None
+    bits_per_cached_number: float | None = None
+    size_bytes: float
+    footprint_bytes: float = 0.0
+    cache_tokens: int = 0
+    ratio: float | None
+    ratio_low: float | None
+    ratio_high: float | None
+    best: bool
+    baselines: dict[str, _Baseline]
+
+
 class SelectionRecord(BaseModel):
     """Which nodes a run was asked for; see `flows.planner.Selection`."""
 
@@ -107,6 +132,13 @@ class RunRecord(BaseModel):
     tracking_problem: str | None = None
     folder: Path | None = Field(default=None, exclude=True)
     """Where its record lies."""
+
+    @field_validator("started_at", "finished_at")
+    @classmethod
+    def _is_a_time(cls, value: str | None) -> str | None:
+        if value is not None:
+            dt.datetime.fromisoformat(value)
+        return value
 
     def pin(self, overrides: list[str]) -> list[str]:
         """Return overrides that start from the same weights as this run, wherever the aliases point by now."""
@@ -340,9 +372,20 @@ class Runs:
         return named
 
     def pareto(self, run_id: str) -> list[dict[str, Any]]:
-        """Return the rows of a run's variants by method and bits, as its report shows them; empty without a report."""
+        """Return the rows of a run's variants by method and bits, as its report shows them; empty without a report.
+
+        Raises:
+            IntegrityError: they are damaged.
+        """
         path = self.folder(run_id) / PARETO
-        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        try:
+            rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+            TypeAdapter(list[_Variant]).validate_python(rows)
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise IntegrityError(
+                f"{path} is damaged ({reason})", hint="delete it: the run is then shown without its variants"
+            ) from None
         return rows
 
     def named(self, name: str) -> list[RunRecord]:

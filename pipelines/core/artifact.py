@@ -192,7 +192,7 @@ def load(path: Path) -> Artifact:
         seal = _seal(raw)
     except FileNotFoundError:
         raise IntegrityError(f"{path} is not an artifact: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, IsADirectoryError) as error:
         raise IntegrityError(f"{path / MANIFEST} is damaged: {error}", hint=_REBUILD) from error
     if seal != manifest.seal:
         raise IntegrityError(

@@ -11,6 +11,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from pipelines.core.errors import IntegrityError
 from pipelines.registry import history, mlflow_database
 from pipelines.registry.history import Record
 from pipelines.tracking.config import TrackingConfig, resolve_uri
@@ -58,11 +61,21 @@ def moved_by(tags: Mapping[str, str]) -> str:
 
 
 def where(store_root: Path, model: str | None = None) -> TrackingConfig:
-    """Return the MLflow that a model was last registered with; the environment's and the store's own come after."""
+    """Return the MLflow that a model was last registered with; the environment's and the store's own come after.
+
+    Raises:
+        IntegrityError: the history names something else.
+    """
     records = [r for r in history.read(store_root, model) if "tracking_uri" in r] if model else []
-    if records and "MLFLOW_TRACKING_URI" not in os.environ:
+    if not records or "MLFLOW_TRACKING_URI" in os.environ:
+        return TrackingConfig()
+    try:
         return TrackingConfig(uri=records[-1]["tracking_uri"])
-    return TrackingConfig()
+    except ValidationError as error:
+        raise IntegrityError(
+            f"{store_root / history.HISTORY} is damaged: tracking_uri of {model}: {error.errors()[0]['msg']}",
+            hint="let $MLFLOW_TRACKING_URI name the registry, or correct that line",
+        ) from None
 
 
 def _quality(tags: Mapping[str, str]) -> dict[str, float]:

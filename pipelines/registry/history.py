@@ -52,7 +52,7 @@ def who_and_when() -> dict[str, str]:
 
 
 def read(store_root: Path, model: str | None = None) -> list[Record]:
-    """Return every record, oldest first; unfinished lines are left out."""
+    """Return every record, oldest first; lines that are unfinished or damaged are left out."""
     try:
         lines = (store_root / HISTORY).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
@@ -104,7 +104,10 @@ def _parse(text: str) -> Record | None:
         record = json.loads(text)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and {"model", "action", "version"} <= record.keys() else None
+    if not isinstance(record, dict) or not {"model", "action", "version"} <= record.keys():
+        return None
+    texts = (record["model"], record["action"], record["version"] or "")
+    return record if all(isinstance(text, str) for text in texts) else None
 
 
 def _ends_a_line(descriptor: int) -> bool:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,8 +19,12 @@ import pytest
 from flows.commands import list as list_command
 from flows.commands import lookup, show
 from flows.run_record import PARETO, NodeRecord, RunRecord, Runs
+from pipelines.core import artifact, fingerprint
+from pipelines.core.artifact import write_text
+from pipelines.core.errors import IngotError
 from pipelines.core.program import ROOT as CHECKOUT
 from pipelines.core.store import Store
+from pipelines.registry import history
 
 
 def variant(name: str, **changes: Any) -> dict[str, Any]:
@@ -207,6 +215,68 @@ def test_following_ends_when_the_run_is_killed(runs: Runs) -> None:
     follower.join(timeout=30)
     assert codes == [1]
     assert runs.get().state == "killed"
+
+
+def test_ctrl_c_stops_looking_and_leaves_the_run_at_work(runs: Runs) -> None:
+    nodes = {"pretrain": NodeRecord(stage="pretrain", fingerprint="0" * 64, state="running", done=1, total=9)}
+    record = runs.start(recipe="mine", overrides=[], config={}, data_hash="d", nodes=nodes)
+    with subprocess.Popen(
+        [sys.executable, "-m", "flows", "status", "--follow"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=CHECKOUT,
+        env={**os.environ, "INGOT_STORE": str(runs.root.parent)},
+    ) as looker:  # fmt: skip
+        assert looker.stderr is not None
+        assert looker.stderr.readline().split()[:2] == ["pretrain", "1/9"]
+        looker.send_signal(signal.SIGINT)
+        assert (looker.wait(timeout=30), *looker.communicate()) == (130, "", "")
+    assert runs.get().at_work
+    runs.finish(record, "done", 0)
+
+
+def _turned_into_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _edited(**changes: Any) -> Callable[[Path], None]:
+    return lambda path: write_text(path, json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _holding(text: str) -> Callable[[Path], None]:
+    return lambda path: write_text(path, text)
+
+
+DAMAGES = [
+    *(("runs/*/run.json", damage) for damage in (_holding("{"), _holding("[]"), _edited(started_at="yesterday"))),
+    *(("runs/*/pareto.json", _holding(text)) for text in ("", "{", "[3]", '[{"model": "a"}]')),
+    *(("artifacts/*/*/manifest.json", damage) for damage in (_holding("[]"), Path.unlink, _turned_into_a_folder)),
+    *(
+        ("registry/history.jsonl", _holding(json.dumps({"action": "promote", **record}) + "\n"))
+        for record in ({"model": 3, "version": 4}, {"model": "m", "version": "1", "tracking_uri": "nowhere"})
+    ),
+]
+
+
+@pytest.mark.parametrize(("pattern", "damage"), DAMAGES)
+def test_what_is_damaged_is_left_out_or_named_and_never_a_traceback(
+    pattern: str, damage: Callable[[Path], None], finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(list_command, "store", lambda: Store(tmp_path))
+    record = finished(variant("int4"))
+    store, identity = Store(tmp_path), {"node": "prepare", "inputs": {}}
+    build, final = store.build_folder("prepare", "prepare"), store.path("prepare", fingerprint.digest(identity))
+    made = artifact.publish(build, final, stage="prepare", node="prepare", identity=identity, parents={}, summary={})
+    history.append(tmp_path, "m", history.PROMOTE, version="1", why="a test")
+    (damaged,) = tmp_path.glob(pattern)
+    damage(damaged)
+    looks = [functools.partial(list_command.show, what, as_json=False) for what in ("runs", "artifacts", "models")]
+    looks += [functools.partial(list_command.show, "champions", as_json=False)]
+    for target in (record.id, made.manifest.fingerprint[:8], "champion"):
+        looks.append(functools.partial(show.show, target, None, [], as_json=False))
+    for look in looks:
+        with contextlib.suppress(IngotError):  # a message; anything else is a traceback and fails the test
+            look()
 
 
 def test_runs_are_listed_newest_first_with_their_result_and_their_time(
