@@ -310,18 +310,15 @@ def _explain(root: type[BaseModel], error: Any) -> str:
     """Say in one line what pydantic found: dotted path, value, reason, nearest name."""
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(error["loc"][-1]), _fields(root, error["loc"][:-1]), n=1, cutoff=0.5)
-        return f"{path} is not a key" + (f"; did you mean {near[0]!r}?" if near else "")
+        keys = _keys(root, error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), keys, n=1, cutoff=0.5)
+        return f"{path} is not a key; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(keys)}")
     reason = error["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(error["input"], dict) else f" = {redact_value(str(error['loc'][-1]), error['input'])!r}"
     return f"{path}{shown}: {reason}" if path else reason
 
 
-def _fields(root: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    """Return the field names of the section at `location`."""
-    model: Any = root
-    for part in location:
-        field = model.model_fields.get(part) if isinstance(part, str) and hasattr(model, "model_fields") else None
-        model = field.annotation if field is not None else model
-        model = next((a for a in getattr(model, "__args__", ()) if hasattr(a, "model_fields")), model)
-    return list(getattr(model, "model_fields", {}))
+def _keys(root: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """Return the keys of the section at `location`, as a recipe writes them."""
+    section = _section(_field(root, {}, [str(part) for part in location])[0])
+    return [field.alias or name for name, field in section.model_fields.items()] if section else []

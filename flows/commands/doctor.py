@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from flows import console, preflight, run_plan
-from pipelines.core import disk, program, project, quantity
+from pipelines.core import disk, machine, program, project, quantity
 from pipelines.core.errors import ConfigError, IngotError
+from pipelines.core.redaction import redact, redact_value
 from pipelines.data import versioning
 from pipelines.data.config import DataConfig
 
 _PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "prefect", "mlflow", "dvc", "lm-eval", "fastapi")
+_PREFIXES = ("INGOT_", "MLFLOW_", "PREFECT_", "NCCL_", "SLURM_")
+_VARIABLES = ("AWS_PROFILE", "AWS_ENDPOINT_URL", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
 _DISK_WANTED = 5_000_000_000
 
 
@@ -28,6 +31,7 @@ def doctor(*, as_json: bool) -> None:
         ConfigError: something is missing.
     """
     rows = [
+        _row("platform", f"{platform.platform()}, {platform.machine()}"),
         _python(),
         *(_package(name) for name in _PACKAGES),
         *_pins(),
@@ -36,18 +40,26 @@ def doctor(*, as_json: bool) -> None:
         _project(),
         _disk(),
         _memory(),
+        _row("gpu", ", ".join(f"{name} ({quantity.size(memory)})" for name, memory in machine.gpus_here()) or "none"),
+        _row("environment", ", ".join(_environment()) or "nothing set"),
         _loopback(),
         _corpus(),
         *_preflight(),
     ]
-    console.table(rows, ["check", "state", "found", "do"], as_json=as_json)
+    console.table(rows, ["check", "state", "value", "do"], as_json=as_json)
     missing = [row["check"] for row in rows if row["state"] == "missing"]
     if missing:
         raise ConfigError(f"not ready: {', '.join(missing)}", hint="the last column says what to do")
 
 
-def _row(check: str, found: str, *, ok: bool = True, do: str = "") -> dict[str, Any]:
-    return {"check": check, "state": "ok" if ok else "missing", "found": found, "do": "" if ok else do}
+def _row(check: str, value: str, *, ok: bool = True, do: str = "") -> dict[str, Any]:
+    return {"check": check, "state": "ok" if ok else "missing", "value": value, "do": "" if ok else do}
+
+
+def _environment() -> list[str]:
+    """Return the variables that change what a command does, without what may be secret in them."""
+    names = sorted(name for name in os.environ if name.startswith(_PREFIXES) or name in _VARIABLES)
+    return [f"{name}={redact_value(name, redact(os.environ[name]))}" for name in names]
 
 
 def _python() -> dict[str, Any]:
@@ -111,12 +123,11 @@ def _loopback() -> dict[str, Any]:
 def _corpus() -> dict[str, Any]:
     try:
         root = project.find()
-        found = versioning.status(DataConfig(), root)
+        told = versioning.status(DataConfig(), root)
     except IngotError as error:
         return _row("corpus", error.message, ok=False, do=error.hint or "ingot data pull")
-    work_tree = str(found["work_tree"])
-    shown = f"work tree {work_tree}; remote {found['remote']}"
-    return _row("corpus", shown, ok=work_tree == "matches", do="`ingot data status`")
+    shown = f"work tree {told['work_tree']}; remote {told['remote']}"
+    return _row("corpus", shown, ok="do" not in told, do=str(told.get("do")))
 
 
 def _preflight() -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ def machine_of(compute: ComputeConfig, *, elsewhere: bool = False) -> Machine:
         elsewhere: the plan is for a machine that is not this one, of which nothing is known but what `compute` states;
             a GPU for each rank, unless `compute.device` is cpu.
     """
-    gpus = [] if elsewhere or compute.device == "cpu" else _gpus()
+    gpus = [] if elsewhere or compute.device == "cpu" else gpus_here()
     on_gpu = compute.device == "cuda" or (compute.device == "auto" and (elsewhere or bool(gpus)))
     memory, name, shared = None, "", False
     if compute.memory is not None:
@@ -82,11 +82,11 @@ def ram_bytes() -> int:
 def gpu_count() -> int:
     """Return how many GPUs processes here may use, as the driver and $CUDA_VISIBLE_DEVICES tell."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return len(_gpus()) if listed is None else min(len(_gpus()), len(listed.split(",")))
+    return len(gpus_here()) if listed is None else min(len(gpus_here()), len(listed.split(",")))
 
 
 @cache
-def _gpus() -> tuple[tuple[str, int], ...]:
+def gpus_here() -> tuple[tuple[str, int], ...]:
     """Return name and memory in bytes of every GPU that processes here may use, as the driver tells them."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"} or shutil.which("nvidia-smi") is None:
         return ()

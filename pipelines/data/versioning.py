@@ -258,21 +258,20 @@ def can_be_pulled(config: DataConfig, project: Path) -> bool:
 
 
 def status(config: DataConfig, project: Path) -> dict[str, Any]:
-    """Return the recorded hash, whether the work tree matches it, and whether the remote has it."""
+    """Return the recorded hash, whether the work tree matches it and the remote has it; `do` says how to mend it."""
     tracked = _tracked(config, project)
+    work_tree, do = "matches", {}
     try:
         verify(config, project, reread=True)
-        work_tree = "matches"
     except IntegrityError as error:
-        work_tree = error.message
+        work_tree, do = error.message, {"do": error.hint}
     try:
         said = json.loads(dvc.run(project, "status", "--cloud", "--json", config.dvc_file))
         remote = "up to date" if not said else f"{len(said)} objects differ: `ingot data push` or `ingot data pull`"
     except TransientError as error:
         remote = error.message
-    return {"hash": tracked["md5"], "bytes": tracked["size"], "files": tracked["nfiles"], "work_tree": work_tree} | {
-        "remote": remote
-    }
+    facts = {"hash": tracked["md5"], "bytes": tracked["size"], "files": tracked["nfiles"]}
+    return facts | {"work_tree": work_tree, "remote": remote} | do
 
 
 def pull(config: DataConfig, project: Path, *, force: bool = False) -> dict[str, Any]:

@@ -184,9 +184,9 @@ def test_gpus_are_counted_as_the_processes_will_see_them(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if listed is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-    machine._gpus.cache_clear()
+    machine.gpus_here.cache_clear()
     assert machine.gpu_count() == count
-    machine._gpus.cache_clear()
+    machine.gpus_here.cache_clear()
 
 
 def test_a_disk_without_room_is_found_before_the_first_step(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

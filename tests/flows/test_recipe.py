@@ -285,3 +285,17 @@ def test_every_recipe_fits_the_schema_that_editors_are_given_and_a_slip_does_not
         {"extend": "demo"},
     ]
     assert [slip for slip in slips if editor.is_valid(slip)] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("foo.bar=1", "foo is not a key; there are data, prepare, pretrain, compress, "),
+        ("pretrain.fron=champion", "pretrain.fron is not a key; did you mean 'from'?"),
+        ("pretrain.optimizer.zzz=1", "pretrain.optimizer.zzz is not a key; there are name, lr, "),
+    ],
+)
+def test_a_key_that_resembles_none_is_answered_with_those_that_there_are(override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        recipe.resolve("smoke", [override])
+    assert said in str(refused.value)

@@ -23,9 +23,9 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    machine._gpus.cache_clear()
+    machine.gpus_here.cache_clear()
     yield
-    machine._gpus.cache_clear()
+    machine.gpus_here.cache_clear()
 
 
 def test_the_ranks_of_a_cpu_share_the_memory_of_the_machine() -> None:

@@ -211,12 +211,14 @@ def test_pull_keeps_edited_files_unless_forced_and_status_tells_when_all_is_well
     with pytest.raises(IntegrityError, match="were edited and would be lost"):
         versioning.pull(HERE, checkout)
     assert md5(checkout / "data" / "milton.jsonl.zst") == edited
+    assert "dvc pull --force data.dvc" in versioning.status(HERE, checkout)["do"]
     assert versioning.pull(HERE, checkout, force=True)["files"] == 4
     found = versioning.status(HERE, checkout)
     assert found["hash"] == versioning.data_hash(HERE, checkout)
     assert found["bytes"] == sum(path.stat().st_size for path in (checkout / "data").iterdir())
     assert found["files"] == 4
     assert (found["work_tree"], found["remote"]) == ("matches", "up to date")
+    assert "do" not in found
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
