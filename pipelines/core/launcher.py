@@ -25,6 +25,8 @@ from pathlib import Path
 from pipelines.core import environment, stop
 from pipelines.core.errors import BY_EXIT_CODE, ConfigError, IngotError, Preempted, TransientError
 
+LOOPBACK = "127.0.0.1"
+"""Where ranks meet: all of them are on this machine."""
 HEARTBEAT_VARIABLE = "INGOT_HEARTBEAT"
 """Names the file that a rank touches to show that it is alive."""
 
@@ -175,17 +177,19 @@ class _Group:
         log = self.log_dir / f"rank-{rank}.log"
         heartbeat = self.log_dir / f"heartbeat-{rank}"
         heartbeat.unlink(missing_ok=True)
-        placement = {
+        placement: dict[str, object] = {
             "RANK": rank,
             "LOCAL_RANK": rank,
             "WORLD_SIZE": self.world_size,
             "LOCAL_WORLD_SIZE": self.world_size,
-            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_ADDR": LOOPBACK,
             "MASTER_PORT": port,
             HEARTBEAT_VARIABLE: heartbeat.resolve(),
             "PYTHONUNBUFFERED": 1,  # or the last words of a killed rank are lost
             "PYTHONFAULTHANDLER": 1,  # SIGABRT and SIGSEGV write the stacks of all threads to the log
         }
+        if (loopback := _loopback_interface()) is not None:
+            placement["GLOO_SOCKET_IFNAME"] = loopback  # it would take the interface of this machine's name
         own = {name: str(value) for name, value in placement.items()}
         variables = {**environment.cleared(os.environ), **self.env, **own}
         with log.open("ab") as stream:
@@ -360,9 +364,14 @@ def _kill_group(rank: _Rank) -> None:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _loopback_interface() -> str | None:
+    """Return the name of the interface that nothing outside this machine reaches: that of Linux, or of BSD."""
+    return next((name for _, name in socket.if_nameindex() if name in {"lo", "lo0"}), None)
 
 
 def _oom_kills() -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+from pipelines.core.launcher import LOOPBACK
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,31 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.summed([0.0])
+
+
+@functools.cache
+def meet_on_loopback() -> Any:
+    """Have the ranks meet at a store that only this machine can reach; to be called before the process group is made.
+
+    The store that torch opens by itself listens on every interface of the machine, and lets whoever connects read and
+    write it. Rank 0 opens it here instead, at the address that the launcher gave, and all ranks are its clients.
+
+    Returns:
+        The store on rank 0, alive as long as the process; None elsewhere, and where the launcher gave no address.
+
+    Raises:
+        OSError: another process has taken the port; the launcher then tries another one.
+    """
+    if distributed.is_initialized() or os.environ.get("MASTER_ADDR") != LOOPBACK:
+        return None
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(True)  # torch's way to say that the store is there already
+    if os.environ["RANK"] != "0":
+        return None
+    port = int(os.environ["MASTER_PORT"])
+    listener = socket.create_server((LOOPBACK, port), backlog=int(os.environ["WORLD_SIZE"]) + 128)
+    return distributed.TCPStore(  # type: ignore[attr-defined]
+        LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 def _host_group() -> Any:

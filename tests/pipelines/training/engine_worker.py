@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -47,6 +48,9 @@ def main() -> None:
     made = engine.DeepSpeedEngine(module, Lamb, config, torch.device("cpu"))
     found["type"] = type(made._engine).__name__
     found["shm_comm"] = "deepspeed_shm_comm" in sys.modules or engine_has_shm()
+    listening = [c for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
+    found["listens_on"] = sorted({c.laddr.ip for c in listening})
+    found["store_listens"] = int(os.environ["MASTER_PORT"]) in {c.laddr.port for c in listening}
     found["clipping"] = made._engine.gradient_clipping()
     for name, change in {
         "world": {"world_size": 2, "batch_size": 12},

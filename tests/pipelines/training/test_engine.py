@@ -150,6 +150,12 @@ def test_accelerate_gives_a_deepspeed_engine_without_the_shared_memory_build(giv
 
 
 @pytest.mark.slow
+def test_deepspeed_meets_at_a_store_that_only_this_machine_reaches(given: dict[str, Any]) -> None:
+    assert given["store_listens"]
+    assert given["listens_on"] == ["127.0.0.1"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "message"),
     [
