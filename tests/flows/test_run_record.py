@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -202,8 +203,13 @@ def test_the_variants_of_a_run_are_read_where_its_report_put_them(tmp_path: Path
     runs = Runs(tmp_path)
     record = start(runs)
     assert runs.pareto(record.id) == []
+    row = {"model": "int4", "method": "rtn", "bits_per_weight": 4.25, "size_bytes": 9, "best": True, "more": "kept"}
+    row |= {"ratio": 1.1, "ratio_low": 1.0, "ratio_high": 1.2, "baselines": {"zeros": {"ratio": {"value": 2.0}}}}
+    (runs.folder(record.id) / PARETO).write_text(json.dumps([row]))
+    assert runs.pareto(record.id) == [row]
     (runs.folder(record.id) / PARETO).write_text('[{"model": "int4"}]')
-    assert runs.pareto(record.id) == [{"model": "int4"}]
+    with pytest.raises(IntegrityError, match=r"pareto\.json is damaged"):
+        runs.pareto(record.id)
 
 
 def test_saving_leaves_no_temporary_file(tmp_path: Path) -> None:
