@@ -221,6 +221,26 @@ def test_every_exit_code_has_its_row() -> None:
     assert [code for code in (0, *BY_EXIT_CODE) if not re.search(rf"^\| {code} \|", page, flags=re.MULTILINE)] == []
 
 
+def test_every_variable_of_ours_has_its_row_and_every_row_is_read() -> None:
+    sources = [path for top in ("flows", "pipelines", "models", "infra") for path in (CHECKOUT / top).rglob("*.*")]
+    code = "\n".join(path.read_text() for path in sources if path.suffix in {".py", ".yaml"})
+    page = read("docs/reference/environment.md").text
+    assert set(re.findall(r"\bINGOT_[A-Z]+\b", page)) == set(re.findall(r"\bINGOT_[A-Z]+\b", code))
+
+
+def test_what_commands_and_reports_print_uses_the_words_of_the_dictionary() -> None:
+    found = []
+    for path in [*(CHECKOUT / "flows").rglob("*.py"), *(CHECKOUT / "pipelines" / "report").iterdir()]:
+        if path.suffix == ".py":
+            nodes = list(ast.walk(ast.parse(path.read_text())))
+            prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}  # docstrings print nothing
+            texts = [n.value for n in nodes if isinstance(n, ast.Constant) and id(n) not in prose]
+        else:
+            texts = [path.read_text()] if path.suffix == ".j2" else []
+        found += [f"{path.name}: {text}" for text in texts if isinstance(text, str) and OLD_WORDS.search(text)]
+    assert found == []
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in OLD_WORDS_ALLOWED])
 def test_pages_use_the_words_of_the_dictionary(name: str) -> None:
     assert sorted({found.lower() for found in OLD_WORDS.findall(read(name).text)}) == []
