@@ -22,6 +22,8 @@ from pipelines.registry import current, evidence, history
 from pipelines.training import tokens
 
 _OWN_NAME = "promote.model_name=NAME gives this model a name of its own; or see promote.allow_new_test_set"
+_ASSUMED_TWICE = 2
+"""A stage whose bytes rest on assumptions is refused where not even half of them fit."""
 _AGAIN = "it will be measured again on that of this run"
 _COMPUTES = {"pretrain", "compress", "evaluate"}
 
@@ -189,7 +191,7 @@ def space(plan: RunPlan) -> Iterator[Finding]:
     running = [step for step in plan.steps if step.runs and step.estimate.disk_bytes is not None]
     needed = [(step.estimate.disk_bytes or 0) - disk.size_of(_scratch(plan, step.node)) for step in running]
     for step, size in zip(running, needed, strict=True):
-        if size > free:
+        if size > free * (1 if step.estimate.disk_exact else _ASSUMED_TWICE):
             message = f"{step.node} needs up to {size:,} bytes in {plan.store.root}, {free:,} are free"
             yield Finding("disk", message, disk.HINT, DiskFullError)
             return

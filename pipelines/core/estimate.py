@@ -95,6 +95,8 @@ class Estimate:
     """Floating point operations of all ranks together."""
     disk: Mapping[str, int] = field(default_factory=dict)
     """Bytes that it writes, by what they are for: its artifact, and what it keeps until that is there."""
+    disk_exact: bool = False
+    """Whether those bytes follow from the configuration; else they rest on assumptions of the text."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What the stages below need to know: tokens, vocabulary, parameters."""
     remedies: Sequence[Remedy] = ()

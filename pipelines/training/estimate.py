@@ -81,6 +81,7 @@ def estimate_pretrain(config: PretrainConfig, context: EstimateContext) -> Estim
             "model": 2 * room.model_bytes(config, architecture),
             "metrics": _RECORD_BYTES * config.steps,
         },
+        disk_exact=True,
         facts=facts(config, architecture),
         remedies=remedies(config, architecture, machine.device) if not _needs(config, held).fit(machine) else (),
     )

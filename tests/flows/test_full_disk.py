@@ -16,9 +16,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 def test_a_run_on_a_full_disk_says_so_and_the_same_command_completes_with_more_room(
     disk_of: Callable[[int], Any], run_in: Callable[..., Any]
 ) -> None:
-    """6 MiB hold the run's own databases, and not the corpus; everything of the run lies on this disk."""
+    """6 MiB are refused before work begins; 10 MiB may do, and do not. Everything of the run lies on this disk."""
     disk = disk_of(6 * 1024)
     command = ("run", "--recipe", "smoke", "--only", "prepare")
+    refused = run_in(disk.path / "store", *command, check=4)
+    assert "ingot: prepare needs up to" in refused.stderr
+    assert "-> free some space (`ingot gc --dry-run`" in refused.stderr
+    disk.resize(10 * 1024)
     full = run_in(disk.path / "store", *command, check=4)
     assert "ingot: no space for the artifact of prepare in" in full.stderr
     assert "bytes were written before the disk was full" in full.stderr

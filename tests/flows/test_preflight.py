@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import sqlite3
 import subprocess
@@ -20,7 +21,7 @@ from pipelines.core import artifact, disk, machine
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, DiskFullError, IntegrityError
 from pipelines.core.program import ROOT
-from pipelines.registry import evidence
+from pipelines.registry import evidence, mlflow_database
 from pipelines.registry.initial_weights import Source
 
 Plan = Callable[..., RunPlan]
@@ -65,12 +66,23 @@ def publish(plan: RunPlan, node: str, files: dict[str, str], **summary: Any) -> 
 
 
 def crown(store: Path, **facts: str) -> None:
-    """Let the registry of a store have a champion, in the two tables of MLflow that a plan reads."""
+    """Let the registry of a store have a champion, in the tables of MLflow that a plan reads."""
     store.mkdir(parents=True, exist_ok=True)
+    (revision,) = mlflow_database.SCHEMAS
     with contextlib.closing(sqlite3.connect(store / "mlflow.db")) as database, database:
-        database.execute("CREATE TABLE registered_model_aliases (name, alias, version)")
-        database.execute("CREATE TABLE model_version_tags (name, version, key, value)")
+        for table in (
+            "alembic_version (version_num)",
+            "registered_models (name, workspace)",
+            "registered_model_tags (name, key, value)",
+            "registered_model_aliases (name, alias, version)",
+            "model_versions (name, version, source, current_stage)",
+            "model_version_tags (name, version, key, value)",
+        ):
+            database.execute(f"CREATE TABLE {table}")
+        database.execute("INSERT INTO alembic_version VALUES (?)", (revision,))
+        database.execute("INSERT INTO registered_models VALUES ('ingot-smoke', 'default')")
         database.execute("INSERT INTO registered_model_aliases VALUES ('ingot-smoke', 'champion', 1)")
+        database.execute("INSERT INTO model_versions VALUES ('ingot-smoke', 1, 'elsewhere', NULL)")
         rows = [("ingot-smoke", 1, key, value) for key, value in facts.items()]
         database.executemany("INSERT INTO model_version_tags VALUES (?, ?, ?, ?)", rows)
 
@@ -169,7 +181,7 @@ def test_gpus_that_are_asked_for_and_not_there(
     plan: Plan, overrides: list[str], there: int, build: str, found: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "gpu_count", lambda: there)
-    monkeypatch.setattr(preflight.importlib.metadata, "version", lambda _name: f"2.13.0+{build}")
+    monkeypatch.setattr(importlib.metadata, "version", lambda _name: f"2.13.0+{build}")
     assert [each.error for each in preflight.gpus(plan(*overrides))] == found
 
 
