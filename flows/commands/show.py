@@ -84,10 +84,15 @@ def show(target: str, recipe_name: str | None, overrides: list[str], *, as_json:
     """Print one run, one artifact, the resolved configuration, or its JSON schema.
 
     Raises:
-        ConfigError: see `lookup.find`; or something other than the configuration is wanted as TOML.
+        ConfigError: see `lookup.find`; or an option that has no meaning here.
     """
-    if as_toml and target != "config":
+    if as_toml and (target != "config" or as_json):
         raise ConfigError("--toml prints a recipe", hint="ingot show config --toml --recipe NAME")
+    if target != "config" and (recipe_name or overrides):
+        given = [*(["--recipe"] if recipe_name else []), *overrides]
+        raise ConfigError(
+            f"{target} is what it is: {', '.join(given)} would change nothing", hint="`ingot show config`"
+        )
     if target == "config":
         root = project.find_any()
         config = recipe.resolve(*recipe.from_here(recipe_name, overrides, root), root)

@@ -324,13 +324,20 @@ def import_url(config: DataConfig, project: Path, url: str) -> dict[str, Any]:
     """Bring a corpus from a URL (s3://, https://, a path) and record it; the one that is here must be moved away first.
 
     Raises:
-        ConfigError: a corpus is here already.
+        ConfigError: a corpus is here already, or there is nothing at the path.
     """
     if (project / config.path).exists():
         raise ConfigError(
             f"{project / config.path} exists and would be replaced",
             hint=f"`ingot new NAME --data {url}` makes a project of its own for it; or move this one away first",
         )
+    if "://" not in url:
+        place = Path(url).expanduser().resolve()  # from where it was typed; DVC works in the project
+        if not place.exists():
+            raise ConfigError(
+                f"{place} does not exist", hint="give a file, a folder, or a URL such as s3://bucket/texts"
+            )
+        url = str(place)
     before = _recorded(config, project)
     dvc.run(project, "import-url", "--force", url, config.path)
     return _recording(config, project, before)

@@ -21,7 +21,7 @@ from flows.commands import lookup, show
 from flows.run_record import PARETO, NodeRecord, RunRecord, Runs
 from pipelines.core import artifact, fingerprint
 from pipelines.core.artifact import write_text
-from pipelines.core.errors import IngotError
+from pipelines.core.errors import ConfigError, IngotError
 from pipelines.core.program import ROOT as CHECKOUT
 from pipelines.core.store import Store
 from pipelines.registry import history
@@ -80,7 +80,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., R
 
 
 def shown(record: RunRecord, capsys: pytest.CaptureFixture[str], *, as_json: bool = False) -> str:
-    show.show(record.id, "demo", [], as_json=as_json)
+    show.show(record.id, None, [], as_json=as_json)
     return capsys.readouterr().out
 
 
@@ -311,3 +311,14 @@ def test_a_number_that_was_not_measured_on_the_whole_test_split_is_marked_wherev
     show.status(promoted.id, follow=False, as_json=False)
     marked = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "truncated, bits_per_byte" in line]
     assert marked == ["evaluate.pretrain", "evaluate.int8"]
+
+
+@pytest.mark.parametrize(
+    ("target", "recipe_name", "overrides", "as_toml"),
+    [("champion", "demo", [], False), ("schema", None, ["pretrain.steps=3"], False), ("config", None, [], True)],
+)
+def test_an_option_that_would_change_nothing_of_what_is_shown_is_refused(
+    target: str, recipe_name: str | None, overrides: list[str], as_toml: bool
+) -> None:
+    with pytest.raises(ConfigError):
+        show.show(target, recipe_name, overrides, as_json=True, as_toml=as_toml)

@@ -342,7 +342,7 @@ def test_show_reads_each_manifest_a_few_times_however_many_ancestors_there_are(
     loaded: list[Path] = []
     load = artifact.load
     monkeypatch.setattr(artifact, "load", lambda path: loaded.append(path) or load(path))
-    show_command.show(str(newest.path), "demo", [], as_json=False)
+    show_command.show(str(newest.path), None, [], as_json=False)
     assert capsys.readouterr().out.count("compress.") > 7
     assert len(loaded) <= 10  # the artifact itself, then each of nine once
 
