@@ -6,6 +6,7 @@ The weight methods one by one are driven there in `tests/contracts/test_compress
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,11 @@ TABLES: dict[str, dict[str, Any]] = {
 QUICK = {"gptq", "kvquant", "optin", "distill"}
 """One of each kind; the others take minutes together."""
 DIFFERENTIATED = {"lq_lora", "kvquant", "block reconstruction", "bits by curvature"}
-"""What autograd has a part in, which takes other kernels for the device than for the CPU and so rounds differently."""
+"""What autograd has a part in, which takes other kernels for the device than for the CPU and so rounds differently.
+
+Squared gradients agree to 6e-6. Where one code rounds the other way because of that, the output error of that layer, in
+which single inputs weigh much, moves by percents (6 seen), so it is compared in the mean over layers only.
+"""
 
 
 def numbers(report: Any, path: str = "") -> dict[str, float]:
@@ -54,6 +59,20 @@ def numbers(report: Any, path: str = "") -> dict[str, float]:
     if isinstance(report, list):
         return {k: v for n, part in enumerate(report) for k, v in numbers(part, f"{path}.{n}").items()}
     return {path: report} if isinstance(report, int | float) else {}
+
+
+def assert_near(there: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Compare two reports of the same computation, differently rounded."""
+    ours, theirs = (
+        {
+            place: value
+            for place, value in numbers(report).items()
+            if not re.search(r"^\.layers\..*output_error$", place)
+        }
+        for report in (there, expected)
+    )
+    assert len(ours) > len(numbers(there)) / 2
+    assert ours == pytest.approx(theirs, rel=0.02, abs=1e-4)
 
 
 def compressed(table: dict[str, Any], bench: Bench, folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -110,7 +129,7 @@ def test_a_driver_computes_on_the_device_of_its_run(
     assert fake.to_host, "nothing was computed there"
     assert there[0].keys() == expected[0].keys()
     if name in DIFFERENTIATED:
-        assert numbers(there[1]) == pytest.approx(numbers(expected[1]), rel=0.02, abs=1e-4)
+        assert_near(there[1], expected[1])
     else:
         assert there == expected
 
