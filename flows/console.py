@@ -8,9 +8,10 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipelines.core.stage import Progress
+if TYPE_CHECKING:
+    from pipelines.core.stage import Progress
 
 _LINE_EVERY_S = 10.0
 _last: dict[str, tuple[float, int]] = {}
