@@ -49,6 +49,9 @@ def _follow(runs: Runs, record: RunRecord, *, quiet: bool) -> RunRecord:
     console.set_quiet(quiet)
     told: dict[str, str] = {}
     while True:
+        # When it was written is asked before it is read: what is written in between is then read in the next round.
+        seen = _written_at(runs, record.id)
+        record = runs.get(record.id)
         for name, node in record.nodes.items():
             if node.state == "running" and node.total:
                 console.progress_line(Progress(name, node.done, node.total, "", node.message))
@@ -57,10 +60,8 @@ def _follow(runs: Runs, record: RunRecord, *, quiet: bool) -> RunRecord:
             told[name] = node.state
         if not record.at_work:
             return runs.get(record.id)
-        seen = _written_at(runs, record.id)
         while record.at_work and _written_at(runs, record.id) == seen:
             time.sleep(_POLL_S)
-        record = runs.get(record.id)
 
 
 def _written_at(runs: Runs, run_id: str) -> int:

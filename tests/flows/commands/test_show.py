@@ -176,24 +176,28 @@ def test_two_different_values_never_read_the_same(old: Any, new: Any, texts: tup
     assert show._told_apart(old, new) == texts
 
 
+@pytest.mark.timeout(60)
 def test_a_run_is_followed_to_its_end_and_its_exit_code_is_that_of_the_command(
-    runs: Runs, capsys: pytest.CaptureFixture[str]
+    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nodes = {name: NodeRecord(stage=name, fingerprint="0" * 64) for name in ("prepare", "pretrain")}
+    nodes["prepare"].state = "cached"
     record = runs.start(recipe="mine", overrides=[], config={}, data_hash="d", nodes=nodes)
-    codes: list[int] = []
-    follower = threading.Thread(target=lambda: codes.append(show.status(None, follow=True, as_json=False)))
-    follower.start()
-    record.nodes["prepare"].state = "done"
-    record.nodes["prepare"].summary = {"train_tokens": 12}
-    runs.save(record)
-    said = ""
-    while "train_tokens 12" not in said:  # the time-out of the test is the limit
-        said += capsys.readouterr().err
-        assert follower.is_alive()
-    runs.finish(record, "refused", 7, "too large")
-    follower.join(timeout=30)
-    assert codes == [7]
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        """While the follower tells what it read, more is written; it has to read that too."""
+        said.append(line)
+        if line.split() == ["prepare", "cached"]:
+            nodes["pretrain"].state = "done"
+            nodes["pretrain"].summary = {"train_tokens": 12}
+            runs.save(record)
+        else:
+            runs.finish(record, "refused", 7, "too large")
+
+    monkeypatch.setattr(show.console, "say", say)
+    assert show.status(None, follow=True, as_json=False) == 7
+    assert [line.split() for line in said] == [["prepare", "cached"], ["pretrain", "done", "train_tokens", "12"]]
     assert "mine" in capsys.readouterr().out
 
 
