@@ -15,7 +15,8 @@ setup: $(VENV)/.installed-dev
 test: check
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-tensors test-pipelines
 
-TENSORS = tests/models tests/exactness tests/contracts tests/pipelines/compression tests/pipelines/deploy tests/bench
+TENSORS = tests/models tests/exactness tests/contracts tests/golden tests/bench \
+  $(addprefix tests/pipelines/,compression deploy evaluation training)
 
 test-tensors: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q $(TENSORS)
