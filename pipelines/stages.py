@@ -33,7 +33,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "compress",
-            version=7,
+            version=8,
             entry="pipelines.compression.stage:run",
             observations=("observations.json", "metrics.jsonl"),
             settings="pipelines.compression.config:CompressConfig",

@@ -72,6 +72,8 @@ class Statistics:
     """A sample of rows of X, float32, as they arrive behind the blocks already compressed; None unless asked for."""
     reference_NI: Tensor | None = None
     """The same rows in the original model."""
+    highest_I: Tensor | None = None
+    """Largest magnitude of each input feature over all calibration tokens, float32: a sample of rows misses it."""
     fisher_OI: Tensor | None = None
     """Sum over calibration sequences of the squared gradient of the summed loss; None unless asked for."""
     curvature: float | None = None
@@ -89,6 +91,15 @@ class Statistics:
         if self.inputs_NI.shape[1] != columns:
             raise ValueError(f"{method}: inputs_NI has {self.inputs_NI.shape[1]} features; the layer has {columns}")
         return self.inputs_NI
+
+    def largest(self, method: str, columns: int) -> Tensor:
+        """Return the largest magnitude of each feature [I] over all calibration tokens, or over `rows` without it.
+
+        Raises:
+            ValueError: as `rows` does.
+        """
+        rows_NI = self.rows(method, columns)
+        return rows_NI.abs().amax(0) if self.highest_I is None else self.highest_I
 
     def second_moment(self, method: str, columns: int) -> Tensor:
         """Return `hessian_II` as float64.

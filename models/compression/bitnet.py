@@ -63,8 +63,7 @@ class Config(TrainedConfig):
 
     @model_validator(mode="after")
     def _only_new_models_are_wider(self) -> Self:
-        if self.widen > 1 and self.init_from == "base":
-            raise ValueError(f"widen = {self.widen}: the base's weights do not fit; valid: 1, or init_from = scratch")
+        training_method.refuse_wider_base(self.widen, from_scratch=self.from_scratch)
         return self
 
 
@@ -136,11 +135,7 @@ class Method(TrainingMethod[Config], config=Config):
 
     def shape(self, base: Shape, config: Config) -> Shape:
         """Return the base's shape, as much wider as asked for; the size of a head stays."""
-        times = config.widen
-        wider = {"width": base.width * times, "ffn_width": base.ffn_width * times, "heads": base.heads * times}
-        if base.kv_heads:
-            wider["kv_heads"] = base.kv_heads * times
-        return base.model_copy(update=wider)
+        return training_method.widened(base, config.widen)
 
     def transform(self, model: nn.Module, names: Sequence[str], config: Config) -> None:
         """Put BitNet's layer in the place of every named layer."""
@@ -168,6 +163,8 @@ class Method(TrainingMethod[Config], config=Config):
         return BitPacked(plain.digits_OI, plain.step, 3, config)
 
     def baselines(self, config: Config) -> dict[str, dict[str, Any]]:
-        """Return full precision with equal steps from the same start, and no training at all."""
+        """Return full precision with equal steps from the same start and no training; a wider one has both widths."""
         baselines = {"fp32": config.full_precision(init_from=config.init_from)}
+        if config.widen > 1:
+            baselines["fp32, as wide"] = config.full_precision(init_from=config.init_from, widen=config.widen)
         return baselines if config.from_scratch else baselines | {"untrained": config.changed("bitnet", steps=0)}

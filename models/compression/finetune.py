@@ -5,10 +5,12 @@ Briefly trained models get better with any further step, so what a method gains 
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from models.architectures.config import Shape
+from models.compression import training_method
 from models.compression.training_method import TrainedConfig, TrainingMethod
 
 
@@ -19,15 +21,23 @@ class Config(TrainedConfig):
         "base", description="go on with the base, or train a model of its shape from random weights"
     )
 
+    widen: int = Field(1, ge=1, le=8, description="times the base's width, where training starts from random weights")
+
     @property
     def label(self) -> str:
-        """For instance `200`: the steps."""
-        return f"{self.steps}" + ("-scratch" if self.from_scratch else "")
+        """For instance `200`: the steps; `200-scratch-x2`."""
+        wider = f"-x{self.widen}" if self.widen > 1 else ""
+        return f"{self.steps}" + ("-scratch" if self.from_scratch else "") + wider
 
     @property
     def from_scratch(self) -> bool:
         """Whether training starts from random weights."""
         return self.init_from == "scratch"
+
+    @model_validator(mode="after")
+    def _only_new_models_are_wider(self) -> Self:
+        training_method.refuse_wider_base(self.widen, from_scratch=self.from_scratch)
+        return self
 
 
 class Method(TrainingMethod[Config], config=Config):
@@ -36,3 +46,7 @@ class Method(TrainingMethod[Config], config=Config):
     bits: ClassVar[str] = "32"
     paper: ClassVar[str] = "none; a baseline"
     not_informative: ClassVar[str] = "it compresses nothing: it is what other methods are compared with"
+
+    def shape(self, base: Shape, config: Config) -> Shape:
+        """Return the base's shape, as much wider as asked for."""
+        return training_method.widened(base, config.widen)

@@ -1,7 +1,7 @@
-"""FP8: weights and inputs as 8-bit floating-point numbers with one scale a tensor.
+"""FP8: weights and inputs as 8-bit floating-point numbers, a scale for each output channel and one for all inputs.
 
-E4M3 is stored as compressed-tensors `float-quantized` (`weight` float8_e4m3fn, `weight_scale` and `input_scale` [1]);
-no maintained reader of checkpoints takes E5M2, whose range is made for gradients: that needs our loader.
+E4M3 is stored as compressed-tensors `float-quantized`: `weight` float8_e4m3fn, `weight_scale` [O, 1] and `input_scale`
+[1]. No maintained reader of checkpoints takes E5M2, whose range is made for gradients: that needs our loader.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FloatPacked(Packed):
     codes_OI: Tensor
     """float8_e4m3fn or float8_e5m2."""
     scale: Tensor
-    """[1]."""
+    """[O, 1]."""
     input_scale: Tensor
     """[1] float32."""
 
@@ -68,11 +68,11 @@ class FloatPacked(Packed):
 
     def scheme(self) -> dict[str, Any] | None:
         """Return the compressed-tensors arguments of the weight; None for E5M2."""
-        return _arguments() if self.codes_OI.dtype == torch.float8_e4m3fn else None
+        return _arguments("channel") if self.codes_OI.dtype == torch.float8_e4m3fn else None
 
     def input_scheme(self) -> dict[str, Any] | None:
         """Return the compressed-tensors arguments of the inputs."""
-        return self.scheme()
+        return _arguments("tensor") if self.codes_OI.dtype == torch.float8_e4m3fn else None
 
     def widened(self) -> Packed:
         """Return the same codes with a float32 scale."""
@@ -88,9 +88,9 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.float().clamp(-largest, largest).to(dtype)
 
 
-def tensor_scale(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return [1] float32, exact in bfloat16: what takes the largest magnitude to the largest of the type."""
-    return int_grid.storable((values.abs().max() / torch.finfo(dtype).max).float().reshape(1))
+def scale_of(highest: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return float32, exact in bfloat16: what takes the largest magnitudes to the largest of the type."""
+    return int_grid.storable((highest / torch.finfo(dtype).max).float())
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -98,8 +98,8 @@ def dtype_of(config: Config) -> torch.dtype:
     return torch.float8_e4m3fn if config.form == "e4m3" else torch.float8_e5m2
 
 
-def _arguments() -> dict[str, Any]:
-    return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+def _arguments(strategy: Literal["channel", "tensor"]) -> dict[str, Any]:
+    return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False}
 
 
 class Method(WeightMethod[Config], config=Config):
@@ -108,7 +108,7 @@ class Method(WeightMethod[Config], config=Config):
     bits: ClassVar[str] = "8, inputs 8"
     calibration: ClassVar[Calibration] = "inputs"
     paper: ClassVar[str] = "Micikevicius et al. 2022, FP8 Formats for Deep Learning (arXiv 2209.05433)"
-    not_informative: ClassVar[str] = "a fixed code with one scale for the largest value: nothing is chosen"
+    not_informative: ClassVar[str] = "a fixed code whose scales are those of the largest values: nothing is chosen"
 
     def compress(self, weight_OI: Tensor, statistics: Statistics, config: Config) -> Packed:
         """Return the weight in FP8, and the scale of its inputs.
@@ -116,8 +116,9 @@ class Method(WeightMethod[Config], config=Config):
         Raises:
             ValueError: no sample of inputs.
         """
-        rows_NI, dtype = statistics.rows("fp8", weight_OI.shape[1]), dtype_of(config)
-        scale, input_scale = tensor_scale(weight_OI, dtype), tensor_scale(rows_NI, dtype) * 2**config.margin
+        highest_I, dtype = statistics.largest("fp8", weight_OI.shape[1]), dtype_of(config)
+        scale = scale_of(weight_OI.abs().amax(1, keepdim=True), dtype)
+        input_scale = scale_of(highest_I.max().reshape(1), dtype) * 2**config.margin
         return FloatPacked(rounded(weight_OI.float() / scale, dtype), scale.to(torch.bfloat16), input_scale)
 
     def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:

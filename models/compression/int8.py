@@ -51,7 +51,7 @@ class Config(MethodConfig):
 
 
 def input_range(rows_NI: Tensor, calibrator: str) -> float:
-    """Return the largest input that keeps its magnitude."""
+    """Return the largest magnitude among values that is not clipped."""
     if calibrator == "max":
         return range_calibrators.highest(rows_NI)
     if calibrator == "mse":
@@ -86,12 +86,14 @@ class Method(WeightMethod[Config], config=Config):
             ValueError: no sample of inputs, or `calibrator = "best"`, which only a whole model can decide.
         """
         rows_NI = statistics.rows("int8", weight_OI.shape[1])
+        # The largest input of all tokens is known; the others look at a sample of rows.
+        seen = statistics.largest("int8", weight_OI.shape[1]) if config.calibrator == "max" else rows_NI
         fixed = int_grid.fit(weight_OI, int_grid.GridConfig(bits=8, clip="max"))
         codes_OI = int_grid.nearest(weight_OI, fixed).codes_OI
         stored = {
             "weight": codes_OI,
             "weight_scale": fixed.scale_OG.to(torch.bfloat16),
-            "input_scale": _scale(rows_NI, config),
+            "input_scale": _scale(seen, config),
         }
         if config.rescale == "dyadic":
             stored["output_scale"] = _scale(rows_NI @ weight_OI.to(rows_NI).T, config)

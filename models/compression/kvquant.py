@@ -4,8 +4,10 @@ Keys are stored per channel and before the rotation of RoPE, on ranges found in 
 range of that token. Every vector is brought to [-1, 1] and coded by one codebook of 2^b levels for each layer and side
 (keys, values): one-dimensional k-means or a uniform grid. A small share of entries at
 both ends is kept exactly, in float16 with its place ("dense and sparse"), and so are the first tokens, which attention
-leans on. Where 2 bits shrink the spread, the levels are stretched so that mean and deviation are those of the data
-(Q-Norm).
+leans on. Of a token's values the paper keeps so many at either end; where that is less than one (below 200 channels at
+1 %), those that lie farthest from the middle of their row are kept, by a threshold that on average leaves the share
+that was asked for. Where 2 bits shrink the spread, the levels are stretched so that mean and deviation are those of the
+data (Q-Norm).
 
 K-means weights an entry by the square of its half range, because that is what an error in the unit interval is worth
 in the cache. The paper weights by the squared gradient instead; `fisher` multiplies both. It is off by default, because
@@ -28,7 +30,16 @@ from pydantic import Field, model_validator
 
 from models.compression.base import Calibration
 from models.compression.cache_method import CacheBaseline, CacheConfig, CacheMethod
-from models.compression.formats.cache_codes import Codebook, Quantizer, dense_range, extremes, to_unit, uniform
+from models.compression.formats.cache_codes import (
+    Codebook,
+    Quantizer,
+    dense_range,
+    distances,
+    extremes,
+    threshold_of,
+    to_unit,
+    uniform,
+)
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -187,15 +198,18 @@ class Method(CacheMethod[Config], config=Config):
     def fit_values(self, x_NC: Tensor, fisher_NC: Tensor, config: Config) -> Quantizer:
         """Return the quantizer of one layer's values: each token brings its range."""
         _check(x_NC, config)
-        apart = extremes(x_NC.float(), config.outliers)
+        # A share of a row that is less than one entry at either end can only be kept on average.
+        counted = config.outliers == 0 or config.outliers * x_NC.shape[1] / 2 >= 1
+        threshold = None if counted else threshold_of(x_NC.float(), config.outliers)
+        apart = extremes(x_NC.float(), config.outliers) if threshold is None else distances(x_NC.float()) > threshold
         ranges = dense_range(x_NC.float(), apart).float()
         codebook = _codebook(x_NC, ranges[:, :1], ranges[:, 1:], ~apart, fisher_NC, config)
-        return Quantizer(config.bits, codebook, config.outliers)
+        return Quantizer(config.bits, codebook, config.outliers, threshold=threshold)
 
     def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Quantizer:
         """Rebuild a quantizer from its `tensors()`."""
         book = Codebook(tensors["levels"], tensors["edges"])
-        return Quantizer(config.bits, book, config.outliers, tensors.get("range"))
+        return Quantizer(config.bits, book, config.outliers, tensors.get("range"), tensors.get("threshold"))
 
     def baselines(self, config: Config) -> dict[str, CacheBaseline[Config]]:
         """Return even levels, ranges per token, and keys coded after RoPE, each with the same share of outliers."""

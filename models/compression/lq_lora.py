@@ -1,9 +1,11 @@
 """LQ-LoRA: W ~ Q + L R, NormalFloat plus low rank, solved in turn; the start of adapters, or compression by itself.
 
-From Q = NF(W): (L, R) is the low rank nearest to W - Q, then Q = NF(W - L R), and so on until the error first rises;
-the best pair is kept. With F the squared gradients, what is made small is sum F (W - Q - L R)^2; the SVD sees F as the
-product of its row and column means (square roots: D_row (W - Q) D_col). `weighting = "hessian"` takes the second moment
-of each input for F. Read by our loader: the tensors of `normal_float`, `adapter_left` [O, r], `adapter_right` [r, I].
+From Q = 0, as the paper and its code do: (L, R) is the low rank nearest to W - Q, then Q = NF(W - L R), and so on until
+the error first rises; the best pair is kept. The first adapter so takes the largest directions of W itself, and what is
+rounded is smaller; from Q = NF(W), LoftQ's order, the adapter mends rounding errors only. With F the squared gradients,
+what is made small is sum F (W - Q - L R)^2; the SVD sees F as the product of its row and column means (square roots:
+D_row (W - Q) D_col). `weighting = "hessian"` takes the second moment of each input for F. Read by our loader: the
+tensors of `normal_float`, `adapter_left` [O, r], `adapter_right` [r, I].
 
 With `budget` set, every layer gets its own (bits, block, scale_bits, super_block, scale_dtype), chosen together by an
 integer program under the total of stored bits, adapters included.
@@ -97,15 +99,15 @@ def importance(weight_OI: Tensor, statistics: Statistics, config: Config) -> Ten
 
 def decompose(weight_OI: Tensor, importance_OI: Tensor, config: Config) -> AdaptedPacked:
     """Return the best pair of NormalFloat and adapter that the turns came by."""
-    quantized, best, least = normal_float.quantize(weight_OI, config), None, float("inf")
+    best, least, rest_OI = None, float("inf"), weight_OI
     for _ in range(config.iterations):
-        adapter = low_rank(weight_OI - quantized.dequantize(), importance_OI, config.rank)
+        adapter = low_rank(rest_OI, importance_OI, config.rank)
+        quantized = normal_float.quantize(weight_OI - adapter[0].float() @ adapter[1].float(), config)
         found = AdaptedPacked(quantized, *adapter)
         error = weighted_error(found.dequantize() - weight_OI, importance_OI)
         if best is not None and error >= least:
             break
-        best, least = found, error
-        quantized = normal_float.quantize(weight_OI - adapter[0].float() @ adapter[1].float(), config)
+        best, least, rest_OI = found, error, weight_OI - quantized.dequantize()
     assert best is not None
     return best
 

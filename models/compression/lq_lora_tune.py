@@ -1,6 +1,7 @@
 """LQ-LoRA fine-tuning: the base frozen in NormalFloat, only the low-rank adapters train.
 
-`init_from = "lq"` splits each weight into base and adapter as `lq_lora` does without weighting, so both follow from the
+`init_from = "lq"` splits each weight into base and adapter as `lq_lora` does without weighting: the adapter takes the
+largest directions of the weight before anything is rounded. Both follow from the
 weight alone; `"zero"` is QLoRA: the weight rounded alone beside an adapter that begins at nothing (its
 right factor is random, its left zero). Embeddings, norms and the base keep their bytes. Stored as `lq_lora` stores it.
 """

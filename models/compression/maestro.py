@@ -7,7 +7,11 @@ A layer starts as the SVD of its weight, W = (U sqrt S) (sqrt S V^T), at full ra
     lambda * sum over layers and b of ||U[:, b:]|| + ||V[:, b:]||: what the first components can do, the last must not
 
 Afterwards components are dropped from the least important on, ||u|| * ||v|| relative to their layer, until the share of
-weights asked for is left. A layer that would not become smaller stays dense.
+weights asked for is left. A layer whose next component would make its factors as large as its weight takes all of them
+and is stored dense, where the share has room for that; otherwise it stops there.
+
+The paper draws one layer a step (`drawn = "one"`) and always has the penalty; neither is the default, because both were
+worse here: see docs/results/compression.md.
 
 Layout (ours: plain transformers knows no factored layers): `weight_left` [O, R] and `weight_right` [R, I].
 """
@@ -90,16 +94,20 @@ def ranks(importances: Sequence[Tensor], shapes: Sequence[tuple[int, int]], shar
         (-float(value), layer, place) for layer, of in enumerate(importances) for place, value in enumerate(of) if place
     )
     # Components count from the first on, so a layer whose next one is too dear takes no further ones.
-    full: set[int] = set()
+    done: set[int] = set()
     for _, layer, _ in candidates:
         rows, columns = shapes[layer]
-        if layer in full:
+        if layer in done:
             continue
-        if room < rows + columns or (kept[layer] + 1) * (rows + columns) >= rows * columns:
-            full.add(layer)
+        dense = (kept[layer] + 1) * (rows + columns) >= rows * columns
+        price = rows * columns - kept[layer] * (rows + columns) if dense else rows + columns
+        if room < price:
+            done.add(layer)
             continue
-        kept[layer] += 1
-        room -= rows + columns
+        kept[layer] = min(rows, columns) if dense else kept[layer] + 1
+        room -= price
+        if dense:
+            done.add(layer)
     return kept
 
 

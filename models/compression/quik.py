@@ -133,8 +133,7 @@ class Method(WeightMethod[Config], config=Config):
         Raises:
             ValueError: no second moment or no sample of inputs.
         """
-        rows_NI = statistics.rows("quik", weight_OI.shape[1])
-        return _pack(weight_OI, statistics, config, rows_NI.abs().amax(0))
+        return _pack(weight_OI, statistics, config, statistics.largest("quik", weight_OI.shape[1]))
 
     def restore(self, tensors: Mapping[str, Tensor], config: Config) -> Packed:
         """Rebuild a packed weight from its stored tensors."""

@@ -25,7 +25,7 @@ class Method(StructureMethod[Config], config=Config):
     """Random search."""
 
     paper: ClassVar[str] = (
-        "Li and Talwalkar 2019, Random Search and Reproducibility for Neural Architecture Search (arXiv 1902.07638)"
+        "Farahani 2024, Random Search as a Baseline for Sparse Neural Network Architecture Search (arXiv 2403.08265)"
     )
 
     def select(self, model: MaskedModel, config: Config) -> Structure:

@@ -148,6 +148,24 @@ class TrainingMethod(PackingMethod[T]):
         return {}
 
 
+def widened(base: Shape, times: int) -> Shape:
+    """Return a shape so many times as wide; the size of a head stays."""
+    wider = {"width": base.width * times, "ffn_width": base.ffn_width * times, "heads": base.heads * times}
+    if base.kv_heads:
+        wider["kv_heads"] = base.kv_heads * times
+    return base.model_copy(update=wider)
+
+
+def refuse_wider_base(widen: int, *, from_scratch: bool) -> None:
+    """Refuse to start a wider model from the base's weights.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    if widen > 1 and not from_scratch:
+        raise ValueError(f"widen = {widen}: the base's weights do not fit; valid: 1, or init_from = scratch")
+
+
 def language_loss(step: Step) -> Tensor:
     """Return the summed nats of the targets."""
     from models.architectures import predict

@@ -176,9 +176,16 @@ def measure(
         name: torch.zeros(module.in_features, module.in_features, dtype=torch.float64, device=module.weight.device)
         for name, module in layers.items()
     }
+    highest = {
+        name: torch.zeros(module.in_features, dtype=torch.float32, device=module.weight.device)
+        for name, module in layers.items()
+    }
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
     reference: dict[str, list[Tensor]] = {name: [] for name in layers}
-    with _listening(layers, lambda name: _accumulate(sums[name])), _keeping(layers, rows_R, prefix, inputs):
+    with (
+        _listening(layers, lambda name: _accumulate(sums[name], highest[name])),
+        _keeping(layers, rows_R, prefix, inputs),
+    ):
         for _ in prefix.outputs(index, block):
             pass
     for name, hessian_II in sums.items():
@@ -189,7 +196,11 @@ def measure(
             original.advance(index, block)
     return {
         name: Statistics(
-            hessian_II, prefix.tokens, inputs_NI=_joined(inputs[name]), reference_NI=_joined(reference[name])
+            hessian_II,
+            prefix.tokens,
+            inputs_NI=_joined(inputs[name]),
+            reference_NI=_joined(reference[name]),
+            highest_I=highest[name],
         )
         for name, hessian_II in sums.items()
     }
@@ -237,9 +248,11 @@ def _listening(layers: Mapping[str, nn.Linear], hook: Callable[[str], Callable[.
             handle.remove()
 
 
-def _accumulate(sum_II: Tensor) -> Callable[..., None]:
+def _accumulate(sum_II: Tensor, highest_I: Tensor) -> Callable[..., None]:
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows_NI = inputs[0].detach().flatten(0, -2).double()
+        rows_NI = inputs[0].detach().flatten(0, -2)
+        torch.maximum(highest_I, rows_NI.abs().amax(0).float(), out=highest_I)
+        rows_NI = rows_NI.double()
         sum_II.add_(rows_NI.T @ rows_NI)
 
     return hook

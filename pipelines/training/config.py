@@ -65,7 +65,7 @@ class LrScaling(Settings):
 
 
 class OptimizerConfig(Settings):
-    """The update rule. Norm gains and biases are neither decayed nor adapted."""
+    """The update rule. Norm gains and biases are neither decayed nor adapted, but by some variants of lamb."""
 
     name: Literal["lamb", "adamw", "lars"] = Field("lamb", description="Update rule.")
     lr: float | None = Field(
@@ -78,6 +78,11 @@ class OptimizerConfig(Settings):
     eps: float | None = Field(None, gt=0.0, le=1.0, description="Denominator guard; none: the rule's own default.")
     weight_decay: float = Field(0.01, ge=0.0, le=10.0, description="Decoupled weight decay of matrices.")
     clip: float | None = Field(1.0, gt=0.0, description="Bound of the global gradient norm; none: no clipping.")
+    variant: Literal["paper", "nvlamb", "apex", "deepspeed", "addons"] = Field(
+        "paper",
+        description="Whose lamb: how moments are corrected, what is bounded, which tensors are adapted; and eps, where "
+        "that is none. Clipping and weight decay stay those given here.",
+    )
     bias_correction: bool = Field(True, description="Correct the moments for their start at zero (lamb).")
     clamp: tuple[float, float] | None = Field(
         None, description="Bounds of the weight norm in the trust ratio (lamb, lars); none: unbounded."
@@ -103,7 +108,9 @@ class OptimizerConfig(Settings):
     @model_validator(mode="after")
     def _every_setting_counts(self) -> Self:
         if self.name != "lamb":
-            _refuse_idle(self, ("bias_correction",), "it goes with name = lamb")
+            _refuse_idle(self, ("bias_correction", "variant"), "it goes with name = lamb")
+        if self.variant != "paper":
+            _refuse_idle(self, ("bias_correction", "clamp"), f"variant = {self.variant} says it")
         if self.name == "adamw":
             _refuse_idle(self, ("clamp", "compiled"), "it goes with name = lamb or lars")
         if self.name == "lars":

@@ -9,7 +9,7 @@ from torch import nn
 
 from models.optim import lisa
 from models.optim.adamw import AdamW
-from models.optim.lamb import Lamb
+from models.optim.lamb import VARIANTS, Lamb
 from models.optim.lars import Lars
 from models.optim.sharded_optimizer import FragmentOptimizer
 from pipelines.training import phases
@@ -34,7 +34,14 @@ def make_optimizer(config: PretrainConfig, parameters: Iterable[tuple[str, nn.Pa
     common |= {"betas": chosen.betas, "eps": chosen.epsilon}
     if chosen.name == "adamw":
         return AdamW(params, **common)
-    return Lamb(params, bias_correction=chosen.bias_correction, clamp=chosen.clamp, compiled=chosen.compiled, **common)
+    rules: dict[str, Any] = {
+        "bias_correction": chosen.bias_correction,
+        "clamp": chosen.clamp,
+        **VARIANTS[chosen.variant],
+    }
+    own = {"weight_decay", "max_grad_norm"} | ({"eps"} if chosen.eps is not None else set())
+    rules = {name: value for name, value in rules.items() if name not in own}
+    return Lamb(params, compiled=chosen.compiled, **(common | rules))
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:

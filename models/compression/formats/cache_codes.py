@@ -107,9 +107,11 @@ class Quantizer:
     bits: int
     codebook: Codebook
     outliers: float
-    """Share of a row kept exactly; read only where rows bring their own range."""
+    """Share of entries kept exactly; a share of each row where rows bring their own range, without `threshold`."""
     range_2C: Tensor | None = None
     """float32: lowest and highest dense entry of each channel; None: each row brings its own."""
+    threshold: Tensor | None = None
+    """[1] float32: entries whose `distances` are larger are kept exactly, in rows too short to count a share of."""
     group: int = 0
     """Neighbouring channels that share a range where rows bring their own; 0: the whole row."""
 
@@ -120,7 +122,7 @@ class Quantizer:
             apart, ranges = self._beyond(x), None
             low, high = self.range_2C[0], self.range_2C[1]
         else:
-            apart = extremes(x, self.outliers)
+            apart = extremes(x, self.outliers) if self.threshold is None else distances(x) > self.threshold
             ranges = dense_range(x, apart, self.group)
             low, high = self._ends(ranges, x.shape[1])
         codes = self.codebook.encode(to_unit(x, low, high))
@@ -144,13 +146,14 @@ class Quantizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what the tables of this quantizer are stored as."""
-        ranges = {} if self.range_2C is None else {"range": self.range_2C}
-        return {"levels": self.codebook.levels_L, "edges": self.codebook.edges, **ranges}
+        own = {"range": self.range_2C, "threshold": self.threshold}
+        given = {name: tensor for name, tensor in own.items() if tensor is not None}
+        return {"levels": self.codebook.levels_L, "edges": self.codebook.edges, **given}
 
     def to(self, device: torch.device) -> Quantizer:
         """Return the same tables on another device."""
-        range_2C = None if self.range_2C is None else self.range_2C.to(device)
-        return Quantizer(self.bits, self.codebook.to(device), self.outliers, range_2C, self.group)
+        range_2C, threshold = (None if t is None else t.to(device) for t in (self.range_2C, self.threshold))
+        return Quantizer(self.bits, self.codebook.to(device), self.outliers, range_2C, threshold, self.group)
 
     def _ends(self, ranges_NR: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Return lowest and highest of every entry, or of every row where it is one group."""
@@ -168,14 +171,26 @@ class Quantizer:
 
 
 def extremes(x_NC: Tensor, share: float) -> Tensor:
-    """Return the mask of the lowest and the highest entries of each row, `share` of it in all, at least one each."""
+    """Return the mask of the lowest and the highest entries of each row: `share` of it in all, in whole entries."""
     apart = torch.zeros_like(x_NC, dtype=torch.bool)
-    if share == 0:
-        return apart
-    count = max(1, round(share * x_NC.shape[1] / 2))
+    count = round(share * x_NC.shape[1] / 2)
     for largest in (True, False):
         apart.scatter_(1, x_NC.topk(count, dim=1, largest=largest).indices, value=True)
     return apart
+
+
+def distances(x_NC: Tensor) -> Tensor:
+    """Return how far each entry is from the median of its row, over the mean of that in the row."""
+    apart_NC = (x_NC - x_NC.median(1, keepdim=True).values).abs()
+    return apart_NC / apart_NC.mean(1, keepdim=True).clamp(min=1e-30)
+
+
+def threshold_of(x_NC: Tensor, share: float) -> Tensor:
+    """Return the threshold [1] beyond which `share` of all entries lie, halfway between two of them."""
+    sorted_M = distances(x_NC).flatten().sort().values
+    beyond = min(max(1, round(share * len(sorted_M))), len(sorted_M) - 1)
+    # Above 1 not all entries of a row can be beyond.
+    return sorted_M[-beyond - 1 : len(sorted_M) - beyond + 1].mean().clamp(min=1.0).reshape(1)
 
 
 def dense_range(x_NC: Tensor, apart_NC: Tensor, group: int = 0) -> Tensor:
@@ -188,7 +203,7 @@ def dense_range(x_NC: Tensor, apart_NC: Tensor, group: int = 0) -> Tensor:
 
 def rounding(bits: int, group: int) -> Quantizer:
     """Return round to nearest: every group of channels of a token brings its own range, nothing is fitted."""
-    return Quantizer(bits, uniform(bits), 0.0, None, group)
+    return Quantizer(bits, uniform(bits), 0.0, group=group)
 
 
 def rounding_bytes(width: int, bits: int, group: int) -> int | None:

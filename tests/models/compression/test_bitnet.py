@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from models.architectures.config import Shape
-from models.compression import bitnet
+from models.compression import bitnet, finetune
 from models.compression.bitnet import Config
 
 
@@ -96,3 +98,23 @@ def test_the_control_starts_where_the_method_starts() -> None:
     assert arms["fp32"]["init_from"] == "scratch"
     assert arms["fp32"]["steps"] == 9
     assert set(bitnet.Method().baselines(Config())) == {"fp32", "untrained"}
+
+
+def test_a_wider_model_is_compared_with_full_precision_of_both_widths() -> None:
+    """That twice the width beats full precision says nothing while full precision has half of it."""
+    arms = bitnet.Method().baselines(Config(init_from="scratch", widen=2))
+    base = Shape(width=64, heads=4, kv_heads=2, ffn_width=96, layers=3)
+    widths = {
+        name: finetune.Method().shape(base, finetune.Config.model_validate(_own(table))).width
+        for name, table in arms.items()
+    }
+    assert widths == {"fp32": 64, "fp32, as wide": 128}
+
+
+def _own(table: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if key != "method"}
+
+
+def test_full_precision_of_another_width_cannot_start_from_the_base() -> None:
+    with pytest.raises(ValidationError, match="widen = 2: the base's weights do not fit"):
+        finetune.Config(widen=2)

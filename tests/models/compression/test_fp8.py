@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -81,8 +83,9 @@ def test_the_largest_value_lands_near_the_largest_of_the_format(
 ) -> None:
     weight, seen = layer
     stored = fp8.Method().compress(weight, seen, fp8.Config.model_validate({"form": form})).tensors()
-    top = float(stored["weight"].float().abs().max())
-    assert 0.85 * largest <= top <= largest
+    tops = stored["weight"].float().abs().amax(1)
+    assert bool((tops >= 0.85 * largest).all()), "every channel has its own scale"
+    assert bool((tops <= largest).all())
     spare = fp8.Method().compress(weight, seen, fp8.Config.model_validate({"form": form, "margin": 2})).tensors()
     assert torch.equal(spare["input_scale"], stored["input_scale"] * 4)
 
@@ -103,10 +106,27 @@ def test_channels_of_very_different_size_suit_floating_point_better_than_integer
     assert errors[0] < 0.5 * errors[1]
 
 
+def test_a_channel_of_small_weights_is_rounded_as_well_as_one_of_large_ones(layer: tuple[Tensor, Statistics]) -> None:
+    """One scale a tensor takes channels below 2^-9 of the largest to nothing."""
+    weight, seen = layer
+    sizes = torch.logspace(0, -6, 24).unsqueeze(1)
+    made = fp8.Method().compress(weight * sizes, seen, fp8.Config()).dequantize()
+    errors = ((made - weight * sizes) / sizes).square().sum(1) / weight.square().sum(1)
+    assert float(errors.max()) < 2e-3
+
+
+def test_the_scale_of_inputs_is_that_of_all_tokens_not_of_the_sample(layer: tuple[Tensor, Statistics]) -> None:
+    weight, seen = layer
+    more = replace(seen, highest_I=seen.rows("fp8", 64).abs().amax(0) * 8)
+    for method, config in ((fp8.Method(), fp8.Config()), (int8.Method(), int8.Config(calibrator="max"))):
+        sample, everything = (method.compress(weight, s, config).tensors()["input_scale"] for s in (seen, more))
+        assert float(everything) == pytest.approx(8 * float(sample), rel=0.02)
+
+
 def test_only_e4m3_has_a_public_layout(layer: tuple[Tensor, Statistics]) -> None:
     weight, seen = layer
     public, private = (
         fp8.Method().compress(weight, seen, fp8.Config.model_validate({"form": form})) for form in DTYPES
     )
-    assert public.scheme() == public.input_scheme() is not None
+    assert public.scheme() == public.input_scheme() | {"strategy": "channel"}  # type: ignore[operator]
     assert private.scheme() is None

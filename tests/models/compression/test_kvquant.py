@@ -102,7 +102,7 @@ def slow_values(x_NC: Tensor, book: Codebook, share: float) -> Tensor:
     """Per-token coding, one entry at a time."""
     result = x_NC.clone()
     for row, entries in enumerate(x_NC):
-        count = max(1, round(share * len(entries) / 2)) if share else 0
+        count = round(share * len(entries) / 2)
         order = sorted(range(len(entries)), key=lambda place: float(entries[place]))
         dense = order[count : len(order) - count]
         low, high = (float(entries[place].half()) for place in (dense[0], dense[-1]))
@@ -116,13 +116,28 @@ def slow_values(x_NC: Tensor, book: Codebook, share: float) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.2])
+@pytest.mark.parametrize("share", [0.0, 0.15, 0.2])
 def test_values_are_coded_per_token_as_the_slow_statement_says(share: float) -> None:
     x, _ = data(20)
     quantizer = Quantizer(3, cache_codes.uniform(3), share)
     assert torch.allclose(
         quantizer.decode(quantizer.encode(x)), slow_values(x, cache_codes.uniform(3), share), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("share", [0.01, 0.03])
+@pytest.mark.parametrize("channels", [16, 32, 64, 128])
+def test_short_rows_keep_the_share_of_outliers_that_was_asked_for(channels: int, share: float) -> None:
+    """One entry at either end of every row would be 1.6 % of 128 channels and 12.5 % of 16."""
+    x, w = data(2000, channels)
+    other = data(2000, channels, seed=1)[0] * 3
+    quantizer = kvquant.Method().fit_values(x, w, Config(bits=3, outliers=share))
+    assert len(quantizer.encode(x).values_S) == pytest.approx(share * x.numel(), rel=0.2 if channels > 64 else 0.01)
+    assert len(quantizer.encode(other).values_S) < 3 * share * other.numel(), "rows of another size"
+    kept = quantizer.decode(quantizer.encode(x))
+    plain = kvquant.Method().fit_values(x, w, Config(bits=3, outliers=0.0))
+    error, without = (float((w * (y - x).square()).sum()) for y in (kept, plain.decode(plain.encode(x))))
+    assert error < without
 
 
 def test_keys_are_coded_per_channel_on_the_calibrated_range() -> None:
@@ -177,7 +192,9 @@ def test_each_step_of_the_method_lowers_the_weighted_error(side: str, bits: Any)
     assert error(outliers=0.01) < 0.95 * fitted
 
 
-@pytest.mark.parametrize("config", [Config(bits=3), Config(bits=2, keys="token", outliers=0.0)])
+@pytest.mark.parametrize(
+    "config", [Config(bits=3), Config(bits=2, keys="token"), Config(bits=2, keys="token", outliers=0.0)]
+)
 def test_rows_are_coded_alone_so_a_stream_equals_the_batch(config: Config) -> None:
     x, w = data(40)
     quantizer = kvquant.Method().fit_keys(x, w, config)

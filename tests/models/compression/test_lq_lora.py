@@ -26,6 +26,13 @@ def fisher(weight: Tensor, *, rank_one: bool = True) -> Tensor:
     return torch.outer(rows, columns) * noise
 
 
+def loftq(weight: Tensor, config: lq_lora.Config) -> Tensor:
+    """Return what one turn of LoftQ gives, which rounds first: NF(W), then the adapter of what rounding lost."""
+    rounded = normal_float.quantize(weight, config).dequantize()
+    left, right = truncated(weight - rounded, config.rank)
+    return rounded + left.bfloat16().float() @ right.bfloat16().float()
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_it_is_closer_than_rounding_alone_and_than_one_turn_at_the_same_bytes(
     bits: int, layer: Callable[..., Any]
@@ -36,19 +43,23 @@ def test_it_is_closer_than_rounding_alone_and_than_one_turn_at_the_same_bytes(
         lq_lora.Method().compress(weight, seen, config),
         lq_lora.Method().baselines(weight, seen, config).values(),
     )
-    loftq = lq_lora.Method().compress(weight, seen, config.model_copy(update={"iterations": 1}))
-    assert mine.stored_bits() == qlora.stored_bits() == loftq.stored_bits()
-    errors = [relative_error(weight, p.dequantize()) for p in (mine, loftq, qlora)]
+    once = lq_lora.Method().compress(weight, seen, config.model_copy(update={"iterations": 1}))
+    assert mine.stored_bits() == qlora.stored_bits() == once.stored_bits()
+    errors = [relative_error(weight, p.dequantize()) for p in (mine, once, qlora)]
     assert errors[0] < errors[1] < errors[2]
+    assert errors[0] < relative_error(weight, loftq(weight, config))
 
 
-def test_one_turn_is_loftq(layer: Callable[..., Any]) -> None:
+def test_the_first_adapter_is_of_the_weight_itself(layer: Callable[..., Any]) -> None:
+    """The paper's order, Q = 0 first: the adapter takes the largest directions, and the rest is rounded."""
     weight, _, seen = layer()
     config = lq_lora.Config(iterations=1, **PLAIN)
-    rounded = normal_float.quantize(weight, config).dequantize()
-    left, right = truncated(weight - rounded, 4)
-    expected = rounded + left.bfloat16().float() @ right.bfloat16().float()
-    assert torch.allclose(lq_lora.Method().compress(weight, seen, config).dequantize(), expected, atol=2e-3)
+    left, right = truncated(weight, 4)
+    product = left.bfloat16().float() @ right.bfloat16().float()
+    expected = product + normal_float.quantize(weight - product, config).dequantize()
+    made = lq_lora.Method().compress(weight, seen, config).dequantize()
+    assert torch.allclose(made, expected, atol=2e-3)
+    assert not torch.allclose(made, loftq(weight, config), atol=2e-3)
 
 
 def test_no_later_turn_would_have_been_better(layer: Callable[..., Any]) -> None:
@@ -56,12 +67,13 @@ def test_no_later_turn_would_have_been_better(layer: Callable[..., Any]) -> None
     weight, _, seen = layer(rows=32)
     config = lq_lora.Config(bits=3, **PLAIN)
     ones = torch.ones_like(weight)
-    quantized, errors = normal_float.quantize(weight, config), list[float]()
+    rest, errors = weight, list[float]()
     while len(errors) < 2 or errors[-1] < errors[-2]:
-        left, right = lq_lora.low_rank(weight - quantized.dequantize(), ones, config.rank)
+        left, right = lq_lora.low_rank(rest, ones, config.rank)
         product = left.float() @ right.float()
-        errors.append(float((quantized.dequantize() + product - weight).double().square().sum()))
-        quantized = normal_float.quantize(weight - product, config)
+        rounded = normal_float.quantize(weight - product, config).dequantize()
+        errors.append(float((rounded + product - weight).double().square().sum()))
+        rest = weight - rounded
     kept = lq_lora.Method().compress(weight, seen, config).dequantize()
     assert float((kept - weight).double().square().sum()) == pytest.approx(errors[-2], rel=1e-6)
     assert len(errors) > 2, "more than one turn was worth taking"

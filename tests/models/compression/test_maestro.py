@@ -80,7 +80,7 @@ def test_ranks_keep_to_the_share(share: float, allocation: str) -> None:
     generator = torch.Generator().manual_seed(0)
     importances = [torch.rand(min(s), generator=generator).sort(descending=True).values for s in shapes]
     kept = maestro.ranks(importances, shapes, share, allocation)
-    used = sum(rank * sum(shape) for rank, shape in zip(kept, shapes, strict=True))
+    used = sum(min(rank * sum(s), s[0] * s[1]) for rank, s in zip(kept, shapes, strict=True))
     whole = sum(rows * columns for rows, columns in shapes)
     assert used <= share * whole
     assert all(rank >= 1 for rank in kept)
@@ -94,10 +94,22 @@ def test_a_layer_with_more_important_components_keeps_more() -> None:
     assert few < many
 
 
-def test_the_whole_share_leaves_layers_dense(weight: Tensor) -> None:
+def test_a_layer_that_needs_all_its_components_becomes_dense_where_the_share_has_room() -> None:
+    """As factors, a 64 x 64 layer is as large as its weight at rank 32: rank 31 would lose a third for nothing."""
+    steep, flat = 0.5 ** torch.arange(64.0), torch.ones(64)
+    shapes = [(64, 64), (64, 64)]
+    assert maestro.ranks([flat, flat], shapes, 1.0, "importance") == [64, 64]
+    few, all_of_them = maestro.ranks([steep, flat], shapes, 0.75, "importance")
+    assert all_of_them == 64
+    assert 1 <= few <= 16, "what the dense layer left"
+    assert max(maestro.ranks([flat, flat], shapes, 0.4, "importance")) < 32, "no room for a dense layer"
+
+
+@pytest.mark.parametrize("allocation", ["importance", "uniform"])
+def test_the_whole_share_leaves_layers_dense(allocation: str, weight: Tensor) -> None:
     model = nn.Sequential(nn.Linear(20, 12))
     model[0].weight = nn.Parameter(weight)
-    config = Config(share=1.0, allocation="uniform", cut="start")
+    config = Config.model_validate({"share": 1.0, "allocation": allocation, "cut": "start"})
     maestro.Method().transform(model, ["0"], config)
     assert isinstance(model[0], nn.Linear)
     assert maestro.Method().finish(model, config) == {}

@@ -96,6 +96,9 @@ def test_sampled_rows_come_from_the_compressed_prefix_and_from_the_original(
             assert mine is not None
             assert reference is not None
             assert torch.allclose(mine, behind[name][rows], atol=1e-4), name
+            highest = seen[name].highest_I
+            assert highest is not None
+            assert torch.allclose(highest, behind[name].abs().amax(0), atol=1e-4), "of all tokens, not of the rows"
             assert torch.allclose(reference, original[name][rows], atol=1e-4), name
         for name, layer in block.items():
             replay.get_submodule(name).weight.data.copy_(layer.packed.dequantize())

@@ -25,7 +25,7 @@ from models.compression.modules.quantized_cache import QuantizedCacheLlama, Quan
 from pipelines.compression import calibration, kv_cache, quick_eval
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
-from pipelines.core.errors import ConfigError, IntegrityError
+from pipelines.core.errors import ConfigError, IntegrityError, NumericError
 from pipelines.modelio import kv_cache_file
 from pipelines.modelio.folder import KV_CACHE_FILE, WeightReader
 from pipelines.modelio.load import is_private, load_model, load_weights
@@ -199,6 +199,12 @@ def test_damaged_or_foreign_tables_are_an_integrity_error(small: Any, compress: 
         load_model(folder)
     save_file(kept, path)
     with pytest.raises(IntegrityError, match="is for 1 layers"):
+        load_model(folder)
+    path.write_bytes(whole)
+    tables = load_file(path)
+    tables["layers.1.values.levels"][0] = torch.inf
+    save_file(tables, path, metadata={"coding": "{}"})
+    with pytest.raises(NumericError, match=r"layers\.1\.values\.levels"):
         load_model(folder)
     path.write_bytes(whole)
     save_file(load_file(path), path)

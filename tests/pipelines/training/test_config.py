@@ -39,6 +39,9 @@ INDEX = {"vocab_size": 512, "sequence_length": 64, "bos_id": 0, "eos_id": 1, "pa
         ({"optimizer": {"lr": 0.0}}, "greater than 0"),
         ({"optimizer": {"lr": float("inf")}}, "finite number"),
         ({"optimizer": {"betas": (0.9, 1.0)}}, "less than 1"),
+        ({"optimizer": {"variant": "deepspeed", "clamp": (1.0, 2.0)}}, "variant = deepspeed says it"),
+        ({"optimizer": {"variant": "apex", "bias_correction": False}}, "variant = apex says it"),
+        ({"optimizer": {"name": "adamw", "variant": "apex"}}, "it goes with name = lamb"),
         ({"optimizer": {"clamp": (2.0, 1.0)}}, r"clamp = \[2\.0, 1\.0\] is no interval"),
         (
             {"family": "encoder", "objective_settings": {"mask": 0.9, "random": 0.2}},

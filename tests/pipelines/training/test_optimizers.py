@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from models.optim.adamw import AdamW
-from models.optim.lamb import Lamb
+from models.optim.lamb import VARIANTS, Lamb
 from models.optim.lars import Lars
 from pipelines.training.config import OptimizerConfig, PretrainConfig
 from pipelines.training.optimizers import learning_rate, make_optimizer
@@ -44,6 +44,31 @@ def test_every_option_of_the_settings_reaches_the_optimizer(
         assert group["momentum"] == 0.8
     else:
         assert (tuple(group["betas"]), group["eps"]) == ((0.8, 0.9), 1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_of_lamb_steps_as_the_optimizer_of_that_name_does(
+    variant: str, tiny_settings: dict[str, Any]
+) -> None:
+    options = {"name": "lamb", "lr": 0.05, "weight_decay": 0.02, "clip": 0.25, "variant": variant}
+    config = config_of(tiny_settings, optimizer=options)
+    rules = VARIANTS[variant] | {"weight_decay": 0.02, "max_grad_norm": 0.25, "betas": config.optimizer.betas}
+    ends = []
+    for make in (lambda pairs: make_optimizer(config, pairs), lambda pairs: Lamb(pairs, lr=0.05, **rules)):
+        pairs = parameters()
+        made = make(pairs)
+        for _ in range(3):
+            for _, parameter in pairs:
+                parameter.grad = parameter.detach().sin()
+            made.step()
+        ends.append([parameter.detach().clone() for _, parameter in pairs])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
+def test_an_eps_that_is_set_counts_under_every_variant(tiny_settings: dict[str, Any]) -> None:
+    for given, expected in ((None, 1e-8), (1e-4, 1e-4)):
+        config = config_of(tiny_settings, optimizer={"name": "lamb", "variant": "deepspeed", "eps": given})
+        assert make_optimizer(config, parameters()).param_groups[0]["eps"] == expected
 
 
 def test_with_lisa_each_layer_is_a_group_and_without_it_all_are_one(tiny_settings: dict[str, Any]) -> None:
