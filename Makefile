@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c flows/constraints.txt
 
-.PHONY: run test test-tensors test-pipelines setup check quick quick-tensors quick-pipelines docs exactness faults bench bench-gpu bench-large-batch bench-lisa pictures clean
+.PHONY: run test cluster-test test-tensors test-pipelines setup check quick quick-tensors quick-pipelines docs exactness faults bench bench-gpu bench-large-batch bench-lisa pictures clean
 
 run: $(VENV)/.installed
 	@$(BIN)/ingot run --recipe demo
@@ -23,6 +23,11 @@ test-tensors: $(VENV)/.installed-dev
 
 test-pipelines: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q $(addprefix --ignore=,$(TENSORS))
+
+# What needs a cluster: a real Slurm of two nodes on this host. As root on Debian and Ubuntu it installs Slurm first.
+cluster-test: $(VENV)/.installed-dev
+	@command -v slurmctld >/dev/null || apt-get install -y slurm-wlm munge
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/cluster -m "cluster_full or not cluster_full"
 
 # Unit tests that train nothing, in two halves side by side. What trains, starts ranks or services, or is marked `slow`, is
 # left to `make test`. The selection is this list and that mark, nothing else.

@@ -103,13 +103,16 @@ def plan(
     drawn: Annotated[
         bool, typer.Option("--graph", help="Print the graph with the state of each stage, as a Mermaid flowchart.")
     ] = False,
+    jobs: Annotated[
+        bool, typer.Option("--jobs", help="Print the job of each stage that would be submitted, and have it checked.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what a run would do, why, and what it takes. Starts nothing, changes nothing."""
     from flows.commands import run as command
 
     selection = (only, since, force or [])
-    command.plan(recipe, overrides or [], *selection, as_json=as_json, world_size=world_size, drawn=drawn)
+    command.plan(recipe, overrides or [], *selection, as_json=as_json, world_size=world_size, drawn=drawn, jobs=jobs)
 
 
 @app.command()

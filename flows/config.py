@@ -10,11 +10,12 @@ from pydantic import Field, field_validator, model_validator
 from flows import executors
 from pipelines.compression.config import CompressConfig
 from pipelines.core.compute import ComputeConfig
-from pipelines.core.settings import NOT_IDENTITY, PATH, Settings
+from pipelines.core.settings import NOT_IDENTITY, PATH, Settings, known_keys
 from pipelines.data.config import DataConfig, PrepareConfig
 from pipelines.evaluation import probe
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.registry.config import PromoteConfig
+from pipelines.stages import STAGES
 from pipelines.tracking.config import TrackingConfig
 from pipelines.training.config import PretrainConfig
 
@@ -54,7 +55,25 @@ class RunConfig(Settings):
     def _executor_is_there(cls, value: ComputeConfig) -> ComputeConfig:
         if value.executor not in executors.names():
             raise ValueError(f"executor = {value.executor!r}; there is {', '.join(executors.names())}")
+        for stage in value.stages:
+            if stage not in STAGES:
+                raise ValueError(f"stages.{stage}: no stage{known_keys(stage, list(STAGES))}")
         return value
+
+    @model_validator(mode="after")
+    def _ranks_fill_the_nodes(self) -> RunConfig:
+        parts: list[tuple[str, Settings]] = [
+            ("pretrain", self.pretrain),
+            *(("compress", each) for each in self.compress),
+        ]
+        for stage, config in parts:
+            nodes = self.compute.at(stage, ranks=config.rank_count, cores=config.core_count).node_count
+            if config.rank_count % nodes:
+                raise ValueError(
+                    f"compute.nodes = {nodes}: {config.rank_count} ranks of {stage} do not spread evenly over them; "
+                    f"a multiple of {nodes} does, or compute.stages.{stage}.nodes"
+                )
+        return self
 
     @model_validator(mode="after")
     def _tokenizer_has_a_model(self) -> RunConfig:

@@ -58,7 +58,8 @@ def progress_line(progress: Progress) -> None:
     now = time.monotonic()
     finished = progress.done >= progress.total
     printed_at, _ = _last.get(progress.node, (0.0, -1))
-    text = f"{progress.node:<22} {progress.done:>6}/{progress.total} {progress.unit}  {progress.message}"
+    count = f"{progress.done:>6}/{progress.total} {progress.unit}  " if progress.total else ""
+    text = f"{progress.node:<22} {count}{progress.message}"
     if sys.stderr.isatty():
         print(f"\r\x1b[2K{text}", end="\n" if finished else "", file=sys.stderr, flush=True)
     elif finished or now - printed_at >= _LINE_EVERY_S:

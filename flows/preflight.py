@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows import executors
 from flows.run_plan import RunPlan
 from pipelines.core import disk
 from pipelines.core.artifact import Artifact
@@ -232,6 +233,22 @@ def tokenizer(plan: RunPlan) -> Iterator[Finding]:
         yield Finding("tokenizer", message, "prepare.tokenizer=init_weights takes the model's", None)
 
 
+def jobs(plan: RunPlan) -> Iterator[Finding]:
+    """Would the scheduler take the jobs, and does every resource that is asked for mean something to it?"""
+    executor, compute = executors.get(plan.config.compute), plan.config.compute
+    tables = {"compute": compute} | {f"compute.stages.{name}": table for name, table in compute.stages.items()}
+    idle = [f"{path}.{key}" for path, table in tables.items() for key in table.asked if key not in executor.reads]
+    if idle:
+        message = f"{', '.join(idle)}: nothing reads that with compute.executor = {compute.executor}"
+        if any(path.endswith(".nodes") for path in idle) and executor.one_machine:
+            yield Finding("jobs", message, "compute.executor=slurm, or leave compute.nodes out", ConfigError)
+        else:
+            yield Finding("jobs", message, "leave it out, or choose another executor: `ingot list executors`", None)
+    requests = [plan.request(step.node) for step in plan.steps if step.runs]
+    for problem in executor.problems(requests):
+        yield Finding("jobs", problem, "`ingot plan --jobs` shows what would be submitted", ConfigError)
+
+
 def _prepared_by(model: Artifact) -> str | None:
     """Return the fingerprint of the prepared corpus that a model descends from."""
     inputs = model.manifest.identity.get("inputs", {})
@@ -258,6 +275,7 @@ CHECKS: dict[str, Callable[[RunPlan], Iterator[Finding]]] = {
     "tokenizer": tokenizer,
     "gpu": gpus,
     "disk": space,
+    "jobs": jobs,
 }
 """Name of a check -> the check."""
 _OF_THE_MACHINE = {"gpu", "disk"}

@@ -68,9 +68,12 @@ class RunPlan:
             data_hash=None if node.node.stage.corpus == "none" else self.data_hash,
             store=str(self.store.root),
             project=str(self.project),
-            compute=self.config.compute,
+            compute=self.config.compute.at(
+                node.node.stage.name, ranks=node.node.config.rank_count, cores=node.node.config.core_count
+            ),
             tracking=tracking or TrackingTarget(),
             force=force,
+            alone=node.node.config.measures_time,
             wait_s=wait_s,
         )
 

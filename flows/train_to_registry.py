@@ -7,7 +7,8 @@ Prefect is told and never asked: a server that goes away in mid-run changes noth
 
 With `compute.parallel = 1` the tasks run one after another in the main thread: each uses the whole machine (or the
 whole launch of ranks), signals reach the stage itself, and torch is imported once. With more, every task waits in a
-thread for its executor, and is submitted when its inputs are there; a node that measures time has the run for itself.
+thread for its executor, and is submitted when its inputs are there; a node that measures time has the machine for
+itself: the run where all work on one, else by asking the scheduler for it.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def _may_start(execution: Execution, name: str, waiting: Collection[str], at_wor
     if set(graph[name].node.inputs.values()) & {*waiting, *at_work}:
         return False
     alone = any(graph[other].node.config.measures_time for other in (name, *at_work))
-    return not (alone and at_work)
+    return not (alone and at_work and execution.executor.one_machine)
 
 
 def _errors(states: dict[str, State[Any]]) -> list[State[Any]]:

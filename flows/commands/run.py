@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from flows import console, logs, preflight, run_plan
+from flows import console, executors, logs, preflight, run_plan
 from flows.commands import lookup
 from flows.planner import Selection, Step
 from flows.run_plan import RunPlan
@@ -41,19 +41,37 @@ def plan(
     as_json: bool,
     world_size: int | None = None,
     drawn: bool = False,
+    jobs: bool = False,
 ) -> None:
     """Print the plan of a run; with `world_size` of a run on so many ranks of a machine that is not this one.
+
+    Args:
+        name: of the recipe.
+        overrides: over the recipe.
+        only: a stage to run alone.
+        since: a stage to run again, with everything below.
+        force: stages to run again.
+        as_json: print JSON.
+        world_size: ranks of another machine.
+        drawn: print the graph instead.
+        jobs: print what the executor would be given instead.
 
     Raises:
         ConfigError: a drawing is wanted as JSON; or see `run_plan.make`.
     """
-    if drawn and as_json:
-        raise ConfigError("--graph prints Mermaid, --json the steps with their inputs", hint="give one of the two")
+    if drawn and (as_json or jobs):
+        raise ConfigError(
+            "--graph prints Mermaid, --json and --jobs the steps and their jobs",
+            hint="give one of the two",
+        )
     ranks = [] if world_size is None else [f"pretrain.world_size={world_size}"]
     selection = Selection(only, since, tuple(force))
     made = run_plan.make(name, [*overrides, *ranks], selection, elsewhere=world_size is not None)
     if drawn:
         print(run_plan.mermaid(made))
+        return
+    if jobs:
+        _print_jobs(made, as_json=as_json)
         return
     findings = preflight.check(made, elsewhere=world_size is not None)
     if as_json:
@@ -63,6 +81,20 @@ def plan(
     print_plan(made)
     _say(findings, sys.stdout)
     print("Nothing was started.")
+
+
+def _print_jobs(made: RunPlan, *, as_json: bool) -> None:
+    """Print what the executor would be given for every stage that runs, and what the scheduler says of it."""
+    executor = executors.get(made.config.compute)
+    requests = [made.request(step.node) for step in made.steps if step.runs]
+    rows = [{"stage": r.node, "where": executor.where(r), "job": executor.described(r)} for r in requests]
+    problems = list(executor.problems(requests))
+    if as_json:
+        print(json.dumps({"jobs": rows, "problems": problems}, indent=1))
+        return
+    for row in rows:
+        print(f"{row['stage']}: {row['where']}\n    {row['job']}")
+    print("\n".join(f"would be refused: {each}" for each in problems) or "Nothing speaks against them.")
 
 
 def run(
@@ -181,6 +213,11 @@ def print_plan(made: RunPlan) -> None:
             print(f"  note: {step.node}: {step.warning}")
     _print_sources(to_run)
     cached = sum(step.state == "cached" for step in made.steps)
+    executor = executors.get(made.config.compute)
+    if not executor.one_machine and to_run:
+        places = [(step.node, executor.where(made.request(step.node))) for step in to_run]
+        groups = {place: [node for node, where in places if where == place] for _, place in places}
+        print("  where: " + "; ".join(f"{', '.join(nodes)}: {place}" for place, nodes in groups.items()))
     print(f"{cached} cached, {len(to_run)} to run{_totals(made, to_run)}. {_champion_line(made)}")
     if any(step.stage == "promote" for step in to_run):
         print(f"Gate: {made.config.promote.rule}.")

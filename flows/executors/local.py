@@ -3,25 +3,28 @@
 Children, not threads, because signal handlers, torch's threads, progress bars and the parent-death signal of ranks
 belong to a process. A child starts in about as long as it takes to import torch, so one at a time stays here.
 Children inherit the number of threads: fewer would be faster side by side, and would round sums in another order.
+No child outlives this process, so there is never one to adopt.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from pipelines.core import artifact, errors, parent_guard, program, run_stage
+from flows import executors
+from flows.executors import EVENTS, Job, Status
+from pipelines.core import parent_guard, program, run_stage
 from pipelines.core.artifact import Artifact
 from pipelines.core.compute import ComputeConfig
-from pipelines.core.errors import BY_EXIT_CODE, IngotError, Preempted, TransientError
 from pipelines.core.request import StageRequest
 from pipelines.core.stage import Progress
 
@@ -29,88 +32,82 @@ _MARGIN_S = 15.0
 """What a child may need beyond the grace time of its ranks."""
 
 
-class Executor:
+class Executor(executors.Executor):
     """Carries requests out on this machine.
 
     Args:
         compute: of the run.
     """
 
+    one_machine: ClassVar[bool] = True
+
     def __init__(self, compute: ComputeConfig) -> None:
-        self._compute = compute
-        self._children: set[subprocess.Popen[str]] = set()
-        self._lock = threading.Lock()
-        self._stopping = False
+        super().__init__(compute)
+        self._children: dict[str, subprocess.Popen[str]] = {}
 
     def execute(self, request: StageRequest, report: Callable[[Progress], None]) -> Artifact:
         """Execute in this process, or in a child when several may work side by side."""
         if self._compute.parallel == 1:
             return run_stage.execute(request, report)
-        child = self._start()
-        try:
-            return _follow(child, request, report)
-        finally:
-            _kill(child)
-            with self._lock:
-                self._children.discard(child)
+        return super().execute(request, report)
 
-    def stop(self) -> None:
-        """Send SIGTERM to the children, wait until they have saved, and kill the ones that take too long."""
-        with self._lock:
-            self._stopping = True
-            children = list(self._children)
-        for child in children:
-            child.terminate()
-        try:
-            for child in children:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(self._compute.grace_s + _MARGIN_S)
-        finally:  # also when a second signal arrives meanwhile
-            for child in children:
-                _kill(child)
-
-    def _start(self) -> subprocess.Popen[str]:
+    def submit(self, request: StageRequest) -> Job:
+        """Start a child, which gets the request by its standard input."""
+        folder = Path(tempfile.mkdtemp(prefix="ingot-job-"))
         guarded = [sys.executable, "-I", "-S", parent_guard.__file__, "exec", str(os.getpid())]
-        with self._lock:
-            if self._stopping:
-                raise Preempted("the run was asked to stop", hint="the same command goes on where it stopped")
+        with (folder / EVENTS).open("wb") as events:
             child = subprocess.Popen(
                 [*guarded, *program.command("pipelines.core.run_stage", "-")],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=events,
                 env=program.environment(),
                 start_new_session=True,  # the terminal's Ctrl-C reaches this process, which passes it on once
                 text=True,
             )
-            self._children.add(child)
-        return child
+        self._children[str(child.pid)] = child
+        assert child.stdin is not None
+        # Where the child is dead already, its exit code says how.
+        with contextlib.suppress(BrokenPipeError), child.stdin as stream:
+            stream.write(request.model_dump_json())
+        return Job(str(child.pid), request, folder)
 
+    def poll(self, job: Job) -> Status:
+        """Return whether the child has ended, and how."""
+        code = self._children[job.id].poll()
+        return Status("runs") if code is None else Status("ended", code)
 
-def _follow(child: subprocess.Popen[str], request: StageRequest, report: Callable[[Progress], None]) -> Artifact:
-    """Hand the request over, pass progress on, and return the artifact or raise the child's error as it was there."""
-    assert child.stdin is not None
-    assert child.stdout is not None
-    # Where the child is dead already, its exit code says how.
-    with contextlib.suppress(BrokenPipeError), child.stdin as stream:
-        stream.write(request.model_dump_json())
-    last: dict[str, Any] = {}
-    with child.stdout as lines:
-        for line in lines:
-            last = json.loads(line)
-            if last.pop("event") == "progress":
-                report(Progress(request.node, **last))
-    code = child.wait()
-    if code == 0:
-        return artifact.load(Path(last["path"]))
-    if "kind" in last:
-        raise getattr(errors, last["kind"])(last["message"], hint=last["hint"])
-    if code < 0:
-        raise TransientError(f"the process of {request.node} was killed by {signal.Signals(-code).name}")
-    raise BY_EXIT_CODE.get(code, IngotError)(f"the process of {request.node} ended with exit code {code}")
+    def cancel(self, jobs: Sequence[Job], grace_s: float) -> None:
+        """Send SIGTERM to the children, wait until they have saved, and kill the ones that take too long."""
+        children = [self._children[job.id] for job in jobs if job.id in self._children]
+        for child in children:
+            child.terminate()
+        deadline = time.monotonic() + grace_s + _MARGIN_S
+        try:
+            for child in children:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(max(0.0, deadline - time.monotonic()))
+        finally:  # also when a second signal arrives meanwhile
+            for child in children:
+                _kill(child)
+
+    def logs(self, job: Job) -> str:
+        """Return nothing: a child shares the standard error of this process."""
+        del job
+        return ""
+
+    def adopt(self, request: StageRequest) -> Job | None:
+        """Return None: a child does not outlive the run that started it."""
+        del request
+        return None
+
+    def release(self, job: Job, done: bool) -> None:
+        """End the child with all that it started, if it is still there."""
+        del done
+        _kill(self._children.pop(job.id))
+        shutil.rmtree(job.folder, ignore_errors=True)
 
 
 def _kill(child: subprocess.Popen[str]) -> None:
-    """End a child with all that it started, if it is still there."""
     if child.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)

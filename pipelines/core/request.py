@@ -47,6 +47,8 @@ class StageRequest(BaseModel):
     """Its URI may hold a password: hand requests over by standard input, or by files that others cannot read."""
     force: bool = False
     """Run the body even when the store has the artifact."""
+    alone: bool = False
+    """Whether the stage measures time, so that nothing else may work on its machine meanwhile."""
     wait_s: float | None = None
     """How long to wait for another run that builds the same artifact; None waits for ever."""
     stages: str = "pipelines.stages:STAGES"

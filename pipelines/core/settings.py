@@ -62,6 +62,16 @@ class Settings(BaseModel):
         """Whether the stage measures how fast something is, so that nothing of the same run may work beside it."""
         return False
 
+    @property
+    def rank_count(self) -> int:
+        """Processes that the stage spreads over the nodes that it is given."""
+        return 1
+
+    @property
+    def core_count(self) -> int:
+        """Cores that all processes of the stage together are set up to use."""
+        return 1
+
     def identity(self) -> dict[str, Any]:
         """Return the fields that can change a result, as JSON values: what enters a fingerprint."""
         return _fields(self, lambda extra: extra.get("identity") is not False)
