@@ -64,6 +64,16 @@ class Totals(Part):
     """Of the tables that say how an attention cache is quantized."""
 
 
+class Reconstruction(Part):
+    """How learning the layers of a block together went, on calibration sequences that it was not learned from."""
+
+    before: float
+    """||f(x) - y||^2 / ||y||^2 of the block's outputs."""
+    after: float
+    kept: bool
+    """Whether the learned layers are what is stored: only where the error fell."""
+
+
 class PackedLayer(Part):
     """One layer whose weights were compressed."""
 
@@ -76,6 +86,8 @@ class PackedLayer(Part):
     """||X (W - W')^T||^2 / ||X W^T||^2 on the calibration tokens; None without calibration."""
     baselines: dict[str, float] = Field(default_factory=dict)
     """The same error of the method's baselines, which store as many bits."""
+    reconstruction: Reconstruction | None = None
+    """Of the block that the layer is in; None where no block was learned."""
 
 
 class CutLayer(Part):

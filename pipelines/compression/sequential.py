@@ -15,7 +15,7 @@ from models.compression.base import MethodConfig, Packed, Statistics, WeightMeth
 from models.compression.modules import packed_linear
 from pipelines.compression import block_reconstruction, calibration, sensitivity
 from pipelines.compression.calibration import Prefix
-from pipelines.compression.report import PackedLayer
+from pipelines.compression.report import PackedLayer, Reconstruction
 from pipelines.compression.run import CompressionRun
 from pipelines.core.errors import ConfigError
 from pipelines.modelio import meta_init
@@ -46,6 +46,8 @@ class CompressedLayer:
     output_error: float | None
     """None without calibration; errors as in `report.PackedLayer`."""
     baselines: dict[str, float] = field(default_factory=dict)
+    reconstruction: Reconstruction | None = None
+    """How learning its whole block went, where that was asked for."""
 
     def report(self, stored_bits: int) -> PackedLayer:
         """Return the layer's row of the report; `stored_bits` is its size in the folder."""
@@ -56,6 +58,7 @@ class CompressedLayer:
             weight_error=self.weight_error,
             output_error=self.output_error,
             baselines=self.baselines,
+            reconstruction=self.reconstruction,
         )
 
 
@@ -162,18 +165,25 @@ def _reconstruct(
     weights: Mapping[str, Tensor],
     seen: Mapping[str, Statistics],
 ) -> dict[str, CompressedLayer]:
-    """Optimise the compressed layers of a block together, and put what they became into the model."""
+    """Optimise the compressed layers of a block together; what they became is kept where the block came nearer."""
+    block, (_, judges) = model.get_submodule(place), block_reconstruction.split(len(outputs))
+    before = block_reconstruction.relative_error(block, index, prefix, outputs, judges)
     learnable = {name: block_reconstruction.learnable(weights[name], layer.packed) for name, layer in layers.items()}
     learned = {name: layer for name, layer in learnable.items() if layer is not None}
     inside = {name.removeprefix(f"{place}."): layer for name, layer in learned.items()}
-    block_reconstruction.optimise(model.get_submodule(place), inside, index, prefix, outputs, steps=steps)
-    reconstructed = dict(layers)
-    for name, layer in learned.items():
-        packed = layer.pack()
-        dense_OI = packed_linear.put(model, name, packed)
+    block_reconstruction.optimise(block, inside, index, prefix, outputs, steps=steps)
+    packed = {name: layer.pack() for name, layer in learned.items()}
+    dense = {name: packed_linear.put(model, name, layer) for name, layer in packed.items()}
+    after = block_reconstruction.relative_error(block, index, prefix, outputs, judges)
+    facts = Reconstruction(before=before, after=after, kept=after < before)
+    reconstructed = {name: replace(layer, reconstruction=facts) for name, layer in layers.items()}
+    for name, dense_OI in dense.items():
+        if not facts.kept:
+            packed_linear.put(model, name, layers[name].packed)
+            continue
         reconstructed[name] = replace(
-            layers[name],
-            packed=packed,
+            reconstructed[name],
+            packed=packed[name],
             weight_error=relative_error(weights[name], dense_OI),
             output_error=_output_error(weights[name], dense_OI, seen[name]),
         )

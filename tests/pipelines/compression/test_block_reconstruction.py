@@ -136,6 +136,27 @@ def test_refined_children_are_reported_and_stored_as_the_others(small: Any, comp
     assert not torch.equal(one, two)
 
 
+@pytest.mark.parametrize(("rate", "kept"), [(1e-3, True), (3.0, False)])
+def test_a_block_that_learning_took_farther_from_its_target_stays_as_it_was(
+    rate: float, kept: bool, small: Any, compress: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_reconstruction, "RATES", {"scale": rate, "latent": rate})
+    bench, table = small(), {"method": "rtn", "bits": 3, "group_size": 0, "samples": 16}
+    plain, _ = compress(bench, table)
+    out, report = compress(bench, table | {"block_reconstruction": 12})
+    facts = [layer["reconstruction"] for layer in report["layers"].values()]
+    assert {fact["kept"] for fact in facts} == {kept}
+    assert all((fact["after"] < fact["before"]) is kept for fact in facts)
+    one, two = (WeightReader(path / "model") for path in (plain, out))
+    same = [torch.equal(one.dense(f"{name}.weight"), two.dense(f"{name}.weight")) for name in report["layers"]]
+    assert all(same) is not kept
+
+
+def test_batches_that_judge_are_not_learned_from() -> None:
+    assert block_reconstruction.split(8) == ([0, 1, 2, 4, 5, 6], [3, 7])
+    assert block_reconstruction.split(3) == ([0, 1, 2], [0, 1, 2])
+
+
 def test_inputs_stay_rounded_after_refinement(small: Any) -> None:
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
     packed = rtn.Method().compress(weight, Statistics(), rtn.Config(bits=4, activations="int8"))
