@@ -229,6 +229,8 @@ class BitAllocation(Generic[C]):
     """Which statistics `WeightMethod.cost` predicts losses from."""
     probes: int = 1
     """Random directions a batch where the source is curvature."""
+    operations_budget: float = 0.0
+    """Bit operations of a multiplication, the mean over all layers; 0: no such budget."""
     tied_layers: Sequence[str] = ()
     """Patterns on module names; layers that match one of them get the same option."""
 
@@ -240,6 +242,8 @@ class Cost:
     stored_bits: int
     loss: float
     """Predicted increase; comparable between layers."""
+    operations: int = 0
+    """Bit operations of a token: for each multiplication the width of the weight times that of the input."""
 
 
 class WeightMethod(PackingMethod[C]):

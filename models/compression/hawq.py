@@ -11,9 +11,9 @@ made for rounding to nearest. Every width is a public layout, so a variant of mi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from models.compression import gptq
 from models.compression.awq import output_loss
@@ -29,6 +29,13 @@ class Config(gptq.Config):
 
     budget: float = Field(
         4.75, ge=0.0, le=16.0, description="stored bits a weight, scales included, over all layers; 0: `bits` for all"
+    )
+    operations_budget: float = Field(
+        0.0,
+        ge=0.0,
+        le=256.0,
+        description="a second budget: width of a weight times width of an input (16 where inputs are not rounded), the "
+        "mean over all multiplications; 0: none",
     )
     widths: tuple[int, ...] = Field((2, 3, 4, 8), min_length=1, description="widths that a layer may be given")
     sensitivity: Literal["curvature", "gradients", "hessian"] = Field(
@@ -46,6 +53,12 @@ class Config(gptq.Config):
         """For instance `3p5bits-g32`, or that of GPTQ without a budget."""
         place = f"g{self.group_size}" if self.group_size else "channel"
         return f"{self.budget:g}bits-{place}".replace(".", "p") if self.budget else super().label
+
+    @model_validator(mode="after")
+    def _operations_need_an_allocation(self) -> Self:
+        if self.operations_budget and not self.budget:
+            raise ValueError("operations_budget does nothing here: it goes with budget above 0")
+        return self
 
     @field_validator("widths")
     @classmethod
@@ -86,10 +99,14 @@ class Method(WeightMethod[Config], config=Config):
         if not config.budget:
             return None
         return BitAllocation(
-            options=[config.model_copy(update={"bits": width, "budget": 0.0}) for width in config.widths],
+            options=[
+                config.model_copy(update={"bits": width, "budget": 0.0, "operations_budget": 0.0})
+                for width in config.widths
+            ],
             budget=config.budget,
             sensitivity_source=config.sensitivity,
             probes=config.probes,
+            operations_budget=config.operations_budget,
             tied_layers=config.tied_layers,
         )
 
@@ -108,4 +125,5 @@ class Method(WeightMethod[Config], config=Config):
         else:
             hessian_II = statistics.second_moment("hawq", weight_OI.shape[1])
             loss = output_loss(error_OI, hessian_II) / max(output_loss(weight_OI, hessian_II), 1e-300)
-        return Cost(packed.stored_bits(), loss)
+        inputs = 8 if option.activations == "int8" else 16
+        return Cost(packed.stored_bits(), loss, weight_OI.numel() * option.bits * inputs)

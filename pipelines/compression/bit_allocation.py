@@ -46,10 +46,11 @@ class Allocated:
 
 @dataclass(frozen=True)
 class Costs:
-    """Stored bits and predicted loss of every option for every layer."""
+    """Stored bits, bit operations and predicted loss of every option for every layer."""
 
     bits_LC: Ints
     loss_LC: Floats
+    operations_LC: Ints
     weights: int
     """Number of weights of all layers."""
 
@@ -66,9 +67,12 @@ def allocate(run: CompressionRun, assignment: Assignment) -> Allocated:
     costs = costs_of(run, assignment, wanted)
     bits_LC, cost_LC = costs.bits_LC, costs.loss_LC
     budget, names = int(wanted.budget * costs.weights), assignment.names
-    best = solve(cost_LC, bits_LC, budget, groups=_tied(names, wanted.tied_layers))
-    random = [random_choice(bits_LC, budget, seed) for seed in range(RANDOM_ALLOCATIONS)]
-    uniform = uniform_choice(cost_LC, bits_LC, budget)
+    # Each weight is multiplied once for each token, so the mean over multiplications is over weights.
+    operations = int(wanted.operations_budget * costs.weights) if wanted.operations_budget else None
+    second = None if operations is None else Second(costs.operations_LC, operations)
+    best = solve(cost_LC, bits_LC, budget, second=second, groups=_tied(names, wanted.tied_layers))
+    random = [random_choice(bits_LC, budget, seed, second=second) for seed in range(RANDOM_ALLOCATIONS)]
+    uniform = uniform_choice(cost_LC, bits_LC, budget, second=second)
 
     def given(options: Sequence[int]) -> Assignment:
         return replace(
@@ -84,6 +88,8 @@ def allocate(run: CompressionRun, assignment: Assignment) -> Allocated:
     report = Allocation(
         budget_bits=budget,
         stored_bits=total(bits_LC, best),
+        budget_operations=operations,
+        operations=None if operations is None else total(costs.operations_LC, best),
         predicted=predicted(best),
         random=[predicted(options) for options in random],
         uniform=None if uniform is None else float(cost_LC[:, uniform].sum()),
@@ -102,7 +108,8 @@ def costs_of(run: CompressionRun, assignment: Assignment, wanted: BitAllocation[
         costs[name] = [assignment.method.cost(weight_OI, seen, option) for option in wanted.options]
     ordered = [costs[name] for name in assignment.names]
     bits_LC = np.array([[cost.stored_bits for cost in row] for row in ordered], dtype=np.int64)
-    return Costs(bits_LC, np.array([[cost.loss for cost in row] for row in ordered]), weights)
+    operations_LC = np.array([[cost.operations for cost in row] for row in ordered], dtype=np.int64)
+    return Costs(bits_LC, np.array([[cost.loss for cost in row] for row in ordered]), operations_LC, weights)
 
 
 def _statistics(
@@ -144,13 +151,22 @@ def _tied(names: Sequence[str], patterns: Sequence[str]) -> list[list[int]]:
 # ---- the integer program ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Second:
+    """A second budget."""
+
+    size_LC: Ints
+    """Another size of each choice than its stored bits."""
+    budget: int
+    """Most of it altogether."""
+
+
 def solve(
     cost_LC: Floats,
     bits_LC: Ints,
     budget: int,
     *,
-    second_LC: Ints | None = None,
-    second_budget: int = 0,
+    second: Second | None = None,
     groups: Sequence[Sequence[int]] = (),
 ) -> list[int]:
     """Return the option of each layer whose total cost is least.
@@ -159,16 +175,15 @@ def solve(
         cost_LC: predicted loss of each choice, finite.
         bits_LC: its stored bits.
         budget: most bits altogether.
-        second_LC: another size of each choice.
-        second_budget: most of it altogether.
+        second: another size of each choice, and its budget.
         groups: layers that must take the same option.
 
     Raises:
         ConfigError: not even the smallest options are within a budget.
     """
     sizes, limits = [bits_LC.astype(np.int64)], [int(budget)]
-    if second_LC is not None:
-        sizes, limits = [*sizes, second_LC.astype(np.int64)], [*limits, int(second_budget)]
+    if second is not None:
+        sizes, limits = [*sizes, second.size_LC.astype(np.int64)], [*limits, int(second.budget)]
     allowed = list(limits)
     for _ in range(100):
         chosen = _solve(cost_LC, sizes, allowed, groups)
@@ -190,8 +205,8 @@ def total(size_LC: Ints, chosen: Sequence[int]) -> int:
     return int(size_LC[np.arange(len(size_LC)), list(chosen)].sum())
 
 
-def random_choice(bits_LC: Ints, budget: int, seed: int) -> list[int]:
-    """Return a random allocation that fills the budget: no layer could take its next larger choice as well.
+def random_choice(bits_LC: Ints, budget: int, seed: int, *, second: Second | None = None) -> list[int]:
+    """Return a random allocation that fills the budgets: no layer could take its next larger choice as well.
 
     Raises:
         ConfigError: not even the smallest options are within the budget.
@@ -200,23 +215,32 @@ def random_choice(bits_LC: Ints, budget: int, seed: int) -> list[int]:
     order_LC = np.argsort(bits_LC, axis=1, kind="stable")
     ranks = generator.integers(0, bits_LC.shape[1], len(bits_LC))
 
-    def size(ranks_L: NDArray[np.int64]) -> int:
-        return total(bits_LC, list(np.take_along_axis(order_LC, ranks_L[:, None], axis=1)[:, 0]))
+    def choices(ranks_L: NDArray[np.int64]) -> list[int]:
+        return [int(choice) for choice in np.take_along_axis(order_LC, ranks_L[:, None], axis=1)[:, 0]]
 
-    while size(ranks) > budget:
+    def too_large(ranks_L: NDArray[np.int64]) -> bool:
+        chosen = choices(ranks_L)
+        over = total(bits_LC, chosen) > budget
+        return over or (second is not None and total(second.size_LC, chosen) > second.budget)
+
+    while too_large(ranks):
         lowerable = np.flatnonzero(ranks > 0)
         if not len(lowerable):
-            raise ConfigError(f"no allocation is within the budget of {budget}", hint=f"the least is {size(ranks)}")
+            least = total(bits_LC, choices(ranks))
+            raise ConfigError(f"no allocation is within the budget of {budget}", hint=f"the least is {least}")
         ranks[generator.choice(lowerable)] -= 1
     for layer in generator.permutation(len(bits_LC)):
-        while ranks[layer] + 1 < bits_LC.shape[1] and size(ranks + (np.arange(len(ranks)) == layer)) <= budget:
+        while ranks[layer] + 1 < bits_LC.shape[1] and not too_large(ranks + (np.arange(len(ranks)) == layer)):
             ranks[layer] += 1
-    return [int(choice) for choice in np.take_along_axis(order_LC, ranks[:, None], axis=1)[:, 0]]
+    return choices(ranks)
 
 
-def uniform_choice(cost_LC: Floats, bits_LC: Ints, budget: int) -> int | None:
-    """Return the choice of least cost that all layers can share within the budget; None where there is none."""
-    within = np.flatnonzero(bits_LC.sum(axis=0) <= budget)
+def uniform_choice(cost_LC: Floats, bits_LC: Ints, budget: int, *, second: Second | None = None) -> int | None:
+    """Return the choice of least cost that all layers can share within the budgets; None where there is none."""
+    fits_C = bits_LC.sum(axis=0) <= budget
+    if second is not None:
+        fits_C &= second.size_LC.sum(axis=0) <= second.budget
+    within = np.flatnonzero(fits_C)
     return int(within[np.argmin(cost_LC.sum(axis=0)[within])]) if len(within) else None
 
 

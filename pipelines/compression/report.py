@@ -165,6 +165,9 @@ class Allocation(Part):
 
     budget_bits: int
     stored_bits: int
+    budget_operations: int | None = None
+    operations: int | None = None
+    """Bit operations of a token in the layers; None without a second budget."""
     predicted: float
     random: list[float]
     uniform: float | None = None

@@ -6,6 +6,7 @@ That plain transformers loads them is tested with the other variants in `test_la
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,6 +67,25 @@ def test_layers_that_belong_together_share_a_width(small: Any, compress: Callabl
     for pattern in ("layers.0.self_attn.", "down_proj"):
         assert len({width for name, width in found.items() if pattern in name}) == 1
     assert len(set(found.values())) > 1
+
+
+def test_a_recipe_reaches_the_second_budget(small: Any, compress: Callable[..., Any]) -> None:
+    """Bit operations, 16 for each bit of a weight here: they allow fewer bits than the bytes do."""
+    free, bound = (compress(small(), MIXED | table)[1] for table in ({}, {"operations_budget": 16 * 3.0}))
+    told, wide = bound["allocation"], free["allocation"]
+    count = bound["totals"]["weights"]
+    assert told["budget_operations"] == 16 * 3 * count
+    mean = sum(width * math.prod(bound["layers"][name]["shape"]) for name, width in widths(bound).items()) / count
+    assert told["operations"] == 16 * mean * count <= told["budget_operations"]
+    assert told["stored_bits"] < wide["stored_bits"]
+    assert told["predicted"] > wide["predicted"]
+    assert "operations" not in wide
+
+
+def test_inputs_of_eight_bits_cost_half_the_operations() -> None:
+    weight, seen = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), Statistics(curvature=1.0)
+    costs = [hawq.Method().cost(weight, seen, hawq.Config(bits=4, activations=a)) for a in ("none", "int8")]
+    assert [cost.operations for cost in costs] == [128 * 4 * 16, 128 * 4 * 8]
 
 
 def test_an_encoder_of_mixed_widths_needs_our_loader_and_keeps_the_budget(
@@ -192,7 +212,7 @@ def test_a_second_budget_binds_as_well(seed: int) -> None:
     cost, bits = random_problem(seed)
     second = np.random.default_rng(seed + 50).integers(1, 100, bits.shape)
     budget, limit, rows = int(bits.max(1).sum() * 0.7), int(second.min(1).sum() * 1.3), np.arange(len(bits))
-    chosen = bit_allocation.solve(cost, bits, budget, second_LC=second, second_budget=limit)
+    chosen = bit_allocation.solve(cost, bits, budget, second=bit_allocation.Second(second, limit))
     expected = brute(cost, bits, budget, lambda found: second[rows, found].sum() <= limit)
     assert price(cost, chosen) == pytest.approx(expected, rel=1e-9)
     assert expected > brute(cost, bits, budget), "it binds"
