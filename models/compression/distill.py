@@ -12,17 +12,19 @@ from that variant; the teacher is the pretrained model of the run. The variant i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from models.architectures.config import IGNORED, Shape
+from models.compression import training_method
 from models.compression.training_method import Step, TrainedConfig, TrainingMethod
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 else:
     torch = lazy_module("torch")
 
@@ -40,6 +42,7 @@ class Config(TrainedConfig):
         0.5, ge=0.0, le=1.0, description="weight of the teacher's distribution; the labels have the rest"
     )
     temperature: float = Field(2.0, gt=0.0, le=100.0, description="temperature of both distributions")
+    keep_zeros: bool = Field(False, description="weights that are zero in the base stay zero: for a pruned base")
     features: float = Field(0.0, ge=0.0, le=1000.0, description="weight of the hidden states")
 
     @property
@@ -58,6 +61,11 @@ class Config(TrainedConfig):
     def from_scratch(self) -> bool:
         """Whether training starts from random weights."""
         return self.init_from == "scratch"
+
+    @model_validator(mode="after")
+    def _zeros_are_those_of_the_base(self) -> Self:
+        training_method.refuse_zeros_of_nothing(keep_zeros=self.keep_zeros, from_scratch=self.from_scratch)
+        return self
 
     @model_validator(mode="after")
     def _only_new_students_are_narrower(self) -> Self:
@@ -126,6 +134,11 @@ class Method(TrainingMethod[Config], config=Config):
     def source_layer(self, layer: int, base: Shape, config: Config) -> int:
         """Return the base's layer that a student's layer starts from."""
         return same_depth(layer, config.layers or base.layers, base.layers)
+
+    def transform(self, model: nn.Module, names: Sequence[str], config: Config) -> None:
+        """Leave the layers as they are, but for zeros that are to stay."""
+        if config.keep_zeros:
+            training_method.keep_zeros(model, names)
 
     def loss(self, step: Step, config: Config) -> Tensor:
         """Return the weighted sum of labels, teacher and features."""

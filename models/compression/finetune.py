@@ -5,13 +5,17 @@ Briefly trained models get better with any further step, so what a method gains 
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from models.architectures.config import Shape
 from models.compression import training_method
 from models.compression.training_method import TrainedConfig, TrainingMethod
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class Config(TrainedConfig):
@@ -21,6 +25,7 @@ class Config(TrainedConfig):
         "base", description="go on with the base, or train a model of its shape from random weights"
     )
 
+    keep_zeros: bool = Field(False, description="weights that are zero in the base stay zero: for a pruned base")
     widen: int = Field(1, ge=1, le=8, description="times the base's width, where training starts from random weights")
 
     @property
@@ -33,6 +38,11 @@ class Config(TrainedConfig):
     def from_scratch(self) -> bool:
         """Whether training starts from random weights."""
         return self.init_from == "scratch"
+
+    @model_validator(mode="after")
+    def _zeros_are_those_of_the_base(self) -> Self:
+        training_method.refuse_zeros_of_nothing(keep_zeros=self.keep_zeros, from_scratch=self.from_scratch)
+        return self
 
     @model_validator(mode="after")
     def _only_new_models_are_wider(self) -> Self:
@@ -50,3 +60,8 @@ class Method(TrainingMethod[Config], config=Config):
     def shape(self, base: Shape, config: Config) -> Shape:
         """Return the base's shape, as much wider as asked for."""
         return training_method.widened(base, config.widen)
+
+    def transform(self, model: nn.Module, names: Sequence[str], config: Config) -> None:
+        """Leave the layers as they are, but for zeros that are to stay."""
+        if config.keep_zeros:
+            training_method.keep_zeros(model, names)

@@ -166,6 +166,16 @@ def refuse_wider_base(widen: int, *, from_scratch: bool) -> None:
         raise ValueError(f"widen = {widen}: the base's weights do not fit; valid: 1, or init_from = scratch")
 
 
+def refuse_zeros_of_nothing(*, keep_zeros: bool, from_scratch: bool) -> None:
+    """Refuse to keep the zeros of a base where training starts from random weights.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if keep_zeros and from_scratch:
+        raise ValueError("keep_zeros does nothing here: random weights have no zeros; it goes with init_from = base")
+
+
 def language_loss(step: Step) -> Tensor:
     """Return the summed nats of the targets."""
     from models.architectures import predict
@@ -196,6 +206,13 @@ def linear_layers(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear
             raise TypeError(f"{name} is a {type(module).__name__}, not a linear layer")
         layers[name] = module
     return layers
+
+
+def keep_zeros(model: nn.Module, names: Sequence[str]) -> None:
+    """Let the weights of the named layers that are zero stay zero, in place."""
+    from models.compression.modules.masked import MaskedLinear
+
+    put_layers(model, {name: MaskedLinear(module) for name, module in linear_layers(model, names).items()})
 
 
 def put_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from models.architectures.build import build
@@ -26,6 +28,7 @@ from pipelines.core.artifact import Artifact
 from pipelines.core.compute import ComputeConfig
 from pipelines.core.errors import ConfigError, Preempted, TransientError
 from pipelines.core.stage import StageContext
+from pipelines.modelio.folder import WeightReader
 from pipelines.modelio.load import load_model
 from pipelines.training import worker
 from pipelines.training.config import PretrainConfig
@@ -121,7 +124,8 @@ def make(prepared: Artifact, parents: Callable[[str], Artifact], tmp_path: Path)
         place = tmp_path / name
         (place / "out").mkdir(parents=True, exist_ok=True)
         context = StageContext("compress.x", place / "scratch", compute=ComputeConfig(device="cpu"))
-        config = CompressConfig.model_validate({**PLAIN, **TINY, **table} if here else {**TINY, **table})
+        trained = {} if "samples" in table else TINY
+        config = CompressConfig.model_validate({**PLAIN, **trained, **table} if here else {**trained, **table})
         inputs = {"prepare": prepared, "model": parent or parents(family)}
         if here and config.parameters.steps:  # type: ignore[attr-defined]
             spec = qat.make_worker_spec(CompressionRun.open(config, inputs, place / "out", context, run))
@@ -225,6 +229,67 @@ def untrained_student(place: Path) -> dict[str, torch.Tensor]:
     settings = qat_objective.QatSettings.model_validate(spec.objective_settings)
     model = qat_objective.student(settings, spec.architecture, spec.config.seed)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def zeros(child: Child) -> dict[str, torch.Tensor]:
+    """Return which weights of the layers are zero."""
+    reader = WeightReader(child.out / "model")
+    return {name: reader.dense(f"{name}.weight") == 0 for name in child.report["layers"]}
+
+
+def variant_of(child: Child, name: str) -> Artifact:
+    """Publish a variant, so that another can start from it."""
+    final = child.out.with_name(f"{name}-published")
+    shutil.copytree(child.out, final.with_name(f"{name}-copy"))
+    return artifact.publish(
+        final.with_name(f"{name}-copy"), final, stage="compress", node=name, identity={}, parents={}, summary={}
+    )
+
+
+PRUNED = {"method": "magnitude", "sparsity": 0.5, "samples": 8}
+
+
+@pytest.mark.parametrize(
+    ("table", "here"),
+    [
+        ({"method": "finetune", "engine": "deepspeed", "zero_stage": 2, "world_size": 2}, False),
+        ({"method": "finetune", "optimizer": "lamb", "lr": 0.05, "weight_decay": 0.1, "lisa_layers": 1}, True),
+        ({"method": "distill", "weight_decay": 0.1}, True),
+    ],
+)
+def test_zeros_survive_training_and_rounding(table: dict[str, Any], here: bool, make: Make) -> None:
+    """Prune, train, quantize: exactly the weights that were pruned are zero at the end."""
+    sparse = make(PRUNED, name="sparse", here=False)
+    start = zeros(sparse)
+    assert all(0.45 < float(mask.double().mean()) < 0.6 for mask in start.values())
+    trained = make(
+        table | {"keep_zeros": True, "baselines": False}, name="t", parent=variant_of(sparse, "s"), here=here
+    )
+    moved = WeightReader(trained.out / "model")
+    before = WeightReader(sparse.out / "model")
+    for name, mask in start.items():
+        assert torch.equal(zeros(trained)[name], mask), name
+        if not table.get("lisa_layers"):
+            after = moved.dense(f"{name}.weight")
+            assert not torch.equal(after, before.dense(f"{name}.weight")), "the others train"
+    base = variant_of(trained, "t")
+    for rounding in ({"method": "gptq", "keep_zeros": True}, {"method": "rtn", "group_size": 0}):
+        rounded = zeros(
+            make(rounding | {"bits": 8, "samples": 8}, name=str(rounding["method"]), parent=base, here=False)
+        )
+        assert all(bool(rounded[name][mask].all()) for name, mask in start.items()), rounding
+
+
+def test_without_being_told_training_fills_the_zeros(make: Make) -> None:
+    sparse = make(PRUNED, name="sparse", here=False)
+    trained = make({"method": "finetune"}, name="t", parent=variant_of(sparse, "s"))
+    assert all(float(mask.double().mean()) < 0.1 for mask in zeros(trained).values())
+
+
+def test_random_weights_have_no_zeros_to_keep() -> None:
+    for method in ("finetune", "distill"):
+        with pytest.raises(ValidationError, match="keep_zeros does nothing here"):
+            CompressConfig.model_validate({"method": method, "keep_zeros": True, "init_from": "scratch"})
 
 
 def test_without_steps_nothing_is_trained(make: Make, parents: Callable[[str], Artifact], tmp_path: Path) -> None:
