@@ -10,7 +10,7 @@ import typer
 
 from flows import console, logs
 from flows.commands.options import with_common_options
-from pipelines.core import disk, stop
+from pipelines.core import boundary, stop
 from pipelines.core.errors import DiskFullError, IngotError
 
 app = typer.Typer(
@@ -407,9 +407,11 @@ def main() -> None:
     try:
         app()
     except Exception as error:  # noqa: BLE001 - nothing of it is lost: it is in the log
-        if (known := disk.known(error)) is None:
+        if (known := boundary.known(error)) is None:
             print(logs.unexpected(error), file=sys.stderr)
             sys.exit(1)
+        if known is not error:
+            logs.foreseen(error)
         print(f"ingot: {known}", file=sys.stderr)
         if isinstance(known, DiskFullError):
             from flows.commands.store import reclaimable

@@ -122,17 +122,29 @@ def is_verbose() -> bool:
     return _terminal is not None and _terminal.verbose
 
 
+def foreseen(error: BaseException) -> None:
+    """Keep the traceback of a library's error that reaches the user as one of ours; `--verbose` shows it."""
+    text = "".join(traceback.format_exception(error))
+    if is_verbose():
+        print(text, file=sys.stderr)
+    elif _file is not None:
+        _file.emit(_record_of(text))
+
+
 def unexpected(error: BaseException) -> str:
     """Write an error that nobody foresaw to the log; return what to tell the user."""
     head = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:300]}"
     text = "".join(traceback.format_exception(error))
     if _file is None or is_verbose():
         return f"{text.rstrip()}\n\ningot: {head}"
-    record = logging.makeLogRecord({"levelno": logging.ERROR, "levelname": "ERROR", "name": "ingot", "msg": text})
-    _file.emit(record)
+    _file.emit(_record_of(text))
     if not _file.path.is_file():  # the disk is full, or not ours to write to
         return f"{text.rstrip()}\n\ningot: {head}"
     return (
         f"ingot: {head}\n  -> nobody foresaw this error: please open an issue with {_file.path} "
         "and the output of `ingot --version`; the same command with -v shows the traceback"
     )
+
+
+def _record_of(text: str) -> logging.LogRecord:
+    return logging.makeLogRecord({"levelno": logging.ERROR, "levelname": "ERROR", "name": "ingot", "msg": text})

@@ -6,6 +6,7 @@ A run can stand in a recipe's place: it is the configuration that it had.
 from __future__ import annotations
 
 import copy
+import datetime as dt
 import difflib
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,16 +16,21 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from flows import renamed_keys
+from models.closed import UNSET, may_be_none
 from pipelines.core import project as projects
 from pipelines.core.errors import ConfigError
 from pipelines.core.redaction import HIDDEN, redact_value
-from pipelines.core.settings import PROJECT, absolute, idle_keys
+from pipelines.core.settings import PROJECT, absolute, idle_keys, is_file
 
 if TYPE_CHECKING:
     from flows.config import RunConfig
     from flows.run_record import RunRecord
 
 RECIPES = Path(__file__).parent / "recipes"
+_LONGEST_NAME = 80
+"""What is shown of a name that is none."""
+_LONGEST_VALUE = 200
+"""What is shown of a value that is refused."""
 
 
 def names(project: Path | None = None) -> list[str]:
@@ -65,14 +71,17 @@ def _absolute(override: str) -> str:
     from flows.config import RunConfig
 
     key, _, text = override.partition("=")
-    value = _value(text)
-    started = _started(value, *_field(RunConfig, {}, key.split(".")))
+    kind, extra = _field(RunConfig, {}, key.split("."))
+    value = _value(text, kind)
+    started = _started(value, kind, extra)
     return override if started == value else f"{key}={started if isinstance(started, str) else _inline(started)}"
 
 
 def _started(value: Any, kind: Any, extra: Mapping[str, Any]) -> Any:
     """Return the value of a field with the paths in it made absolute, from the working directory on."""
     section = _section(kind)
+    if isinstance(value, str) and value.lower() in UNSET and may_be_none(kind):
+        return value
     if isinstance(value, list):
         return [_started(element, kind, {}) for element in value]
     if isinstance(value, dict) and section is not None:
@@ -154,18 +163,12 @@ def validated(table: Mapping[str, Any], project: Path | None = None) -> RunConfi
 
 
 def to_toml(config: RunConfig) -> str:
-    """Return a recipe that resolves to this configuration: what was set, without secrets.
-
-    Raises:
-        ConfigError: a setting is None where that is not its default; no TOML file can say so.
-    """
+    """Return a recipe that resolves to this configuration: what was set, without secrets."""
     import tomlkit
 
     table = redact_value("", config.model_dump(mode="json", exclude_unset=True))
     lost = list(_drop(table, "", lambda value: isinstance(value, str) and HIDDEN in value))
-    left_out = list(_drop(table, "", lambda value: value is None))
-    if not lost and validated(table) != config:
-        raise ConfigError(f"TOML has no value for None, which is not the default of {', '.join(left_out)}")
+    _say_none(table)
     notes = [f"# {path} held a secret and is left out\n" for path in lost]
     return "".join(notes) + tomlkit.dumps(table)
 
@@ -179,6 +182,15 @@ def _drop(node: Any, path: str, wanted: Callable[[Any], bool]) -> Iterator[str]:
             yield where
         else:
             yield from _drop(node[key], where, wanted)
+
+
+def _say_none(node: Any) -> None:
+    """Put the word for it in the place of every None: TOML has no value of its own."""
+    for key in list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+        if node[key] is None:
+            node[key] = UNSET[0]
+        else:
+            _say_none(node[key])
 
 
 def _remove(node: Any, keys: list[str]) -> None:
@@ -218,13 +230,12 @@ def load(recipe: str, project: Path | None = None) -> dict[str, Any]:
 def _load(path: Path, project: Path | None, above: tuple[Path, ...]) -> dict[str, Any]:
     if path in above:
         raise ConfigError(f"{path} extends itself: {' -> '.join(str(each) for each in (*above, path))}")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    table = projects.read_toml(path)
     base = table.pop("extends", None)
     if base is None:
         return table
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{path}: extends = {base!r} names no recipe", hint='extends = "NAME", or the path of a file')
     below = _file(str(path.parent / base) if base.endswith(".toml") else base, project, extending=path)
     return merge(_load(below, project, (*above, path)), table)
 
@@ -240,8 +251,11 @@ def _file(recipe: str, project: Path | None, extending: Path | None = None) -> P
     else:
         folders = [*([project / projects.RECIPES] if project else []), RECIPES]
         candidates = [path for folder in folders if (path := folder / f"{recipe}.toml") != extending]
-    if found := [path for path in candidates if path.is_file()]:
+    if found := [path for path in candidates if is_file(path)]:
         return found[0]
+    if extending is not None and extending.stem == recipe:
+        raise ConfigError(f"{extending} extends itself", hint="no other recipe has its name: extend another one")
+    recipe = recipe if len(recipe) <= _LONGEST_NAME else f"{recipe[:_LONGEST_NAME]}..."
     near = difflib.get_close_matches(recipe, names(project), n=1)
     raise ConfigError(
         f"there is no recipe {recipe!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
@@ -273,14 +287,24 @@ def apply(table: dict[str, Any], override: str) -> None:
     path, found, text = override.partition("=")
     if not found or not path:
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    _set(table, path.split("."), _value(text), path)
+    from flows.config import RunConfig
+
+    keys = path.split(".")
+    _set(table, keys, _value(text, _field(RunConfig, {}, keys)[0]), path)
 
 
-def _value(text: str) -> Any:
+def _value(text: str, kind: Any) -> Any:
+    """Return what was typed for a field of this type: TOML, or text as it stands.
+
+    Text is also what reads as a number, a date or a truth value where the field wants text.
+    """
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        table = tomllib.loads(f"value = {text}")
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
+    value = table["value"] if len(table) == 1 else text
+    is_text = str in (kind, *get_args(kind)) and isinstance(value, bool | int | float | dt.date | dt.time)
+    return text if is_text and type(value) not in get_args(kind) else value
 
 
 def _set(node: Any, keys: list[str], value: Any, path: str) -> None:
@@ -314,8 +338,22 @@ def _explain(root: type[BaseModel], error: Any) -> str:
         near = difflib.get_close_matches(str(error["loc"][-1]), keys, n=1, cutoff=0.5)
         return f"{path} is not a key; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(keys)}")
     reason = error["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(error["input"], dict) else f" = {redact_value(str(error['loc'][-1]), error['input'])!r}"
-    return f"{path}{shown}: {reason}" if path else reason
+    said = repr(redact_value(str(error["loc"][-1] if error["loc"] else ""), error["input"]))
+    said = said if len(said) <= _LONGEST_VALUE else f"{said[:_LONGEST_VALUE]}..."
+    shown = "" if isinstance(error["input"], dict) else f" = {said}"
+    return f"{path}{shown}: {reason}{_written(error, path)}" if path else reason
+
+
+def _written(error: Any, path: str) -> str:
+    """Return how a value of the wrong type is written, where that can be guessed."""
+    value = error["input"]
+    if error["type"] in {"list_type", "tuple_type"} and isinstance(value, dict):
+        return f"; write [[{path}]], in double brackets, once for each"
+    if error["type"] in {"list_type", "tuple_type"} and isinstance(value, str) and "," in value:
+        return f"; write it in brackets: [{value}]"
+    if error["type"] == "string_type" and isinstance(value, bool | int | float | dt.date | dt.time):
+        return f'; write it in quotes: "{str(value).lower() if isinstance(value, bool) else value}"'
+    return ""
 
 
 def _keys(root: type[BaseModel], location: Sequence[Any]) -> list[str]:

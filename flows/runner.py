@@ -15,7 +15,7 @@ from flows.executors import Executor
 from flows.graph import Identified
 from flows.run_plan import RunPlan
 from flows.run_record import PARETO, REPORT, NodeRecord, RunRecord, Runs, SelectionRecord
-from pipelines.core import stop
+from pipelines.core import boundary, stop
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import GateRefused, IngotError, Preempted
 from pipelines.core.redaction import redact
@@ -218,6 +218,10 @@ def closing(execution: Execution) -> Iterator[None]:
         raise
     except IngotError as error:
         code, message = error.exit_code, str(error)
+        raise
+    except Exception as error:
+        known = boundary.known(error)
+        code, message = (1, repr(error)) if known is None else (known.exit_code, str(known))
         raise
     except BaseException as error:
         message = repr(error)

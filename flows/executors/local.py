@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from flows import executors
 from flows.executors import EVENTS, Job, Status
-from pipelines.core import parent_guard, program, run_stage
+from pipelines.core import boundary, parent_guard, program, run_stage
 from pipelines.core.artifact import Artifact
 from pipelines.core.compute import ComputeConfig
 from pipelines.core.request import StageRequest
@@ -48,7 +48,8 @@ class Executor(executors.Executor):
     def execute(self, request: StageRequest, report: Callable[[Progress], None]) -> Artifact:
         """Execute in this process, or in a child when several may work side by side."""
         if self._compute.parallel == 1:
-            return run_stage.execute(request, report)
+            with boundary.explained():
+                return run_stage.execute(request, report)
         return super().execute(request, report)
 
     def submit(self, request: StageRequest) -> Job:

@@ -21,8 +21,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
+from models.closed import Closed
 from models.lazy import lazy_module
 
 if TYPE_CHECKING:
@@ -36,10 +35,8 @@ Calibration = Literal["none", "hessian", "inputs", "gradients"]
 SensitivitySource = Literal["curvature", "gradients", "hessian"]
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Closed):
     """Base of every method's parameters: frozen, complete, and closed to unknown names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
     @property
     def label(self) -> str:

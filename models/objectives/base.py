@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from models.architectures.config import IGNORED, Family
+from models.closed import Closed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,10 +37,8 @@ def philox(seed: int, stream: int, count: int, *, block: int = 0) -> NDArray[np.
     return np.random.Philox(key=[seed, stream], counter=[0, 0, block, 0]).random_raw(count)
 
 
-class NoSettings(BaseModel):
+class NoSettings(Closed):
     """The settings of an objective that has none, and the base of all others: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ again. What comes back from them are the trained parameters; the method packs th
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -33,6 +32,7 @@ from pipelines.compression.config import CompressConfig
 from pipelines.compression.qat_objective import QatSettings
 from pipelines.compression.report import FILE, Comparison, CompressionReport, PackedLayer, TrainingFacts, WeightErrors
 from pipelines.compression.run import CompressionRun
+from pipelines.core.artifact import read_json
 from pipelines.core.errors import ConfigError
 from pipelines.core.stage import Progress, StageContext
 from pipelines.modelio import folder, layout, meta_init
@@ -154,7 +154,7 @@ def _write_plain(model: PreTrainedModel, packed: Mapping[str, Packed], source: P
     shutil.rmtree(plain, ignore_errors=True)
     folder.copy_companions(source, plain)
     model.config.architectures = [type(model).__name__]
-    stored = json.loads((source / "config.json").read_text(encoding="utf-8")).get("dtype") or "float32"
+    stored = read_json(source / "config.json").get("dtype") or "float32"
     model.config.dtype = getattr(torch, stored)
     model.config.save_pretrained(plain)
     writer = WeightWriter(plain)

@@ -6,7 +6,6 @@ the method packs the result; only parameters travel between the two.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from models.architectures.describe import shape_of
 from models.compression import registry
 from models.compression.training_method import Step, TrainedConfig, TrainingMethod
 from pipelines.compression import sequential
+from pipelines.core.artifact import read_json
 from pipelines.core.errors import ConfigError
 from pipelines.modelio.folder import WeightReader
 from pipelines.modelio.load import load_model
@@ -100,7 +100,7 @@ def base_shape(folder: Path) -> Shape:
         ConfigError: it cannot be trained further.
     """
     try:
-        return shape_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        return shape_of(read_json(folder / "config.json"))
     except ValueError as error:
         raise ConfigError(f"{folder}: {error}", hint="use a method of another kind on this model") from error
 

@@ -7,7 +7,6 @@ documents than comparisons, as far as there are enough: `end` says from which si
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from models.architectures.config import Family
+from pipelines.core.artifact import read_json
 from pipelines.measure import heldout, scoring
 from pipelines.measure.batches import plan_batches
 from pipelines.measure.config import BatchSettings
@@ -83,7 +83,7 @@ def build(
     chosen = tuple(ranked[: max(2, documents)])
     if len(chosen) < 2:
         return None
-    index = json.loads((prepare / "index.json").read_text(encoding="utf-8"))
+    index = read_json(prepare / "index.json")
     tokens = heldout.tokenize(chosen, prepare / "tokenizer" / heldout.TOKENIZER, index)
     text = Heldout(chosen, len(everything), tuple(ids[:DOCUMENT_TOKENS] for ids in tokens), index)
     settings = BatchSettings(batch_tokens=max(2048, int(index["sequence_length"])))

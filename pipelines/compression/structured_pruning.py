@@ -7,7 +7,6 @@ choice. Nothing is trained here; a distilled variant `from` this one recovers mo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from pipelines.compression.baselines import Contender
 from pipelines.compression.masked_model import MaskedTransformer, Unit
 from pipelines.compression.report import CalibrationFacts, Comparison, CompressionReport, CutLayer, Totals
 from pipelines.compression.run import CompressionRun
+from pipelines.core.artifact import read_json
 from pipelines.core.errors import ConfigError
 from pipelines.modelio import folder, layout, meta_init
 from pipelines.modelio.folder import WeightReader, WeightWriter, write_json
@@ -118,7 +118,7 @@ def cut(source: Path, target: Path, structure: Structure, units: Mapping[str, Un
     for name in reader.names():
         writer.add(name, sliced(name.removeprefix(f"{stack}."), reader.dense(name), structure, units))
     writer.close()
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_json(source / "config.json")
     config.pop("quantization_config", None)
     write_json(target / "config.json", config | dict(sizes))
 

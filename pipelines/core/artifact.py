@@ -90,7 +90,7 @@ class Artifact:
 
     def read_json(self, name: str) -> Any:
         """Parse one JSON file of the payload."""
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
+        return read_json(self.path / name)
 
     def verify(self) -> None:
         """Hash every file again, whatever is known of it; readers inside a run use `Store.verify`.
@@ -200,6 +200,23 @@ def load(path: Path) -> Artifact:
         )
     _refuse_escaping(path, manifest)
     return Artifact(path, manifest)
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        IntegrityError: naming the file that is cut short, or no JSON at all.
+        FileNotFoundError: there is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise IntegrityError(
+            f"{path} is damaged, it is no whole JSON: {reason}",
+            hint="put a whole copy in its place; in the store, delete its artifact and run again",
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:

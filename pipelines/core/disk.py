@@ -32,14 +32,6 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
-def known(error: Exception) -> IngotError | None:
-    """Convert an out-of-space error to DiskFullError; errors of ours stay as they are, unknown ones give None."""
-    if isinstance(error, IngotError) or not is_full(error):
-        return error if isinstance(error, IngotError) else None
-    where = getattr(error, "filename", None) or "of the store or of a temporary file"
-    return DiskFullError(f"no space left on the disk ({where}): {error}", hint=HINT)
-
-
 @contextlib.contextmanager
 def explained(what: str, folder: Path, *, remove: bool = False) -> Iterator[None]:
     """Turn errors of a full disk inside the block into one that says what to do.

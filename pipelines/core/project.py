@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, ValidationError
 
@@ -67,9 +68,21 @@ def settings(root: Path) -> ProjectSettings:
     """
     path = root / MARKER
     try:
-        return ProjectSettings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+        return ProjectSettings.model_validate(read_toml(path))
     except ValidationError as error:
         lines = [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise ConfigError("\n".join(lines), hint='it has one key: recipe = "NAME"') from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the table in a TOML file; a byte-order mark before it, as some editors write, counts nothing.
+
+    Raises:
+        ConfigError: it is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}", hint="a recipe is a UTF-8 text file") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is not valid TOML: its brackets are nested too deep") from None

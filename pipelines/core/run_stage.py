@@ -25,7 +25,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipelines.core import artifact, disk, environment, fingerprint, progress_bars, provenance, stop
+from pipelines.core import artifact, boundary, disk, environment, fingerprint, progress_bars, provenance, stop
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, IngotError
 from pipelines.core.request import ArtifactRef, StageRequest
@@ -169,7 +169,7 @@ def main(arguments: list[str]) -> int:
         with stop.unwinding():
             made = execute(_read(arguments), report)
     except Exception as error:
-        if (known := disk.known(error)) is None:
+        if (known := boundary.known(error)) is None:
             raise
         tell("error", kind=type(known).__name__, message=known.message, hint=known.hint)
         print(f"{known}", file=sys.stderr)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo
+from pydantic import BaseModel, ValidationError, ValidationInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from models.closed import Closed
 
 NOT_IDENTITY: dict[str, Any] = {"identity": False}
 """`Field(json_schema_extra=NOT_IDENTITY)` marks a field that cannot change a result (worker counts, log level)."""
@@ -44,15 +47,23 @@ def absolute(path: str, start: Path | None = None) -> str:
     return path if ":/" in path else str(((start or Path()) / Path(path).expanduser()).resolve())
 
 
+def is_file(path: Path) -> bool:
+    """Tell whether a file is there; a path that the system cannot take (too long) is none."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
+
+
 def start_of(info: ValidationInfo) -> Path | None:
     """Return where the paths of a recipe start that is being validated."""
     return (info.context or {}).get(PROJECT)
 
 
-class Settings(BaseModel):
+class Settings(Closed):
     """One section of a recipe. Unknown keys are refused; values never change after validation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
     needs: ClassVar[Mapping[str, str]] = {}
     """Key -> key without which it does nothing. In a section with the switch `enabled`, every other key needs that."""

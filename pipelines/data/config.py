@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -27,7 +28,7 @@ class DataConfig(Settings):
     def _inside_the_project(cls, value: str) -> str:
         if not value or value.startswith(("/", "~")) or ".." in value.split("/"):
             raise ValueError(f"{value!r} must be a relative path inside the project")
-        return value
+        return PurePosixPath(value).as_posix()
 
     @field_validator("rev")
     @classmethod

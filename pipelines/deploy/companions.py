@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipelines.core.artifact import read_json
 from pipelines.modelio.folder import write_json
 
 CARD = "README.md"
@@ -65,5 +66,5 @@ def _special(token: str) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    value: dict[str, Any] = read_json(path)
     return value

@@ -10,13 +10,13 @@ A variant is written from its dequantized weights: exactly as f32, and rounded a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from numpy.typing import NDArray
 
+from pipelines.core.artifact import read_json
 from pipelines.core.errors import ConfigError
 from pipelines.modelio.folder import WeightReader
 
@@ -91,7 +91,7 @@ def write(
     _add_shape(writer, config)
     writer.add_file_type(_FILE_TYPES[precision])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_tokenizer(writer, json.loads((model / "tokenizer.json").read_text(encoding="utf-8")), config)
+    _add_tokenizer(writer, read_json(model / "tokenizer.json"), config)
     used: dict[str, int] = {}
     for name, values in _tensors(model, config):
         kind = stored_type(name, values.shape, precision)
@@ -106,7 +106,7 @@ def write(
 
 
 def _config(model: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_json(model / "config.json")
     if config.get("model_type") != "llama":
         raise ConfigError(
             f"{config.get('architectures')} cannot be written as GGUF: llama.cpp has no masked language models",

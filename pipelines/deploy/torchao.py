@@ -15,7 +15,6 @@ bfloat16 on CUDA.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from models.compression.base import Packed, Statistics
 from models.compression.formats.int_grid import IntPacked
 from models.compression.formats.quantized_input import InputPacked
 from pipelines.compression import sequential
+from pipelines.core.artifact import read_json
 from pipelines.modelio import meta_init
 from pipelines.modelio.folder import WeightReader, copy_companions, write_json
 
@@ -139,6 +139,6 @@ def _configure(model: Path, target: Path, plain: nn.Module, names: list[str], pr
     }[precision]
     left = [n for n, module in plain.named_modules() if isinstance(module, nn.Linear) and n not in names]
     copy_companions(model, target)
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config = read_json(model / "config.json")
     config["quantization_config"] = TorchAoConfig(kind, modules_to_not_convert=left).to_dict()
     write_json(target / "config.json", config | {"dtype": "float32"})

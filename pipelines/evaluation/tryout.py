@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from models.architectures.config import Family
+from pipelines.core.artifact import read_json
 from pipelines.core.errors import ConfigError
 from pipelines.evaluation import neighbours
 from pipelines.measure import heldout, openings, scoring
@@ -59,7 +59,7 @@ def first_words(model: Path, family: Family, prepared: Path) -> list[Opening]:
         ConfigError: the documents give none.
     """
     tokenizer = Tokenizer.from_file(str(model / heldout.TOKENIZER))
-    positions = json.loads((model / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    positions = read_json(model / "config.json")["max_position_embeddings"]
     found = openings.of(_documents(prepared), tokenizer, family, count=openings.COUNT, positions=positions)
     if not found:
         raise ConfigError(f"the held-out documents of {prepared} give no prompt", hint="give one with --prompt")

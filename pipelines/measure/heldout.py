@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from pipelines.core import fingerprint
+from pipelines.core.artifact import read_json
 from pipelines.core.errors import IntegrityError
 from pipelines.data import tokenizer as tokenization
 
@@ -82,7 +83,7 @@ def load(prepared: Path, max_documents: int | None = None) -> Heldout:
             hint="give prepare more documents, or a larger share for the test split",
         )
     documents = choose(everything, max_documents)
-    index = json.loads((prepared / "index.json").read_text(encoding="utf-8"))
+    index = read_json(prepared / "index.json")
     return Heldout(documents, len(everything), tokenize(documents, prepared / "tokenizer" / TOKENIZER, index), index)
 
 

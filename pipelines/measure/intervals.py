@@ -6,7 +6,6 @@ Tokens of one document are not independent, documents nearly are: every interval
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from pipelines.core.artifact import read_json
 
 Floats = NDArray[np.float64]
 _CHUNK_DRAWS = 1 << 22
@@ -150,9 +151,9 @@ def _check(columns: tuple[Floats, ...]) -> None:
 
 def read(folder: Path) -> dict[str, Any]:
     """Return evaluation.json of an evaluate artifact, with its observations under "observations"."""
-    evaluation: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation: dict[str, Any] = read_json(folder / "evaluation.json")
     observed = folder / "observations.json"
-    evaluation["observations"] = json.loads(observed.read_text(encoding="utf-8")) if observed.exists() else {}
+    evaluation["observations"] = read_json(observed) if observed.exists() else {}
     return evaluation
 
 

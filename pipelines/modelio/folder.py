@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from models.architectures.config import Family
 from models.compression import registry
 from models.compression.base import Packed
+from pipelines.core.artifact import read_json
 from pipelines.core.errors import IntegrityError, NumericError
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def family_of(model: Path) -> Family:
     Raises:
         IntegrityError: it names none that ends in ForCausalLM or ForMaskedLM.
     """
-    names = json.loads((model / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    names = read_json(model / "config.json").get("architectures") or []
     for ending, family in (("ForCausalLM", "decoder"), ("ForMaskedLM", "encoder")):
         if any(name.endswith(ending) for name in names):
             return family  # type: ignore[return-value]
@@ -194,7 +195,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    record: dict[str, Any] = read_json(path)
     if record["format"] != RECORD_FORMAT:
         raise IntegrityError(f"{path} has format {record['format']}; this checkout reads {RECORD_FORMAT}")
     return record

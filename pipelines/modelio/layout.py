@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from models.compression.base import Packed
+from pipelines.core.artifact import read_json
 from pipelines.modelio import folder
 
 LAYOUT_DENSE = "safetensors"
@@ -88,7 +89,7 @@ def finish(source: Path, target: Path, record: Mapping[str, Any], quantization: 
         quantization: `quantization_config`, None for the private layout.
     """
     folder.copy_companions(source, target)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_json(source / "config.json")
     config.pop("quantization_config", None)
     if quantization is not None:
         config["quantization_config"] = dict(quantization)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipelines.core.artifact import Artifact
+from pipelines.core.artifact import Artifact, read_json
 from pipelines.modelio.folder import KV_CACHE_FILE, PACKED_STEM
 
 LOADER = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM"}
@@ -106,6 +105,6 @@ def of(model: Artifact) -> Loading:
 
 def _quantizers(config: Path) -> tuple[str, ...]:
     """Return the packages that transformers reads a quantized folder with, by the names it knows them by."""
-    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    settings = read_json(config) if config.is_file() else {}
     method = (settings.get("quantization_config") or {}).get("quant_method")
     return () if method is None else (str(method),)

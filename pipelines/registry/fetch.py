@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipelines.core.artifact import Artifact
+from pipelines.core.artifact import Artifact, read_json
 from pipelines.core.errors import IntegrityError
 from pipelines.core.stage import StageContext, Summary
 from pipelines.registry import initial_weights
@@ -64,6 +64,6 @@ def copy_dense(folder: Path, target: Path) -> bool:
 
 def _forget_compression(path: Path) -> None:
     """Take what tells transformers to expect packed weights out of a config.json."""
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_json(path)
     settings.pop("quantization_config", None)
     path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

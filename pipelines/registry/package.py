@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.core.artifact import MANIFEST, Artifact, Manifest
+from pipelines.core.artifact import MANIFEST, Artifact, Manifest, read_json
 from pipelines.core.errors import IntegrityError
 from pipelines.core.garbage import FETCHED
 from pipelines.registry import evidence as evidence_of
@@ -172,13 +172,13 @@ def _write_environment(folder: Path) -> None:
 
 def _architecture(source: Path) -> str:
     try:
-        return str(json.loads((source / "config.json").read_text(encoding="utf-8"))["architectures"][0])
-    except (OSError, ValueError, KeyError, IndexError) as error:
+        return str(read_json(source / "config.json")["architectures"][0])
+    except (OSError, TypeError, KeyError, IndexError) as error:
         raise IntegrityError(f"{source / 'config.json'} does not name its architecture: {error!r}") from error
 
 
 def _tokenizer_type(source: Path) -> str:
-    settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings = read_json(source / "tokenizer_config.json")
     return str(settings.get("tokenizer_class", "PreTrainedTokenizerFast"))
 
 

@@ -7,7 +7,6 @@ would repair neither; both are refused, by name.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from models.architectures.config import ArchitectureConfig
+from pipelines.core.artifact import read_json
 from pipelines.core.errors import ConfigError, IntegrityError
 from pipelines.modelio.meta_init import parameters_on_meta
 from pipelines.training.tokens import refuse_other_tokens, some
@@ -113,5 +113,5 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, Any] = read_json(path)
     return found

@@ -8,7 +8,6 @@ memory, a device, the network; the rank is named.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections import defaultdict
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from models.architectures.naming import group_of
+from pipelines.core.artifact import read_json
 from pipelines.core.errors import ConfigError, IngotError
 from pipelines.training import phases, rollbacks, worker
 from pipelines.training.checkpoint import Checkpoints
@@ -139,7 +139,7 @@ def replay(diagnostics: Path) -> Report:
             f"{diagnostics} is not the diagnosis of a run, with worker_spec.json in the folder above",
             hint="give the path that the failed run printed: .../diagnostics/step-N.json",
         )
-    recorded = json.loads(diagnostics.read_text(encoding="utf-8"))
+    recorded = read_json(diagnostics)
     spec = WorkerSpec.model_validate_json(spec_path.read_text(encoding="utf-8"))
     trainer = _restored(spec, recorded["last_checkpoint"])
     first, last = trainer.state.step, recorded["step"] - 1

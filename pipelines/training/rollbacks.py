@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipelines.core import artifact
+from pipelines.core.artifact import read_json
 from pipelines.training.phases import Phase
 
 
@@ -53,7 +54,7 @@ def samples_left_out(phase: Phase, rollbacks: Sequence[Rollback], step: int) -> 
 
 def read(path: Path) -> list[Rollback]:
     """Return the recorded rollbacks; none where the file is missing."""
-    return [Rollback.of(value) for value in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    return [Rollback.of(value) for value in read_json(path)] if path.exists() else []
 
 
 def write(path: Path, rollbacks: Sequence[Rollback]) -> None:

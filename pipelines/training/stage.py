@@ -6,16 +6,14 @@ finished run is copied to the artifact.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from models.architectures.config import ArchitectureConfig
 from pipelines.core import artifact, program, quantity
-from pipelines.core.artifact import Artifact
+from pipelines.core.artifact import Artifact, read_json
 from pipelines.core.compute import resolve_device
 from pipelines.core.errors import ConfigError
 from pipelines.core.launcher import launch
@@ -195,8 +193,3 @@ class _Follower:
             return None
         first_step, first_time = self._first
         return (now - first_time) / max(step - first_step, 1)
-
-
-def read_json(path: Path) -> Any:
-    """Parse one JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -66,3 +66,20 @@ def test_the_module_is_the_command(empty_store: Path, environment_of: Callable[[
             [sys.executable, "-m", module, "list", "recipes", "-q"], cwd=CHECKOUT, env=environment, capture_output=True
         )
         assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_foreseen_error_of_a_library_keeps_its_traceback_in_the_log(
+    empty_store: Path, environment_of: Callable[[Path], dict[str, str]]
+) -> None:
+    code = (
+        "from pathlib import Path\nfrom flows import recipe\nfrom flows.cli import main\n"
+        "recipe.names = lambda *_: Path('/no/such/file').read_text()\nmain()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "list", "recipes"],
+        cwd=CHECKOUT, env=environment_of(empty_store), capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "ingot: /no/such/file: no such file or directory\n  -> " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in min((empty_store / "logs").glob("*.log")).read_text()

@@ -299,3 +299,76 @@ def test_a_key_that_resembles_none_is_answered_with_those_that_there_are(overrid
     with pytest.raises(ConfigError) as refused:
         recipe.resolve("smoke", [override])
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("written", ["none", "None", "null", '"none"'])
+def test_none_unsets_what_has_a_value_on_the_command_line(written: str) -> None:
+    assert recipe.resolve("smoke").pretrain.optimizer.clip == 1.0
+    config = recipe.resolve("smoke", [f"pretrain.optimizer.clip={written}", f"evaluate.max_documents={written}"])
+    assert (config.pretrain.optimizer.clip, config.evaluate.max_documents) == (None, None)
+    assert recipe.validated(tomllib.loads(recipe.to_toml(config))) == config
+
+
+def test_none_unsets_what_a_recipe_below_has_set(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text('extends = "smoke"\n[evaluate]\nmax_documents = "none"\n[pretrain.optimizer]\nclip = "none"\n')
+    config = recipe.resolve(str(mine))
+    assert (config.pretrain.optimizer.clip, config.evaluate.max_documents) == (None, None)
+
+
+def test_none_is_a_word_where_it_is_a_value_of_its_own() -> None:
+    config = recipe.resolve("smoke", ['compress=[{method="rtn", activations="none"}]', "promote.model_name=none"])
+    assert config.compress[0].parameters.activations == "none"
+    assert config.promote.model_name == "none"
+
+
+@pytest.mark.parametrize("written", ["2024", "2024-01-01", "1e3", "true", "0x10", "12:30:00"])
+def test_text_stays_what_was_typed(written: str) -> None:
+    assert recipe.resolve("smoke", [f"tracking.experiment={written}"]).tracking.experiment == written
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[compress]\nmethod = 'rtn'\n", "write [[compress]], in double brackets"),
+        ("[pretrain.optimizer]\nbetas = '0.9,0.99'\n", "write it in brackets: [0.9,0.99]"),
+        ("[tracking]\nexperiment = 2024\n", 'write it in quotes: "2024"'),
+        ("[tracking]\nexperiment = true\n", 'write it in quotes: "true"'),
+        ("extends = 5\n", "extends = 5 names no recipe"),
+        ("extends = ['smoke']\n", "names no recipe"),
+        ("extends = ''\n", "names no recipe"),
+        (f"a = {'[' * 3000}{']' * 3000}\n", "nested too deep"),
+        ("\x00", "is not valid TOML"),
+    ],
+)
+def test_a_recipe_that_cannot_be_meant_is_told_what_to_write(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        recipe.resolve(str(path))
+    assert said in str(caught.value)
+
+
+def test_a_byte_order_mark_before_a_recipe_counts_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b'\xef\xbb\xbfextends = "smoke"\n')
+    assert recipe.resolve(str(path)) == recipe.resolve("smoke")
+
+
+def test_a_recipe_that_extends_its_own_name_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.toml").write_text('extends = "mine"\n')
+    with pytest.raises(ConfigError, match=r"mine\.toml extends itself"):
+        recipe.resolve("mine", project=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 5000 + ".toml", "../../etc/passwd", "a\nb", "a\0b"])
+def test_a_name_that_no_file_can_have_is_no_recipe(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no recipe") as caught:
+        recipe.resolve(name, project=tmp_path)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("written", ["data/", "./data", "data//", "./data/."])
+def test_a_folder_is_the_same_however_it_is_written(written: str) -> None:
+    assert recipe.resolve("smoke", [f"data.path={written}"]).data.path == "data"
