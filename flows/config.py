@@ -17,7 +17,7 @@ from pipelines.evaluation.config import EvaluateConfig
 from pipelines.registry.config import PromoteConfig
 from pipelines.stages import STAGES
 from pipelines.tracking.config import TrackingConfig
-from pipelines.training.config import PretrainConfig
+from pipelines.training.config import OptimizerConfig, PretrainConfig
 
 
 class StoreConfig(Settings):
@@ -31,12 +31,37 @@ class StoreConfig(Settings):
     )
 
 
+class TrainingBaseline(Settings):
+    """The same training with another optimizer: measured beside the model at equal tokens, never a candidate."""
+
+    name: str = Field(
+        "",
+        pattern=r"^[A-Za-z0-9_-]*$",
+        description="Name of its nodes: `pretrain.NAME` trains it, `compare.NAME` measures it; empty: the optimizer's.",
+        json_schema_extra=NOT_IDENTITY,
+    )
+    optimizer: OptimizerConfig = Field(description="What replaces `pretrain.optimizer` as a whole.")
+
+    @model_validator(mode="after")
+    def _name_itself(self) -> TrainingBaseline:
+        if not self.name:
+            object.__setattr__(self, "name", self.optimizer.name)
+        return self
+
+    def of(self, config: PretrainConfig) -> PretrainConfig:
+        """Return a training with this optimizer."""
+        return config.model_copy(update={"optimizer": self.optimizer})
+
+
 class RunConfig(Settings):
     """Everything that a run needs to know."""
 
     data: DataConfig = Field(default_factory=DataConfig, description="Which corpus, at which revision.")
     prepare: PrepareConfig = Field(default_factory=PrepareConfig, description="From corpus to packed tokens.")
     pretrain: PretrainConfig = Field(default_factory=PretrainConfig, description="The model and its training.")
+    baselines: list[TrainingBaseline] = Field(
+        default_factory=list, description="Other optimizers to train the same model with, at equal tokens."
+    )
     compress: list[CompressConfig] = Field(default_factory=list, description="The variants to derive from the model.")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="What to measure.")
     promote: PromoteConfig = Field(default_factory=PromoteConfig, description="The gate and the registry.")
@@ -88,6 +113,16 @@ class RunConfig(Settings):
         for name, settings in self.evaluate.probes.items():
             if settings.enabled and (reason := probe.get(name).misfit(settings, self.pretrain.family)):
                 raise ValueError(f"evaluate.probes.{name}: {reason}")
+        return self
+
+    @model_validator(mode="after")
+    def _baselines_differ(self) -> RunConfig:
+        names = [baseline.name for baseline in self.baselines]
+        for baseline in self.baselines:
+            if names.count(baseline.name) > 1:
+                raise ValueError(f"two baselines are called {baseline.name!r}; give each a `name` of its own")
+            if baseline.optimizer == self.pretrain.optimizer:
+                raise ValueError(f"the baseline {baseline.name!r} has the optimizer of the model itself")
         return self
 
     @model_validator(mode="after")

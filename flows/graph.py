@@ -12,6 +12,7 @@ from pipelines.core import fingerprint
 from pipelines.core.settings import Settings
 from pipelines.core.stage import Stage
 from pipelines.data.config import PrepareJob
+from pipelines.evaluation.config import EvaluateConfig
 from pipelines.registry.config import FetchConfig
 from pipelines.stages import STAGES
 
@@ -76,6 +77,10 @@ def nodes(config: RunConfig, init_weights: Source | None = None) -> list[Node]:
         Node("pretrain", STAGES["pretrain"], config.pretrain, {"prepare": "prepare", **fetched}),
         Node("evaluate.pretrain", STAGES["evaluate"], config.evaluate, {"prepare": "prepare", "model": "pretrain"}),
     ]
+    for baseline in config.baselines:
+        trained = f"pretrain.{baseline.name}"
+        graph.append(Node(trained, STAGES["pretrain"], baseline.of(config.pretrain), {"prepare": "prepare", **fetched}))
+        graph.append(_evaluation_of(f"compare.{baseline.name}", trained, config.evaluate.text_alone()))
     models = {"pretrain": "pretrain"}
     for variant in config.compress:
         source = models[variant.from_ or "pretrain"]
@@ -84,7 +89,7 @@ def nodes(config: RunConfig, init_weights: Source | None = None) -> list[Node]:
         if variant.from_ and variant.needs_teacher:
             reads["teacher"] = "pretrain"
         graph.append(Node(models[variant.name], STAGES["compress"], variant, reads))
-        graph.append(_evaluation_of(variant.name, models[variant.name], config))
+        graph.append(_evaluation_of(f"evaluate.{variant.name}", models[variant.name], config.evaluate))
     inputs = {"prepare": "prepare"}
     for name, model in models.items():
         inputs |= {f"model:{name}": model, f"evaluation:{name}": f"evaluate.{name}"}
@@ -97,15 +102,15 @@ def _fetching(source: Source) -> Node:
     return Node("fetch", STAGES["fetch"], settings, note=source.note)
 
 
-def _evaluation_of(variant: str, model: str, config: RunConfig) -> Node:
-    """Measure a variant beside the pretrained model, also when other variants lie between the two."""
+def _evaluation_of(name: str, model: str, config: EvaluateConfig) -> Node:
+    """Measure a model beside the pretrained one, also when variants lie between the two."""
     inputs = {
         "prepare": "prepare",
         "model": model,
         "base_model": "pretrain",
         "base_evaluation": "evaluate.pretrain",
     }
-    return Node(f"evaluate.{variant}", STAGES["evaluate"], config.evaluate, inputs)
+    return Node(name, STAGES["evaluate"], config, inputs)
 
 
 def identify(config: RunConfig, data_hash: str, init_weights: Source | None = None) -> dict[str, Identified]:

@@ -125,7 +125,7 @@ def _of_run(run: RunRecord) -> dict[str, Artifact]:
     found = {
         name: store().find(node.stage, node.fingerprint)
         for name, node in run.nodes.items()
-        if node.stage in {"pretrain", "compress"}
+        if name == "pretrain" or node.stage == "compress"
     }
     return {name: made for name, made in found.items() if made is not None}
 

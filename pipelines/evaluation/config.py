@@ -151,6 +151,18 @@ class EvaluateConfig(BatchSettings):
             return tables
         return {name: _probe_settings(name, table) for name, table in (DEFAULT_PROBES | dict(tables)).items()}
 
+    def text_alone(self) -> EvaluateConfig:
+        """Return the same measure of held-out text, without tasks, probes and the divergence from the base model."""
+        return self.model_copy(
+            update={
+                "kl_tokens": 0,
+                "tasks": TaskConfig(names=()),
+                "probes": {
+                    name: settings.model_copy(update={"enabled": False}) for name, settings in self.probes.items()
+                },
+            }
+        )
+
     def identity(self) -> dict[str, Any]:
         """Return the fields that can change a result: of the probes, those that run and give one."""
         return super().identity() | {"probes": self._identity_of_probes()}

@@ -44,6 +44,10 @@ def edges(names: Sequence[str], config: Mapping[str, Any]) -> list[tuple[str, st
         if stage == "compress":
             base = bases.get(variant)
             pairs.append((f"compress.{base}" if base in bases else "pretrain", name))
+        elif stage == "pretrain" and variant:
+            pairs += [("prepare", name), ("fetch", name)]
+        elif stage == "compare":
+            pairs.append((f"pretrain.{variant}", name))
         elif stage == "evaluate":
             pairs.append((variant if variant == "pretrain" else f"compress.{variant}", name))
             pairs.append((name, "promote"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,13 +12,14 @@ from pipelines.core.artifact import Artifact
 from pipelines.core.redaction import redact, redact_value
 from pipelines.measure import answers, intervals
 from pipelines.modelio import load_instructions
-from pipelines.report import charts, compression, lineage, pareto
+from pipelines.report import charts, compression, lineage, optimizers, pareto
 from pipelines.report.charts import Axis, Series
 
 Facts = dict[str, Any]
 _BASE = "pretrain"
 _EVALUATE = "evaluate."
 _SAMPLES = answers.FILE
+_BLANK_LINES = re.compile(r"\n(\s*\n){2,}")
 _TRAINING_SAMPLES = 6
 """Shown at most."""
 _EXPORTED = "/tmp/champion"  # noqa: S108 - shown, not used
@@ -40,6 +42,7 @@ def page(
         "run": {**record, "error": redact(record.get("error") or ""), "overrides": [*map(redact, record["overrides"])]},
         "headline": _headline(record, rows, gate),
         "training": training(artifacts.get("pretrain"), earlier or {}),
+        "optimizers": _optimizers(record, artifacts),
         "samples": samples(evaluations, artifacts, gate["candidate"]),
         "loading": _loading(artifacts, evaluations, gate),
         "time": _stage_times(record),
@@ -162,7 +165,12 @@ def _training_samples(artifact: Artifact) -> list[Facts]:
     rows = _rows(artifact, "samples.jsonl")
     last, shown = len(rows) - 1, min(len(rows), _TRAINING_SAMPLES)
     picked = [rows[round(number * last / max(shown - 1, 1))] for number in range(shown)]
-    return [row | {"prompt": redact(row["prompt"]), "text": redact(row["text"])} for row in picked]
+    return [row | {"prompt": redact(row["prompt"]), "text": _written(row["text"])} for row in picked]
+
+
+def _written(text: str) -> str:
+    """Return what a model wrote, as the page shows it: one that says nothing but line ends fills no screen."""
+    return redact(_BLANK_LINES.sub("\n\n", text))
 
 
 def _losses(rows: list[Facts]) -> list[Series]:
@@ -185,6 +193,16 @@ def _beside(own: Artifact, rows: list[Facts], earlier: Mapping[str, Artifact]) -
     return charts.lines(
         curves, Axis("tokens", text=quantity.short), Axis("loss, nats per token"), "Loss by tokens, beside earlier runs"
     )
+
+
+def _optimizers(record: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> Facts | None:
+    names = ["pretrain", *(f"pretrain.{each['name']}" for each in (record.get("config") or {}).get("baselines") or [])]
+    curves = [
+        _by_tokens(metrics(artifacts[name]), name.rpartition(".")[2] if "." in name else "this model")
+        for name in names
+        if name in artifacts
+    ]
+    return optimizers.compared(record, artifacts, curves)
 
 
 def _by_tokens(rows: list[Facts], name: str) -> Series:
@@ -321,7 +339,7 @@ def samples(evaluations: Mapping[str, Facts], artifacts: Mapping[str, Artifact],
     rows: dict[str, list[Facts]] = {}
     for name in names:
         for row in written[name]:
-            rows.setdefault(row["prompt"], []).append({"model": name, "text": redact("\n".join(answers.lines(row)))})
+            rows.setdefault(row["prompt"], []).append({"model": name, "text": _written("\n".join(answers.lines(row)))})
     return [{"prompt": redact(prompt), "texts": texts} for prompt, texts in rows.items()]
 
 

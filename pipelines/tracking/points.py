@@ -22,9 +22,10 @@ _HEADLINES = {
         "tokens_per_s": "train/tokens_per_s",
     },
     "evaluate": {"bits_per_byte": "bits_per_byte", "ratio": "ratio_to_base"},
+    "compare": {"bits_per_byte": "baseline/bits_per_byte", "ratio": "baseline/ratio_to_base"},
     "promote": {"bits_per_byte": "champion/bits_per_byte", "size_bytes": "champion/size_bytes"},
 }
-"""Stage -> key of its summary -> name in the run that it belongs to."""
+"""First word of a node's name -> key of its summary -> name in the run that it belongs to."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,43 @@ def test_every_model_is_evaluated_and_reaches_the_gate() -> None:
     assert {f"evaluation:{name}" for name in models} | {f"model:{name}" for name in models} <= set(promote.inputs)
 
 
+def test_a_baseline_is_the_same_training_with_another_optimizer_and_never_a_candidate(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "smoke"\nbaselines = [{optimizer.name = "adamw", optimizer.lr = 0.002}]\n')
+    config = recipe.resolve(str(path))
+    graph = {node.name: node for node in nodes(config)}
+    own, other = graph["pretrain"].config.identity(), graph["pretrain.adamw"].config.identity()
+    assert {key for key in own if own[key] != other[key]} == {"optimizer"}
+    assert other["optimizer"]["lr"] == 0.002
+    assert graph["pretrain.adamw"].inputs == graph["pretrain"].inputs
+    assert graph["compare.adamw"].inputs == graph["evaluate.rtn-int8-channel"].inputs | {"model": "pretrain.adamw"}
+    assert not any("adamw" in source for source in graph["promote"].inputs.values())
+
+
+def test_what_a_baseline_is_measured_by_survives_the_way_to_another_process() -> None:
+    """A stage request carries its settings as JSON: read back they have the same identity, and no probe runs."""
+    measured = recipe.resolve("demo").evaluate.text_alone()
+    again = type(measured).model_validate_json(measured.model_dump_json())
+    assert again.identity() == measured.identity()
+    assert not any(settings.enabled for settings in again.probes.values())
+
+
+@pytest.mark.parametrize(
+    ("baselines", "refusal"),
+    [
+        ('{optimizer.name = "adamw"}, {optimizer.name = "adamw", optimizer.lr = 0.1}', "two baselines are called"),
+        ('{optimizer.name = "lamb", optimizer.lr = 0.16}', "has the optimizer of the model itself"),
+        ('{name = "a b", optimizer.name = "adamw"}', "baselines.0.name"),
+        ('{name = "tuned"}', "baselines.0.optimizer"),
+    ],
+)
+def test_baselines_that_compare_nothing_are_refused(tmp_path: Path, baselines: str, refusal: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f'extends = "smoke"\nbaselines = [{baselines}]\n')
+    with pytest.raises(ConfigError, match=refusal):
+        recipe.resolve(str(path))
+
+
 def test_a_child_is_measured_beside_its_parent() -> None:
     graph = {node.name: node for node in nodes(recipe.resolve("smoke"))}
     child = graph["evaluate.rtn-int8-channel"]

@@ -114,10 +114,11 @@ def payloads() -> dict[str, dict[str, Any]]:
 @pytest.fixture
 def artifacts(tmp_path: Path) -> dict[str, Artifact]:
     """The artifacts of the run by node name."""
-    return {node: _publish(tmp_path, node, files) for node, files in payloads().items()}
+    return {node: publish(tmp_path, node, files) for node, files in payloads().items()}
 
 
-def _publish(root: Path, node: str, files: dict[str, Any]) -> Artifact:
+def publish(root: Path, node: str, files: dict[str, Any]) -> Artifact:
+    """Publish an artifact of a node with these files, file name -> JSON content or rows."""
     stage = node.partition(".")[0]
     build = root / f"build-{len(list(root.iterdir()))}"
     build.mkdir()

@@ -102,3 +102,11 @@ def test_bits_per_byte_of_validation_text_are_called_that(artifacts: dict[str, A
     facts = (sections.training(artifacts["pretrain"]) or {})["facts"]
     assert facts["validation_bits_per_byte"] == 2.5
     assert "bits_per_byte" not in facts
+
+
+def test_a_model_that_writes_nothing_but_line_ends_fills_no_screen(artifacts: dict[str, Artifact]) -> None:
+    row = {"step": 20, "prompt": "Once", "text": "a\n\nb" + "\n \n" * 40 + "c"}
+    (artifacts["pretrain"].path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    facts = sections.training(artifacts["pretrain"])
+    assert facts is not None
+    assert facts["samples"][0]["text"] == "a\n\nb\n\nc"
