@@ -122,7 +122,9 @@ class RunConfig(Settings):
             if names.count(baseline.name) > 1:
                 raise ValueError(f"two baselines are called {baseline.name!r}; give each a `name` of its own")
             if baseline.optimizer == self.pretrain.optimizer:
-                raise ValueError(f"the baseline {baseline.name!r} has the optimizer of the model itself")
+                raise ValueError(
+                    f"the baseline {baseline.name!r} has the optimizer of the model itself; without any: baselines=[]"
+                )
         return self
 
     @model_validator(mode="after")
