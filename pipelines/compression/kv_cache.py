@@ -264,6 +264,7 @@ def _totals(run: CompressionRun, layers: int, bits: float) -> Totals:
     return Totals(
         layers=layers,
         bits_per_weight=CompressionReport.read(base.path).totals.bits_per_weight if compressed else None,
+        model_bits_per_weight=8 * (weights + table_bytes) / run.base_weights,
         bits_per_cached_number=bits,
         table_bytes=table_bytes,
         bytes=weights + table_bytes,

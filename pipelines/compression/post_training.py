@@ -78,7 +78,7 @@ def compress(run: CompressionRun) -> CompressionReport:
         loads_with=layout.loads_with(folder.layout),
         not_informative=method.not_informative,
         calibration=CalibrationFacts(sequences=len(run.tokens_NT) if needs.sequences else 0, seed=config.seed),
-        totals=writer.totals(rows, run.reader, run.target, embedding_bytes=folder.embedding_bytes),
+        totals=writer.totals(run, rows, embedding_bytes=folder.embedding_bytes),
         errors=_errors(rows),
         layers=rows,
         candidates=selected.candidates,
@@ -94,7 +94,7 @@ def refuse_rounded_inputs(method: str, reader: WeightReader) -> None:
     Raises:
         ConfigError: naming the first such layer.
     """
-    for name in reader.modules():
+    for name in reader.storages():
         if reader.packed(name).rounds_inputs:
             raise ConfigError(
                 f"{method} cannot start from this base: {name} rounds its inputs, which another method would forget",

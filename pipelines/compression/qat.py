@@ -143,7 +143,7 @@ def pack(run: CompressionRun, spec: WorkerSpec) -> CompressionReport:
         loads_with=layout.loads_with(stored_as),
         not_informative=method.not_informative,
         training=TrainingFacts(steps=parameters.steps, seed=spec.config.seed),
-        totals=writer.totals(rows, run.reader, run.target, embedding_bytes=variant.embedding_bytes),
+        totals=writer.totals(run, rows, embedding_bytes=variant.embedding_bytes),
         errors=WeightErrors(weight=fmean(errors) if errors else None),
         layers=rows,
     )

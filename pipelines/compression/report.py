@@ -50,6 +50,9 @@ class Totals(Part):
     ratio: float
     """`base_bytes` over `bytes`."""
     bits_per_weight: float | None = None
+    """Of the compressed layers alone."""
+    model_bits_per_weight: float | None = None
+    """All of `bytes`, embeddings and norms included, for each weight of the whole base model."""
     weights: int | None = None
     """Weights of the compressed layers; of the whole model where units were cut out."""
     base_weights: int | None = None

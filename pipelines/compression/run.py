@@ -79,6 +79,11 @@ class CompressionRun:
         return self.inputs["prepare"].path
 
     @property
+    def base_weights(self) -> int:
+        """Number of weights of the base model; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.base.parameters())
+
+    @property
     def fisher(self) -> Path:
         """Folder of the squared gradients, once `sensitivity.record` has made it."""
         return self.context.scratch / "fisher"

@@ -159,6 +159,7 @@ def _totals(run: CompressionRun, base: PreTrainedModel) -> Totals:
         weights=weights,
         base_weights=sum(parameter.numel() for parameter in base.parameters()),
         bits_per_weight=8 * sum(tensor.nbytes for tensor in stored) / weights,
+        model_bits_per_weight=8 * variant.bytes / run.base_weights,
         layer_bytes=variant.bytes,
         base_layer_bytes=run.reader.bytes,
         bytes=variant.bytes,

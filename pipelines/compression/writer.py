@@ -15,6 +15,7 @@ from models.compression.base import MethodConfig, Packed, Statistics
 from models.compression.formats.int_grid import GridConfig
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.report import PackedLayer, Totals
+from pipelines.compression.run import CompressionRun
 from pipelines.modelio import folder, layout
 from pipelines.modelio.folder import WeightReader, WeightWriter
 
@@ -113,17 +114,19 @@ def token_matrices(model: PreTrainedModel, reader: WeightReader) -> list[str]:
     return [name for name in names if f"{name}.weight" in stored]
 
 
-def totals(rows: Mapping[str, PackedLayer], base: WeightReader, target: Path, *, embedding_bytes: int) -> Totals:
+def totals(run: CompressionRun, rows: Mapping[str, PackedLayer], *, embedding_bytes: int) -> Totals:
     """Return bits and bytes of the packed layers and of all weight files, beside the base's."""
+    base = run.reader
     weights = sum(row.shape[0] * row.shape[1] for row in rows.values())
     stored = sum(row.stored_bits for row in rows.values())
-    dense = sum(base.dense(f"{name}.weight").nbytes for name in rows)
-    files = WeightReader(target).bytes
+    dense = sum(base.dense_bytes(f"{name}.weight") for name in rows)
+    files = WeightReader(run.target).bytes
     return Totals(
         layers=len(rows),
         weights=weights,
         stored_bits=stored,
         bits_per_weight=stored / weights,
+        model_bits_per_weight=8 * files / run.base_weights,
         layer_bytes=stored // 8,
         base_layer_bytes=dense,
         layer_ratio=8 * dense / stored,

@@ -9,6 +9,7 @@ torch is imported where tensors are written: reports and `ingot show` read names
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,8 @@ PACKED_STEM = "packed"
 KV_CACHE_FILE = "kv_cache.safetensors"
 """How attention caches are quantized, in a variant of a `kv_cache` method; it holds no weights."""
 SHARD_BYTES = 1 << 30
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""Bytes of a number, by the name that safetensors has for its type."""
 
 
 class WeightReader:
@@ -77,6 +80,20 @@ class WeightReader:
         names = [n for n in self._files if n.rpartition(".")[0] == module and not n.endswith(".bias")]
         tensors = {name.rpartition(".")[2]: self._read(name) for name in names}
         return method.restore(tensors, method.Config.model_validate(self._layers[module]["config"]))
+
+    def storages(self) -> list[str]:
+        """Return one packed layer for each method and its parameters, sorted: layers stored alike are alike."""
+        kinds = {json.dumps(self._layers[name], sort_keys=True): name for name in reversed(self.modules())}
+        return sorted(kinds.values())
+
+    def dense_bytes(self, name: str) -> int:
+        """Return the size of a parameter as `dense` gives it; only a packed one is read for it."""
+        if name.removesuffix(".weight") in self._layers:
+            return self.dense(name).nbytes
+        with _open(self._files[name]) as file:
+            stored = file.get_slice(name)
+            size: int = math.prod(stored.get_shape()) * _ITEM_BYTES[stored.get_dtype()]
+        return size
 
     def refuse_not_finite(self) -> None:
         """Read every stored tensor once, so that a damaged model is refused before work is spent on it.

@@ -235,13 +235,6 @@ def described(name: str, model: Artifact, by_digest: Mapping[str, Artifact]) -> 
     )
 
 
-def whole_bits(variant: Evidence, base: Evidence) -> float | None:
-    """Return the stored bits of all weights of a variant for each weight of its base; None where that is not known."""
-    if not (variant.weights_bytes and base.weights_bytes and base.bits):
-        return None
-    return base.bits * variant.weights_bytes / base.weights_bytes
-
-
 def footprint(model: Evidence, cache_tokens: int) -> float:
     """Return the bytes of a model on disk and of its attention cache for so many tokens."""
     return model.size_bytes + cache_tokens * (model.cache_bytes or 0.0)

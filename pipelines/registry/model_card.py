@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from pipelines.compression.report import CompressionReport
 from pipelines.core.artifact import Artifact
 from pipelines.core.redaction import redact, redact_value
 from pipelines.measure import answers
@@ -150,7 +151,7 @@ def render(
         decision: what the gate said.
         config: name of the registered model.
     """
-    page = _about(facts, models, inputs, config.model_name) | {
+    page = _about(facts, inputs, config.model_name) | {
         "evaluation_sentence": _evaluation_sentence(facts),
         "models": [_model_row(one) for one in models.values()],
         "baselines": sorted((name, f"{bits:.4f}") for one in models.values() for name, bits in one.baselines.items()),
@@ -171,7 +172,7 @@ def of_artifact(inputs: Mapping[str, Artifact], name: str) -> str:
     """
     by_digest = {artifact.digest: artifact for key, artifact in inputs.items() if key.startswith("model:")}
     facts = evidence.described(name, inputs[f"model:{name}"], by_digest)
-    page = _about(facts, {}, inputs, "ingot")
+    page = _about(facts, inputs, "ingot")
     return _written(page, _front_matter(facts, {}, page["sources"], "ingot"))
 
 
@@ -183,15 +184,13 @@ def licence_of(card: str) -> str:
     return str(front.get("license_details") if front["license"] == "other" else front["license"])
 
 
-def _about(
-    facts: Evidence, models: Mapping[str, Evidence], inputs: Mapping[str, Artifact], title: str
-) -> dict[str, Any]:
+def _about(facts: Evidence, inputs: Mapping[str, Artifact], title: str) -> dict[str, Any]:
     """Return what is known of a model without its evaluation."""
     prepare, model = inputs.get("prepare"), inputs[f"model:{facts.name}"]
     record, how = model.manifest.provenance, load_instructions.of(model)
     return {
         "title": f"{title}: {facts.name}",
-        "sentence": _sentence(facts, models),
+        "sentence": _sentence(facts, model),
         "loading": Markup(how.sentence),  # noqa: S704 - ours
         "snippet": Markup(how.snippet(load_instructions.LOADER[facts.family])),  # noqa: S704 - ours
         "sources": source_rows(prepare) if prepare is not None else [],
@@ -258,13 +257,12 @@ def _index_entry(facts: Evidence) -> dict[str, Any]:
     }
 
 
-def _sentence(facts: Evidence, models: Mapping[str, Evidence]) -> str:
+def _sentence(facts: Evidence, model: Artifact) -> str:
     kind = "causal language model" if facts.family == "decoder" else "masked language model"
     if facts.base is None:
         return f"A {kind}, pretrained from scratch with Ingot."
     bits = "" if facts.bits is None else f" to {facts.bits:.3g} bits per weight of the compressed layers"
-    base = next((one for one in models.values() if one.fingerprint == facts.base), None)
-    whole = None if base is None else evidence.whole_bits(facts, base)
+    whole = CompressionReport.read(model.path).totals.model_bits_per_weight
     stored = "" if whole is None else f"; with all its other tensors {whole:.3g} bits for each weight of its base model"
     return f"A {kind}, compressed with {facts.method}{bits}{stored}, from `{facts.base[:_KEY_DIGITS]}`."
 

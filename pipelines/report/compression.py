@@ -56,7 +56,7 @@ def rows(models: Sequence[Mapping[str, Any]], artifacts: Mapping[str, Artifact],
         cache_tokens: tokens whose attention cache counts as part of a size.
 
     Returns:
-        The variant's row of the comparison with `method`, `bits_per_weight`, `layer_bytes` (compressed layers),
+        The variant's row of the comparison with `method`, `bits_per_weight`, `model_bits_per_weight`, `layer_bytes`,
         `baselines` (name -> `Measurement` on validation text), `compared_cache_bytes` (of the variant there),
         `cache_tokens`, `footprint_bytes` (disk and cache), `size_ratio`, `footprint_ratio`, `prefill_ratio`,
         `decode_ratio`, `memory_ratio` (to the base's) and `best`: no other variant is smaller and better.
@@ -109,6 +109,7 @@ def _stored(report: CompressionReport) -> Facts:
     return {
         "method": report.method,
         "bits_per_weight": report.totals.bits_per_weight,
+        "model_bits_per_weight": report.totals.model_bits_per_weight,
         "bits_per_cached_number": report.totals.bits_per_cached_number,
         "layer_bytes": report.totals.layer_bytes,
         "loads_with": report.loads_with,

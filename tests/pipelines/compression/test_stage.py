@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from pipelines.compression import post_training
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
 from pipelines.core import artifact
@@ -48,6 +49,50 @@ def test_counted_bits_are_the_bytes_of_the_packed_tensors_on_disk(small: Any, co
             assert row["stored_bits"] == 8 * sum(t.numel() * t.element_size() for t in mine)
         assert report["totals"]["stored_bits"] == sum(row["stored_bits"] for row in report["layers"].values())
         assert report["totals"]["bytes"] == weights.stat().st_size
+
+
+@pytest.mark.parametrize("table", [{"method": "rtn"}, {"method": "gptq", "samples": 4}])
+def test_a_layer_is_read_twice_at_most(
+    table: dict[str, Any], small: Any, compress: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once to see whether it is finite before work is spent on it, and once to be compressed."""
+    reads: list[str] = []
+    read = WeightReader._read
+    monkeypatch.setattr(WeightReader, "_read", lambda self, name: reads.append(name) or read(self, name))
+    _, report = compress(small(), table)
+    assert {reads.count(f"{name}.weight") for name in report["layers"]} == {2}
+    base, weights = report["totals"]["base_layer_bytes"], report["totals"]["weights"]
+    assert base == 4 * weights
+
+
+def test_whether_a_base_rounds_its_inputs_is_known_from_one_layer_of_a_kind(
+    small: Any, compress: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = small()
+    rounded, _ = compress(bench, {"method": "rtn", "activations": "int8"})
+    reader, asked = WeightReader(rounded / "model"), list[str]()
+    packed = WeightReader.packed
+    monkeypatch.setattr(WeightReader, "packed", lambda self, name: asked.append(name) or packed(self, name))
+    with pytest.raises(ConfigError, match="rounds its inputs, which another method would forget"):
+        post_training.refuse_rounded_inputs("gptq", reader)
+    assert len(asked) == 1
+    asked.clear()
+    mixed, report = compress(bench, {"method": "quik", "samples": 4})
+    with pytest.raises(ConfigError, match="rounds its inputs"):
+        post_training.refuse_rounded_inputs("gptq", WeightReader(mixed / "model"))
+    plain, _ = compress(bench, {"method": "rtn"})
+    asked.clear()
+    post_training.refuse_rounded_inputs("gptq", WeightReader(plain / "model"))
+    assert len(asked) == 1 < len(report["layers"])
+
+
+def test_bits_of_the_whole_model_count_everything_that_is_stored(small: Any, compress: Callable[..., Any]) -> None:
+    for table in ({"method": "rtn"}, {"method": "kvquant", "samples": 4}, {"method": "optin", "samples": 4}):
+        bench = small()
+        out, report = compress(bench, table)
+        stored = sum(path.stat().st_size for path in (out / "model").glob("*.safetensors"))
+        weights = meta_init.build(bench.parent.path / "model").num_parameters()
+        assert report["totals"]["model_bits_per_weight"] == pytest.approx(8 * stored / weights)
 
 
 @pytest.mark.parametrize(

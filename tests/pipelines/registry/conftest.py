@@ -106,6 +106,7 @@ class World:
         if base is not None:
             parents["model"] = base.digest
             totals = {"layers": 1, "bytes": 10, "base_bytes": 40, "ratio": 4.0, "bits_per_weight": 8.5}
+            totals |= {"model_bits_per_weight": 11.1}
             facts = {"format": 1, "method": "rtn", "parameters": {}, "layout": "compressed-tensors", "layers": {}}
             facts |= {"loads_with": "transformers", "totals": totals}
             (build / "compression.json").write_text(json.dumps(facts))

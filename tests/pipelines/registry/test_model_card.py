@@ -36,6 +36,9 @@ def test_a_variant_names_its_base_its_method_and_its_bits(world: Any) -> None:
     front, page = rendered(world.inputs(*pairs), "int8")
     assert front["base_model"] == f"ingot/pretrain-{base.manifest.fingerprint[:16]}"
     assert "compressed with rtn to 8.5 bits per weight" in page
+    assert "with all its other tensors 11.1 bits for each weight of its base model" in page
+    unjudged = model_card.of_artifact({"model:pretrain": base, "model:int8": variant}, "int8")
+    assert "with all its other tensors 11.1 bits for each weight of its base model" in unjudged
     assert "| int8 |" in page
     assert "| pretrain |" in page
 
