@@ -10,7 +10,7 @@ import typer
 
 from flows import console, logs
 from flows.commands.options import with_common_options
-from pipelines.core import boundary, stop
+from pipelines.core import boundary, environment, stop
 from pipelines.core.errors import DiskFullError, IngotError
 
 app = typer.Typer(
@@ -404,6 +404,7 @@ def main() -> None:
     stop.install()
     console.survive_closed_terminal()
     logs.start()
+    environment.reach_this_machine()
     try:
         app()
     except Exception as error:  # noqa: BLE001 - nothing of it is lost: it is in the log

@@ -21,7 +21,12 @@ from typing import Any
 import httpx
 import prefect
 from prefect.context import FlowRunContext, SyncClientContext
-from prefect.settings import PREFECT_API_KEY, PREFECT_API_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_KEY,
+    PREFECT_API_TLS_INSECURE_SKIP_VERIFY,
+    PREFECT_API_URL,
+    temporary_settings,
+)
 
 from pipelines.core.redaction import redact
 
@@ -106,9 +111,12 @@ class _Told(httpx.BaseTransport):
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Let flows inside the block run without any server."""
-    # An address that is never asked, for the constructor; a key, because without one Prefect starts a server.
-    with temporary_settings(updates={PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        context = SyncClientContext()
+    # An address that is never asked, for the constructor; a key, because without one Prefect starts a server. The
+    # environment's proxies and certificates are left out: they may be such that the client cannot even be made.
+    updates = {PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_API_TLS_INSECURE_SKIP_VERIFY: True}
+    with temporary_settings(updates=updates):
+        context = SyncClientContext(httpx_settings={"trust_env": False})
+    context._httpx_settings = None  # noqa: SLF001 - what asks for a client asks for one without settings
     _soften(context.client, lambda _server: _Told(None))
     with temporary_settings(updates={PREFECT_API_KEY: "none"}), context:
         yield

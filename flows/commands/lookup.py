@@ -27,6 +27,7 @@ from flows.run_record import RunRecord, Runs
 from pipelines.core import artifact, project
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, TransientError
+from pipelines.core.settings import is_file
 from pipelines.core.store import Store
 from pipelines.registry import current, history
 from pipelines.registry.initial_weights import REGISTERED
@@ -182,8 +183,8 @@ def _exact(target: str, runs: list[RunRecord]) -> RunRecord | Artifact | None:
 
 def _folder(target: str) -> Artifact | None:
     """Return the artifact in this folder, or around this model folder."""
-    path = Path(target)
-    if (path / artifact.MANIFEST).is_file():
+    path = Path(target).expanduser()
+    if is_file(path / artifact.MANIFEST):
         return artifact.load(path)
     path = path.absolute()
     if path.name == MODEL_FOLDER and (path.parent / artifact.MANIFEST).is_file():

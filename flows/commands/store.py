@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flows import console, retention
 from flows.commands.lookup import find, find_model, find_registered, registered_name, store
 from flows.run_record import RunRecord, Runs
-from pipelines.core import disk, garbage, quantity
+from pipelines.core import disk, environment, garbage, quantity
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, IntegrityError, TransientError
 from pipelines.core.garbage import Garbage
@@ -178,9 +178,11 @@ def export(target: str, destination: str, file_format: str, precision: str | Non
     """
     from pipelines.deploy import export as deploy
 
-    deploy.check(Path(destination), file_format, precision)
+    environment.clear()
+    place = Path(destination).expanduser()
+    deploy.check(place, file_format, precision)
     with _exported(target) as (source, about):
-        said = deploy.write(source, Path(destination), file_format, precision, about=about, weights_only=weights_only)
+        said = deploy.write(source, place, file_format, precision, about=about, weights_only=weights_only)
     print(f"{source.manifest.node} -> {destination}; {said}")
 
 

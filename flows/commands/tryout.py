@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from flows.commands.lookup import find, find_model, store
 from flows.run_record import RunRecord, Runs
 from models.architectures.config import Family
-from pipelines.core import progress_bars
+from pipelines.core import environment, progress_bars
 from pipelines.core.artifact import Artifact
 from pipelines.core.compute import ComputeConfig, resolve_device
 from pipelines.core.errors import ConfigError
@@ -52,6 +52,7 @@ def run(
         ConfigError: no such model, models of two families, or an option that does nothing for them.
         IntegrityError: a model is damaged, or its corpus is gone.
     """
+    environment.clear()
     models = _models(targets) if targets else _newest()
     family = _family(models)
     given = {name: value for name, value in options.items() if value is not None}

@@ -15,6 +15,7 @@ import fnmatch
 import logging
 import os
 import re
+import urllib.parse
 from collections.abc import Mapping
 
 log = logging.getLogger(__name__)
@@ -249,6 +250,23 @@ def is_kept(name: str) -> bool:
     if name in CLEARED or name in KEPT:
         return name in KEPT
     return _KEPT.match(name) is not None
+
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def reach_this_machine() -> None:
+    """Let this process and its children reach servers on this machine without a proxy, whatever the variables say."""
+    for name in ("NO_PROXY", "no_proxy"):
+        present = [each.strip() for each in os.environ.get(name, "").split(",") if each.strip()]
+        if "*" not in present:
+            os.environ[name] = ",".join([*present, *(each for each in _LOOPBACK if each not in present)])
+
+
+def is_this_machine(url: str) -> bool:
+    """Tell whether an address is one of this machine's own."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    return host in _LOOPBACK or re.fullmatch(r"127(\.\d+){3}", host) is not None
 
 
 def cleared(variables: Mapping[str, str]) -> dict[str, str]:

@@ -165,6 +165,7 @@ def main(arguments: list[str]) -> int:
         tell("progress", **{name: value for name, value in facts.items() if name != "node"})
 
     stop.install(announces=False)
+    environment.reach_this_machine()
     try:
         with stop.unwinding():
             made = execute(_read(arguments), report)

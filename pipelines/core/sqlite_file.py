@@ -7,15 +7,20 @@ database is made beside its place and renamed into it when it is complete.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sqlite3
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pipelines.core.errors import ConfigError
 from pipelines.core.fault_injection import fault_point
 
 _NEW = ".new"
+_ODD = {"?", "%"}
+"""What a path in a URL cannot hold."""
 _COMPANIONS = ("", "-journal", "-wal", "-shm")
 """What SQLite keeps beside a database."""
 
@@ -64,3 +69,32 @@ def set_aside(path: Path) -> Path:
 def _remove(path: Path) -> None:
     for ending in _COMPANIONS:
         Path(f"{path}{ending}").unlink(missing_ok=True)
+
+
+def url(path: Path) -> str:
+    """Return the URL of a database, as SQLAlchemy takes it.
+
+    A URL ends its path at `?`, and MLflow decodes `%`. A database below a folder with such a name is reached through a
+    link with a plain name, in a folder of this user's alone.
+
+    Args:
+        path: absolute path of the database, whose folder is there already or is made later.
+
+    Raises:
+        ConfigError: that folder of links is somebody else's.
+    """
+    if not _ODD & set(str(path)):
+        return f"sqlite:///{path}"
+    links = Path(tempfile.gettempdir()) / f"ingot-links-{os.geteuid()}"
+    links.mkdir(mode=0o700, exist_ok=True)
+    if links.is_symlink() or links.stat().st_uid != os.geteuid() or _ODD & set(str(links)):
+        raise ConfigError(
+            f"{path} has one of {' '.join(sorted(_ODD))} in its name, and {links} cannot hold a link to it",
+            hint="let INGOT_STORE name a folder without them",
+        )
+    link = links / hashlib.sha256(os.fsencode(path.parent)).hexdigest()[:16]
+    if not link.is_symlink() or link.readlink() != path.parent:
+        with tempfile.TemporaryDirectory(dir=links) as beside:
+            (Path(beside) / "link").symlink_to(path.parent)
+            (Path(beside) / "link").replace(link)
+    return f"sqlite:///{link / path.name}"

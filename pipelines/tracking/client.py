@@ -84,6 +84,7 @@ def connect(config: TrackingConfig, store_root: Path) -> MlflowClient:
     uri = resolve_uri(config, store_root)
     if not uri.startswith(_SQLITE):
         return MlflowClient(uri, uri)
+    store_root.mkdir(parents=True, exist_ok=True)
     what, leases = "MLflow's database", lease_folder(uri, store_root)
     with lock.hold(leases / "mlflow.lock", what=what, wait_s=MIGRATION_WAIT_S):
         _ensure_database(Path(uri.removeprefix(_SQLITE)))

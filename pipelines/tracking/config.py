@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from pipelines.core import sqlite_file
 from pipelines.core.errors import ConfigError
 from pipelines.core.redaction import HIDDEN, redact
 from pipelines.core.settings import NOT_IDENTITY, PATH, Settings, absolute, start_of
 from pipelines.core.stage import TrackingTarget
 
+VARIABLE = "MLFLOW_TRACKING_URI"
 _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 
 
@@ -48,13 +51,29 @@ class TrackingConfig(Settings):
     def _is_a_database_or_a_server(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None:
             return None
-        scheme = value.partition(":")[0].partition("+")[0]
-        if scheme not in _SCHEMES:
-            raise ValueError(
-                f"{redact(value)!r} is neither a database nor a server (one of {', '.join(_SCHEMES)}): "
-                "the model registry needs one, a plain folder will not do"
-            )
+        if fault := _fault_of(value):
+            raise ValueError(f"{redact(value)!r} {fault}")
         return absolute(value, start_of(info))
+
+
+def _fault_of(uri: str) -> str | None:
+    """Return why an address cannot be that of MLflow; None where it may be."""
+    scheme = uri.partition(":")[0].partition("+")[0]
+    if scheme not in _SCHEMES:
+        return (
+            f"is neither a database nor a server (one of {', '.join(_SCHEMES)}): "
+            "the model registry needs one, a plain folder will not do"
+        )
+    try:
+        parts = urllib.parse.urlsplit(uri)
+        parts.port  # noqa: B018 - asked for its error
+    except ValueError as error:
+        return f"is no address: {error}"
+    if scheme == "sqlite" and (not uri.partition(":")[2].startswith("///") or parts.path in {"", "/", "/:memory:"}):
+        return "names no file: write sqlite:///PATH"
+    if scheme in {"http", "https"} and not parts.hostname:
+        return "names no host: write http://HOST:PORT"
+    return None
 
 
 def recorded(table: Mapping[str, Any]) -> TrackingConfig:
@@ -79,9 +98,21 @@ def config_of(target: TrackingTarget) -> TrackingConfig:
 
 
 def resolve_uri(config: TrackingConfig, store_root: Path) -> str:
-    """Return the MLflow URI in force: the recipe's, else the environment's, else SQLite in the store."""
-    chosen = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return chosen or f"sqlite:///{store_root.resolve() / 'mlflow.db'}"
+    """Return the MLflow URI in force: the recipe's, else the environment's, else SQLite in the store.
+
+    Raises:
+        ConfigError: the environment's can be no MLflow.
+    """
+    if config.uri:
+        return config.uri
+    if named := os.environ.get(VARIABLE):
+        if fault := _fault_of(named):
+            raise ConfigError(
+                f"${VARIABLE} = {redact(named)!r} {fault}",
+                hint=f"unset {VARIABLE}, or let it name a database or server",
+            )
+        return named
+    return sqlite_file.url(store_root.resolve() / "mlflow.db")
 
 
 def artifact_root(uri: str, store_root: Path) -> str | None:

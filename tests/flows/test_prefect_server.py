@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 from flows import prefect_server
 from flows.run_record import Runs
-from pipelines.core.errors import TransientError
+from pipelines.core.errors import ConfigError, TransientError
 from tests.flows.prefect_process import Server
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,45 @@ def test_the_active_profile_names_the_server(tmp_path: Path, monkeypatch: pytest
     assert prefect_server.configured_url() is None
     (tmp_path / "profiles.toml").write_text('active = "work"\n[profiles.work]\nPREFECT_API_URL = "http://there/api"\n')
     assert prefect_server.configured_url() == "http://there/api"
+
+
+PROXIES = ("ALL_PROXY", "all_proxy", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "SSL_CERT_FILE")
+UNUSABLE = [
+    {"ALL_PROXY": "socks5://127.0.0.1:7891"},
+    {"all_proxy": "socks://127.0.0.1:7891"},
+    {"https_proxy": "ftp://127.0.0.1"},
+    {"SSL_CERT_FILE": "/nonexistent/cacert.pem"},
+]
+
+
+@pytest.mark.parametrize("set_to", UNUSABLE)
+def test_proxies_and_certificates_that_cannot_be_used_matter_to_a_distant_server_alone(
+    set_to: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    ((variable, value),) = set_to.items()
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError) as caught:
+        prefect_server._check_proxies("https://prefect.example.org/api")
+    assert f"{variable}={value}" in str(caught.value)
+    prefect_server._check_proxies("http://127.0.0.1:4200/api")
+    assert variable not in os.environ
+
+
+def test_a_flow_runs_alone_under_any_proxy_without_certificates_and_without_a_home(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path\nfrom flows import prefect_server, prefect_client\n"
+        f"prefect_server.prepare(Path({str(tmp_path)!r}))\nimport prefect\n"
+        "with prefect_client.alone():\n"
+        "    task = prefect.task(lambda: 20, name='twenty')\n"
+        "    print(prefect.flow(lambda: task() + 1, name='one-more')())\n"
+    )
+    hostile = {key: value for each in UNUSABLE for key, value in each.items()} | {"http_proxy": "http://127.0.0.1:9"}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_") and key != "HOME"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=CHECKOUT, env=kept | hostile, capture_output=True, text=True)
+    assert done.stdout == "21\n", done.stderr
 
 
 @pytest.mark.slow

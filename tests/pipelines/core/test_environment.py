@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,3 +87,19 @@ def test_ranks_never_see_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     ours = {"DS_ACCELERATOR": "cpu", "WORLD_SIZE": "1"}
     assert {name: value for name, value in seen.items() if name in HOSTILE} == ours
     assert seen.items() >= HARMLESS.items()
+
+
+def test_servers_of_this_machine_are_reached_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "intranet, 127.0.0.1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    environment.reach_this_machine()
+    environment.reach_this_machine()
+    assert os.environ["NO_PROXY"] == "intranet,127.0.0.1,localhost,::1"
+    assert urllib.request.proxy_bypass("127.0.0.1")
+    assert urllib.request.proxy_bypass("localhost")
+    assert not urllib.request.proxy_bypass("example.org")
+    for url in ("http://127.0.0.1:5000/x", "http://localhost", "http://[::1]:80", "http://127.0.1.1"):
+        assert environment.is_this_machine(url)
+    for url in ("http://example.org", "http://127.example.org", "nonsense", ""):
+        assert not environment.is_this_machine(url)

@@ -9,12 +9,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines.core import sqlite_file
+from pipelines.core.errors import ConfigError
 
 TABLES = 5
 MAKER = f"""
@@ -73,3 +75,32 @@ def test_a_database_with_a_row_or_a_recent_write_is_not_empty(tmp_path: Path) ->
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         database.execute("INSERT INTO runs VALUES (1)")
     assert not sqlite_file.is_empty(path, ("runs", "absent"), settled_s=0.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "why?", "a%20b", "100%", "a#b", "it's", 'q"q', "a b;c&d=e", "\u00fcn\u00ef", "x" * 200]
+)
+def test_the_url_of_a_database_leads_to_that_database_and_nowhere_else(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sqlalchemy
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    store = tmp_path / name / ".ingot"
+    store.mkdir(parents=True)
+    before = {path for path in tmp_path.iterdir() if not path.name.startswith("ingot-links")}
+    for _ in range(2):
+        url = sqlite_file.url(store / "mlflow.db")
+        assert not {"?", "%"} & set(url)
+        with sqlalchemy.create_engine(url).begin() as database:
+            database.execute(sqlalchemy.text("CREATE TABLE IF NOT EXISTS t (x)"))
+    assert tables(store / "mlflow.db") == 1
+    assert {path for path in tmp_path.iterdir() if not path.name.startswith("ingot-links")} == before
+
+
+def test_a_folder_of_links_that_is_a_link_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"ingot-links-{os.geteuid()}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="INGOT_STORE"):
+        sqlite_file.url(tmp_path / "why?" / "mlflow.db")

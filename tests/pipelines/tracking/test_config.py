@@ -32,6 +32,30 @@ def test_a_plain_folder_is_refused_with_the_reason(uri: str) -> None:
         TrackingConfig(uri=uri)
 
 
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("./mlruns", "registry needs one"),
+        ("file:///tmp/mlruns", "registry needs one"),
+        ("http://[::1", "is no address"),
+        ("http://host:99999", "is no address"),
+        ("http://", "names no host"),
+        ("sqlite:///", "names no file"),
+        ("sqlite://x.db", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+    ],
+)
+def test_what_can_be_no_mlflow_is_refused_wherever_it_is_named(
+    uri: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValidationError, match=said):
+        TrackingConfig(uri=uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ConfigError, match=said) as caught:
+        resolve_uri(TrackingConfig(), tmp_path)
+    assert "unset MLFLOW_TRACKING_URI" in str(caught.value)
+
+
 def test_nothing_about_tracking_is_identity() -> None:
     assert TrackingConfig(experiment="a").identity() == TrackingConfig(experiment="b").identity() == {}
 
