@@ -76,7 +76,7 @@ def new(
     corpus: Annotated[
         str | None,
         typer.Option(
-            "--data", help="Folder, file or URL of the corpus: JSON Lines, Parquet or plain text. Later if left out."
+            "--data", help="Folder, file, pattern or URL of the corpus, of any format that is read. Later if left out."
         ),
     ] = None,
     family: Annotated[
@@ -380,11 +380,28 @@ def data_add(as_json: Json = False) -> None:
 
 @data.command("import")
 def data_import(
-    url: Annotated[str, typer.Argument(help="File or folder of JSON Lines: a path, s3://..., https://...")],
+    url: Annotated[
+        str, typer.Argument(help="File, folder or pattern of texts: a path, s3://..., https://...; quote patterns.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Fetch a corpus from elsewhere into data/ and take it as the corpus."""
     _data("import", url, as_json=as_json)
+
+
+@data.command("check")
+def data_check(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PATH] [KEY=VALUE]...", help="File or folder, data/ if left out; and settings."),
+    ] = None,
+    recipe: Recipe = None,
+    as_json: Json = False,
+) -> None:
+    """Read up to 1,000 records and say what a run would do: formats, fields, sizes, what is refused and why."""
+    from flows.commands import data as command
+
+    command.check(arguments or [], recipe, as_json=as_json)
 
 
 def _data(verb: str, *arguments: Any, as_json: bool) -> None:

@@ -18,13 +18,15 @@ from pipelines.core import disk
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, DiskFullError, IngotError, IntegrityError, TransientError
 from pipelines.core.machine import gpu_count
-from pipelines.data import versioning
+from pipelines.data import reader, versioning
 from pipelines.registry import current, evidence, history
 from pipelines.training import tokens
 
 _OWN_NAME = "promote.model_name=NAME gives this model a name of its own; or see promote.allow_new_test_set"
 _ASSUMED_TWICE = 2
 """A stage whose bytes rest on assumptions is refused where not even half of them fit."""
+_LOOKED_AT = 2000
+"""Files of a corpus that are looked into before a run; prepare looks into all."""
 _AGAIN = "it will be measured again on that of this run"
 _COMPUTES = {"pretrain", "compress", "evaluate"}
 
@@ -85,6 +87,20 @@ def corpus(plan: RunPlan) -> Iterator[Finding]:
             "put it back; or `dvc remote add -d NAME URL`",
             None,
         )
+
+
+def reading(plan: RunPlan) -> Iterator[Finding]:
+    """Can every file of the corpus be read, as far as its first records tell?"""
+    settings, folder = plan.config.data, plan.project / plan.config.data.path
+    if settings.rev is not None or not folder.exists() or not _runs(plan, "prepare"):
+        return
+    try:
+        names = reader.relative_names(folder, plan.project)
+        reader.refuse_unread(
+            reader.inspect(folder, names[:: max(1, len(names) // _LOOKED_AT)], plan.config.prepare), folder
+        )
+    except IntegrityError as error:
+        yield Finding("reading", error.message, error.hint or "`ingot data check`", IntegrityError)
 
 
 def model_name(plan: RunPlan) -> Iterator[Finding]:
@@ -269,6 +285,7 @@ def _scratch(plan: RunPlan, node: str) -> Path:
 
 CHECKS: dict[str, Callable[[RunPlan], Iterator[Finding]]] = {
     "corpus": corpus,
+    "reading": reading,
     "inputs": parents,
     "held-out text": held_out,
     "model name": model_name,

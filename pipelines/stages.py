@@ -9,7 +9,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(
             "prepare",
-            version=3,
+            version=4,
             entry="pipelines.data.stage:run",
             observations=("report.json", "quarantine.jsonl"),
             settings="pipelines.data.config:PrepareJob",

@@ -15,8 +15,8 @@ from flows import run_plan
 from flows.commands import run as run_command
 from pipelines.core import program, project
 from pipelines.core.errors import ConfigError
-from pipelines.data import convert, dvc, versioning
-from pipelines.data.config import DataConfig
+from pipelines.data import check, importing, reader, versioning
+from pipelines.data.config import DataConfig, PrepareConfig
 from pipelines.registry.config import PromoteConfig
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
@@ -57,7 +57,7 @@ def new(place: str, data: str | None, family: str) -> None:
     said += _commit(folder) if own else [f"git: commit {folder} in the repository around it"]
     print("\n".join([f"{folder}: recipe {project.RECIPES}/{name}.toml, registered model {name}", *said]))
     if data is None:
-        print(f"Next: put JSON Lines into {shlex.quote(str(folder / 'data'))}, then")
+        print(f"Next: put texts into {shlex.quote(str(folder / 'data'))}, then")
         print(f"  cd {shlex.quote(str(folder))} && {command()} data add && {command()} plan")
         return
     run_command.print_plan(run_plan.make(project=folder))
@@ -115,20 +115,15 @@ def _removed_unless_complete(folder: Path) -> Iterator[None]:
 
 def _take(folder: Path, source: Path | None, data: str) -> tuple[int, list[str]]:
     """Bring the corpus into the project and record it; return the number of documents and what is to be said."""
-    settings = DataConfig()
-    incoming = folder / ".ingot" / "incoming"
-    if source is None:
-        incoming.parent.mkdir(parents=True)
-        # Under its own name: the suffix of a single file says how to read it.
-        last = re.split(r"[?#]", data)[0].rstrip("/").rpartition("/")[2] or "corpus"
-        incoming.mkdir()
-        dvc.run(folder, "get-url", data, str(incoming / last))
-        source = incoming / last
-    taken = convert.convert(source, folder / settings.path)
-    shutil.rmtree(incoming, ignore_errors=True)
+    settings, path = DataConfig(), folder / DataConfig().path
+    taken = importing.bring(data if source is None else str(source), path, folder / ".dvc" / "tmp" / "ingot-import")
     recorded = versioning.add(settings, folder)
-    documents = sum(taken.documents.values())
-    said = [*convert.summary(taken), f"data.dvc: {recorded['files']} files, {recorded['bytes']:,} bytes"]
+    found = check.check(path, reader.relative_names(path, folder), PrepareConfig(), gate_documents=_WANTED)
+    documents = found["documents"]
+    about = "" if found["documents_exact"] else "about "
+    said = [*importing.summary(taken), f"data.dvc: {recorded['files']} files, {recorded['bytes']:,} bytes"]
+    said.append(f"{about}{documents:,} documents")
+    said += [f"{one['what']}\n  -> {one['do']}" for one in found["refused"]]
     if (held_out := round(share(documents) * documents)) < _WANTED:
         said.append(f"about {held_out} documents will judge the models, the gate wants {_WANTED} (min_documents)")
     return documents, said

@@ -39,8 +39,35 @@ class DataConfig(Settings):
         return value
 
 
+class FieldNames(Settings):
+    """Which field or column of a record is what; `a.b` is the field b of the object a."""
+
+    text: str = Field("text", min_length=1, description="The text.")
+    id: str = Field("id", min_length=1, description="The id; where a record has none, its file and number are.")
+    source: str = Field("source", min_length=1, description="What counts, licences and the model card are told by.")
+    license: str = Field("license", min_length=1, description="The licence.")
+    work: str = Field("work", min_length=1, description="What the document is a part of: no work straddles splits.")
+    metadata: tuple[str, ...] | None = Field(
+        None, description="Fields that are kept beside the document; unset for all others, [] for none."
+    )
+
+
 class PrepareConfig(Settings):
     """From corpus to tokenizer and packed sequences."""
+
+    files: tuple[str, ...] = Field(
+        ("*",),
+        min_length=1,
+        description="Which files of the corpus are read: patterns as in .gitignore, the last that matches decides, `!` "
+        'takes out: ["*", "!LICENSE"], ["*.jsonl.gz"]. A file that they choose and that cannot be read stops the '
+        "stage with exit code 3.",
+    )
+    fields: FieldNames = Field(default_factory=FieldNames, description="Which field or column is what.")
+    formats: dict[str, Literal["jsonl", "json", "csv", "parquet", "warc", "text", "html"]] = Field(
+        default_factory=dict,
+        description='Pattern -> format of the files whose content does not tell it: {"*.html" = "html"} reads pages, '
+        'which are refused otherwise, {"*.json" = "text"} takes files as plain text.',
+    )
 
     vocab_size: int = Field(
         4096, ge=260, le=1_000_000, description="Tokens in the vocabulary: 4 special, 256 bytes, the rest merges."
@@ -61,11 +88,28 @@ class PrepareConfig(Settings):
     )
     validation_fraction: float = Field(0.035, gt=0, lt=0.5, description="Expected share of the works in validation.")
     test_fraction: float = Field(0.035, gt=0, lt=0.5, description="Expected share of the works in test.")
+    min_held_out_documents: int = Field(
+        2, ge=1, description="Fewest documents in validation and in test each; evaluation needs 2 to tell a difference."
+    )
     max_bad_fraction: float = Field(
         1e-4, ge=0, le=1, description="Share of malformed records above which the stage stops with exit code 3."
     )
     max_line_bytes: int = Field(
-        16 << 20, ge=1 << 10, le=1 << 30, description="A longer line is quarantined unread; bounds memory."
+        16 << 20, ge=1 << 10, le=1 << 30, description="A longer line or record is quarantined unread; bounds memory."
+    )
+    max_expansion: int = Field(
+        2000,
+        ge=10,
+        description="Plain bytes that a compressed one may become, beyond the first 64 MiB; a file that expands "
+        "further is refused.",
+        json_schema_extra=NOT_IDENTITY,
+    )
+    max_window_bytes: int = Field(
+        128 << 20,
+        ge=1 << 20,
+        le=1 << 31,
+        description="Memory for decompressing one file; what needs more (`zstd --long=31`) is refused.",
+        json_schema_extra=NOT_IDENTITY,
     )
     min_characters: int = Field(100, ge=1, description="Shorter documents are dropped.")
     max_characters: int = Field(1_000_000, ge=1, description="Longer documents are dropped.")

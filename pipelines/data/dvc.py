@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from pipelines.core import lock, program
-from pipelines.core.errors import IngotError, IntegrityError, LockedError, TransientError
+from pipelines.core.errors import ConfigError, IngotError, IntegrityError, LockedError, TransientError
 
 DEADLINE_S = 3600.0
 """Longest time that one command may take, waiting for the lock included: pulls of large corpora are slow."""
@@ -33,6 +33,7 @@ def run(project: Path, *arguments: str, lock_wait_s: float = LOCK_WAIT_S) -> str
 
     Raises:
         LockedError: another DVC command held the lock for longer than `lock_wait_s`.
+        ConfigError: the project is no git repository.
         IntegrityError: objects are missing or damaged in the remote.
         TransientError: any other failure: network, credentials, disk.
     """
@@ -79,5 +80,10 @@ def _error(arguments: tuple[str, ...], stderr: str) -> IngotError:
         return IntegrityError(
             f"{command}: the remote (or the cache) lacks an object that data.dvc names, or has a damaged one\n{said}",
             hint=RESTORE,
+        )
+    if "is not a git repository" in stderr:
+        return ConfigError(
+            f"{command}: the project is no git repository, and DVC wants one",
+            hint="`git init`, or `dvc config core.no_scm true` does without",
         )
     return TransientError(f"{command} failed\n{said}", hint=CHECK_REMOTE)

@@ -73,7 +73,7 @@ def prepare(
     context.scratch.mkdir(parents=True, exist_ok=True)
     counts = DocumentCounts()
     say = _announcer(context)
-    records = reader.read(corpus.path, max_line_bytes=config.max_line_bytes, md5=corpus.md5)
+    records = reader.read(corpus.path, config, md5=corpus.md5)
     surveyed = survey(records, context.scratch, config, counts, lambda done: say(0, f"{done} documents"))
     say(1, f"{len(surveyed.works)} documents to compare")
     first_of_cluster = dedup.clusters(surveyed.signatures, config.near_duplicate_similarity)
@@ -97,6 +97,7 @@ def prepare(
         "duplicates": duplicates,
         "groups": groups,
         "quarantined": surveyed.quarantined,
+        "duplicate_ids": surveyed.duplicate_ids,
         "contamination": shared,
     }
     _write_json(out_dir / REPORT, report)
@@ -136,7 +137,19 @@ def _split(
             split = side_of[group_of[document.work]]
             writers[split].write(document)
             counts.keep(document, split)
+    _refuse_few(counts, config)
     return {split: sum(side == split for side in side_of.values()) for split in SPLITS}
+
+
+def _refuse_few(counts: DocumentCounts, config: PrepareConfig) -> None:
+    """Refuse held-out splits of fewer documents than anything can be measured on."""
+    for split in ("validation", "test"):
+        if (found := counts.documents(split)) < config.min_held_out_documents:
+            raise IntegrityError(
+                f"the {split} split has {found} {'document' if found == 1 else 'documents'}, "
+                f"prepare.min_held_out_documents asks for {config.min_held_out_documents}",
+                hint=f"raise prepare.{split}_fraction, add documents, or give independent ones a `work` of their own",
+            )
 
 
 def _contamination(out_dir: Path, config: PrepareConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,8 +27,7 @@ from pipelines.data import dedup, filters
 from pipelines.data.clean import clean, words
 from pipelines.data.config import PrepareConfig
 from pipelines.data.document_files import DocumentWriter
-from pipelines.data.reader import DAMAGED_SHARD
-from pipelines.data.records import Document, Quarantined
+from pipelines.data.records import DAMAGED_SHARD, Document, Quarantined
 from pipelines.data.report import DocumentCounts
 from pipelines.data.shingles import hash_words
 
@@ -68,6 +68,8 @@ class Survey:
     links: list[tuple[str, str]]
     """Pairs of works that held copies of one document."""
     quarantined: int
+    duplicate_ids: int
+    """Documents whose id an earlier one has; they stay."""
 
 
 @dataclass
@@ -76,14 +78,18 @@ class _Quarantine:
     count: int = 0
     damaged: bool = False
     examples: list[str] = field(default_factory=list)
+    mends: dict[str, None] = field(default_factory=dict)
+    """What mends the records, in order, each once."""
 
     def add(self, record: Quarantined) -> None:
         self.count += 1
         self.damaged |= record.reason.startswith(DAMAGED_SHARD)
+        if record.do and len(self.mends) < _EXAMPLES:
+            self.mends[record.do] = None
         if len(self.examples) < _EXAMPLES:
             self.examples.append(f"{record.shard}, line {record.line}, byte {record.offset}: {record.reason}")
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
+            file.write(json.dumps({name: value for name, value in asdict(record).items() if value != ""}) + "\n")
 
     def refuse_above(self, max_bad_fraction: float, documents: int) -> None:
         """Stop when too many records are bad, or when a damaged shard hides how many are."""
@@ -93,7 +99,8 @@ class _Quarantine:
                 f"{self.count} of {self.count + documents} records are malformed ({fraction:.2%}); "
                 f"prepare.max_bad_fraction allows {max_bad_fraction:.2%}. The first:\n"
                 + "\n".join(f"    {example}" for example in self.examples),
-                hint=f"repair the shards; all bad records are listed in {self.path}",
+                hint="; ".join([*self.mends, "repair the records, or raise prepare.max_bad_fraction"])
+                + f"; all of them are listed in {self.path}",
             )
 
 
@@ -121,6 +128,7 @@ def survey(
     first_work: dict[bytes, str] = {}
     works: list[str] = []
     links: list[tuple[str, str]] = []
+    ids = array("Q")
     done = 0
     with (
         DocumentWriter(scratch / CLEANED) as kept,
@@ -133,6 +141,7 @@ def survey(
                 progress(done)
             document = cleaned.document
             counts.read(document.source)
+            ids.append(int.from_bytes(hashlib.blake2b(document.id.encode(), digest_size=8).digest()))
             if cleaned.dropped is not None:
                 counts.drop(document.source, cleaned.dropped)
             elif cleaned.digest in first_work:
@@ -144,7 +153,8 @@ def survey(
                 kept.write(document)
                 signatures.write(cleaned.signature.tobytes())
     quarantine.refuse_above(config.max_bad_fraction, done)
-    return Survey(scratch / CLEANED, _map(scratch / _SIGNATURES, config), works, links, quarantine.count)
+    duplicate_ids = len(ids) - len(np.unique(np.frombuffer(ids, dtype=np.uint64))) if ids else 0
+    return Survey(scratch / CLEANED, _map(scratch / _SIGNATURES, config), works, links, quarantine.count, duplicate_ids)
 
 
 def clean_one(document: Document, config: PrepareConfig) -> Cleaned:

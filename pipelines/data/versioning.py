@@ -22,9 +22,8 @@ import yaml
 
 from pipelines.core.errors import ConfigError, IntegrityError, TransientError
 from pipelines.core.hash_memo import HashMemo
-from pipelines.data import dvc
-from pipelines.data.config import DataConfig
-from pipelines.data.reader import SUFFIXES
+from pipelines.data import corpus_files, dvc, importing, reader
+from pipelines.data.config import DataConfig, PrepareConfig
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +76,21 @@ def _tracked(config: DataConfig, project: Path) -> dict[str, Any]:
         (out,) = [out for out in outs if out["path"] == config.path]
         return {"md5": out["md5"], "size": out.get("size"), "nfiles": out.get("nfiles", 1)}
     except (yaml.YAMLError, TypeError, KeyError, ValueError):
-        raise ConfigError(
-            f"{where} does not track {config.path!r} by md5", hint=f"`ingot data add` tracks {config.path!r} with DVC"
-        ) from None
+        raise _not_tracked(config, where, text) from None
+
+
+def _not_tracked(config: DataConfig, where: str, text: str) -> ConfigError:
+    sentence = f"{where} does not track {config.path!r} by md5"
+    if "<<<<<<<" in text:
+        return ConfigError(
+            f"{sentence}: it holds an unresolved merge conflict",
+            hint=f"`git checkout --ours {config.dvc_file}` or `--theirs` chooses one side; then `ingot data pull`",
+        )
+    if not text.strip():
+        return ConfigError(
+            f"{sentence}: it is empty", hint=f"`git checkout {config.dvc_file}` brings it back; else `ingot data add`"
+        )
+    return ConfigError(sentence, hint=f"`ingot data add` tracks {config.path!r} with DVC")
 
 
 def _dvc_file(config: DataConfig, project: Path) -> str:
@@ -112,15 +123,20 @@ def hash_tree(md5: Mapping[str, str]) -> str:
     return hashlib.md5(json.dumps(entries, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + _DIRECTORY
 
 
-def hash_files(path: Path, memo: HashMemo | None = None) -> dict[str, str]:
+def hash_files(path: Path, memo: HashMemo | None = None, project: Path | None = None) -> dict[str, str]:
     """Return relative path -> md5 of every file under a folder, or of the one file that `path` is.
 
-    With a memo, files that have not changed since they were hashed are not read.
+    Args:
+        path: the folder, or the file.
+        memo: files that have not changed since they were hashed are not read.
+        project: the folder with `.dvc`, whose `.dvcignore` files count; None where none do.
+
+    Raises:
+        IntegrityError: links are there that DVC does not follow.
     """
     md5_of = _md5 if memo is None else memo.hash
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     root = path.parent if path.is_file() else path
-    return {file.relative_to(root).as_posix(): md5_of(file) for file in files}
+    return {file.relative_to(root).as_posix(): md5_of(file) for file in corpus_files.files(path, project)}
 
 
 def verify(config: DataConfig, project: Path, *, reread: bool = False) -> Corpus:
@@ -143,10 +159,12 @@ def verify(config: DataConfig, project: Path, *, reread: bool = False) -> Corpus
     return _verified(path, expected, project, _REPAIR.format(dvc_file=config.dvc_file), reread=reread)
 
 
-def _verified(path: Path, expected: str, project: Path, hint: str, *, reread: bool = False) -> Corpus:
+def _verified(
+    path: Path, expected: str, project: Path, hint: str, *, reread: bool = False, ignores: bool = True
+) -> Corpus:
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     memo = None if reread else HashMemo(project / ".dvc" / "tmp" / f"ingot-md5-{place}.json", _md5)
-    found = hash_files(path, memo)
+    found = hash_files(path, memo, project if ignores else None)
     if memo is not None:
         memo.save()
     total = hash_tree(found) if path.is_dir() else next(iter(found.values()))
@@ -225,7 +243,9 @@ def checkout_corpus(config: DataConfig, scratch: Path, project: Path) -> Corpus:
     target = scratch / f"corpus-{expected.removesuffix(_DIRECTORY)}"
     if not target.exists():
         _fetch(config, target, project)
-    return _verified(target, expected, project, f"delete {target} and run again; else {dvc.RESTORE}")
+    # The .dvcignore of that revision has done its work; the present one may be another.
+    hint = f"delete {target} and run again; else {dvc.RESTORE}"
+    return _verified(target, expected, project, hint, ignores=False)
 
 
 def _fetch(config: DataConfig, target: Path, project: Path) -> None:
@@ -312,35 +332,42 @@ def push(config: DataConfig, project: Path) -> dict[str, Any]:
 
 
 def add(config: DataConfig, project: Path) -> dict[str, Any]:
-    """Record the corpus in the work tree as a new version: writes data.dvc, which is then committed to git."""
-    if not (project / config.path).exists():
-        raise ConfigError(f"{project / config.path} does not exist", hint="put JSON Lines shards there first")
+    """Record the corpus in the work tree as a new version: writes data.dvc, which is then committed to git.
+
+    Raises:
+        ConfigError: there is nothing, or it is a link, which DVC does not record.
+        IntegrityError: links within, which DVC would leave out.
+    """
+    path = project / config.path
+    if path.is_symlink():
+        raise ConfigError(
+            f"{path} is a link to {path.readlink()}, and DVC records no links",
+            hint=f"`ingot data import {path.resolve()}` after `rm {path}` takes a copy; or mount the folder there",
+        )
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist", hint="put texts there first, or `ingot data import` them")
+    corpus_files.files(path, project)
     before = _recorded(config, project)
     dvc.run(project, "add", config.path)
     return _recording(config, project, before)
 
 
 def import_url(config: DataConfig, project: Path, url: str) -> dict[str, Any]:
-    """Bring a corpus from a URL (s3://, https://, a path) and record it; the one that is here must be moved away first.
+    """Bring a corpus from a path or a URL and record it; the one that is here must be moved away first.
 
     Raises:
-        ConfigError: a corpus is here already, or there is nothing at the path.
+        ConfigError: a corpus is here already, there is nothing at the address, or nothing that can be read.
+        TransientError: the network or the server failed.
     """
-    if (project / config.path).exists():
+    path = project / config.path
+    if path.exists() or path.is_symlink():
         raise ConfigError(
-            f"{project / config.path} exists and would be replaced",
+            f"{path} exists and would be replaced",
             hint=f"`ingot new NAME --data {url}` makes a project of its own for it; or move this one away first",
         )
-    if "://" not in url:
-        place = Path(url).expanduser().resolve()  # from where it was typed; DVC works in the project
-        if not place.exists():
-            raise ConfigError(
-                f"{place} does not exist", hint="give a file, a folder, or a URL such as s3://bucket/texts"
-            )
-        url = str(place)
-    before = _recorded(config, project)
-    dvc.run(project, "import-url", "--force", url, config.path)
-    return _recording(config, project, before)
+    taken = importing.bring(url, path, project / ".dvc" / "tmp" / "ingot-import")
+    recorded = add(config, project)
+    return {"taken": "; ".join(importing.summary(taken)), **recorded}
 
 
 def _recorded(config: DataConfig, project: Path) -> dict[str, str]:
@@ -358,7 +385,7 @@ def _recording(config: DataConfig, project: Path, before: Mapping[str, str]) -> 
         "changed": [name for name in after if name in before and after[name] != before[name]],
         "kept": [name for name in after if after[name] == before.get(name)],
         "removed": [name for name in before if name not in after],
-        "not read": [name for name in after if not name.endswith(SUFFIXES)],
+        "not read": _unread(project / config.path, list(after)),
     }
     return {
         "hash": tracked["md5"],
@@ -367,6 +394,12 @@ def _recording(config: DataConfig, project: Path, before: Mapping[str, str]) -> 
         **{group: _some(names) for group, names in groups.items() if names},
         "next": f"git add {config.dvc_file} && git commit; then `ingot data push`",
     }
+
+
+def _unread(path: Path, names: list[str]) -> list[str]:
+    """Return the files that no run reads, each with what it is."""
+    names = names if path.is_dir() else [path.name]
+    return list(map(str, reader.inspect(path, names, PrepareConfig(), records_too=False).unread))
 
 
 def _some(names: list[str]) -> str:

@@ -62,12 +62,13 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_one_command_leads_from_texts_to_a_plan(ingot: Ingot, place: Path) -> None:
-    (place / "texts" / "scan.pdf").write_bytes(b"%PDF")
+    (place / "texts" / "scan.pdf").write_bytes(b"%PDF-1.4")
     said = ingot(place, "new", "mine", "--data", "texts").stdout
     mine = place / "mine"
-    assert "plain text: 60 files, 60 documents" in said
+    assert "plain text: 60 files" in said
+    assert "\n60 documents\n" in said
     assert "about 12 documents will judge the models, the gate wants 20" in said
-    assert "1 x .pdf: not a format that is read; it is scan.pdf" in said
+    assert "1 x a PDF; it is scan.pdf" in said
     assert "mine has no champion yet" in said
     assert f"cd '{mine}' && " in said.splitlines()[-1]
     assert git(mine, "status", "--porcelain") == ""
@@ -121,8 +122,8 @@ def test_it_refuses_what_is_there_what_is_not_and_itself(ingot: Ingot, place: Pa
     assert "does not exist" in ingot(place, "new", "mine", "--data", "nowhere", check=2).stderr
     assert "inside its own corpus" in ingot(place, "new", "texts/mine", "--data", "texts", check=2).stderr
     (place / "pictures").mkdir()
-    (place / "pictures" / "a.png").write_bytes(b"x")
-    assert "not a format that is read" in ingot(place, "new", "mine", "--data", "pictures", check=2).stderr
+    (place / "pictures" / "a.png").write_bytes(b"\x89PNG\r\n")
+    assert "1 x a picture: a.png" in ingot(place, "new", "mine", "--data", "pictures", check=2).stderr
     assert not (place / "mine").exists()
 
 

@@ -21,7 +21,7 @@ from pipelines.data.records import Document
 
 @pytest.fixture(scope="module")
 def documents(corpus: Path) -> list[Document]:
-    records = list(reader.read(corpus, max_line_bytes=1 << 20))
+    records = list(reader.read(corpus))
     assert all(isinstance(record, Document) for record in records)
     return [record for record in records if isinstance(record, Document)]
 

@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 
 from pipelines.core.errors import IntegrityError
 from pipelines.data import reader
-from pipelines.data.records import Document, Quarantined
+from pipelines.data.config import PrepareConfig
+from pipelines.data.formats.lines import cut
+from pipelines.data.records import DAMAGED_SHARD, Document, Quarantined
 
 GOOD = b'{"id": "a", "text": "first", "source": "s", "license": "l"}'
 LAST = b'{"id": "z", "text": "last", "source": "s", "license": "l"}'
 
 
 def read(path: Path, max_line_bytes: int = 1 << 20) -> list[Document | Quarantined]:
-    return list(reader.read(path, max_line_bytes=max_line_bytes))
+    return list(reader.read(path, PrepareConfig(max_line_bytes=max_line_bytes)))
 
 
 def split(records: list[Document | Quarantined]) -> tuple[list[Document], list[Quarantined]]:
@@ -39,7 +41,7 @@ def split(records: list[Document | Quarantined]) -> tuple[list[Document], list[Q
         (b'{"text": 5}', "field `text` is a number"),
         (b'{"text": null}', "field `text` is a null"),
         (b'{"text": ["a"]}', "field `text` is a list"),
-        (b'{"text": "t", "source": 3}', "field `source` is a number"),
+        (b'{"text": "t", "source": [3]}', "field `source` is a list"),
         (b'{"text": "t", "work": {}}', "field `work` is a object"),
         (b'{"text": "t", "id": true}', "field `id` is a boolean"),
         (b'{"id": "x"}', "no field `text`"),
@@ -49,7 +51,6 @@ def split(records: list[Document | Quarantined]) -> tuple[list[Document], list[Q
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b'{"text": "t", "n": ' + b"9" * 5000 + b"}", "not JSON that can be read"),
         (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
-        (b'\xef\xbb\xbf{"text": "a mark inside the file"}', "not JSON"),
         (b'{"text": "x"} {"text": "y"}', "not JSON: Extra data"),
     ],
 )
@@ -104,7 +105,7 @@ def test_a_compressed_shard_cut_short_is_reported_as_damaged(tmp_path: Path, suf
     (tmp_path / f"a{suffix}").write_bytes(whole[: len(whole) // 2])
     documents, bad = split(read(tmp_path))
     assert 0 < len(documents) < 9000
-    assert bad[-1].reason.startswith(reader.DAMAGED_SHARD)
+    assert bad[-1].reason.startswith(DAMAGED_SHARD)
     assert bad[-1].offset > 0
 
 
@@ -116,7 +117,11 @@ def test_a_flipped_byte_in_a_compressed_shard_is_reported_as_damaged(tmp_path: P
     whole = bytearray(compress(raw, suffix))
     whole[len(whole) // 2] ^= 0x10
     (tmp_path / f"a{suffix}").write_bytes(bytes(whole))
-    assert any(b.reason.startswith(reader.DAMAGED_SHARD) for b in split(read(tmp_path))[1])
+    try:
+        said = [b.reason for b in split(read(tmp_path))[1]]
+    except IntegrityError as error:  # nothing of it could be read
+        said = [error.message]
+    assert any(DAMAGED_SHARD in reason for reason in said)
 
 
 def test_a_line_that_is_too_long_is_skipped_without_being_held_in_memory(tmp_path: Path) -> None:
@@ -135,14 +140,6 @@ def test_a_line_that_is_too_long_is_skipped_without_being_held_in_memory(tmp_pat
     assert peak < 24 << 20
 
 
-def test_an_empty_shard_is_no_error_and_an_empty_folder_is(tmp_path: Path) -> None:
-    (tmp_path / "README").write_text("not a shard", encoding="utf-8")
-    with pytest.raises(IntegrityError, match=r"holds no corpus.*\.jsonl\.zst"):
-        read(tmp_path)
-    (tmp_path / "a.jsonl").write_bytes(b"")
-    assert read(tmp_path) == []
-
-
 def test_shards_are_read_in_the_order_of_their_paths(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -153,13 +150,13 @@ def test_shards_are_read_in_the_order_of_their_paths(tmp_path: Path) -> None:
 def test_a_shard_that_changed_since_it_was_verified_is_refused_with_both_hashes(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(GOOD + b"\n")
     right = hashlib.md5(GOOD + b"\n").hexdigest()
-    assert len(list(reader.read(tmp_path, max_line_bytes=1 << 20, md5={"a.jsonl": right}))) == 1
+    assert len(list(reader.read(tmp_path, md5={"a.jsonl": right}))) == 1
     (tmp_path / "a.jsonl").write_bytes(LAST + b"\n")
     wrong = hashlib.md5(LAST + b"\n").hexdigest()
     with pytest.raises(
         IntegrityError, match=rf"a\.jsonl changed while it was read: expected md5 {right}, found {wrong}"
     ):
-        list(reader.read(tmp_path, max_line_bytes=1 << 20, md5={"a.jsonl": right}))
+        list(reader.read(tmp_path, md5={"a.jsonl": right}))
 
 
 @settings(max_examples=60, deadline=None)
@@ -177,7 +174,7 @@ def test_lines_equal_a_plain_split_however_the_stream_is_cut(lines: list[bytes],
         offset += len(line) + 1
     if raw == b"" or raw.endswith(b"\n"):
         expected.pop()
-    assert list(reader._lines(chunks, limit)) == expected
+    assert list(cut(chunks, b"\n", limit)) == expected
 
 
 def compress(raw: bytes, suffix: str) -> bytes:

@@ -151,7 +151,7 @@ def test_a_fresh_clone_gets_its_corpus_from_the_remote_inside_it(clone: Path, tm
     assert found.path == clone / "data"
     assert found.hash == versioning.data_hash(HERE, clone)
     assert sorted(found.md5) == sorted(path.name for path in found.path.iterdir())
-    records = list(reader.read(found.path, max_line_bytes=1 << 24, md5=found.md5))
+    records = list(reader.read(found.path, md5=found.md5))
     assert len(records) > 2000
     assert all(isinstance(record, Document) for record in records)
 
@@ -271,9 +271,10 @@ def test_add_records_an_edited_corpus_and_import_brings_one_from_a_path(
 
 def test_a_text_that_joins_an_older_corpus_does_not_do_so_in_silence(checkout: Path) -> None:
     (checkout / "data" / "mine.jsonl").write_text('{"text": "mine"}\n')
-    (checkout / "data" / "notes.txt").write_text("not JSON Lines")
+    (checkout / "data" / "scan.pdf").write_bytes(b"%PDF-1.4")
     added = versioning.add(HERE, checkout)
-    assert (added["added"], added["not read"]) == ("mine.jsonl, notes.txt", "notes.txt")
+    assert added["added"] == "mine.jsonl, scan.pdf"
+    assert added["not read"] == "scan.pdf: a PDF (extract its text (`pdftotext`))"
     assert "shakespeare.jsonl.zst" in added["kept"]
 
 
