@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from flows import executors
 from pipelines.compression.config import CompressConfig
 from pipelines.core.compute import ComputeConfig
 from pipelines.core.settings import NOT_IDENTITY, PATH, Settings, known_keys
+from pipelines.core.stage import BASES
 from pipelines.data.config import DataConfig, PrepareConfig
 from pipelines.evaluation import probe
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.registry.config import PromoteConfig
+from pipelines.registry.config import BaseConfig, PromoteConfig
 from pipelines.stages import STAGES
 from pipelines.tracking.config import TrackingConfig
 from pipelines.training.config import OptimizerConfig, PretrainConfig
@@ -57,8 +58,14 @@ class RunConfig(Settings):
     """Everything that a run needs to know."""
 
     data: DataConfig = Field(default_factory=DataConfig, description="Which corpus, at which revision.")
+    base: BaseConfig = Field(
+        default_factory=BaseConfig, description="A model to start from, instead of random weights."
+    )
     prepare: PrepareConfig = Field(default_factory=PrepareConfig, description="From corpus to packed tokens.")
-    pretrain: PretrainConfig = Field(default_factory=PretrainConfig, description="The model and its training.")
+    pretrain: PretrainConfig = Field(
+        default_factory=PretrainConfig,
+        description="The model and its training; with `base.from` and without this section, nothing is trained.",
+    )
     baselines: list[TrainingBaseline] = Field(
         default_factory=list, description="Other optimizers to train the same model with, at equal tokens."
     )
@@ -85,6 +92,32 @@ class RunConfig(Settings):
                 raise ValueError(f"stages.{stage}: no stage{known_keys(stage, list(STAGES))}")
         return value
 
+    @property
+    def trains(self) -> bool:
+        """Whether the run pretrains a model: it begins at random weights, or its recipe has a section `pretrain`."""
+        return not self.base.from_ or "pretrain" in self.model_fields_set
+
+    @property
+    def base_name(self) -> str:
+        """What the base model is called, as its node is."""
+        return "pretrain" if self.trains else "base"
+
+    @model_serializer(mode="wrap")
+    def _without_a_training_that_is_none(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        table: dict[str, Any] = whole(self)
+        return table if self.trains else {name: section for name, section in table.items() if name != "pretrain"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_not_trained_keeps_its_tokenizer(cls, value: Any) -> Any:
+        """Without training there is one right tokenizer: that of the model."""
+        if not isinstance(value, dict) or "pretrain" in value:
+            return value
+        base, prepare = value.get("base"), value.get("prepare") or {}
+        if not (isinstance(base, dict) and base.get("from") and isinstance(prepare, dict)):
+            return value
+        return value | {"prepare": {"tokenizer": "init_weights"} | prepare}
+
     @model_validator(mode="after")
     def _ranks_fill_the_nodes(self) -> RunConfig:
         parts: list[tuple[str, Settings]] = [
@@ -102,14 +135,19 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _tokenizer_has_a_model(self) -> RunConfig:
-        if self.prepare.tokenizer == "init_weights" and not self.pretrain.from_:
+        if self.prepare.tokenizer == "init_weights" and not self.base.from_:
+            raise ValueError("prepare.tokenizer = 'init_weights' takes the tokenizer of base.from, which is not set")
+        if self.prepare.tokenizer == "train" and not self.trains:
             raise ValueError(
-                "prepare.tokenizer = 'init_weights' takes the tokenizer of pretrain.from, which is not set"
+                "prepare.tokenizer = 'train': the model of base.from knows its own tokens only, and nothing is trained "
+                "here; leave the key out, or add a section [pretrain] that goes on training it"
             )
         return self
 
     @model_validator(mode="after")
     def _probes_fit_the_family(self) -> RunConfig:
+        if not self.trains:
+            return self  # the plan asks when it knows the model
         for name, settings in self.evaluate.probes.items():
             if settings.enabled and (reason := probe.get(name).misfit(settings, self.pretrain.family)):
                 raise ValueError(f"evaluate.probes.{name}: {reason}")
@@ -117,6 +155,8 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _baselines_differ(self) -> RunConfig:
+        if self.baselines and not self.trains:
+            raise ValueError("baselines: nothing is trained here, so there is nothing to train with other optimizers")
         names = [baseline.name for baseline in self.baselines]
         for baseline in self.baselines:
             if names.count(baseline.name) > 1:
@@ -131,14 +171,14 @@ class RunConfig(Settings):
     def _children_have_names_of_their_own(self) -> RunConfig:
         names = [variant.name for variant in self.compress]
         for name in names:
-            if names.count(name) > 1 or name == "pretrain":
+            if names.count(name) > 1 or name in BASES:
                 raise ValueError(f"two models are called {name!r}; give each variant a `name` of its own")
         for position, variant in enumerate(self.compress):
             if variant.from_ and variant.from_ not in names[:position]:
                 raise ValueError(
                     f"compress.{position}.from = {variant.from_!r} is no variant above it: {names[:position]}"
                 )
-        if self.promote.candidate not in {"pretrain", "smallest", *names}:
-            known = ", ".join(["pretrain", "smallest", *names])
+        if self.promote.candidate not in {self.base_name, "smallest", *names}:
+            known = ", ".join([self.base_name, "smallest", *names])
             raise ValueError(f"promote.candidate is {self.promote.candidate!r}; this recipe has {known}")
         return self

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.config import RunConfig
+from models.architectures.describe import shape_of
 from pipelines.core import fingerprint
+from pipelines.core.errors import ConfigError
 from pipelines.core.settings import Settings
 from pipelines.core.stage import Stage
 from pipelines.data.config import PrepareJob
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.registry.config import FetchConfig
 from pipelines.stages import STAGES
+from pipelines.training.config import PretrainConfig
 
 if TYPE_CHECKING:
     from pipelines.registry.initial_weights import Source
@@ -54,42 +57,45 @@ class Identified:
 
 
 def init_weights_of(config: RunConfig, store_root: Path, project: Path) -> Source | None:
-    """Return the weights that `pretrain.from` names at this moment; asks the registry only where it is set.
+    """Return the model that `base.from` names at this moment; asks the registry only where it is set.
 
     Raises:
         ConfigError: there is no such model.
         TransientError: the registry does not answer.
     """
-    if not config.pretrain.from_:
+    if not config.base.from_:
         return None
     from pipelines.registry import initial_weights
 
-    return initial_weights.resolve(config.pretrain.from_, config.tracking, store_root, project)
+    return initial_weights.resolve(config.base.from_, config.tracking, store_root, project)
 
 
 def nodes(config: RunConfig, init_weights: Source | None = None) -> list[Node]:
     """Return the nodes in an order in which each comes after its inputs."""
-    fetched = {} if init_weights is None else {"init_weights": "fetch"}
+    base = config.base_name
+    fetch = "fetch" if config.trains else base
+    fetched = {} if init_weights is None else {"init_weights": fetch}
     tokenizer = fetched if config.prepare.tokenizer == "init_weights" else {}
-    graph = [] if init_weights is None else [_fetching(init_weights)]
-    graph += [
-        Node("prepare", STAGES["prepare"], PrepareJob(data=config.data, prepare=config.prepare), tokenizer),
-        Node("pretrain", STAGES["pretrain"], config.pretrain, {"prepare": "prepare", **fetched}),
-        Node("evaluate.pretrain", STAGES["evaluate"], config.evaluate, {"prepare": "prepare", "model": "pretrain"}),
-    ]
+    graph = [] if init_weights is None else [_fetching(fetch, init_weights)]
+    graph.append(Node("prepare", STAGES["prepare"], PrepareJob(data=config.data, prepare=config.prepare), tokenizer))
+    trained = trained_from(config.pretrain, init_weights) if config.trains else config.pretrain
+    if config.trains:
+        graph.append(Node(base, STAGES["pretrain"], trained, {"prepare": "prepare", **fetched}))
+    reads = {"prepare": "prepare", "model": base}
+    graph.append(Node(f"evaluate.{base}", STAGES["evaluate"], config.evaluate, reads))
     for baseline in config.baselines:
-        trained = f"pretrain.{baseline.name}"
-        graph.append(Node(trained, STAGES["pretrain"], baseline.of(config.pretrain), {"prepare": "prepare", **fetched}))
-        graph.append(_evaluation_of(f"compare.{baseline.name}", trained, config.evaluate.text_alone()))
-    models = {"pretrain": "pretrain"}
+        name = f"pretrain.{baseline.name}"
+        graph.append(Node(name, STAGES["pretrain"], baseline.of(trained), {"prepare": "prepare", **fetched}))
+        graph.append(_evaluation_of(f"compare.{baseline.name}", name, base, config.evaluate.text_alone()))
+    models = {base: base}
     for variant in config.compress:
-        source = models[variant.from_ or "pretrain"]
+        source = models[variant.from_ or base]
         models[variant.name] = f"compress.{variant.name}"
         reads = {"prepare": "prepare", "model": source}
         if variant.from_ and variant.needs_teacher:
-            reads["teacher"] = "pretrain"
+            reads["teacher"] = base
         graph.append(Node(models[variant.name], STAGES["compress"], variant, reads))
-        graph.append(_evaluation_of(f"evaluate.{variant.name}", models[variant.name], config.evaluate))
+        graph.append(_evaluation_of(f"evaluate.{variant.name}", models[variant.name], base, config.evaluate))
     inputs = {"prepare": "prepare"}
     for name, model in models.items():
         inputs |= {f"model:{name}": model, f"evaluation:{name}": f"evaluate.{name}"}
@@ -97,18 +103,46 @@ def nodes(config: RunConfig, init_weights: Source | None = None) -> list[Node]:
     return graph
 
 
-def _fetching(source: Source) -> Node:
+def trained_from(config: PretrainConfig, source: Source | None) -> PretrainConfig:
+    """Return the settings of a training: those of the recipe, with the shape of the weights that it starts from.
+
+    A shape in the recipe must be the same.
+
+    Raises:
+        ConfigError: weights of that shape cannot be trained on here.
+    """
+    if source is None or not source.config:
+        return config
+    try:
+        shape = shape_of(source.config)
+        if not config.has_shape:
+            return config.shaped(shape)
+    except ValueError as error:
+        hint = "leave out the section [pretrain]: without training, models of other families are taken as they are"
+        raise ConfigError(f"base.from = {source.place!r} cannot be trained on: {error}", hint=hint) from error
+    ours, theirs = config.shape.model_dump(), shape.model_dump()
+    free = {"init_std", *(["local_window", "global_every"] if shape.family == "decoder" else ["head_width"])}
+    other = [f"{name} is {theirs[name]}, this run's is {ours[name]}" for name in theirs if theirs[name] != ours[name]]
+    if other := [line for line in other if line.split()[0] not in free]:
+        raise ConfigError(
+            f"base.from = {source.place!r} has another shape: {'; '.join(other[:3])}",
+            hint="leave out pretrain.family, pretrain.preset and pretrain.model: config.json has the shape",
+        )
+    return config
+
+
+def _fetching(name: str, source: Source) -> Node:
     settings = FetchConfig(place=source.place, weights=source.weights, origin=source.origin)
-    return Node("fetch", STAGES["fetch"], settings, note=source.note)
+    return Node(name, STAGES["fetch"], settings, note=source.note)
 
 
-def _evaluation_of(name: str, model: str, config: EvaluateConfig) -> Node:
-    """Measure a model beside the pretrained one, also when variants lie between the two."""
+def _evaluation_of(name: str, model: str, base: str, config: EvaluateConfig) -> Node:
+    """Measure a model beside the base model, also when variants lie between the two."""
     inputs = {
         "prepare": "prepare",
         "model": model,
-        "base_model": "pretrain",
-        "base_evaluation": "evaluate.pretrain",
+        "base_model": base,
+        "base_evaluation": f"evaluate.{base}",
     }
     return Node(name, STAGES["evaluate"], config, inputs)
 
@@ -121,7 +155,7 @@ def identify(config: RunConfig, data_hash: str, init_weights: Source | None = No
     Args:
         config: the run.
         data_hash: DVC hash of the corpus.
-        init_weights: weights that training starts from; with the corpus, all that comes from outside.
+        init_weights: the model that the run starts from; with the corpus, all that comes from outside.
     """
     identified: dict[str, Identified] = {}
     for node in nodes(config, init_weights):

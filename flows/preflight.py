@@ -14,13 +14,18 @@ from pathlib import Path
 
 from flows import executors
 from flows.run_plan import RunPlan
+from models.architectures.config import Family
+from pipelines.compression import suitability
 from pipelines.core import disk
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, DiskFullError, IngotError, IntegrityError, TransientError
 from pipelines.core.machine import gpu_count
 from pipelines.data import reader, versioning
-from pipelines.registry import current, evidence, history
+from pipelines.evaluation import probe
+from pipelines.modelio import folder
+from pipelines.registry import current, evidence, history, initial_weights
 from pipelines.training import tokens
+from pipelines.training.config import PretrainConfig
 
 _OWN_NAME = "promote.model_name=NAME gives this model a name of its own; or see promote.allow_new_test_set"
 _ASSUMED_TWICE = 2
@@ -119,7 +124,7 @@ def model_name(plan: RunPlan) -> Iterator[Finding]:
         return
     name = f"the champion {settings.model_name} v{champion['version']}"
     known, ours = _measured_on(champion, plan), _stored(plan, "prepare")
-    family = plan.config.pretrain.family
+    family = family_of(plan)
     if known.family not in {None, family}:
         message = f"{name} is of the family {known.family}, this run's model of {family}: the gate would refuse it"
         yield Finding("model name", message, _OWN_NAME, ConfigError)
@@ -184,7 +189,7 @@ def held_out(plan: RunPlan) -> Iterator[Finding]:
 
 def gpus(plan: RunPlan) -> Iterator[Finding]:
     """Are there the GPUs that the recipe asks for?"""
-    compute, ranks = plan.config.compute, plan.config.pretrain.world_size
+    compute, ranks = plan.config.compute, plan.config.pretrain.world_size if plan.config.trains else 1
     if compute.device == "cpu" or not any(step.runs and step.stage in _COMPUTES for step in plan.steps):
         return
     there, build = gpu_count(), importlib.metadata.version("torch").partition("+")[2]
@@ -265,6 +270,35 @@ def jobs(plan: RunPlan) -> Iterator[Finding]:
         yield Finding("jobs", problem, "`ingot plan --jobs` shows what would be submitted", ConfigError)
 
 
+def base(plan: RunPlan) -> Iterator[Finding]:
+    """Can the model that the run starts from be measured, compressed and trained on as the recipe says?"""
+    source = plan.init_weights
+    if source is None or plan.config.trains or not any(_runs(plan, stage) for stage in _COMPUTES):
+        return
+    place = Path(source.place)
+    length = max(plan.config.prepare.sequence_length, plan.config.evaluate.context or 0)
+    found = suitability.problems(
+        source.config,
+        plan.config.compress,
+        folder=initial_weights.model_folder(place) if place.is_dir() else None,
+        length=length,
+    )
+    for message, do in found:
+        yield Finding("base", f"base.from = {source.place}: {message}", do, ConfigError)
+    for name, settings in plan.config.evaluate.probes.items():
+        family = folder.family_in(source.config)
+        if settings.enabled and family and (reason := probe.get(name).misfit(settings, family)):
+            yield Finding("base", f"evaluate.probes.{name}: {reason}", f"leave out evaluate.probes.{name}", ConfigError)
+
+
+def family_of(plan: RunPlan) -> Family | None:
+    """Return the family of the run's models; None of a model from elsewhere that predicts no tokens."""
+    if plan.init_weights is None or plan.config.trains:
+        settings = plan.graph["pretrain"].node.config
+        return settings.family if isinstance(settings, PretrainConfig) else None
+    return folder.family_in(plan.init_weights.config)
+
+
 def _prepared_by(model: Artifact) -> str | None:
     """Return the fingerprint of the prepared corpus that a model descends from."""
     inputs = model.manifest.identity.get("inputs", {})
@@ -290,6 +324,7 @@ CHECKS: dict[str, Callable[[RunPlan], Iterator[Finding]]] = {
     "held-out text": held_out,
     "model name": model_name,
     "tokenizer": tokenizer,
+    "base": base,
     "gpu": gpus,
     "disk": space,
     "jobs": jobs,

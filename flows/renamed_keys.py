@@ -20,6 +20,7 @@ KEYS: dict[str, str] = {
     "compress.*(hawq).together": "compress.*.tied_layers",
     "compress.*(optin).together": "compress.*.neurons_at_once",
     "promote.register_children": "promote.register_variants",
+    "pretrain.from": "base.from",
     "pretrain.masking": "pretrain.objective_settings",
     "pretrain.spike": "pretrain.monitors.loss_spikes",
 }

@@ -39,7 +39,7 @@ class RunPlan:
     data_hash: str
     """DVC hash of the corpus."""
     init_weights: Source | None
-    """What `pretrain.from` led to when the plan was made."""
+    """What `base.from` led to when the plan was made."""
     graph: Mapping[str, Identified]
     """Nodes by name, in an order in which each comes after its inputs."""
     steps: tuple[Step, ...]
@@ -102,7 +102,7 @@ def make(
     Raises:
         ConfigError: a setting, a stage or a model that does not exist, or a stage that cannot fit into memory; no
             project here.
-        TransientError: the registry that `pretrain.from` names does not answer.
+        TransientError: the registry that `base.from` names does not answer.
     """
     root = project or projects.find()
     name, given = recipe.from_here(name, overrides, root)
@@ -169,7 +169,7 @@ def _resolve(name: str, overrides: list[str], root: Path) -> tuple[RunConfig, li
     names them itself.
     """
     config = recipe.resolve(name, overrides, root)
-    if not config.pretrain.from_:
+    if not config.base.from_:
         return config, overrides
     cut_off = Runs(Store(root / config.store.path).root).cut_off(name, overrides)
     pinned = overrides if cut_off is None else cut_off.pin(overrides)

@@ -23,6 +23,7 @@ from pipelines.core.artifact import write_text
 from pipelines.core.errors import ConfigError, IntegrityError
 from pipelines.core.processes import ProcessName, this_process
 from pipelines.core.redaction import HIDDEN, redact, redact_override, redact_value
+from pipelines.core.stage import base_name
 from pipelines.core.store import Store
 
 RECORD = "run.json"
@@ -123,7 +124,7 @@ class RunRecord(BaseModel):
     """Who executes it, for messages. Whether it still does is told by the run's lock."""
     nodes: dict[str, NodeRecord]
     init_weights: str | None = None
-    """What `pretrain.from` led to when the run began; an alias may name other weights by now."""
+    """What `base.from` led to when the run began; an alias may name other weights by now."""
     tracking_url: str | None = None
     tracking_uri: str | None = None
     """Where MLflow is, without secrets."""
@@ -142,7 +143,7 @@ class RunRecord(BaseModel):
 
     def pin(self, overrides: list[str]) -> list[str]:
         """Return overrides that start from the same weights as this run, wherever the aliases point by now."""
-        pinned = f"pretrain.from={self.init_weights}"
+        pinned = f"base.from={self.init_weights}"
         return overrides if self.init_weights is None or pinned in overrides else [*overrides, pinned]
 
     @property
@@ -168,7 +169,7 @@ class RunRecord(BaseModel):
         table = copy.deepcopy(kept)
         table.pop("store", None)  # it is the one that this record lies in, wherever that is mounted by now
         if self.init_weights is not None:
-            table["pretrain"]["from"] = self.init_weights
+            table.setdefault("base", {})["from"] = self.init_weights
         if os.environ.get(_TRACKING_VARIABLE) and HIDDEN in (table.get("tracking", {}).get("uri") or ""):
             del table["tracking"]["uri"]
         if lost := list(_hidden(table)):
@@ -209,8 +210,9 @@ class RunRecord(BaseModel):
             name = promoted["candidate"]
             mark = _mark(summaries.get(f"evaluate.{name}", {}))
             return f"{promoted['bits_per_byte']:.4g} bits/byte ({name}{mark})"
-        if "bits_per_byte" in (evaluated := summaries.get("evaluate.pretrain", {})):
-            return f"{evaluated['bits_per_byte']:.4g} bits/byte (pretrain{_mark(evaluated)})"
+        base = base_name(self.nodes)
+        if "bits_per_byte" in (evaluated := summaries.get(f"evaluate.{base}", {})):
+            return f"{evaluated['bits_per_byte']:.4g} bits/byte ({base}{_mark(evaluated)})"
         validated = summaries.get("pretrain", {}).get("validation_bits_per_byte")
         return None if validated is None else f"{validated:.4g} validation bits/byte"
 

@@ -18,7 +18,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "fetch",
-            version=1,
+            version=2,
             entry="pipelines.registry.fetch:run",
             settings="pipelines.registry.config:FetchConfig",
             corpus="none",

@@ -35,7 +35,7 @@ from pipelines.registry.initial_weights import REGISTERED
 CHAMPION = "champion"
 MODEL_FOLDER = "model"
 _MIN_DIGITS = 6
-_MODEL_STAGES = ("pretrain", "compress")
+_MODEL_STAGES = ("pretrain", "fetch", "compress")
 _SHOWN = 8
 
 

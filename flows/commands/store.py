@@ -213,7 +213,7 @@ def _origins(model: Artifact) -> dict[str, Artifact]:
         if (prepare := store().find("prepare", keys.get("prepare", ""))) is not None:
             inputs.setdefault("prepare", prepare)
         base = keys.get("model", "")
-        above = store().find("compress", base) or store().find("pretrain", base)
+        above = next((a for stage in ("compress", "pretrain", "fetch") if (a := store().find(stage, base))), None)
     return inputs
 
 

@@ -17,6 +17,7 @@ from pipelines.core import environment, progress_bars
 from pipelines.core.artifact import Artifact
 from pipelines.core.compute import ComputeConfig, resolve_device
 from pipelines.core.errors import ConfigError
+from pipelines.core.stage import BASES
 from pipelines.measure import answers
 from pipelines.measure.answers import Question
 from pipelines.measure.config import SamplingSettings
@@ -126,7 +127,7 @@ def _of_run(run: RunRecord) -> dict[str, Artifact]:
     found = {
         name: store().find(node.stage, node.fingerprint)
         for name, node in run.nodes.items()
-        if name == "pretrain" or node.stage == "compress"
+        if name in BASES or node.stage == "compress"
     }
     return {name: made for name, made in found.items() if made is not None}
 

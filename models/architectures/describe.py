@@ -17,6 +17,15 @@ _SIZES = {
 }
 
 
+_DEFAULTS = {"initializer_range"}
+"""Keys that say nothing of what trained weights compute, and that a file may lack."""
+_FIXED = {
+    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0},
+    "modernbert": {"hidden_activation": "gelu", "attention_bias": False, "mlp_bias": False, "norm_bias": False},
+}
+"""Model type -> entries that the layout here has no choice in."""
+
+
 def shape_of(config: Mapping[str, Any]) -> Shape:
     """Return the shape that a `config.json` describes.
 
@@ -24,27 +33,47 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         config: its content.
 
     Raises:
-        ValueError: it is of neither family, or has layers of unequal size.
+        ValueError: it is of neither family, has layers of unequal size, or computes what the layouts here do not.
     """
     kind = config.get("model_type")
     if kind not in {"llama", "modernbert"}:
         raise ValueError(f"model_type is {kind!r}; training continues with 'llama' and 'modernbert' models only")
+    other = [f"{name} is {config[name]!r}" for name, ours in _FIXED[kind].items() if config.get(name, ours) != ours]
+    if other or (other := _scaled(config)):
+        raise ValueError(f"{', '.join(other)}; the layout that is trained here has no such thing")
     if isinstance(config["intermediate_size"], list):
         raise ValueError("its layers differ in size; training needs layers of one size")
-    values = {name: config[key] for name, key in _SIZES.items()}
+    config = {"tie_word_embeddings": kind == "modernbert"} | dict(config)  # the defaults of transformers
+    values = {name: config[key] for name, key in _SIZES.items() if key in config or key not in _DEFAULTS}
     own = _decoder(config) if kind == "llama" else _encoder(config)
     return Shape.model_validate(values | own)
 
 
+def _scaled(config: Mapping[str, Any]) -> list[str]:
+    """Return rotary positions that are stretched, which older files write as `rope_scaling`."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kinds = [each for each in rope.values() if isinstance(each, Mapping)] or [rope]
+    types = {str(each.get("rope_type", each.get("type", "default"))) for each in kinds}
+    return [f"rope_type is {kind!r}" for kind in sorted(types - {"default"})]
+
+
+def _theta(config: Mapping[str, Any], *places: str) -> float:
+    rope = config.get("rope_parameters") or {}
+    for place in places:
+        rope = rope.get(place) or {}
+    return float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+
+
 def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
-    heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
+    heads = config["num_attention_heads"]
+    keys = config.get("num_key_value_heads") or heads
     size = config.get("head_dim") or config["hidden_size"] // heads
     return {
         "family": "decoder",
         "head_width": None if size * heads == config["hidden_size"] else size,
         "kv_heads": None if keys == heads else keys,
         "norm_eps": config["rms_norm_eps"],
-        "rope_theta": config["rope_parameters"]["rope_theta"],
+        "rope_theta": _theta(config),
     }
 
 
@@ -57,5 +86,5 @@ def _encoder(config: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": config["norm_eps"],
         "local_window": config["local_attention"],
         "global_every": again[0] if again else max(len(kinds), 1),
-        "rope_theta": config["rope_parameters"]["full_attention"]["rope_theta"],
+        "rope_theta": _theta(config, "full_attention"),
     }

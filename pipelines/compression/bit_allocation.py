@@ -103,7 +103,7 @@ def costs_of(run: CompressionRun, assignment: Assignment, wanted: BitAllocation[
     costs: dict[str, list[Cost]] = {}
     weights = 0
     for name, seen in _statistics(run, assignment.names, wanted):
-        weight_OI = run.reader.dense(f"{name}.weight").to(run.device).float()
+        weight_OI = run.weight(name)
         weights += weight_OI.numel()
         costs[name] = [assignment.method.cost(weight_OI, seen, option) for option in wanted.options]
     ordered = [costs[name] for name in assignment.names]
@@ -133,7 +133,7 @@ def _second_moments(run: CompressionRun, names: Sequence[str]) -> Iterator[tuple
     model = run.base
     stack, layers = meta_init.blocks(model)
     meta_init.load_rest(model, stack, run.reader, run.device)
-    prefix = calibration.enter(model, layers, run.tokens_NT, run.device)
+    prefix = calibration.enter(model, layers, run.tokens_NT, run.device, in_tuples=run.description.in_tuples)
     for index, block in enumerate(layers):
         place = f"{stack}.{index}"
         meta_init.load(block, place, run.reader, run.device, model.dtype)

@@ -25,6 +25,7 @@ from models.compression.base import Statistics
 from models.objectives.causal import next_tokens
 from pipelines.core.errors import IntegrityError, NumericError
 from pipelines.data.shards import ShardReader
+from pipelines.modelio import meta_init
 
 ROWS = 2048
 """Input rows of a layer that methods with `calibration = "inputs"` are shown; fewer where there are fewer tokens."""
@@ -104,7 +105,14 @@ def labels(
 
 
 @torch.no_grad()
-def enter(model: PreTrainedModel, stack: nn.ModuleList, tokens_NT: NDArray[np.int64], device: torch.device) -> Prefix:
+def enter(
+    model: PreTrainedModel,
+    stack: nn.ModuleList,
+    tokens_NT: NDArray[np.int64],
+    device: torch.device,
+    *,
+    in_tuples: bool = False,
+) -> Prefix:
     """Return the hidden states in front of the first block, and the arguments that each block is given.
 
     Every block is stood in for by a recorder that passes its input on, so only the parameters outside the stack are
@@ -114,12 +122,16 @@ def enter(model: PreTrainedModel, stack: nn.ModuleList, tokens_NT: NDArray[np.in
     arguments: list[dict[str, Any]] = []
     entered: list[Tensor] = []
 
-    def record(hidden_BTD: Tensor, **kwargs: Any) -> Tensor:
-        entered.append(hidden_BTD)
-        arguments.append({k: v for k, v in kwargs.items() if k not in {"past_key_values", "use_cache"}})
-        return hidden_BTD
+    def recording(block: nn.Module) -> Callable[..., Tensor]:
+        def record(*args: Any, **kwargs: Any) -> Tensor:
+            hidden_BTD, others = meta_init.bound(block, args, kwargs)
+            entered.append(hidden_BTD)
+            arguments.append({k: v for k, v in others.items() if k not in {"past_key_values", "use_cache"}})
+            return hidden_BTD
 
-    with standing_in(stack, [record] * len(stack)):
+        return record
+
+    with standing_in(stack, [recording(block) for block in stack], in_tuples=in_tuples):
         for batch_BT in batches(tokens_NT):
             entered.clear()
             arguments.clear()
@@ -131,16 +143,22 @@ def enter(model: PreTrainedModel, stack: nn.ModuleList, tokens_NT: NDArray[np.in
 
 
 @contextlib.contextmanager
-def standing_in(blocks: nn.ModuleList, forwards: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
-    """Let each block compute one of `forwards` instead of what it does."""
+def standing_in(
+    blocks: nn.ModuleList, forwards: Sequence[Callable[..., Tensor]], *, in_tuples: bool = False
+) -> Iterator[None]:
+    """Let each block compute one of `forwards` instead of what it does; `in_tuples` where blocks give back tuples."""
     originals = [block.forward for block in blocks]
     try:
         for block, forward in zip(blocks, forwards, strict=True):
-            block.forward = forward
+            block.forward = _in_tuple(forward) if in_tuples else forward
         yield
     finally:
         for block, original in zip(blocks, originals, strict=True):
             block.forward = original
+
+
+def _in_tuple(forward: Callable[..., Tensor]) -> Callable[..., tuple[Tensor]]:
+    return lambda *args, **kwargs: (forward(*args, **kwargs),)
 
 
 def linear_layers(model: PreTrainedModel, place: str, names: Sequence[str]) -> dict[str, nn.Linear]:

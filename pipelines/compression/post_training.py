@@ -49,8 +49,8 @@ def compress(run: CompressionRun) -> CompressionReport:
     selected = layer_selection.select(run, Assignment(method, parameters, names))
     allocated = bit_allocation.allocate(run, selected.assignment)
     assignment = allocated.assignment
-    # Readers that unpack while loading apply one scheme to all layers.
-    private = dense and bool(assignment.of_layer)
+    # Readers that unpack while loading apply one scheme to all layers, and none packs a layer that is no nn.Linear.
+    private = (dense and bool(assignment.of_layer)) or bool(run.description.transposed)
     folder = writer.VariantWriter(
         run.base,
         run.reader,
@@ -170,5 +170,5 @@ def naive_choices(run: CompressionRun, assignment: Assignment, rows: Mapping[str
         return []
     if rows[first].output_error is not None:
         return sorted(rows[first].baselines)
-    weight_OI = run.reader.dense(f"{first}.weight").to(run.device).float()
+    weight_OI = run.weight(first)
     return sorted(method.baselines(weight_OI, Statistics(), assignment.parameters(first)))

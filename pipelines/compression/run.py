@@ -11,6 +11,7 @@ from typing import Literal, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.architectures.config import Family
@@ -20,8 +21,9 @@ from pipelines.compression.quick_eval import QuickEval
 from pipelines.core.artifact import Artifact
 from pipelines.core.compute import torch_device
 from pipelines.core.stage import Progress, StageContext, StageFunction
-from pipelines.modelio import meta_init
-from pipelines.modelio.folder import WeightReader
+from pipelines.modelio import description, meta_init
+from pipelines.modelio.description import Description
+from pipelines.modelio.folder import WeightReader, family_of
 from pipelines.modelio.load import load_weights
 
 
@@ -91,12 +93,17 @@ class CompressionRun:
     @property
     def masked(self) -> bool:
         """Whether the model predicts masked tokens, not the next one."""
-        return meta_init.is_encoder(self.base)
+        return self.family == "encoder"
 
     @property
     def family(self) -> Family:
         """Family of the base model."""
-        return "encoder" if self.masked else "decoder"
+        return family_of(self.source)
+
+    @cached_property
+    def description(self) -> Description:
+        """The parts of the base model."""
+        return description.of_folder(self.source)
 
     @cached_property
     def tokens_NT(self) -> NDArray[np.int64]:  # noqa: N802 - shape letters
@@ -109,6 +116,11 @@ class CompressionRun:
     def labels_NT(self) -> NDArray[np.int64]:  # noqa: N802 - shape letters
         """What the model should say at each position of `tokens_NT`."""
         return calibration.labels(self.prepare, self.tokens_NT, seed=self.config.seed, masked=self.masked)
+
+    def weight(self, name: str) -> Tensor:
+        """Return the weight [O, I] of a layer of the base, float32, on the device of the run."""
+        stored = meta_init.as_in_memory(self.base, f"{name}.weight", self.reader.dense(f"{name}.weight"))
+        return stored.to(self.device).float()
 
     def load_base(self) -> PreTrainedModel:
         """Return the whole base model, on the device of the run."""

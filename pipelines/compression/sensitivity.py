@@ -53,12 +53,13 @@ def record(run: CompressionRun, names: Sequence[str]) -> None:
     stack, layers = meta_init.blocks(model)
     meta_init.load_rest(model, stack, run.reader, device)
     model.tie_weights()
-    prefix = calibration.enter(model, layers, run.tokens_NT, device)
+    in_tuples = run.description.in_tuples
+    prefix = calibration.enter(model, layers, run.tokens_NT, device, in_tuples=in_tuples)
     for index, block in enumerate(layers):
         save_file(_numbered(prefix.hidden), folder / f"hidden-{index}.safetensors")
         with _loaded(run, block, f"{stack}.{index}"):
             prefix.advance(index, block)
-    upper = _above(model, layers, prefix.hidden, run.tokens_NT, run.labels_NT)
+    upper = _above(model, layers, prefix.hidden, run.tokens_NT, run.labels_NT, in_tuples=in_tuples)
     for index, block in reversed(list(enumerate(layers))):
         lower = Prefix(_hidden(folder / f"hidden-{index}.safetensors", device), prefix.arguments)
         place = f"{stack}.{index}"
@@ -83,13 +84,15 @@ def _above(
     hidden: list[Tensor],
     tokens_NT: NDArray[np.int64],
     labels_NT: NDArray[np.int64],
+    *,
+    in_tuples: bool,
 ) -> list[Tensor]:
     """Return dL/dh [B, T, D] of every batch, h being the hidden states behind the last block."""
     slopes: list[Tensor] = []
     pairs = zip(calibration.batches(tokens_NT), calibration.batches(labels_NT), hidden, strict=True)
     for tokens_BT, labels_BT, hidden_BTD in pairs:
         leaf_BTD = hidden_BTD.clone().requires_grad_()
-        with calibration.standing_in(layers, [_constant(leaf_BTD)] * len(layers)):
+        with calibration.standing_in(layers, [_constant(leaf_BTD)] * len(layers), in_tuples=in_tuples):
             logits_BTV = model(input_ids=torch.from_numpy(tokens_BT).to(leaf_BTD.device)).logits
         labels = torch.from_numpy(labels_BT).to(leaf_BTD.device).flatten()
         loss = nn.functional.cross_entropy(

@@ -105,7 +105,7 @@ def compress_blocks(
     prefix = original = rows_R = None
     if needs.sequences:
         meta_init.load_rest(model, stack, run.reader, run.device)
-        prefix = calibration.enter(model, blocks, run.tokens_NT, run.device)
+        prefix = calibration.enter(model, blocks, run.tokens_NT, run.device, in_tuples=run.description.in_tuples)
         original = prefix.fork() if needs.inputs or steps else None
         rows_R = calibration.sample_rows(prefix.tokens) if needs.inputs else None
     for index, block in enumerate(blocks):

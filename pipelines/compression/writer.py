@@ -16,7 +16,7 @@ from models.compression.formats.int_grid import GridConfig
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.report import PackedLayer, Totals
 from pipelines.compression.run import CompressionRun
-from pipelines.modelio import folder, layout
+from pipelines.modelio import folder, layout, meta_init
 from pipelines.modelio.folder import WeightReader, WeightWriter
 
 
@@ -94,7 +94,9 @@ class VariantWriter:
     def _pack(self, name: str, packed: Packed, method: str, parameters: MethodConfig) -> Packed:
         stored = packed.widened() if self._dense else packed
         self._schemes[name] = None if self._private else layout.group(stored, dense=self._dense)
+        turned = isinstance(self._model.get_submodule(name), meta_init.TransposedLinear)
         self._record[name] = {"method": method, "config": parameters.model_dump(mode="json")}
+        self._record[name] |= {"transposed": True} if turned else {}
         for leaf, tensor in stored.tensors().items():
             self._weights().add(f"{name}.{leaf}", tensor)
         return stored

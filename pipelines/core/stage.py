@@ -7,7 +7,7 @@ stages themselves are described in `pipelines/stages.py`, without importing them
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,6 +21,14 @@ from pipelines.core.estimate import Estimate, EstimateContext
 from pipelines.core.settings import Settings
 
 Summary = dict[str, Any]
+
+BASES = ("pretrain", "base")
+"""What the base model of a run is called, as the node is that makes it: trained here, or brought from elsewhere."""
+
+
+def base_name(names: Iterable[str]) -> str:
+    """Return what the base model is called among names of models or nodes; `pretrain` where there is none yet."""
+    return next((name for name in BASES if name in set(names)), BASES[0])
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class PrepareConfig(Settings):
     )
     tokenizer: Literal["train", "init_weights"] = Field(
         "train",
-        description="train: learn one on this corpus; init_weights: take that of the model in pretrain.from, as "
+        description="train: learn one on this corpus; init_weights: take that of the model in base.from, as "
         "tuning on another corpus needs (vocab_size is then the model's).",
     )
     sequence_length: int = Field(256, ge=8, le=1_048_576, description="Tokens per packed sequence.")

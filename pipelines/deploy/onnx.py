@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.core.errors import ConfigError
-from pipelines.modelio import meta_init
-from pipelines.modelio.folder import copy_companions
+from pipelines.modelio.folder import copy_companions, family_of
 from pipelines.modelio.load import load_model
 
 Precision = Literal["fp32", "int8"]
@@ -57,7 +56,7 @@ def write(model: Path, target: Path, precision: Precision = "fp32") -> None:
         ConfigError: no encoder.
     """
     loaded = load_model(model)
-    if not meta_init.is_encoder(loaded):
+    if family_of(model) != "encoder":
         raise ConfigError(
             f"{type(loaded).__name__} cannot be written as ONNX: a graph without a key and value cache would compute "
             "every token anew",

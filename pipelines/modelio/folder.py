@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,10 @@ KV_CACHE_FILE = "kv_cache.safetensors"
 SHARD_BYTES = 1 << 30
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes of a number, by the name that safetensors has for its type."""
+_DECODERS = ("ForCausalLM", "LMHeadModel")
+_ENCODERS = ("ForMaskedLM",)
+_OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".ot", ".gguf"}
+EXPECTED = f"a class that ends in {', '.join([*_DECODERS, *_ENCODERS])}"
 
 
 class WeightReader:
@@ -59,7 +63,7 @@ class WeightReader:
         return sorted([*plain, *(f"{module}.weight" for module in self._layers)])
 
     def dense(self, name: str) -> Tensor:
-        """Return one parameter, dequantized if it is packed.
+        """Return one parameter as transformers stores it, dequantized if it is packed.
 
         Raises:
             IntegrityError: the folder does not hold it.
@@ -67,7 +71,8 @@ class WeightReader:
         """
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in self._layers:
-            return self.packed(module).dequantize()
+            dense_OI = self.packed(module).dequantize()
+            return dense_OI.T.contiguous() if self._layers[module].get("transposed") else dense_OI
         return self._read(name)
 
     def modules(self) -> list[str]:
@@ -192,15 +197,24 @@ def family_of(model: Path) -> Family:
     """Return the family of a model folder, from the architecture that its config.json names.
 
     Raises:
-        IntegrityError: it names none that ends in ForCausalLM or ForMaskedLM.
+        IntegrityError: it names none that predicts tokens.
     """
-    names = read_json(model / "config.json").get("architectures") or []
-    for ending, family in (("ForCausalLM", "decoder"), ("ForMaskedLM", "encoder")):
-        if any(name.endswith(ending) for name in names):
-            return family  # type: ignore[return-value]
-    raise IntegrityError(
-        f"{model / 'config.json'} names the architectures {names}; expected one that ends in ForCausalLM or ForMaskedLM"
-    )
+    config = read_json(model / "config.json")
+    if (family := family_in(config)) is None:
+        raise IntegrityError(f"{model / 'config.json'} names {_named(config)}; expected is {EXPECTED}")
+    return family
+
+
+def family_in(config: Mapping[str, Any]) -> Family | None:
+    """Return the family that a config.json names by its architecture; None for one that predicts no tokens."""
+    (name, *_) = config.get("architectures") or [""]
+    if name.endswith(_DECODERS):
+        return "decoder"
+    return "encoder" if name.endswith(_ENCODERS) else None
+
+
+def _named(config: Mapping[str, Any]) -> str:
+    return f"the architectures {config.get('architectures') or []}"
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -224,11 +238,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy everything that is not weights: config, generation config, tokenizer."""
+    """Copy everything that is not weights: config, generation config, tokenizer, chat template, settings in folders.
+
+    Weights in other formats, pickles among them, stay behind.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name != RECORD and ".safetensors" not in path.name:
-            shutil.copyfile(path, target / path.name)
+    for path in sorted(each for each in source.rglob("*") if each.is_file()):
+        inside = path.relative_to(source)
+        if len(inside.parts) > 1 and path.suffix != ".json":
+            continue
+        if path.name == RECORD or ".safetensors" in path.name or path.suffix in _OTHER_WEIGHTS:
+            continue
+        if any(part.startswith(".") for part in inside.parts):
+            continue
+        (target / inside).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target / inside)
 
 
 def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -35,6 +35,7 @@ def load_weights(path: Path) -> PreTrainedModel:
     if not _is_packed(path):
         loaded = meta_init.architecture(AutoConfig.from_pretrained(path), path).from_pretrained(path).eval()
         refuse_not_finite(loaded, path)
+        meta_init.linearize(loaded)
         return loaded
     model = meta_init.build(path)
     reader = folder.WeightReader(path)
@@ -42,7 +43,8 @@ def load_weights(path: Path) -> PreTrainedModel:
     dtype = model.config.dtype or torch.float32
     for name, _ in list(model.named_parameters()):
         if name in stored:
-            meta_init.set_parameter(model, name, reader.dense(name).to(dtype))
+            tensor = meta_init.as_in_memory(model, name, reader.dense(name))
+            meta_init.set_parameter(model, name, tensor.to(dtype))
     for name in reader.modules():
         packed = reader.packed(name)
         if packed.rounds_inputs:

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import re
 
-from pipelines.core.settings import NOT_IDENTITY, Settings
+from pydantic import ConfigDict, Field, field_validator
+
+from pipelines.core.settings import NOT_IDENTITY, PATH, Settings
+
+_REGISTERED = re.compile(r"models:/[^/@:]+(?:@[^/@:]+|/\d+)")
+
+
+class BaseConfig(Settings):
+    """The model that a run starts from, where it does not begin at random weights."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    from_: str = Field(
+        "",
+        alias="from",
+        description="models:/NAME@champion, models:/NAME/3, an artifact or a model folder; empty: random weights. "
+        "With a section `pretrain` it is trained on, without one it is measured and compressed as it is.",
+        json_schema_extra=NOT_IDENTITY | PATH,  # the bytes that it leads to stand for it
+    )
+
+    @field_validator("from_")
+    @classmethod
+    def _names_a_model(cls, value: str) -> str:
+        if value.startswith("models:") and not _REGISTERED.fullmatch(value):
+            raise ValueError("a registered model is models:/NAME@ALIAS or models:/NAME/VERSION")
+        return value
 
 
 class FetchConfig(Settings):
-    """The model that training starts from, as the plan resolved it. Its bytes are identity, its name is not."""
+    """The model that a run starts from, as the plan resolved it. Its bytes are identity, its name is not."""
 
     place: str = Field(
         description="`models:/NAME/VERSION` of a registered model, or a folder.", json_schema_extra=NOT_IDENTITY
     )
-    weights: str = Field(pattern=r"^[0-9a-f]{64}$", description="sha256 over its weight files.")
+    weights: str = Field(pattern=r"^[0-9a-f]{64}$", description="sha256 over its weights, configuration and tokenizer.")
     origin: str = Field(
         "", description="Fingerprint of the artifact that was registered.", json_schema_extra=NOT_IDENTITY
     )
@@ -32,8 +57,8 @@ class PromoteConfig(Settings):
     candidate: str = Field(
         "smallest",
         min_length=1,
-        description="`pretrain`, the name of a variant, or `smallest`: the smallest variant within budget, or else "
-        "`pretrain`.",
+        description="`pretrain` (`base` where nothing is trained), the name of a variant, or `smallest`: the smallest "
+        "variant within budget, or else the base model.",
     )
     confidence: float = Field(0.95, gt=0.5, lt=1.0, description="Confidence of every interval of the gate.")
     min_effect: float = Field(

@@ -20,6 +20,7 @@ from pipelines.compression.report import FILE, CompressionReport
 from pipelines.core import fingerprint
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, GateRefused, IntegrityError
+from pipelines.core.stage import BASES
 
 OURS = "ingot"
 """Folder of a registered version with what Ingot knows of it."""
@@ -31,7 +32,6 @@ RELATIVE_FILE = "relative.npy"
 _ARRAYS = {NATS_FILE: "nats", SIZES_FILE: "sizes", RELATIVE_FILE: "relative"}
 OUTCOMES_FILE = "task_outcomes.json"
 TEST_SPLIT = "documents/test.jsonl.zst"
-BASE = "pretrain"
 _PRECISION = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
 """Bits per weight of a model that is not compressed, by the `dtype` of its config.json."""
 
@@ -53,7 +53,7 @@ class Evidence:
     """One model's identity and measurements."""
 
     name: str
-    """`pretrain` or the name of a variant."""
+    """`pretrain`, `base`, or the name of a variant."""
     fingerprint: str
     digest: str
     base: str | None
@@ -119,7 +119,7 @@ def read(inputs: Mapping[str, Artifact]) -> dict[str, Evidence]:
     by_digest = {model.digest: model for model in models.values()}
     return {
         name: of_artifacts(name, models[name], inputs[f"evaluation:{name}"], inputs["prepare"], by_digest)
-        for name in sorted(models, key=lambda name: name != BASE)
+        for name in sorted(models, key=lambda name: name not in BASES)
     }
 
 
@@ -223,7 +223,7 @@ def described(name: str, model: Artifact, by_digest: Mapping[str, Artifact]) -> 
         fingerprint=model.manifest.fingerprint,
         digest=model.digest,
         base=_base(model, by_digest),
-        family="encoder" if names[0].endswith("ForMaskedLM") else "decoder",
+        family="decoder" if names[0].endswith(("ForCausalLM", "LMHeadModel")) else "encoder",
         test_digest="",
         bits_per_byte={},
         tasks={},

@@ -1,6 +1,7 @@
-"""The `fetch` stage: the weights that training starts from, as an artifact of the store like any other.
+"""The `fetch` stage: the model that a run starts from, as an artifact of the store like any other.
 
-A node of the graph only where `pretrain.from` is set. Compressed weights are turned back into dense ones, so that what
+A node of the graph only where `base.from` is set: `fetch` where training goes on from it, `base` where it is itself the
+model that is measured and compressed. Compressed weights are turned back into dense ones, so that what
 trains is exactly the model that was measured and promoted.
 """
 
@@ -44,22 +45,28 @@ def run(config: FetchConfig, inputs: Mapping[str, Artifact], out_dir: Path, cont
 
 
 def copy_dense(folder: Path, target: Path) -> bool:
-    """Copy a model folder, with dense weights whatever the layout that stores them; tell whether they were packed."""
+    """Copy a model folder with dense weights under the names of its modules; tell whether they were packed.
+
+    Files whose tensors need no change are copied as they are, shards and their index too.
+    """
+    from pipelines.modelio import stored_names
     from pipelines.modelio.folder import WeightReader, WeightWriter, copy_companions, read_record
 
     reader = WeightReader(folder)
     reader.refuse_not_finite()
+    names, packed = stored_names.mapping(folder), read_record(folder) is not None
     copy_companions(folder, target)
-    if read_record(folder) is None:
+    if not packed and all(stored == name for stored, name in names.items()):
         for path in folder.glob("*.safetensors*"):
             shutil.copyfile(path, target / path.name)
         return False
     writer = WeightWriter(target)
-    for name in reader.names():
-        writer.add(name, reader.dense(name).float())
+    for stored, name in names.items():
+        writer.add(name, reader.dense(stored).float() if packed else reader.dense(stored))
     writer.close()
-    _forget_compression(target / "config.json")
-    return True
+    if packed:
+        _forget_compression(target / "config.json")
+    return packed
 
 
 def _forget_compression(path: Path) -> None:

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.core.stage import base_name
 from pipelines.evaluation.probes import relative
 from pipelines.measure.intervals import Interval, paired_difference, paired_gain, paired_ratio
 from pipelines.registry.config import PromoteConfig
-from pipelines.registry.evidence import BASE, Evidence, footprint
+from pipelines.registry.evidence import Evidence, footprint
 
 UNIFORM_BITS_PER_BYTE = 8.0
 """What guessing every byte with equal probability costs: a model above it knows less than nothing."""
@@ -84,7 +85,7 @@ def choose(models: Mapping[str, Evidence], config: PromoteConfig) -> tuple[Evide
         elif not within:
             passed_over.append(f"{variant.name} ({size(variant):.0f} bytes): {', '.join(broken)}")
     if not within:
-        return models[BASE], passed_over
+        return models[base_name(models)], passed_over
     as_small = [variant for variant in within if size(variant) <= _SAME_SIZE * size(within[0])]
     return min(as_small, key=lambda variant: variant.bits_per_byte["value"]), passed_over
 
@@ -342,7 +343,7 @@ def _accept(candidate: Evidence, rule: str, checks: list[Check]) -> Decision:
 
 
 def _base_of(variant: Evidence, models: Mapping[str, Evidence]) -> Evidence:
-    return next((m for m in models.values() if m.fingerprint == variant.base), models[BASE])
+    return next((m for m in models.values() if m.fingerprint == variant.base), models[base_name(models)])
 
 
 def _finite(value: float | None) -> bool:

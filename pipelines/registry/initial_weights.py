@@ -1,7 +1,8 @@
-"""Where training starts from: a registered model, an artifact or a Hugging Face folder, pinned to its bytes.
+"""What a run starts from: a registered model, an artifact or a Hugging Face folder, pinned to its bytes.
 
 `models:/NAME@champion` names other weights tomorrow. What enters an identity is therefore the digest of the weight
-files and the tokenizer, found out when the plan is made; the name that led to them is only remembered.
+files, the configuration and the tokenizer, found out when the plan is made; the name that led to them is only
+remembered.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipelines.core import artifact, fingerprint
 from pipelines.core.errors import ConfigError, IntegrityError
@@ -27,26 +28,29 @@ if TYPE_CHECKING:
 
 REGISTERED = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[^/@:]+)|/(?P<version>\d+))")
 """`models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
-_RECORD = "ingot_compression.json"
-"""Says how a compressed folder's weights are to be read; see `pipelines.modelio.folder`."""
+_CONFIG = "config.json"
+_READ = {".safetensors", ".json", ".jinja", ".txt", ".model"}
+"""Endings of the files that say what a model computes, and of which tokens; not those of its documentation."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Weights to start from, pinned."""
+    """A model to start from, pinned."""
 
     place: str
     """`models:/NAME/VERSION`, or the folder."""
     weights: str
-    """sha256 over the weight files and the tokenizer."""
+    """sha256 over the weight files, the configuration and the tokenizer."""
     origin: str
     """Fingerprint of the artifact that the weights come from; empty for a folder that is none."""
     note: str
     """What the user's words resolved to, for the plan."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Its config.json."""
 
 
 def resolve(wanted: str, config: TrackingConfig, store_root: Path, project: Path) -> Source:
-    """Return what `pretrain.from` names at this moment.
+    """Return what `base.from` names at this moment.
 
     Args:
         wanted: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or the path of an artifact or of a model folder.
@@ -63,6 +67,8 @@ def resolve(wanted: str, config: TrackingConfig, store_root: Path, project: Path
     with _connected(config, store_root) as (client, uri):
         version = _version(client, wanted, parts)
         manifest = _manifest(client, uri, version, store_root)
+        with downloaded(client, uri, version, f"{MODEL_FOLDER}/{_CONFIG}", store_root) as file:
+            config_json = read_config(file)
     place = f"models:/{version.name}/{version.version}"
     weights = weights_digest({_inside(n): r.sha256 for n, r in manifest.files.items() if _inside(n)})
     named = place if wanted == place else f"{wanted} is version {version.version}"
@@ -71,6 +77,7 @@ def resolve(wanted: str, config: TrackingConfig, store_root: Path, project: Path
         weights,
         manifest.fingerprint,
         f"{named}, made by {manifest.node} {manifest.fingerprint[:8]}, weights {weights[:8]}",
+        config_json,
     )
 
 
@@ -92,12 +99,12 @@ def opened(place: str, config: TrackingConfig, store_root: Path) -> Iterator[Pat
 
 
 def folder_digest(folder: Path) -> str:
-    """Return the sha256 over the weight files of a model folder and its tokenizer."""
+    """Return the sha256 over the weight files of a model folder, its configuration and its tokenizer."""
     return weights_digest({path.name: fingerprint.hash_file(path) for path in folder.iterdir() if _counts(path)})
 
 
 def weights_digest(files: Mapping[str, str]) -> str:
-    """Return the sha256 over the weight files and the tokenizer among `files`, file name -> sha256.
+    """Return the sha256 over what a model is made of among `files`, file name -> sha256.
 
     Raises:
         ConfigError: there are none.
@@ -105,8 +112,9 @@ def weights_digest(files: Mapping[str, str]) -> str:
     weights = {name: sha for name, sha in files.items() if _counts(Path(name))}
     if not any(name.endswith(".safetensors") for name in weights):
         raise ConfigError(
-            "the model to start from holds no safetensors weights",
-            hint="pickled weights (.bin, .pt) are never read: save them with safetensors first",
+            "base.from: the model to start from holds no safetensors weights",
+            hint="pickled weights (.bin, .pt) are never read: save them with safetensors first, as "
+            "`model.save_pretrained(folder)` of transformers does",
         )
     return fingerprint.digest(weights)
 
@@ -118,9 +126,9 @@ def model_folder(path: Path) -> Path:
         ConfigError: it is neither.
     """
     folder = path / MODEL_FOLDER if (path / artifact.MANIFEST).is_file() else path
-    if not (folder / "config.json").is_file():
+    if not (folder / _CONFIG).is_file():
         raise ConfigError(
-            f"pretrain.from = {str(path)!r}: {folder} is no model folder, it has no config.json",
+            f"base.from = {str(path)!r}: {folder} is no model folder, it has no config.json",
             hint="give models:/NAME@champion, models:/NAME/3, an artifact, or a Hugging Face folder",
         )
     return folder
@@ -132,7 +140,23 @@ def _of_folder(path: Path) -> Source:
     weights = folder_digest(folder)
     by = f", made by {source.manifest.node} {source.manifest.fingerprint[:8]}" if source else ""
     origin = source.manifest.fingerprint if source else ""
-    return Source(str(path.resolve()), weights, origin, f"{path}{by}, weights {weights[:8]}")
+    note = f"{path}{by}, weights {weights[:8]}"
+    return Source(str(path.resolve()), weights, origin, note, read_config(folder / _CONFIG))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the content of a config.json.
+
+    Raises:
+        ConfigError: it is no JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"base.from: {path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"base.from: {path} is no JSON object")
+    return found
 
 
 def _inside(name: str) -> str:
@@ -142,7 +166,7 @@ def _inside(name: str) -> str:
 
 def _counts(path: Path) -> bool:
     """Tell whether a file says what the model computes, and of which tokens."""
-    return path.suffix == ".safetensors" or path.name in {_RECORD, "tokenizer.json"}
+    return path.suffix in _READ
 
 
 @contextlib.contextmanager
@@ -168,7 +192,7 @@ def _version(client: MlflowClient, wanted: str, parts: re.Match[str]) -> ModelVe
         if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
             raise
         raise ConfigError(
-            f"pretrain.from = {wanted!r}: the registry has no such model, version or alias",
+            f"base.from = {wanted!r}: the registry has no such model, version or alias",
             hint="`ingot list models` shows names, versions and aliases",
         ) from error
 
@@ -183,7 +207,7 @@ def _manifest(client: MlflowClient, uri: str, version: ModelVersion, store_root:
     except (MlflowException, OSError) as error:
         raise ConfigError(
             f"version {version.version} of {version.name} was not registered by Ingot: it has no manifest",
-            hint="download it and give the folder as pretrain.from",
+            hint="download it and give the folder as base.from",
         ) from error
     except ValueError as error:
         raise IntegrityError(f"the manifest of {version.name} version {version.version} is damaged: {error}") from error

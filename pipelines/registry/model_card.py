@@ -12,6 +12,7 @@ from markupsafe import Markup
 from pipelines.compression.report import CompressionReport
 from pipelines.core.artifact import Artifact
 from pipelines.core.redaction import redact, redact_value
+from pipelines.core.stage import BASES
 from pipelines.measure import answers
 from pipelines.modelio import load_instructions
 from pipelines.registry import evidence
@@ -260,6 +261,8 @@ def _index_entry(facts: Evidence) -> dict[str, Any]:
 def _sentence(facts: Evidence, model: Artifact) -> str:
     kind = "causal language model" if facts.family == "decoder" else "masked language model"
     if facts.base is None:
+        if facts.name == "base":
+            return f"A {kind} from elsewhere, measured by Ingot as it is."
         return f"A {kind}, pretrained from scratch with Ingot."
     bits = "" if facts.bits is None else f" to {facts.bits:.3g} bits per weight of the compressed layers"
     whole = CompressionReport.read(model.path).totals.model_bits_per_weight
@@ -278,8 +281,7 @@ def _data_sentence(prepare: Artifact | None) -> str:
 
 
 def _training_rows(inputs: Mapping[str, Artifact], facts: Evidence) -> list[tuple[str, str]]:
-    names = ["pretrain"] if facts.name == "pretrain" else ["pretrain", facts.name]
-    trained = [inputs[f"model:{name}"] for name in names if f"model:{name}" in inputs]
+    trained = [inputs[f"model:{name}"] for name in dict.fromkeys([*BASES, facts.name]) if f"model:{name}" in inputs]
     return [
         (f"{one.manifest.stage}: {key}", f"{value:.6g}" if isinstance(value, float) else str(value))
         for one in trained

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from pipelines.core.artifact import Artifact
+from pipelines.core.stage import BASES, base_name
 
 CORPUS = "corpus"
 SHORT = 12
@@ -38,18 +39,19 @@ def edges(names: Sequence[str], config: Mapping[str, Any]) -> list[tuple[str, st
         config: the run's configuration; `compress[].from` tells which model a variant was made from.
     """
     bases = {variant.get("name"): variant.get("from") for variant in config.get("compress") or []}
-    pairs = [(CORPUS, "prepare"), ("prepare", "pretrain"), ("fetch", "pretrain")]
+    pairs = [(CORPUS, "prepare"), ("prepare", "pretrain"), ("fetch", "pretrain"), ("base", "prepare")]
+    whole = base_name(names)
     for name in names:
         stage, _, variant = name.partition(".")
         if stage == "compress":
             base = bases.get(variant)
-            pairs.append((f"compress.{base}" if base in bases else "pretrain", name))
+            pairs.append((f"compress.{base}" if base in bases else whole, name))
         elif stage == "pretrain" and variant:
             pairs += [("prepare", name), ("fetch", name)]
         elif stage == "compare":
             pairs.append((f"pretrain.{variant}", name))
         elif stage == "evaluate":
-            pairs.append((variant if variant == "pretrain" else f"compress.{variant}", name))
+            pairs.append((variant if variant in BASES else f"compress.{variant}", name))
             pairs.append((name, "promote"))
     known = {*names, CORPUS}
     return [(a, b) for a, b in pairs if a in known and b in known]

@@ -10,13 +10,13 @@ from typing import Any
 from pipelines.core import quantity
 from pipelines.core.artifact import Artifact
 from pipelines.core.redaction import redact, redact_value
+from pipelines.core.stage import BASES, base_name
 from pipelines.measure import answers, intervals
 from pipelines.modelio import load_instructions
 from pipelines.report import charts, compression, lineage, optimizers, pareto
 from pipelines.report.charts import Axis, Series
 
 Facts = dict[str, Any]
-_BASE = "pretrain"
 _EVALUATE = "evaluate."
 _SAMPLES = answers.FILE
 _BLANK_LINES = re.compile(r"\n(\s*\n){2,}")
@@ -62,7 +62,7 @@ def page(
 def _headline(record: Mapping[str, Any], rows: list[Facts], gate: Facts) -> Facts:
     """Return the decision in a sentence, and the few numbers that a reader came for."""
     models = [row for row in rows if row["kind"] != "baseline"]
-    base = next((row for row in models if row["model"] == _BASE), None)
+    base = next((row for row in models if row["model"] in BASES), None)
     variants = sorted((row for row in models if row is not base), key=lambda row: row["size_bytes"])
     shown = next((row for row in models if row["model"] == gate["candidate"]), None)
     shown = shown or (variants[0] if variants else base)
@@ -297,7 +297,7 @@ def _evaluations(artifacts: Mapping[str, Artifact]) -> dict[str, Facts]:
         for name, artifact in artifacts.items()
         if name.startswith(_EVALUATE)
     }
-    return dict(sorted(evaluations.items(), key=lambda item: item[0] != _BASE))
+    return dict(sorted(evaluations.items(), key=lambda item: item[0] not in BASES))
 
 
 def _evaluation(
@@ -335,7 +335,7 @@ def samples(evaluations: Mapping[str, Facts], artifacts: Mapping[str, Artifact],
     """Return what the base and the candidate (else the last variant) write at the same prompts; empty without texts."""
     written = {name: found for name in evaluations if (found := _read(artifacts.get(_EVALUATE + name), _SAMPLES))}
     last = candidate if candidate in written else next(reversed(written), None)
-    names = list(dict.fromkeys(name for name in (_BASE, last) if name in written))
+    names = list(dict.fromkeys(name for name in (base_name(written), last) if name in written))
     rows: dict[str, list[Facts]] = {}
     for name in names:
         for row in written[name]:
@@ -346,7 +346,7 @@ def samples(evaluations: Mapping[str, Facts], artifacts: Mapping[str, Artifact],
 def _loading(artifacts: Mapping[str, Artifact], evaluations: Mapping[str, Facts], gate: Facts) -> Facts | None:
     """Return how the champion of this run is loaded; None where it made none."""
     name = gate["candidate"]
-    model = artifacts.get(_BASE if name == _BASE else f"compress.{name}")
+    model = artifacts.get(str(name) if name in BASES else f"compress.{name}")
     if not gate["accepted"] or model is None or name not in evaluations:
         return None
     how = load_instructions.of(model)

@@ -5,18 +5,16 @@ Training is bound by steps, never by time, so that a run is the same run on a sl
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from models.architectures.config import PRESETS, ArchitectureConfig, Family, Shape, preset
 from models.objectives import registry as objectives
 from models.optim import batch_split
-from pipelines.core.settings import ELASTIC, NOT_IDENTITY, PATH, Settings, validated_at
+from pipelines.core.settings import ELASTIC, NOT_IDENTITY, Settings, validated_at
 from pipelines.training.monitors import registry as monitors
 
-_REGISTERED = re.compile(r"models:/[^/@:]+(?:@[^/@:]+|/\d+)")
 _DEFAULT_LR = {"lamb": 2e-2, "adamw": 3e-3, "lars": 2e-2}
 _DEFAULT_EPS = {"lamb": 1e-6, "adamw": 1e-8, "lars": 1e-6}
 
@@ -256,15 +254,6 @@ class CheckpointConfig(Settings):
 class PretrainConfig(Settings):
     """The model and its training."""
 
-    model_config = ConfigDict(serialize_by_alias=True)
-
-    from_: str = Field(
-        "",
-        alias="from",
-        description="Weights to start from: models:/NAME@champion, models:/NAME/3, an artifact or a model folder; "
-        "empty: random ones.",
-        json_schema_extra=NOT_IDENTITY | PATH,  # the bytes that it leads to stand for it
-    )
     family: Family = Field("decoder", description="decoder: causal LM (Llama); encoder: masked LM (ModernBERT).")
     preset: Annotated[str, AfterValidator(_known_preset)] = Field(
         "4m", description="Model size: parameters at a vocabulary of 4,096 tokens."
@@ -359,6 +348,22 @@ class PretrainConfig(Settings):
         """The model's shape: the preset with the overrides applied."""
         return preset(self.family, self.preset, self.model.model_dump(exclude_none=True))
 
+    @property
+    def has_shape(self) -> bool:
+        """Whether a shape was given, beside the one that a base model has."""
+        return bool(self.model_fields_set & {"family", "preset", "model"})
+
+    def shaped(self, shape: Shape) -> Self:
+        """Return these settings for a model of another shape: that of the weights to start from.
+
+        Raises:
+            ValueError: another setting does not fit it.
+        """
+        values = {name: value for name, value in shape.model_dump().items() if name in ModelOverrides.model_fields}
+        values |= {"kv_heads": shape.key_heads} if shape.family == "decoder" else {}
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return self.model_validate(given | {"family": shape.family, "model": values})
+
     def architecture(self, index: dict[str, Any]) -> ArchitectureConfig:
         """Return the architecture for the tokenizer and the sequences that `index.json` of prepare describes."""
         return ArchitectureConfig(
@@ -410,13 +415,6 @@ class PretrainConfig(Settings):
             name: validated_at(monitors.get(name).Config, table, name).model_dump(mode="json")
             for name, table in sorted(value.items())
         }
-
-    @field_validator("from_")
-    @classmethod
-    def _names_a_model(cls, value: str) -> str:
-        if value.startswith("models:") and not _REGISTERED.fullmatch(value):
-            raise ValueError("a registered model is models:/NAME@ALIAS or models:/NAME/VERSION")
-        return value
 
     @model_validator(mode="after")
     def _model_can_be_built(self) -> Self:

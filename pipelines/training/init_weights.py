@@ -64,7 +64,7 @@ def refuse_other_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) ->
     ]
     if differing:
         raise ConfigError(
-            f"pretrain.from: the model to start from is another model: {some(differing)}",
+            f"base.from: the model to start from is another model: {some(differing)}",
             hint="set pretrain.family, pretrain.preset and pretrain.model to the shape that its config.json shows",
         )
 
@@ -84,7 +84,7 @@ def refuse_other_shapes(wanted: Shapes, stored: Shapes, also: Any = ()) -> None:
     ]
     if problems:
         raise ConfigError(
-            f"pretrain.from: the weights do not fit the model: {some(problems)}",
+            f"base.from: the weights do not fit the model: {some(problems)}",
             hint="set pretrain.preset and pretrain.model to the shape of the model to start from",
         )
 

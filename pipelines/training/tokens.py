@@ -26,7 +26,7 @@ def refuse_other_tokens(folder: Path, tokenizer: Path) -> None:
     tokens = sorted(t for t in theirs.keys() | ours.keys() if theirs.get(t) != ours.get(t))
     shown = [f"{token!r} is {theirs.get(token)} there and {ours.get(token)} here" for token in tokens]
     raise ConfigError(
-        f"pretrain.from: the model was trained with another tokenizer: {some(shown)}",
+        f"base.from: the model was trained with another tokenizer: {some(shown)}",
         hint="prepare.tokenizer=init_weights takes the model's; or use the corpus and the prepare settings that it had",
     )
 
@@ -42,7 +42,7 @@ def vocabulary(folder: Path) -> dict[str, int]:
     path = folder / TOKENIZER
     if not path.is_file():
         raise ConfigError(
-            f"pretrain.from: {folder} has no {TOKENIZER}, so its tokens cannot be compared with the corpus's",
+            f"base.from: {folder} has no {TOKENIZER}, so its tokens cannot be compared with the corpus's",
             hint="save the model's tokenizer beside its weights",
         )
     found: dict[str, int] = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from flows import recipe
 from flows.graph import identify, nodes
 from pipelines.core.errors import ConfigError
 from pipelines.registry.initial_weights import Source
+from pipelines.training.config import PretrainConfig
 
 DATA = "ab" * 16
 
@@ -125,7 +127,7 @@ def test_training_from_weights_reads_them_through_a_node_of_their_own() -> None:
 
 
 def test_the_bytes_of_the_weights_are_identity_and_their_name_is_not() -> None:
-    config = recipe.resolve("smoke", ["pretrain.from=models:/x@champion"])
+    config = recipe.resolve("smoke", ["base.from=models:/x@champion"])
     first, renamed, other = (
         identify(config, DATA, each)["pretrain"].fingerprint
         for each in (source(), source(place="/a/folder"), source("1"))
@@ -138,11 +140,11 @@ def test_the_bytes_of_the_weights_are_identity_and_their_name_is_not() -> None:
 @pytest.mark.parametrize("wanted", ["models:/x", "models:x@champion", "models:/x@champion/3", "models:/x/latest"])
 def test_a_malformed_model_name_is_refused_with_the_form(wanted: str) -> None:
     with pytest.raises(ConfigError, match="models:/NAME@ALIAS or models:/NAME/VERSION"):
-        recipe.resolve("smoke", [f"pretrain.from={wanted}"])
+        recipe.resolve("smoke", [f"base.from={wanted}"])
 
 
 def test_the_tokenizer_of_the_model_is_an_input_of_prepare_where_it_is_asked_for() -> None:
-    tuning = ["pretrain.from=models:/x@champion", "prepare.tokenizer=init_weights"]
+    tuning = ["base.from=models:/x@champion", "prepare.tokenizer=init_weights"]
     graph = identify(recipe.resolve("smoke", tuning), DATA, source())
     assert graph["prepare"].node.inputs == {"init_weights": "fetch"}
     assert graph["prepare"].input_keys == {"init_weights": graph["fetch"].fingerprint, "data": DATA}
@@ -155,3 +157,81 @@ def test_the_tokenizer_of_the_model_is_an_input_of_prepare_where_it_is_asked_for
 def test_a_tokenizer_of_no_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="which is not set"):
         recipe.resolve("smoke", ["prepare.tokenizer=init_weights"])
+
+
+# ---- a model from elsewhere --------------------------------------------------------------------------------------
+
+
+OWN = """
+[base]
+from = "models:/x@champion"
+
+[[compress]]
+method = "rtn"
+bits = 8
+name = "x"
+
+[[compress]]
+method = "gptq"
+bits = 4
+name = "y"
+from = "x"
+"""
+
+
+def test_without_a_section_pretrain_a_model_is_measured_and_compressed_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(OWN)
+    config = recipe.resolve(str(tmp_path / "own.toml"))
+    graph = identify(config, DATA, source())
+    assert list(graph) == [
+        *("base", "prepare", "evaluate.base", "compress.x", "evaluate.x", "compress.y", "evaluate.y", "promote")
+    ]
+    assert graph["base"].node.stage.name == "fetch"
+    assert graph["prepare"].node.inputs == {"init_weights": "base"}
+    assert graph["compress.x"].node.inputs == {"prepare": "prepare", "model": "base"}
+    assert graph["evaluate.y"].node.inputs["base_model"] == "base"
+    assert graph["promote"].node.inputs["model:base"] == "base"
+    again = recipe.validated(config.model_dump(mode="json", by_alias=True))  # as a run's record keeps it
+    assert list(identify(again, DATA, source())) == list(graph)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prepare.tokenizer=train", "knows its own tokens only"),
+        ("promote.candidate=pretrain", "this recipe has base, smallest, x, y"),
+    ],
+)
+def test_what_a_model_without_training_cannot_have_is_refused(override: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(OWN)
+    with pytest.raises(ConfigError, match=message):
+        recipe.resolve(str(tmp_path / "own.toml"), [override])
+
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 64, "rms_norm_eps": 1e-6, "rope_theta": 5000.0, "hidden_act": "silu",
+}  # fmt: skip
+
+
+def test_training_goes_on_with_the_shape_that_config_json_describes(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(OWN + "[pretrain]\nsteps = 80\n")
+    config = recipe.resolve(str(tmp_path / "own.toml"))
+    start = dataclasses.replace(source(), config=LLAMA)
+    trained = identify(config, DATA, start)["pretrain"].node.config
+    assert isinstance(trained, PretrainConfig)
+    assert (trained.shape.width, trained.shape.key_heads, trained.shape.rope_theta, trained.steps) == (
+        32,
+        2,
+        5000.0,
+        80,
+    )
+    for change, message in (
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            identify(config, DATA, dataclasses.replace(start, config=LLAMA | change))
+    with pytest.raises(ConfigError, match="another shape: width is 32, this run's is 64"):
+        identify(recipe.resolve("smoke"), DATA, start)

@@ -250,9 +250,9 @@ def test_paths_that_are_typed_start_at_the_working_directory(
 ) -> None:
     here = project / "elsewhere"
     monkeypatch.chdir(here)
-    typed = [*overrides, "tracking.uri=sqlite:///x.db", "evaluate.tasks.items=8", "pretrain.from=../weights"]
+    typed = [*overrides, "tracking.uri=sqlite:///x.db", "evaluate.tasks.items=8", "base.from=../weights"]
     name, started = recipe.from_here("own", typed, project)
-    assert started[-2:] == ["evaluate.tasks.items=8", f"pretrain.from={project}/weights"]
+    assert started[-2:] == ["evaluate.tasks.items=8", f"base.from={project}/weights"]
     monkeypatch.chdir("/")
     config = recipe.resolve(name, started, project)
     (task,) = config.evaluate.tasks.lm_eval
@@ -264,9 +264,9 @@ def test_paths_that_are_typed_start_at_the_working_directory(
     "uri", ["sqlite:////srv/x.db", "https://host/path", "postgresql://u@h/db", "sqlite:///:memory:"]
 )
 def test_what_is_no_relative_path_is_kept(uri: str, project: Path) -> None:
-    _, started = recipe.from_here("own", [f"tracking.uri={uri}", "pretrain.from=models:/m@champion"], project)
+    _, started = recipe.from_here("own", [f"tracking.uri={uri}", "base.from=models:/m@champion"], project)
     config = recipe.resolve("own", started, project)
-    assert (config.tracking.uri, config.pretrain.from_) == (uri, "models:/m@champion")
+    assert (config.tracking.uri, config.base.from_) == (uri, "models:/m@champion")
 
 
 def test_every_recipe_fits_the_schema_that_editors_are_given_and_a_slip_does_not() -> None:
@@ -290,8 +290,8 @@ def test_every_recipe_fits_the_schema_that_editors_are_given_and_a_slip_does_not
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("foo.bar=1", "foo is not a key; there are data, prepare, pretrain, compress, "),
-        ("pretrain.fron=champion", "pretrain.fron is not a key; did you mean 'from'?"),
+        ("foo.bar=1", "foo is not a key; there are data, base, prepare, pretrain, compress, "),
+        ("base.fron=champion", "base.fron is not a key; did you mean 'from'?"),
         ("pretrain.optimizer.zzz=1", "pretrain.optimizer.zzz is not a key; there are name, lr, "),
     ],
 )

@@ -173,7 +173,7 @@ def test_the_champion_is_tuned_and_the_plan_and_the_lineage_say_from_which_versi
     smoke_store: Path, tmp_path: Path, run_in: Ingot
 ) -> None:
     store = copy_of(smoke_store, tmp_path)
-    tune = ["--recipe", "smoke", "pretrain.from=models:/ingot-smoke@champion", "pretrain.steps=4"]
+    tune = ["--recipe", "smoke", "base.from=models:/ingot-smoke@champion", "pretrain.steps=4"]
     tune += ["pretrain.schedule.warmup=0", "pretrain.engine=plain", "pretrain.world_size=1", "pretrain.zero_stage=0"]
     planned = run_in(store, "plan", *tune, "--json")
     fetch = {step["node"]: step for step in json.loads(planned.stdout)}["fetch"]

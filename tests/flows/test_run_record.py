@@ -228,7 +228,7 @@ def test_a_command_that_was_cut_off_goes_on_from_the_weights_it_began_with(tmp_p
     runs.save(record)
     found = runs.cut_off("smoke", ["a=1"])
     assert found is not None
-    assert found.pin(["a=1"]) == ["a=1", "pretrain.from=models:/x/3"]
+    assert found.pin(["a=1"]) == ["a=1", "base.from=models:/x/3"]
     assert found.pin(found.pin(["a=1"])) == found.pin(["a=1"])
     again = record.model_copy(update={"id": record.id + "-again", "overrides": found.pin(["a=1"])})
     runs.save(again)

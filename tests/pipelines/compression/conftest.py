@@ -55,13 +55,16 @@ def publish(folder: Path, stage: str) -> Artifact:
     )
 
 
-def write_prepare(folder: Path, tokens_NT: Tensor) -> Artifact:
+def write_prepare(
+    folder: Path, tokens_NT: Tensor, ids: Mapping[str, int] = IDS, vocabulary: int = VOCABULARY
+) -> Artifact:
     """Write the train split of a prepare artifact."""
+    length = tokens_NT.shape[1]
     entries = shards.write(
-        [tokens_NT.numpy()], folder, "train", sequence_length=LENGTH, dtype="uint16", shard_bytes=LENGTH * 2 * 1000
+        [tokens_NT.numpy()], folder, "train", sequence_length=length, dtype="uint16", shard_bytes=length * 2 * 1000
     )
     split = {"shards": entries, "sequences": len(tokens_NT)}
-    index = {"format": 1, "sequence_length": LENGTH, "vocab_size": VOCABULARY, "dtype": "uint16"} | IDS
+    index = {"format": 1, "sequence_length": length, "vocab_size": vocabulary, "dtype": "uint16"} | dict(ids)
     (folder / "index.json").write_text(json.dumps(index | {"splits": {"train": split}}))
     return publish(folder, "prepare")
 
