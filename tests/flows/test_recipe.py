@@ -290,7 +290,7 @@ def test_every_recipe_fits_the_schema_that_editors_are_given_and_a_slip_does_not
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("foo.bar=1", "foo is not a key; there are data, base, prepare, pretrain, compress, "),
+        ("foo.bar=1", "foo is not a key; there are data, base, prepare, pretrain, baselines, compress, "),
         ("base.fron=champion", "base.fron is not a key; did you mean 'from'?"),
         ("pretrain.optimizer.zzz=1", "pretrain.optimizer.zzz is not a key; there are name, lr, "),
     ],
