@@ -12,6 +12,7 @@ from pipelines.compression.config import CompressConfig
 from pipelines.core.compute import ComputeConfig
 from pipelines.core.settings import NOT_IDENTITY, PATH, Settings, known_keys
 from pipelines.core.stage import BASES
+from pipelines.core.store import SCHEME
 from pipelines.data.config import DataConfig, PrepareConfig
 from pipelines.evaluation import probe
 from pipelines.evaluation.config import EvaluateConfig
@@ -27,9 +28,17 @@ class StoreConfig(Settings):
     path: str = Field(
         default_factory=lambda: os.environ.get("INGOT_STORE", ".ingot"),
         min_length=1,
-        description="Folder of the store; relative to the project. Default: $INGOT_STORE, else .ingot.",
+        description="Folder of the store, relative to the project; or s3://BUCKET/PREFIX. Default: $INGOT_STORE, else "
+        ".ingot.",
         json_schema_extra=NOT_IDENTITY | PATH,
     )
+
+    @field_validator("path")
+    @classmethod
+    def _is_a_folder_or_on_s3(cls, value: str) -> str:
+        if "://" in value and not value.startswith(SCHEME):
+            raise ValueError(f"{value!r} is neither a folder nor s3://BUCKET/PREFIX")
+        return value
 
 
 class TrainingBaseline(Settings):

@@ -54,7 +54,8 @@ def _folder() -> Path:
     """Return the folder for logs: in the store, where there is one; else that for temporary files."""
     from pipelines.core import project  # with pydantic, which `ingot -h` does without
 
-    store = Path(os.environ.get("INGOT_STORE", ".ingot"))
+    said = os.environ.get("INGOT_STORE", ".ingot")
+    store = Path(".ingot" if said.startswith("s3://") else said)
     if store.is_absolute():
         return store / FOLDER
     try:

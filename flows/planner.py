@@ -153,7 +153,7 @@ def _step(
         state, why = ("waits", f"needs {rebuilt[-1]}") if rebuilt else ("run", "never run")
     else:
         state, why = "run", _why(node, relative, graph)
-    if state == "run" and store.scratch(stage.name, node.resume_key).is_dir():
+    if state == "run" and store.has_scratch(stage.name, node.resume_key):
         why += "; goes on from its last checkpoint"
     context = replace(
         known,

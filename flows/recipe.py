@@ -211,8 +211,9 @@ def run_called(name: str, project: Path | None) -> RunRecord | None:
         return None
     from flows.config import StoreConfig
     from flows.run_record import Runs
+    from pipelines.core.store import open_store
 
-    runs = Runs(project / StoreConfig().path)
+    runs = Runs(open_store(StoreConfig().path, project).root)
     return runs.get(name) if runs.named(name) else None
 
 

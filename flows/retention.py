@@ -54,7 +54,7 @@ def _left_something(run: RunRecord, store: Store) -> bool:
     """Tell whether a run has work of its own in the store: a result, or a checkpoint to go on from."""
     return any(
         (node.state == "done" and store.find(node.stage, node.fingerprint) is not None)
-        or store.scratch(node.stage, node.resume_key).is_dir()
+        or store.has_scratch(node.stage, node.resume_key)
         for node in run.nodes.values()
     )
 

@@ -16,7 +16,7 @@ from pipelines.core import project as projects
 from pipelines.core.machine import machine_of
 from pipelines.core.request import ArtifactRef, StageRequest
 from pipelines.core.stage import TrackingTarget
-from pipelines.core.store import Store
+from pipelines.core.store import Store, open_store
 from pipelines.data import versioning
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class RunPlan:
             configuration=node.node.config.model_dump(mode="json", by_alias=True, exclude_unset=True),
             inputs={k: ArtifactRef(stage=i.node.stage.name, fingerprint=i.fingerprint) for k, i in inputs.items()},
             data_hash=None if node.node.stage.corpus == "none" else self.data_hash,
-            store=str(self.store.root),
+            store=self.store.address,
             project=str(self.project),
             compute=self.config.compute.at(
                 node.node.stage.name, ranks=node.node.config.rank_count, cores=node.node.config.core_count
@@ -130,7 +130,7 @@ def again(record: RunRecord, store: Store, change: Mapping[str, Any], selection:
     overrides = [f"{path}={value}" for path, value in change.items()]
     for override in overrides:
         recipe.apply(table, override)
-    table["store"] = {"path": str(store.root)}
+    table["store"] = {"path": store.address}
     pinned = [*record.pin(record.overrides), *overrides]
     known = record.project is not None and projects.find_any(Path(record.project)) == Path(record.project)
     root = Path(record.project) if known and record.project else projects.find()
@@ -140,7 +140,7 @@ def again(record: RunRecord, store: Store, change: Mapping[str, Any], selection:
 def _of(
     config: RunConfig, name: str, overrides: list[str], selection: Selection, root: Path, *, elsewhere: bool = False
 ) -> RunPlan:
-    store = Store(root / config.store.path)
+    store = open_store(config.store.path, root)
     data_hash = versioning.data_hash(config.data, root)
     init_weights = graph.init_weights_of(config, store.root, root)
     identified = graph.identify(config, data_hash, init_weights)
@@ -171,7 +171,7 @@ def _resolve(name: str, overrides: list[str], root: Path) -> tuple[RunConfig, li
     config = recipe.resolve(name, overrides, root)
     if not config.base.from_:
         return config, overrides
-    cut_off = Runs(Store(root / config.store.path).root).cut_off(name, overrides)
+    cut_off = Runs(open_store(config.store.path, root).root).cut_off(name, overrides)
     pinned = overrides if cut_off is None else cut_off.pin(overrides)
     return recipe.resolve(name, pinned, root), pinned
 

@@ -9,7 +9,6 @@ import functools
 import itertools
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,17 +17,13 @@ from typing import Any
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from flows import console
-from pipelines.core import disk, lock
-from pipelines.core.artifact import write_text
-from pipelines.core.errors import ConfigError, IntegrityError
+from pipelines.core.errors import ConfigError, IntegrityError, LockedError
 from pipelines.core.processes import ProcessName, this_process
 from pipelines.core.redaction import HIDDEN, redact, redact_override, redact_value
 from pipelines.core.stage import base_name
-from pipelines.core.store import Store
+from pipelines.core.store import open_store
 
 RECORD = "run.json"
-_LOCK = "run.lock"
-"""Held by the process that executes the run: the kernel gives it back when that ends, however it ends."""
 REPORT = "report.html"
 PARETO = "pareto.json"
 """Every variant by method and bits, as rows: what the report shows of compression."""
@@ -183,7 +178,9 @@ class RunRecord(BaseModel):
     @property
     def at_work(self) -> bool:
         """Whether a process executes it at this moment, on this machine or another."""
-        return self.status == "running" and self.folder is not None and lock.is_held(self.folder / _LOCK)
+        if self.status != "running" or self.folder is None:
+            return False
+        return not open_store(self.folder.parents[1]).is_free(_lock_of(self.id))
 
     @property
     def state(self) -> str:
@@ -196,7 +193,7 @@ class RunRecord(BaseModel):
         if self.finished_at is not None:
             end = dt.datetime.fromisoformat(self.finished_at).timestamp()
         elif self.folder is not None and not self.at_work:
-            end = (self.folder / RECORD).stat().st_mtime
+            end = open_store(self.folder.parents[1]).modified(f"runs/{self.id}/{RECORD}") or time.time()
         else:
             end = time.time()
         return max(0.0, end - dt.datetime.fromisoformat(self.started_at).timestamp())
@@ -235,8 +232,8 @@ class Runs:
     """
 
     def __init__(self, store_root: Path) -> None:
-        self.root = store_root / "runs"
-        self._store = Store(store_root)
+        self._store = open_store(store_root)
+        self.root = self._store.root / "runs"
 
     def start(
         self,
@@ -252,8 +249,9 @@ class Runs:
     ) -> RunRecord:
         """Create the record of a run that begins now, and hold its lock until `finish` or the end of this process."""
         now = dt.datetime.now(dt.UTC)
+        wanted = f"{now:%Y%m%d-%H%M%S}-{Path(recipe).stem}"
         record = RunRecord(
-            id=self._claim(f"{now:%Y%m%d-%H%M%S}-{Path(recipe).stem}"),
+            id=wanted,
             recipe=recipe,
             overrides=[redact_override(override) for override in overrides],
             settings=redact_value("", settings or {}),
@@ -265,28 +263,35 @@ class Runs:
             process=this_process(),
             nodes=nodes,
         )
-        folder = record.folder = self.folder(record.id)
-        _AT_WORK[folder] = contextlib.ExitStack()
-        _AT_WORK[folder].enter_context(lock.hold(folder / _LOCK, what=f"run {record.id}"))
-        with self._store.registering():  # from now on `ingot gc` leaves in place what it needs
-            self.save(record)
-        return record
-
-    def _claim(self, wanted: str) -> str:
-        """Return an id that no other run has: whoever creates the folder owns it."""
-        self.root.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
-            run_id = wanted if number == 1 else f"{wanted}-{number}"
-            with contextlib.suppress(FileExistsError):
-                (self.root / run_id).mkdir()
-                return run_id
+            record.id = wanted if number == 1 else f"{wanted}-{number}"
+            if (held := self._claimed(record)) is not None:
+                record.folder = self.folder(record.id)
+                _AT_WORK[record.folder] = held
+                return record
         raise AssertionError
 
-    def save(self, record: RunRecord) -> None:
-        """Write the record; a reader sees the old or the new one."""
-        folder = record.folder = self.folder(record.id)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / RECORD, record.model_dump_json(indent=1))
+    def _claimed(self, record: RunRecord) -> contextlib.ExitStack | None:
+        """Return the lock of a new run; None where another has its id: whoever writes the first record owns it."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._store.hold(_lock_of(record.id), what=f"run {record.id}", wait_s=0))
+            except LockedError:
+                return None
+            with self._store.registering():  # from now on `ingot gc` leaves in place what it needs
+                if self._store.create(f"runs/{record.id}/{RECORD}", record.model_dump_json(indent=1)):
+                    return stack.pop_all()
+        return None
+
+    def save(self, record: RunRecord, *, wait: bool = True) -> None:
+        """Write the record; a reader sees the old or the new one.
+
+        Args:
+            record: what to write.
+            wait: return when others can see it; else soon after, where that takes a network.
+        """
+        record.folder = self.folder(record.id)
+        self._store.write(f"runs/{record.id}/{RECORD}", record.model_dump_json(indent=1), wait=wait)
 
     def finish(self, record: RunRecord, status: str, exit_code: int, error: str | None = None) -> None:
         """Close the record."""
@@ -304,25 +309,38 @@ class Runs:
     def all(self) -> list[RunRecord]:
         """Return every run, oldest first. A record that cannot be read is named on standard error and left out."""
         records = []
-        for path in sorted(self.root.glob(f"*/{RECORD}")):
+        for name, text in self._store.texts(f"runs/*/{RECORD}").items():
             try:
-                records.append(self._read(path))
+                records.append(self._parsed(name, text))
             except IntegrityError as error:
                 _say_once(f"{error.message}; it is left out")
-            except FileNotFoundError:
-                continue  # it was deleted meanwhile
         return records
 
-    def _read(self, path: Path) -> RunRecord:
+    def ids(self) -> list[str]:
+        """Return the ids of all runs, oldest first."""
+        return [Path(name).parent.name for name in self._store.texts(f"runs/*/{RECORD}")]
+
+    def _parsed(self, name: str, text: str) -> RunRecord:
         try:
-            record = RunRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, ValidationError, IsADirectoryError) as error:
-            reason = str(error).splitlines()[0]
+            record = RunRecord.model_validate(json.loads(text))
+        except (ValueError, ValidationError) as error:
+            reason, run_id = str(error).splitlines()[0], Path(name).parent.name
             raise IntegrityError(
-                f"the record {path} is damaged ({reason})", hint=f"`ingot delete {path.parent.name}` removes it"
+                f"the record {self._store.address}/{name} is damaged ({reason})",
+                hint=f"`ingot delete {run_id}` removes it",
             ) from None
-        record.folder = path.parent
+        record.folder = self._store.root / Path(name).parent
         return record
+
+    def written_at(self, run_id: str) -> float | None:
+        """Return when a record was last written, in seconds since 1970; None where there is none."""
+        return self._store.modified(f"runs/{run_id}/{RECORD}")
+
+    def publish(self, path: Path) -> None:
+        """Have a text that lies in the folder of a run be seen wherever the store is."""
+        name = path.relative_to(self._store.root).as_posix()
+        if self._store.address != str(self._store.root):
+            self._store.write(name, path.read_text(encoding="utf-8"))
 
     def unfinished(self) -> list[RunRecord]:
         """Return the runs to go on with, oldest first: none that a newer run of the very same nodes has replaced."""
@@ -346,8 +364,8 @@ class Runs:
     def remove(self, run_id: str) -> int:
         """Remove the record and the report of a run; return the bytes they took."""
         folder = self.folder(run_id)
-        size = disk.size_of(folder)
-        shutil.rmtree(folder)
+        size = self._store.size_of(folder)
+        self._store.discard(folder)
         return size
 
     def before(self, record: RunRecord, model: str, champions: Sequence[str]) -> dict[str, RunRecord]:
@@ -379,14 +397,15 @@ class Runs:
         Raises:
             IntegrityError: they are damaged.
         """
-        path = self.folder(run_id) / PARETO
+        text = self._store.read(f"runs/{run_id}/{PARETO}")
         try:
-            rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+            rows: list[dict[str, Any]] = [] if text is None else json.loads(text)
             TypeAdapter(list[_Variant]).validate_python(rows)
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise IntegrityError(
-                f"{path} is damaged ({reason})", hint="delete it: the run is then shown without its variants"
+                f"{self._store.address}/runs/{run_id}/{PARETO} is damaged ({reason})",
+                hint="delete it: the run is then shown without its variants",
             ) from None
         return rows
 
@@ -403,8 +422,10 @@ class Runs:
             IntegrityError: its record is damaged.
         """
         runs = self.all() if name is None else self.named(name)
-        if name and [run.id for run in runs] != [name] and (self.folder(name) / RECORD).exists():
-            return self._read(self.folder(name) / RECORD)  # it is damaged; no other is meant by its whole id
+        if name and [run.id for run in runs] != [name]:
+            place = f"runs/{name}/{RECORD}"
+            if (text := self._store.read(place)) is not None:
+                return self._parsed(place, text)  # it is damaged; no other is meant by its whole id
         if not runs:
             raise ConfigError(
                 "there is no run yet" if name is None else f"there is no run {name!r}",
@@ -413,6 +434,11 @@ class Runs:
         if name is not None and len(runs) > 1:
             raise ConfigError(f"{name!r} names {len(runs)} runs: {', '.join(run.id for run in runs[::-1])}")
         return runs[-1]
+
+
+def _lock_of(run_id: str) -> str:
+    """Return the lock that the process which executes a run holds until it ends, however it ends."""
+    return f"runs/{run_id}/run"
 
 
 def _mark(evaluated: Mapping[str, Any]) -> str:

@@ -87,7 +87,7 @@ class Execution:
                 artifact = cached
             stage_run.finish(artifact, cached=cached is not None)
         record.state, record.seconds = ("done" if cached is None else "cached"), round(time.monotonic() - started, 1)
-        record.summary, record.artifact = artifact.manifest.summary, str(artifact.path)
+        record.summary, record.artifact = artifact.manifest.summary, artifact.place
         self.artifacts[name] = artifact
         self._save(at_once=True)
         return artifact, cached is not None
@@ -113,9 +113,11 @@ class Execution:
                 self.artifacts[name] = stored
         path = self.runs.folder(self.record.id) / REPORT
         report.write(self.record.model_dump(), self.artifacts, path, self._earlier_training())
+        self.runs.publish(path)
         self.session.log_file(path, REPORT)
         table = path.with_name(PARETO)
         if report.write_pareto(self.record.model_dump(), self.artifacts, table):
+            self.runs.publish(table)
             self.session.log_file(table, PARETO)
         return path
 
@@ -148,7 +150,7 @@ class Execution:
         with self._saving:  # nodes at work side by side share the record
             if at_once or time.monotonic() - self._saved_at > _SAVE_EVERY_S:
                 self._saved_at = time.monotonic()
-                self.runs.save(self.record)
+                self.runs.save(self.record, wait=False)
 
 
 def begin(plan: RunPlan, runs: Runs) -> RunRecord:

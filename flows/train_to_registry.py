@@ -202,7 +202,7 @@ def _node_task(execution: Execution, name: str) -> Task[Any, Any]:
             execution.failed(name, error)
             raise
         _show_summary(name, artifact)
-        message = f"{artifact.manifest.fingerprint} in {artifact.path}"
+        message = f"{artifact.manifest.fingerprint} in {artifact.place}"
         # Prefect knows results by their address in memory: one that is gone would give its edges to another's inputs.
         return Completed(name="Cached" if cached else "Completed", message=message, data=True)
 

@@ -17,6 +17,8 @@ import pytest
 
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
+from tests import s3_server
+from tests.s3_server import S3Server
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +72,21 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return artifact.publish(
         build, root / "final", stage="prepare", node="prepare", identity={"tiny": True}, parents={}, summary={}
     )
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server with the bucket `corpus`; it asks for its secret."""
+    with s3_server.serve(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_store(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Address of an empty store on S3, and the environment of a machine that has never seen it."""
+    for name, value in {**s3.environment, "INGOT_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{s3_server.BUCKET}/{tmp_path.name}-{os.getpid()}"
 
 
 @pytest.fixture(scope="session")
@@ -188,13 +205,13 @@ def build_bench() -> Bench:
     from pipelines.core.program import ROOT as CHECKOUT
     from pipelines.core.run_stage import materialize
     from pipelines.core.stage import StageContext
-    from pipelines.core.store import Store
+    from pipelines.core.store import LocalStore
     from pipelines.data import shards, versioning
 
     config = recipe.resolve("bench")
     versioning.ensure(config.data, CHECKOUT)
     data_hash = versioning.data_hash(config.data, CHECKOUT)
-    store = Store(Path(os.environ.get("INGOT_BENCH", Path.home() / ".cache" / "ingot-bench")))
+    store = LocalStore(Path(os.environ.get("INGOT_BENCH", Path.home() / ".cache" / "ingot-bench")))
     made: dict[str, Artifact] = {}
     for name, node in identify(config, data_hash).items():
         if name in {"prepare", "pretrain"}:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from flows import recipe
 from flows.commands.lookup import store
-from flows.run_record import RECORD, Runs
+from flows.run_record import Runs
 from pipelines.registry import history
 from pipelines.stages import STAGES
 
@@ -24,7 +24,7 @@ def recipes(incomplete: str) -> list[str]:
 
 def runs(incomplete: str) -> list[str]:
     """Runs, newest first."""
-    return _beginning(incomplete, sorted((p.parent.name for p in _runs().root.glob(f"*/{RECORD}")), reverse=True))
+    return _beginning(incomplete, _runs().ids()[::-1])
 
 
 def stages(incomplete: str) -> list[str]:
@@ -78,8 +78,7 @@ def _runs() -> Runs:
 
 
 def _nodes() -> list[str]:
-    newest = sorted(_runs().root.glob(f"*/{RECORD}"))[-1:]
-    return [name for path in newest for name in _runs().get(path.parent.name).nodes]
+    return [name for run_id in _runs().ids()[-1:] for name in _runs().get(run_id).nodes]
 
 
 def _beginning(incomplete: str, words: Iterable[str]) -> list[str]:

@@ -87,7 +87,7 @@ def _artifacts() -> Rows:
             "bytes": a.size,
             "created_at": a.manifest.provenance.created_at if a.manifest.provenance else None,
             "digest": a.digest,
-            "path": str(a.path),
+            "path": a.place,
             "summary": a.manifest.summary,
         }
         for a in reversed(list(store().artifacts()))

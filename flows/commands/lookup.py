@@ -28,7 +28,7 @@ from pipelines.core import artifact, project
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, TransientError
 from pipelines.core.settings import is_file
-from pipelines.core.store import Store
+from pipelines.core.store import SCHEME, Store, open_store
 from pipelines.registry import current, history
 from pipelines.registry.initial_weights import REGISTERED
 
@@ -40,9 +40,9 @@ _SHOWN = 8
 
 
 def store() -> Store:
-    """Return the default store: the project's, or that of $INGOT_STORE, which may lie outside of any."""
-    path = Path(StoreConfig().path)
-    return Store(path if path.is_absolute() else project.find() / path)
+    """Return the default store: the project's, or that of $INGOT_STORE, which may lie outside of any project."""
+    said = StoreConfig().path
+    return open_store(said) if said.startswith(SCHEME) or Path(said).is_absolute() else open_store(said, project.find())
 
 
 def find(target: str) -> RunRecord | Artifact:
@@ -81,7 +81,7 @@ def find_model(target: str) -> Artifact:
         ConfigError: see `find_artifact`; or what it names is no model.
     """
     found = find_artifact(target)
-    if not (found.path / MODEL_FOLDER).is_dir():
+    if not any(name.startswith(f"{MODEL_FOLDER}/") for name in found.manifest.files):
         raise ConfigError(
             f"{target!r} is no model, it is the artifact of {found.manifest.node}",
             hint="`ingot list artifacts` shows pretrain and compress artifacts",
@@ -227,7 +227,7 @@ def _node_of(run: RunRecord, node: str | None) -> Artifact:
     stored = store().find(record.stage, record.fingerprint)
     if stored is None:
         raise ConfigError(
-            f"the artifact of {run.id}/{node} is not in {store().root}: it was not made yet, or removed by `ingot gc`",
+            f"the artifact of {run.id}/{node} is not in {store().address}: not made yet, or removed by `ingot gc`",
             hint=f"`ingot run --recipe {run.id}` makes it",
         )
     return stored
@@ -307,7 +307,7 @@ def _registered(name: str, *, alias: str | None = None, version: str | None = No
     if stored is None or row["digest"] not in {None, stored.digest}:
         raise ConfigError(
             f"{name}/{row['version']} is registered, but the artifact {row['fingerprint'][:12] or '(of others)'} that "
-            f"it was made of is not in {store().root}",
+            f"it was made of is not in {store().address}",
             hint=f"its files: {row['path'] or 'see `ingot list models`'}",
         )
     return stored

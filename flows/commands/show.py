@@ -10,7 +10,7 @@ from typing import Any
 from flows import console, recipe
 from flows.commands.lookup import find, store
 from flows.commands.run import HEADLINES, headline
-from flows.run_record import RECORD, RunRecord, Runs
+from flows.run_record import RunRecord, Runs
 from pipelines.core import fingerprint, project, quantity
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
@@ -50,7 +50,7 @@ def _follow(runs: Runs, record: RunRecord, *, quiet: bool) -> RunRecord:
     told: dict[str, str] = {}
     while True:
         # When it was written is asked before it is read: what is written in between is then read in the next round.
-        seen = _written_at(runs, record.id)
+        seen = runs.written_at(record.id)
         record = runs.get(record.id)
         for name, node in record.nodes.items():
             if node.state == "running" and node.total:
@@ -60,12 +60,8 @@ def _follow(runs: Runs, record: RunRecord, *, quiet: bool) -> RunRecord:
             told[name] = node.state
         if not record.at_work:
             return runs.get(record.id)
-        while record.at_work and _written_at(runs, record.id) == seen:
+        while record.at_work and runs.written_at(record.id) == seen:
             time.sleep(_POLL_S)
-
-
-def _written_at(runs: Runs, run_id: str) -> int:
-    return (runs.folder(run_id) / RECORD).stat().st_mtime_ns
 
 
 def _show_status(record: RunRecord) -> None:
@@ -230,9 +226,9 @@ def _node_row(name: str, node: Any) -> dict[str, str]:
 def _show_artifact(found: Artifact, *, as_json: bool) -> None:
     manifest = found.manifest
     if as_json:
-        print(json.dumps(manifest.model_dump() | {"digest": found.digest, "path": str(found.path)}, indent=1))
+        print(json.dumps(manifest.model_dump() | {"digest": found.digest, "path": found.place}, indent=1))
         return
-    print(f"{manifest.node}  {found.path}")
+    print(f"{manifest.node}  {found.place}")
     print(
         f"  fingerprint {manifest.fingerprint}\n  digest      {found.digest}\n  size        {quantity.size(found.size)}"
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flows import console, retention
 from flows.commands.lookup import find, find_model, find_registered, registered_name, store
 from flows.run_record import RunRecord, Runs
-from pipelines.core import disk, environment, garbage, quantity
+from pipelines.core import environment, garbage, quantity
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, IntegrityError, TransientError
 from pipelines.core.garbage import Garbage
@@ -67,7 +67,7 @@ def _verified(each: Artifact) -> dict[str, Any]:
         "fingerprint": each.manifest.fingerprint[:12],
         "state": "damaged" if fault else "ok",
         "fault": fault,
-        "path": str(each.path),
+        "path": each.place,
     }
 
 
@@ -120,9 +120,9 @@ def _space(wanted: list[Garbage]) -> list[dict[str, Any]]:
     going: dict[str, int] = dict.fromkeys([*_PLACES, *_KINDS.values()], 0)
     for each in wanted:
         going[_KINDS[each.stage] if each.kind != "scratch" else _CHECKPOINTS] += each.bytes
-    present = {name: disk.size_of(store().root / folder) for name, folder in _PLACES.items()}
+    present = {name: store().size_of(store().root / folder) for name, folder in _PLACES.items()}
     for stage, name in _KINDS.items():
-        present[name] = present.get(name, 0) + disk.size_of(store().root / "artifacts" / stage)
+        present[name] = present.get(name, 0) + store().size_of(store().root / "artifacts" / stage)
     rows = [{"kind": name, "goes": going[name], "stays": max(0, present[name] - going[name])} for name in going]
     return sorted((row for row in rows if row["goes"] or row["stays"]), key=lambda r: -(r["goes"] + r["stays"]))
 

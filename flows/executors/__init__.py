@@ -21,13 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pipelines.core import artifact, errors, stop
+from pipelines.core import errors, stop
 from pipelines.core.artifact import Artifact
 from pipelines.core.compute import ComputeConfig
 from pipelines.core.errors import BY_EXIT_CODE, ConfigError, IngotError, Preempted, TransientError
 from pipelines.core.request import StageRequest
 from pipelines.core.stage import Progress
-from pipelines.core.store import Store
+from pipelines.core.store import open_store
 
 EVENTS = "events.jsonl"
 """What a job has printed, in its folder."""
@@ -197,19 +197,26 @@ def _progress(node: str, event: Mapping[str, Any]) -> Progress:
 def _result(job: Job, status: Status, last: Mapping[str, Any], executor: Executor) -> Artifact:
     node = job.request.node
     if last.get("event") == "artifact":
-        return artifact.load(Path(last["path"]))
+        return _stored(job, f"{node} was published, and is gone again")
     if status.cause is not None:
         raise status.cause
     if last.get("event") == "error":
         raise getattr(errors, last["kind"])(last["message"], hint=last["hint"])
-    stored = Store(Path(job.request.store)).find(job.request.stage, job.request.fingerprint)
-    if status.code == 0 and stored is not None:  # another run has followed it to its end, and tidied up
-        return stored
+    if status.code == 0:  # another run has followed it to its end, and tidied up
+        return _stored(job, f"the process of {node} ended well, and its artifact is not there")
     code, tail = status.code, executor.logs(job)
     words = f"; the end of its log:\n{tail}" if tail else ""
     if code is not None and code < 0:
         raise TransientError(f"the process of {node} was killed by {signal.Signals(-code).name}{words}")
     raise BY_EXIT_CODE.get(code or 1, IngotError)(f"the process of {node} ended with exit code {code}{words}")
+
+
+def _stored(job: Job, otherwise: str) -> Artifact:
+    """Return the artifact of a job, or raise that it is not in the store."""
+    stored = open_store(job.request.store).find(job.request.stage, job.request.fingerprint)
+    if stored is None:
+        raise IngotError(otherwise, hint="run the same command again")
+    return stored
 
 
 def names() -> list[str]:

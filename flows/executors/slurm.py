@@ -31,6 +31,7 @@ from pipelines.core import program
 from pipelines.core.compute import ComputeConfig, Resources, seconds_of
 from pipelines.core.errors import ConfigError, IngotError, Preempted, TransientError
 from pipelines.core.request import StageRequest
+from pipelines.core.store import SCHEME, open_store
 
 LOG = "log"
 _COMMENT = "ingot"
@@ -243,7 +244,9 @@ class _Queue:
 
 
 def _jobs_folder(request: StageRequest) -> Path:
-    """Return where jobs have their folders: in a store on disks that the nodes share."""
+    """Return where jobs have their folders, on disks that the nodes share: in the store, or else in the project."""
+    if request.store.startswith(SCHEME):
+        return Path(request.project or Path.cwd()) / ".ingot" / "jobs"
     return Path(request.store) / "jobs"
 
 
@@ -299,7 +302,7 @@ def _command(request: StageRequest) -> list[str]:
     image = request.compute.container
     if image is None:
         return command
-    folders = sorted({str(program.ROOT), request.store, request.project or str(Path.cwd())})
+    folders = sorted({str(program.ROOT), str(open_store(request.store).root), request.project or str(Path.cwd())})
     gpu = ["--nv"] if request.compute.gpus_per_node else []
     return ["apptainer", "exec", *gpu, *(f"--bind={folder}" for folder in folders), image, "python3", *command[1:]]
 

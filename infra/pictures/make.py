@@ -28,7 +28,7 @@ from pathlib import Path
 
 from pipelines import report
 from pipelines.core.errors import ConfigError, IngotError, IntegrityError, TransientError
-from pipelines.core.store import Store
+from pipelines.core.store import open_store
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from flows.run_record import RunRecord, Runs
@@ -123,7 +123,7 @@ def _run(runs: Runs, name: str | None) -> RunRecord:
 
 def _report_page(record: RunRecord, store: Path, scratch: Path) -> str:
     """Draw the report anew, keep the sections that fit a picture, and return its address."""
-    artifacts = {name: Store(store).find(node.stage, node.fingerprint) for name, node in record.nodes.items()}
+    artifacts = {name: open_store(store).find(node.stage, node.fingerprint) for name, node in record.nodes.items()}
     page = scratch / "report.html"
     report.write(record.model_dump(), {name: found for name, found in artifacts.items() if found is not None}, page)
     hidden = ", ".join(f"#{name}" for name in _HIDDEN_SECTIONS)

@@ -10,7 +10,7 @@ from flows.commands.run import headline
 from flows.run_record import RunRecord
 from pipelines.core import quantity
 from pipelines.core.errors import ConfigError
-from pipelines.core.store import Store
+from pipelines.core.store import open_store
 from pipelines.measure import intervals
 from pipelines.report import axes
 
@@ -28,7 +28,7 @@ Facts = dict[str, Any]
 def facts_of(record: RunRecord, store: Path) -> Facts:
     """Return the numbers of a run that pages show."""
     evaluated = {
-        name.partition(".")[2]: Store(store).find("evaluate", node.fingerprint)
+        name.partition(".")[2]: open_store(store).find("evaluate", node.fingerprint)
         for name, node in record.nodes.items()
         if node.stage == "evaluate"
     }

@@ -11,9 +11,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import to_json
@@ -71,12 +71,37 @@ class Manifest(BaseModel):
         return fingerprint.digest({name: f.sha256 for name, f in self.files.items() if not f.observation})
 
 
+class Source(Protocol):
+    """Where the files of an artifact come from that are not on this machine yet."""
+
+    def place(self, artifact: Artifact) -> str:
+        """Return the address of the artifact."""
+
+    def bring(self, artifact: Artifact) -> None:
+        """Have all files in the folder of the artifact, verified."""
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A published artifact: its folder and its manifest."""
 
-    path: Path
+    folder: Path
+    """Where its files are; of one on an object store, where they will be once `path` was asked for."""
     manifest: Manifest
+    source: Source | None = field(default=None, compare=False, repr=False)
+    """Of an artifact on an object store."""
+
+    @property
+    def path(self) -> Path:
+        """Its folder, with all files in it: those of an object store are brought here first, and verified."""
+        if self.source is not None:
+            self.source.bring(self)
+        return self.folder
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people: nothing is brought here."""
+        return str(self.folder) if self.source is None else self.source.place(self)
 
     @property
     def digest(self) -> str:
@@ -181,25 +206,38 @@ def load(path: Path) -> Artifact:
         IntegrityError: no manifest, an unreadable one, or one of a newer schema.
     """
     try:
-        raw = json.loads((path / MANIFEST).read_bytes(), parse_float=_float_as_written)
+        text = (path / MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise IntegrityError(f"{path} is not an artifact: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise IntegrityError(f"{path / MANIFEST} is damaged: {error}", hint=_REBUILD) from error
+    return Artifact(path, parse(text, str(path / MANIFEST)))
+
+
+def parse(text: bytes | str, place: str) -> Manifest:
+    """Return the manifest that a text is; `place` is where it was read, for messages.
+
+    Raises:
+        IntegrityError: it is damaged, or of a newer schema.
+    """
+    try:
+        raw = json.loads(text, parse_float=_float_as_written)
         version = raw["schema_version"]
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise IntegrityError(
-                f"{path / MANIFEST} has schema version {version}; this checkout reads {SCHEMA_VERSION}",
+                f"{place} has schema version {version}; this checkout reads {SCHEMA_VERSION}",
                 hint="update the checkout to the version that wrote it",
             )
         manifest = Manifest.model_validate(raw)
         seal = _seal(raw)
-    except FileNotFoundError:
-        raise IntegrityError(f"{path} is not an artifact: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError, RecursionError, IsADirectoryError) as error:
-        raise IntegrityError(f"{path / MANIFEST} is damaged: {error}", hint=_REBUILD) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError(f"{place} is damaged: {error}", hint=_REBUILD) from error
     if seal != manifest.seal:
         raise IntegrityError(
-            f"{path / MANIFEST} is damaged: its seal is {manifest.seal}, its content gives {seal}", hint=_REBUILD
+            f"{place} is damaged: its seal is {manifest.seal}, its content gives {seal}", hint=_REBUILD
         )
-    _refuse_escaping(path, manifest)
-    return Artifact(path, manifest)
+    _refuse_escaping(place, manifest)
+    return manifest
 
 
 def read_json(path: Path) -> Any:
@@ -265,12 +303,12 @@ def _float_as_written(text: str) -> float:
     return value
 
 
-def _refuse_escaping(path: Path, manifest: Manifest) -> None:
+def _refuse_escaping(place: str, manifest: Manifest) -> None:
     """Refuse file names that lead out of the artifact: a manifest may come from elsewhere."""
     for name in manifest.files:
         parts = PurePosixPath(name).parts
         if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
-            raise IntegrityError(f"{path / MANIFEST} names the file {name!r}, which lies outside of the artifact")
+            raise IntegrityError(f"{place} names the file {name!r}, which lies outside of the artifact")
 
 
 def _observed(name: str, observations: Collection[str]) -> bool:

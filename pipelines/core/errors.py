@@ -59,6 +59,10 @@ class LockedError(IngotError):
     exit_code = 6
 
 
+class LockLost(LockedError):
+    """Another machine has taken over what this process worked on, because it showed no sign of life for too long."""
+
+
 class GateRefused(IngotError):
     """The candidate did not pass the promotion gate."""
 

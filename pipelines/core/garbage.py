@@ -8,8 +8,6 @@ runs and leases register under the same lock that a collection holds, so nothing
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from typing import Any
 
 from pipelines.core import artifact, disk
 from pipelines.core.errors import LockedError
-from pipelines.core.store import BUILDING, Store
+from pipelines.core.store import BUILDING, Store, short
 
 FETCHED = "fetched-"
 """Beginning of the name of a folder below scratch/ that something of the registry is downloaded into."""
@@ -34,9 +32,12 @@ class Garbage:
     stage: str
     name: str
     path: Path
+    """Its folder below `Store.root`, or where that would be."""
     bytes: int
     lease: str | None = None
-    """Stage and resume key whose lease must be free while it is removed."""
+    """Lock that must be free while it is removed."""
+    fingerprint: str = ""
+    """Of an artifact."""
 
 
 def find(
@@ -59,26 +60,40 @@ def find(
             inputs: dict[str, Any] = stored[key].manifest.identity.get("inputs", {}) if key in stored else {}
             pending += inputs.values()
     garbage = [
-        Garbage("artifact", each.manifest.stage, each.manifest.node, each.path, disk.size_of(each.path))
+        Garbage(
+            "artifact",
+            each.manifest.stage,
+            each.manifest.node,
+            each.folder,
+            store.size_of(each.folder),
+            fingerprint=key,
+        )
         for key, each in stored.items()
         if key not in needed and key not in alone
     ]
-    kept = {store.short(key) for key in resumable}
-    for folder in sorted(store.root.glob("scratch/*-*")):
+    return [*garbage, *_unfinished(store, {short(key) for key in resumable}), *_of_publishing(store)]
+
+
+def _unfinished(store: Store, kept: set[str]) -> Iterator[Garbage]:
+    """Yield what attempts left that nobody works on and nobody will go on with."""
+    for folder in store.scratches():
         stage, _, key = folder.name.rpartition("-")
-        if key not in kept and store.is_free(folder.name) and not _is_being_fetched(folder):
-            garbage.append(Garbage("scratch", stage, stage, folder, disk.size_of(folder), folder.name))
+        lease = f"leases/{folder.name}"
+        if key not in kept and not _is_being_fetched(folder) and store.is_free(lease):
+            yield Garbage("scratch", stage, stage, folder, store.size_of(folder), lease)
     for folder in sorted(store.root.glob(f"artifacts/*/{BUILDING}*")):
-        lease = f"{folder.parent.name}-{folder.name.removeprefix(BUILDING)}"
+        stage = folder.parent.name
+        lease = f"leases/{stage}-{folder.name.removeprefix(BUILDING)}"
         if store.is_free(lease):
-            garbage.append(
-                Garbage("building", folder.parent.name, folder.parent.name, folder, disk.size_of(folder), lease)
-            )
+            yield Garbage("building", stage, stage, folder, disk.size_of(folder), lease)
+
+
+def _of_publishing(store: Store) -> Iterator[Garbage]:
+    """Yield what is left of artifacts that were replaced, or never came to be."""
     # Whoever retired an artifact has no further use for it, also if it was killed before its successor appeared.
-    retired = sorted(store.root.glob(f"artifacts/*/{artifact.RETIRED}*"))
-    return garbage + [
-        Garbage("retired", folder.parent.name, folder.parent.name, folder, disk.size_of(folder)) for folder in retired
-    ]
+    for folder in [*sorted(store.root.glob(f"artifacts/*/{artifact.RETIRED}*")), *store.leftovers()]:
+        stage = folder.relative_to(store.root / "artifacts").parts[0]
+        yield Garbage("retired", stage, stage, folder, store.size_of(folder))
 
 
 def _is_being_fetched(folder: Path) -> bool:
@@ -91,13 +106,8 @@ def remove(store: Store, garbage: Collection[Garbage]) -> Iterator[Garbage]:
     for each in garbage:
         with contextlib.suppress(LockedError), contextlib.ExitStack() as stack:
             if each.lease is not None:
-                stack.enter_context(store.hold(each.lease, wait_s=0))
-            path = each.path
+                stack.enter_context(store.hold(each.lease, what=each.lease, wait_s=0))
             if each.kind == "artifact":
-                # One rename, so that a reader never sees an artifact that lacks files.
-                path = path.with_name(f"{artifact.RETIRED}{path.name}-{os.getpid()}")
-                each.path.rename(path)
-                store.forget(each.path)
-            shutil.rmtree(path, ignore_errors=True)
-            if not path.exists():
+                store.withdraw(each.stage, each.fingerprint)
+            if store.discard(each.path):
                 yield each

@@ -37,6 +37,13 @@ def this_process() -> ProcessName:
     return ProcessName(pid=pid, host=socket.gethostname(), start=start_of(pid) or "")
 
 
+@functools.cache
+def machine() -> str:
+    """Return a name for everything whose process ids mean the same as here; host names are shared by containers."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{_boot_id()}:{namespace.stat().st_ino}" if namespace.exists() else socket.gethostname()
+
+
 def start_of(pid: int) -> str | None:
     """Return when the process with this id started, in a form that no other process shares; None if there is none.
 

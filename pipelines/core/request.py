@@ -39,7 +39,7 @@ class StageRequest(BaseModel):
     data_hash: str | None
     """DVC hash of the corpus that the artifact is made or descends from; None for neither."""
     store: str
-    """Address of the store: the absolute path of its root."""
+    """Address of the store: the absolute path of its folder, or `s3://BUCKET/PREFIX`."""
     project: str | None = None
     """The user's project, an absolute path; None: the one around the working directory of whoever executes this."""
     compute: ComputeConfig = ComputeConfig()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -25,13 +24,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipelines.core import artifact, boundary, disk, environment, fingerprint, progress_bars, provenance, stop
+from pipelines.core import boundary, disk, environment, fingerprint, progress_bars, provenance, stop
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, IngotError
 from pipelines.core.request import ArtifactRef, StageRequest
 from pipelines.core.settings import Settings
 from pipelines.core.stage import Progress, Stage, StageContext
-from pipelines.core.store import Store
+from pipelines.core.store import Store, open_store
 
 
 def execute(request: StageRequest, report: Callable[[Progress], None] = lambda _progress: None) -> Artifact:
@@ -46,7 +45,7 @@ def execute(request: StageRequest, report: Callable[[Progress], None] = lambda _
         IngotError: an input is not in the store; everything that `materialize` and the stage raise.
     """
     environment.clear()
-    stage, store = request.described(), Store(Path(request.store))
+    stage, store = request.described(), open_store(request.store)
     config, keys = stage.configured(request.configuration), request.input_keys()
     if (mine := fingerprint.digest(stage.identity(config, keys))) != request.fingerprint:
         raise ConfigError(
@@ -79,7 +78,7 @@ def _stored(store: Store, name: str, wanted: ArtifactRef) -> Artifact:
     stored = store.find(wanted.stage, wanted.fingerprint)
     if stored is None:
         raise IngotError(
-            f"the input {name} ({wanted.stage} {wanted.fingerprint[:12]}) is not in {store.root}",
+            f"the input {name} ({wanted.stage} {wanted.fingerprint[:12]}) is not in {store.address}",
             hint="run without --only, or run that stage first",
         )
     return stored
@@ -121,26 +120,29 @@ def materialize(
         return cached
     resume_key = fingerprint.digest(stage.resume_key(config, input_keys))
     used_keys = [used.manifest.fingerprint for used in inputs.values()]
-    with store.lease(stage.name, resume_key, wait_s=wait_s, inputs=used_keys):
+    with store.lease(stage.name, resume_key, wait_s=wait_s, inputs=used_keys) as lease:
         # Another run may have published it while this one waited for the lease.
         if not force and (cached := store.find(stage.name, key)):
             return cached
         for used in inputs.values():
             store.verify(used)
-        scratch = store.scratch(stage.name, resume_key)
-        scratch.mkdir(parents=True, exist_ok=True)
         build = store.build_folder(stage.name, resume_key)
         started = time.monotonic()
-        at_work = dataclasses.replace(context, scratch=scratch, store=store.root)
-        with disk.explained(f"the artifact of {context.node}", build, remove=True), progress_bars.bars():
+        with (
+            disk.explained(f"the artifact of {context.node}", build, remove=True),
+            progress_bars.bars(),
+            store.attempt(stage.name, resume_key, lease, stage.journals) as scratch,
+        ):
+            at_work = dataclasses.replace(context, scratch=scratch, store=store.root)
             summary = stage.body()(config, inputs, build, at_work)
             made_by = provenance.capture(
                 duration_s=time.monotonic() - started, source_digest=stage.source_digest(), data_hash=data_hash
             )
-            published = artifact.publish(
+            published = store.publish(
                 build,
-                store.path(stage.name, key),
-                stage=stage.name,
+                stage.name,
+                key,
+                lease,
                 node=context.node,
                 identity=identity,
                 parents={name: used.digest for name, used in inputs.items()},
@@ -148,7 +150,7 @@ def materialize(
                 provenance=made_by,
                 observations=stage.observations,
             )
-        shutil.rmtree(scratch, ignore_errors=True)
+        store.clear_scratch(stage.name, resume_key)
         return published
 
 
@@ -175,7 +177,7 @@ def main(arguments: list[str]) -> int:
         tell("error", kind=type(known).__name__, message=known.message, hint=known.hint)
         print(f"{known}", file=sys.stderr)
         return known.exit_code
-    tell("artifact", path=str(made.path), fingerprint=made.manifest.fingerprint, digest=made.digest)
+    tell("artifact", path=made.place, fingerprint=made.manifest.fingerprint, digest=made.digest)
     return 0
 
 

@@ -94,6 +94,8 @@ class Stage:
     """`module:function` of the body."""
     observations: tuple[str, ...] = ()
     """Payload files with timings or logs, which are not part of the result."""
+    journals: tuple[str, ...] = ()
+    """Patterns of files beside a folder `checkpoints` in its scratch, which going on from a checkpoint takes."""
     settings: str = "pipelines.core.settings:Settings"
     """`module:class` of its configuration."""
     corpus: Literal["reads", "descends", "none"] = "descends"

@@ -9,10 +9,11 @@ from __future__ import annotations
 import datetime as dt
 import getpass
 import json
-import os
 import socket
 from pathlib import Path
 from typing import Any
+
+from pipelines.core.store import open_store
 
 HISTORY = "registry/history.jsonl"
 PROMOTE, ROLLBACK, OBSERVED, REGISTERED, REFUSED = "promote", "rollback", "observed", "registered", "refused"
@@ -33,15 +34,7 @@ def append(store_root: Path, model: str, action: str, *, version: str | None, wh
         "why": why,
         **facts,
     }
-    path = store_root / HISTORY
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, sort_keys=True) + "\n"
-    with path.open("a+b") as stream:
-        if stream.tell() and not _ends_a_line(stream.fileno()):
-            text = "\n" + text
-        stream.write(text.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
+    open_store(store_root).append(HISTORY, json.dumps(record, sort_keys=True))
     return record
 
 
@@ -53,10 +46,7 @@ def who_and_when() -> dict[str, str]:
 
 def read(store_root: Path, model: str | None = None) -> list[Record]:
     """Return every record, oldest first; lines that are unfinished or damaged are left out."""
-    try:
-        lines = (store_root / HISTORY).read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
+    lines = (open_store(store_root).read(HISTORY) or "").splitlines()
     records = [record for text in lines if (record := _parse(text)) is not None]
     return [record for record in records if model in {None, record["model"]}]
 
@@ -108,10 +98,6 @@ def _parse(text: str) -> Record | None:
         return None
     texts = (record["model"], record["action"], record["version"] or "")
     return record if all(isinstance(text, str) for text in texts) else None
-
-
-def _ends_a_line(descriptor: int) -> bool:
-    return os.pread(descriptor, 1, os.fstat(descriptor).st_size - 1) == b"\n"
 
 
 def _user() -> str:

@@ -241,7 +241,7 @@ def _artifact_tags(published: Artifact, stage: StageRecord) -> list[Any]:
     tags = {
         CACHED: "true" if stage.cached else "false",
         DIGEST: published.digest,
-        "ingot.artifact": redact(str(published.path)),
+        "ingot.artifact": redact(published.place),
         "ingot.artifact_bytes": str(published.size),
     }
     return [RunTag(key, value) for key, value in tags.items()]

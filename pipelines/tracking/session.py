@@ -185,7 +185,7 @@ class Session:
             stage = self._record.stages[node]
             # An attempt that was killed after it published finds its own artifact: this run made it all the same.
             stage.cached = cached and stage.cached is not False
-            stage.artifact = str(artifact.path)
+            stage.artifact = artifact.place
             self._save()
 
     def _begin(self, node: str, fingerprint: str, params: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ from pipelines.core.artifact import Artifact
 from pipelines.core.program import ROOT as CHECKOUT
 from pipelines.core.run_stage import materialize
 from pipelines.core.stage import StageContext
-from pipelines.core.store import Store
+from pipelines.core.store import LocalStore
 from pipelines.data.config import PrepareConfig, PrepareJob
 from pipelines.data.shards import ShardReader
 from pipelines.stages import STAGES
@@ -224,7 +224,7 @@ def prepared(preset: Preset, root: Path) -> Artifact:
     data_hash = versioning.data_hash(job.data, CHECKOUT)
     context = StageContext("prepare", root)
     keys = {"data": data_hash}
-    return materialize(STAGES["prepare"], job, {}, Store(root), context, input_keys=keys, data_hash=data_hash)
+    return materialize(STAGES["prepare"], job, {}, LocalStore(root), context, input_keys=keys, data_hash=data_hash)
 
 
 def train(cell: Cell, data: Artifact, device: torch.device) -> Result:

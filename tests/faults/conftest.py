@@ -18,7 +18,7 @@ import pytest
 
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
-from pipelines.core.store import Store
+from pipelines.core.store import LocalStore
 from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.metrics import read_records
 
@@ -59,9 +59,9 @@ class Pretraining:
     attempts: int = 0
 
     @property
-    def store(self) -> Store:
+    def store(self) -> LocalStore:
         """The store."""
-        return Store(self.root / "store")
+        return LocalStore(self.root / "store")
 
     @property
     def scratch(self) -> Path:
@@ -171,7 +171,7 @@ def _nothing_left_behind(tmp_path: Path) -> Iterator[None]:
         process.kill()
     assert names == []
     for store in tmp_path.rglob("store"):
-        if any(Store(store).artifacts()):  # the last attempt was left to finish
+        if any(LocalStore(store).artifacts()):  # the last attempt was left to finish
             assert [path.name for path in store.rglob(".*")] == []
             assert list(store.rglob("*.tmp")) == []
             assert list((store / "leases").glob("*.holder")) == []

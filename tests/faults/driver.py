@@ -14,7 +14,7 @@ from pipelines.core.compute import ComputeConfig
 from pipelines.core.errors import IngotError
 from pipelines.core.run_stage import materialize
 from pipelines.core.stage import StageContext
-from pipelines.core.store import Store
+from pipelines.core.store import LocalStore
 from pipelines.stages import STAGES
 from pipelines.training.config import PretrainConfig
 
@@ -23,7 +23,7 @@ def main(order: Path) -> int:
     """Run one order; return the exit code."""
     asked = json.loads(order.read_text(encoding="utf-8"))
     prepared = artifact.load(Path(asked["prepared"]))
-    store = Store(Path(asked["store"]))
+    store = LocalStore(Path(asked["store"]))
     context = StageContext(node="pretrain", scratch=store.root, compute=ComputeConfig.model_validate(asked["compute"]))
     try:
         made = materialize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.core.store import Store
+from pipelines.core.store import LocalStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -28,7 +28,7 @@ def test_a_run_on_a_full_disk_says_so_and_the_same_command_completes_with_more_r
     assert "bytes were written before the disk was full" in full.stderr
     assert "-> free some space (`ingot gc --dry-run`" in full.stderr
     assert "Traceback" not in full.stderr
-    store = Store(disk.path / "store")
+    store = LocalStore(disk.path / "store")
     assert list(store.artifacts()) == []
     assert not list(store.root.glob("artifacts/*/.building-*"))
     (run,) = json.loads(run_in(store.root, "list", "runs", "--json").stdout)

@@ -13,15 +13,15 @@ from pipelines.core import artifact
 from pipelines.core.errors import ConfigError
 from pipelines.core.machine import Machine
 from pipelines.core.provenance import capture
-from pipelines.core.store import Store
+from pipelines.core.store import LocalStore
 
 DATA = "0123abcd" * 4
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(tmp_path: Path) -> LocalStore:
     """An empty store."""
-    return Store(tmp_path / "store")
+    return LocalStore(tmp_path / "store")
 
 
 def graph_of(*overrides: str, data: str = DATA) -> dict[str, Identified]:
@@ -29,7 +29,7 @@ def graph_of(*overrides: str, data: str = DATA) -> dict[str, Identified]:
     return identify(recipe.resolve("demo", list(overrides)), data)
 
 
-def publish(store: Store, graph: dict[str, Identified], *, only: str | None = None, content: str = "") -> None:
+def publish(store: LocalStore, graph: dict[str, Identified], *, only: str | None = None, content: str = "") -> None:
     """Publish an artifact for each node, as a finished run leaves them."""
     for name, node in graph.items():
         if only not in {None, name} or store.find(node.node.stage.name, node.fingerprint):
@@ -63,25 +63,25 @@ def why(steps: list[planner.Step], node: str) -> str:
     return next(step.why for step in steps if step.node == node)
 
 
-def test_an_empty_store_runs_prepare_and_everything_else_waits(store: Store) -> None:
+def test_an_empty_store_runs_prepare_and_everything_else_waits(store: LocalStore) -> None:
     found = states(planner.make(graph_of(), store))
     assert found["prepare"] == "run"
     assert set(found.values()) - {"run"} == {"waits"}
 
 
-def test_planning_writes_nothing(store: Store) -> None:
+def test_planning_writes_nothing(store: LocalStore) -> None:
     planner.make(graph_of(), store)
     assert not store.root.exists()
 
 
-def test_a_finished_run_is_cached_throughout(store: Store) -> None:
+def test_a_finished_run_is_cached_throughout(store: LocalStore) -> None:
     publish(store, graph_of())
     steps = planner.make(graph_of(), store)
     assert planner.is_done(steps)
     assert set(states(steps).values()) == {"cached"}
 
 
-def test_one_changed_field_reruns_exactly_the_stages_below_it_and_is_named(store: Store) -> None:
+def test_one_changed_field_reruns_exactly_the_stages_below_it_and_is_named(store: LocalStore) -> None:
     publish(store, graph_of())
     steps = planner.make(graph_of("pretrain.seed=7"), store)
     assert states(steps)["prepare"] == "cached"
@@ -90,7 +90,7 @@ def test_one_changed_field_reruns_exactly_the_stages_below_it_and_is_named(store
     assert why(steps, "evaluate.pretrain") == "input changed: pretrain"
 
 
-def test_a_changed_child_leaves_its_siblings_alone(store: Store) -> None:
+def test_a_changed_child_leaves_its_siblings_alone(store: LocalStore) -> None:
     publish(store, graph_of())
     steps = planner.make(graph_of("compress.2.group_size=128"), store)
     run = {node for node, state in states(steps).items() if state == "run"}
@@ -100,14 +100,14 @@ def test_a_changed_child_leaves_its_siblings_alone(store: Store) -> None:
     assert "compress.group_size: 64 -> 128" in why(steps, changed)
 
 
-def test_a_changed_method_is_told_by_name(store: Store) -> None:
+def test_a_changed_method_is_told_by_name(store: LocalStore) -> None:
     publish(store, graph_of())
     steps = planner.make(graph_of("compress.1.method=gptq", "compress.1.group_size=32"), store)
     changed = next(step for step in steps if step.stage == "compress" and step.state == "run")
     assert "group_size" in changed.why or "method" in changed.why
 
 
-def test_the_last_run_of_the_same_recipe_is_compared_with_before_a_closer_one_of_another(store: Store) -> None:
+def test_the_last_run_of_the_same_recipe_is_compared_with_before_a_closer_one_of_another(store: LocalStore) -> None:
     mine, closer = graph_of("pretrain.seed=7", "pretrain.steps=900"), graph_of("pretrain.seed=8")
     publish(store, mine)
     publish(store, closer)
@@ -119,19 +119,19 @@ def test_the_last_run_of_the_same_recipe_is_compared_with_before_a_closer_one_of
     assert "pretrain.steps: 900 -> " in reason
 
 
-def test_a_field_without_effect_on_results_changes_nothing(store: Store) -> None:
+def test_a_field_without_effect_on_results_changes_nothing(store: LocalStore) -> None:
     publish(store, graph_of())
     assert planner.is_done(planner.make(graph_of("compute.retries=7", "pretrain.log_every=5"), store))
 
 
-def test_another_corpus_reruns_everything_and_is_named(store: Store) -> None:
+def test_another_corpus_reruns_everything_and_is_named(store: LocalStore) -> None:
     publish(store, graph_of())
     steps = planner.make(graph_of(data="f" * 32), store)
     assert set(states(steps).values()) == {"run"}
     assert why(steps, "prepare") == f"data.dvc: {DATA[:8]} -> ffffffff"
 
 
-def test_an_input_rebuilt_with_other_bytes_makes_its_readers_stale(store: Store) -> None:
+def test_an_input_rebuilt_with_other_bytes_makes_its_readers_stale(store: LocalStore) -> None:
     graph = graph_of()
     publish(store, graph)
     node = graph["pretrain"]
@@ -145,7 +145,7 @@ def test_an_input_rebuilt_with_other_bytes_makes_its_readers_stale(store: Store)
     assert why(steps, "evaluate.pretrain") == "input changed: pretrain was rebuilt with other bytes"
 
 
-def test_force_from_and_only_select_what_they_name(store: Store) -> None:
+def test_force_from_and_only_select_what_they_name(store: LocalStore) -> None:
     publish(store, graph_of())
     graph = graph_of()
     forced = states(planner.make(graph, store, Selection(force=("evaluate",))))
@@ -156,12 +156,12 @@ def test_force_from_and_only_select_what_they_name(store: Store) -> None:
     assert {n for n, s in only.items() if s == "skip"} == set(graph) - {"pretrain"}
 
 
-def test_a_stage_that_does_not_exist_is_refused(store: Store) -> None:
+def test_a_stage_that_does_not_exist_is_refused(store: LocalStore) -> None:
     with pytest.raises(ConfigError, match="'prtrain' is not a stage"):
         planner.make(graph_of(), store, Selection(only="prtrain"))
 
 
-def test_a_changed_source_is_a_warning_not_a_rerun(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_source_is_a_warning_not_a_rerun(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(store, graph_of())
     monkeypatch.setattr("pipelines.core.source_closure.digest", lambda _entry: "0" * 64)
     steps = planner.make(graph_of(), store)
@@ -169,7 +169,7 @@ def test_a_changed_source_is_a_warning_not_a_rerun(store: Store, monkeypatch: py
     assert all("--force" in step.warning for step in steps)
 
 
-def test_a_stage_without_an_estimator_takes_what_the_closest_earlier_one_took(store: Store) -> None:
+def test_a_stage_without_an_estimator_takes_what_the_closest_earlier_one_took(store: LocalStore) -> None:
     publish(store, graph_of())
     (promote,) = (step for step in planner.make(graph_of("pretrain.seed=7"), store) if step.node == "promote")
     assert promote.seconds == 2.0
@@ -177,7 +177,7 @@ def test_a_stage_without_an_estimator_takes_what_the_closest_earlier_one_took(st
     assert promote.estimate.time.source == "measured"
 
 
-def test_every_stage_that_runs_is_estimated_and_one_that_is_done_takes_nothing(store: Store) -> None:
+def test_every_stage_that_runs_is_estimated_and_one_that_is_done_takes_nothing(store: LocalStore) -> None:
     fresh = planner.make(graph_of(), store, corpus_bytes=3_000_000)
     known = {
         step.node for step in fresh if None not in (step.seconds, step.estimate.memory_bytes, step.estimate.disk_bytes)
@@ -187,7 +187,7 @@ def test_every_stage_that_runs_is_estimated_and_one_that_is_done_takes_nothing(s
     assert {step.seconds for step in planner.make(graph_of(), store)} == {None}
 
 
-def test_a_model_that_cannot_fit_is_refused_where_it_would_run_and_only_there(store: Store) -> None:
+def test_a_model_that_cannot_fit_is_refused_where_it_would_run_and_only_there(store: LocalStore) -> None:
     small = Machine("cpu", 4 * 10**9, "this machine has", shared=True)
     graph = graph_of("pretrain.preset=7b", "pretrain.model.ffn_width=11008")
     with pytest.raises(ConfigError, match=r"pretrain cannot fit: 2 ranks of .* this machine has 4 GB"):
@@ -197,7 +197,7 @@ def test_a_model_that_cannot_fit_is_refused_where_it_would_run_and_only_there(st
     assert planner.is_done(planner.make(graph, store, machine=small, corpus_bytes=3_000_000))
 
 
-def test_a_step_as_json_has_its_cost_only_where_a_price_is_known(store: Store) -> None:
+def test_a_step_as_json_has_its_cost_only_where_a_price_is_known(store: LocalStore) -> None:
     (pretrain,) = (s for s in planner.make(graph_of(), store, corpus_bytes=3_000_000) if s.node == "pretrain")
     assert pretrain.as_dict()["estimate"]["cost"] is None
     assert pretrain.seconds is not None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.core.store import Store
+from pipelines.core.store import LocalStore
 from tests.flows.prefect_process import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -38,5 +38,5 @@ def test_a_worker_runs_the_shipped_deployment_and_finds_everything_cached_the_se
     assert first == [("prepare", "Completed")]
     assert second == [("prepare", "Cached")]
     assert not process.is_running()
-    (made,) = Store(Path(server.environment["INGOT_STORE"])).artifacts()
+    (made,) = LocalStore(Path(server.environment["INGOT_STORE"])).artifacts()
     made.verify()

@@ -13,7 +13,7 @@ from flows.run_record import NodeRecord, RunRecord, Runs
 from pipelines.core import artifact, fingerprint
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
-from pipelines.core.store import Store
+from pipelines.core.store import LocalStore
 from pipelines.registry import history
 from pipelines.tracking.client import connect
 from pipelines.tracking.config import TrackingConfig
@@ -22,15 +22,15 @@ Made = Callable[..., Artifact]
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
     """The store that the commands use; its MLflow does not exist."""
     monkeypatch.setenv("INGOT_STORE", str(tmp_path / "store"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return Store(tmp_path / "store")
+    return LocalStore(tmp_path / "store")
 
 
 @pytest.fixture
-def made(store: Store) -> Made:
+def made(store: LocalStore) -> Made:
     """Publish an artifact with a model folder."""
 
     def publish(node: str, content: str = "x") -> Artifact:
@@ -45,7 +45,7 @@ def made(store: Store) -> Made:
     return publish
 
 
-def remember(store: Store, *made: Artifact, promoted: str | None = None, candidate: str = "smallest") -> RunRecord:
+def remember(store: LocalStore, *made: Artifact, promoted: str | None = None, candidate: str = "smallest") -> RunRecord:
     """Record a run that made these artifacts."""
     nodes = {a.manifest.node: NodeRecord(stage=a.manifest.stage, fingerprint=a.manifest.fingerprint) for a in made}
     summary = {} if promoted is None else {"candidate": promoted}
@@ -57,12 +57,12 @@ def remember(store: Store, *made: Artifact, promoted: str | None = None, candida
     return record
 
 
-def crown(store: Store, model: str, version: str, champion: Artifact, action: str = history.PROMOTE) -> None:
+def crown(store: LocalStore, model: str, version: str, champion: Artifact, action: str = history.PROMOTE) -> None:
     facts = {"fingerprint": champion.manifest.fingerprint, "digest": champion.digest}
     history.append(store.root, model, action, version=version, why="a test", **facts)
 
 
-def test_every_form_of_a_name_finds_the_model(store: Store, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_form_of_a_name_finds_the_model(store: LocalStore, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     base, variant = made("pretrain"), made("compress.gptq-int4-g64")
     run = remember(store, base, variant, promoted="gptq-int4-g64")
     crown(store, "m", "2", base)
@@ -78,7 +78,7 @@ def test_every_form_of_a_name_finds_the_model(store: Store, made: Made, monkeypa
     assert lookup.find(run.id) == run
 
 
-def test_with_two_registered_models_champion_is_no_dead_end(store: Store, made: Made) -> None:
+def test_with_two_registered_models_champion_is_no_dead_end(store: LocalStore, made: Made) -> None:
     one, other = made("pretrain"), made("pretrain", "other")
     crown(store, "one", "1", one)
     crown(store, "other", "1", other)
@@ -88,7 +88,7 @@ def test_with_two_registered_models_champion_is_no_dead_end(store: Store, made: 
     assert lookup.find_model("other@champion").path == other.path
 
 
-def test_a_node_is_that_of_the_newest_run_whose_artifact_is_there(store: Store, made: Made) -> None:
+def test_a_node_is_that_of_the_newest_run_whose_artifact_is_there(store: LocalStore, made: Made) -> None:
     older, newer = made("pretrain"), made("pretrain", "newer")
     remember(store, older)
     remember(store, newer)
@@ -97,7 +97,9 @@ def test_a_node_is_that_of_the_newest_run_whose_artifact_is_there(store: Store, 
     assert lookup.find_model("pretrain").path == older.path
 
 
-def test_an_ambiguous_beginning_lists_what_it_may_mean_and_an_exact_name_is_preferred(store: Store, made: Made) -> None:
+def test_an_ambiguous_beginning_lists_what_it_may_mean_and_an_exact_name_is_preferred(
+    store: LocalStore, made: Made
+) -> None:
     base = made("pretrain")
     first, second = remember(store, base), remember(store, base)
     with pytest.raises(ConfigError, match="is the beginning of 2 names") as caught:
@@ -108,7 +110,7 @@ def test_an_ambiguous_beginning_lists_what_it_may_mean_and_an_exact_name_is_pref
 
 
 def test_the_beginning_of_two_fingerprints_is_refused(
-    store: Store, made: Made, monkeypatch: pytest.MonkeyPatch
+    store: LocalStore, made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lookup, "_MIN_DIGITS", 1)  # seventeen artifacts share a first digit; six digits take thousands
     found: dict[str, Artifact] = {}
@@ -124,7 +126,7 @@ def test_the_beginning_of_two_fingerprints_is_refused(
     assert lookup.find(one.manifest.fingerprint) == one
 
 
-def test_what_is_not_there_is_said_with_the_nearest_name(store: Store, made: Made) -> None:
+def test_what_is_not_there_is_said_with_the_nearest_name(store: LocalStore, made: Made) -> None:
     run = remember(store, made("compress.rtn-int8"))
     crown(store, "ingot-demo", "1", made("compress.rtn-int8"))
     for wrong, near in (
@@ -141,7 +143,7 @@ def test_what_is_not_there_is_said_with_the_nearest_name(store: Store, made: Mad
 
 
 def test_a_node_without_an_artifact_and_a_folder_without_a_manifest_are_called_that(
-    store: Store, made: Made, tmp_path: Path
+    store: LocalStore, made: Made, tmp_path: Path
 ) -> None:
     base = made("pretrain")
     run = remember(store, base)
@@ -154,7 +156,7 @@ def test_a_node_without_an_artifact_and_a_folder_without_a_manifest_are_called_t
 
 
 def test_a_registered_model_whose_artifact_is_gone_or_was_made_again_is_never_passed_off_as_it(
-    store: Store, made: Made
+    store: LocalStore, made: Made
 ) -> None:
     base = made("pretrain")
     crown(store, "m", "1", base)
@@ -168,7 +170,7 @@ def test_a_registered_model_whose_artifact_is_gone_or_was_made_again_is_never_pa
         lookup.find("m/1")
 
 
-def test_a_run_is_the_model_that_it_promoted_or_was_to_promote(store: Store, made: Made) -> None:
+def test_a_run_is_the_model_that_it_promoted_or_was_to_promote(store: LocalStore, made: Made) -> None:
     base, variant = made("pretrain"), made("compress.v")
     assert lookup.find_model(remember(store, base, variant, promoted="v").id) == variant
     assert lookup.find_model(remember(store, base, variant, candidate="pretrain").id) == base
@@ -178,7 +180,7 @@ def test_a_run_is_the_model_that_it_promoted_or_was_to_promote(store: Store, mad
     assert f"{undecided.id}/pretrain, {undecided.id}/v" in str(caught.value)
 
 
-def test_a_candidate_leads_to_the_run_that_made_it(store: Store, made: Made) -> None:
+def test_a_candidate_leads_to_the_run_that_made_it(store: LocalStore, made: Made) -> None:
     old, new = made("compress.v", "old"), made("compress.v")
     first, second = remember(store, old), remember(store, new)
     crown(store, "m", "1", old)
@@ -194,7 +196,7 @@ def test_a_candidate_leads_to_the_run_that_made_it(store: Store, made: Made) -> 
         lookup.find_candidate("m/1", second.id)
 
 
-def test_a_title_is_named_by_its_model_or_by_its_champion(store: Store, made: Made) -> None:
+def test_a_title_is_named_by_its_model_or_by_its_champion(store: LocalStore, made: Made) -> None:
     base, variant = made("pretrain"), made("compress.v")
     crown(store, "m", "1", base)
     assert lookup.find_registered(None) == "m"

@@ -23,7 +23,7 @@ from pipelines.core import artifact, fingerprint
 from pipelines.core.artifact import write_text
 from pipelines.core.errors import ConfigError, IngotError
 from pipelines.core.program import ROOT as CHECKOUT
-from pipelines.core.store import Store
+from pipelines.core.store import LocalStore
 from pipelines.registry import history
 
 
@@ -64,8 +64,8 @@ QUANTIZED = variant(
 @pytest.fixture
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunRecord]:
     """Return a function that makes a finished run with these variants."""
-    monkeypatch.setattr(lookup, "store", lambda: Store(tmp_path))
-    monkeypatch.setattr(show, "store", lambda: Store(tmp_path))
+    monkeypatch.setattr(lookup, "store", lambda: LocalStore(tmp_path))
+    monkeypatch.setattr(show, "store", lambda: LocalStore(tmp_path))
 
     def make(*variants: dict[str, Any]) -> RunRecord:
         runs = Runs(tmp_path)
@@ -266,9 +266,9 @@ def test_what_is_damaged_is_left_out_or_named_and_never_a_traceback(
     pattern: str, damage: Callable[[Path], None], finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(list_command, "store", lambda: Store(tmp_path))
+    monkeypatch.setattr(list_command, "store", lambda: LocalStore(tmp_path))
     record = finished(variant("int4"))
-    store, identity = Store(tmp_path), {"node": "prepare", "inputs": {}}
+    store, identity = LocalStore(tmp_path), {"node": "prepare", "inputs": {}}
     build, final = store.build_folder("prepare", "prepare"), store.path("prepare", fingerprint.digest(identity))
     made = artifact.publish(build, final, stage="prepare", node="prepare", identity=identity, parents={}, summary={})
     history.append(tmp_path, "m", history.PROMOTE, version="1", why="a test")

@@ -20,21 +20,21 @@ from flows.run_record import NodeRecord, Runs
 from pipelines.core import artifact, disk, fingerprint, quantity
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, IntegrityError
-from pipelines.core.store import Store
+from pipelines.core.store import LocalStore
 from pipelines.registry import history
 
 Made = Callable[..., Artifact]
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
     """The store that the commands use."""
     monkeypatch.setenv("INGOT_STORE", str(tmp_path / "store"))
-    return Store(tmp_path / "store")
+    return LocalStore(tmp_path / "store")
 
 
 @pytest.fixture
-def made(store: Store) -> Made:
+def made(store: LocalStore) -> Made:
     """Publish an artifact of a node that reads others."""
 
     def publish(
@@ -59,7 +59,7 @@ def made(store: Store) -> Made:
     return publish
 
 
-def remember(store: Store, *found: Artifact) -> str:
+def remember(store: LocalStore, *found: Artifact) -> str:
     """Record a run that made these artifacts; returns its id."""
     nodes = {
         a.manifest.node: NodeRecord(
@@ -79,7 +79,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 
 
 def test_gc_keeps_what_the_newest_runs_descend_from_and_removes_the_rest(
-    store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+    store: LocalStore, made: Made, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The run of the child alone (`--only compress`) needs parents that another, older run made."""
     prepare = made("prepare")
@@ -101,7 +101,7 @@ def test_gc_keeps_what_the_newest_runs_descend_from_and_removes_the_rest(
 
 @pytest.mark.parametrize("keep", [0, 1])
 def test_gc_frees_unfinished_work_that_nobody_goes_on_with_or_works_on(
-    keep: int, store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+    keep: int, store: LocalStore, made: Made, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Kept: the checkpoints of the newest unfinished run (with keep 1), and all under a lease; the rest goes."""
     runs = Runs(store.root)
@@ -128,7 +128,7 @@ def test_gc_frees_unfinished_work_that_nobody_goes_on_with_or_works_on(
 
 
 def test_gc_never_removes_what_a_run_at_work_or_a_leased_stage_needs(
-    store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+    store: LocalStore, made: Made, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also with --keep 0: the run's nodes with their ancestors, its checkpoints, and the inputs of a lone stage."""
     prepare = made("prepare")
@@ -147,7 +147,7 @@ def test_gc_never_removes_what_a_run_at_work_or_a_leased_stage_needs(
     assert list((store.root / "scratch").iterdir()) == []
 
 
-def test_a_run_does_not_begin_while_garbage_is_collected(store: Store) -> None:
+def test_a_run_does_not_begin_while_garbage_is_collected(store: LocalStore) -> None:
     began = threading.Event()
 
     def begin() -> None:
@@ -167,7 +167,7 @@ def test_gc_works_on_a_full_disk(
     disk_of: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     disk = disk_of(1024)
-    store = Store(disk.path / "store")
+    store = LocalStore(disk.path / "store")
     monkeypatch.setenv("INGOT_STORE", str(store.root))
     with store.lease("pretrain", "a" * 64, wait_s=0, inputs=["b" * 64]):
         store.scratch("pretrain", "a" * 64).mkdir(parents=True)
@@ -180,7 +180,7 @@ def test_gc_works_on_a_full_disk(
     assert not list((store.root / "scratch").iterdir())
 
 
-def test_a_full_disk_is_told_what_gc_would_free(store: Store, made: Made) -> None:
+def test_a_full_disk_is_told_what_gc_would_free(store: LocalStore, made: Made) -> None:
     size = sum(path.stat().st_size for path in made("prepare", content="x" * 5000).path.iterdir())
     assert store_command.reclaimable(3) == f"`ingot gc` would free {quantity.size(size)} at this moment"
     store_command.gc(3, dry_run=False, yes=True, as_json=True)
@@ -188,7 +188,7 @@ def test_a_full_disk_is_told_what_gc_would_free(store: Store, made: Made) -> Non
 
 
 def test_gc_keeps_a_registered_model_with_all_it_came_from_whatever_the_runs(
-    store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+    store: LocalStore, made: Made, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare = made("prepare")
     champion, refused = made("pretrain", prepare), made("pretrain", prepare, content="other")
@@ -204,7 +204,7 @@ def test_gc_keeps_a_registered_model_with_all_it_came_from_whatever_the_runs(
 
 
 def test_gc_never_counts_runs_that_left_nothing_and_keeps_what_champion_and_decision_need(
-    store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+    store: LocalStore, made: Made, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A good run, then refused and failed ones: the good run stays; of an older one, only what the champion needs."""
     prepare = made("prepare")
@@ -229,7 +229,9 @@ def test_gc_never_counts_runs_that_left_nothing_and_keeps_what_champion_and_deci
         kept.verify()
 
 
-def test_gc_keeps_what_an_unfinished_run_goes_on_from_beside_the_newest_finished_ones(store: Store, made: Made) -> None:
+def test_gc_keeps_what_an_unfinished_run_goes_on_from_beside_the_newest_finished_ones(
+    store: LocalStore, made: Made
+) -> None:
     finished = made("pretrain")
     remember(store, finished)
     runs = Runs(store.root)
@@ -246,7 +248,7 @@ def test_gc_keeps_what_an_unfinished_run_goes_on_from_beside_the_newest_finished
 
 
 def test_gc_asks_at_a_terminal_and_refuses_where_there_is_none(
-    store: Store, made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: LocalStore, made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     garbage = made("prepare", content="x" * 2000)
     size = quantity.size(disk.size_of(garbage.path))
@@ -267,7 +269,7 @@ def test_gc_asks_at_a_terminal_and_refuses_where_there_is_none(
     assert f"Remove 1 folders, {size}?" in said
 
 
-def test_a_download_at_work_is_no_garbage(store: Store) -> None:
+def test_a_download_at_work_is_no_garbage(store: LocalStore) -> None:
     young, old = store.root / "scratch" / "fetched-a", store.root / "scratch" / "fetched-b"
     for folder in (young, old):
         folder.mkdir(parents=True)
@@ -277,7 +279,7 @@ def test_a_download_at_work_is_no_garbage(store: Store) -> None:
 
 
 def test_a_run_is_deleted_with_its_report_unless_it_is_at_work_or_the_record_of_a_champion(
-    store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+    store: LocalStore, made: Made, capsys: pytest.CaptureFixture[str]
 ) -> None:
     champion, other = made("pretrain"), made("pretrain", content="other")
     history.append(store.root, "m", history.PROMOTE, version="1", why="", fingerprint=champion.manifest.fingerprint)
@@ -303,14 +305,14 @@ def test_a_run_is_deleted_with_its_report_unless_it_is_at_work_or_the_record_of_
     assert [run.id for run in runs.all()] == [second]
 
 
-def test_gc_of_an_empty_store_removes_nothing(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gc_of_an_empty_store_removes_nothing(store: LocalStore, capsys: pytest.CaptureFixture[str]) -> None:
     store_command.gc(3, dry_run=False, yes=True, as_json=True)
     assert json.loads(capsys.readouterr().out) == {"dry_run": False, "bytes": 0, "removed": [], "kinds": []}
     assert not store.root.exists()
 
 
 def test_verify_names_every_damaged_file_and_every_damaged_manifest(
-    store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+    store: LocalStore, made: Made, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sound, flipped, torn = made("prepare"), made("pretrain"), made("evaluate.pretrain")
     (flipped.path / "out.txt").write_text("y")
@@ -325,7 +327,7 @@ def test_verify_names_every_damaged_file_and_every_damaged_manifest(
 
 
 def test_verify_of_a_run_looks_at_its_artifacts_only(
-    store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+    store: LocalStore, made: Made, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine, other = made("prepare"), made("pretrain")
     (other.path / "out.txt").write_text("y")
@@ -334,7 +336,7 @@ def test_verify_of_a_run_looks_at_its_artifacts_only(
 
 
 def test_show_reads_each_manifest_a_few_times_however_many_ancestors_there_are(
-    store: Store, made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: LocalStore, made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     newest = made("prepare")
     for number in range(8):
@@ -347,7 +349,7 @@ def test_show_reads_each_manifest_a_few_times_however_many_ancestors_there_are(
     assert len(loaded) <= 10  # the artifact itself, then each of nine once
 
 
-def test_a_model_is_exported_only_where_there_is_one(store: Store, made: Made, tmp_path: Path) -> None:
+def test_a_model_is_exported_only_where_there_is_one(store: LocalStore, made: Made, tmp_path: Path) -> None:
     prepare = made("prepare")
     with pytest.raises(ConfigError, match="/prepare' is no model"):
         store_command.export(
@@ -359,7 +361,7 @@ def test_a_model_is_exported_only_where_there_is_one(store: Store, made: Made, t
 
 
 def test_lists_show_what_there_is_and_an_unknown_one_offers_the_nearest(
-    store: Store, made: Made, capsys: pytest.CaptureFixture[str]
+    store: LocalStore, made: Made, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = made("prepare", content="four")
     run = remember(store, found)

@@ -16,7 +16,7 @@ from flows.commands import tryout
 from flows.run_record import NodeRecord, Runs
 from pipelines.core import artifact, fingerprint
 from pipelines.core.errors import ConfigError
-from pipelines.core.store import Store
+from pipelines.core.store import LocalStore
 from tests.flows.conftest import CHECKOUT, environment
 
 Made = Callable[..., None]
@@ -24,14 +24,14 @@ LLAMA, BERT = "LlamaForCausalLM", "ModernBertForMaskedLM"
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
     """The store that the command uses."""
     monkeypatch.setenv("INGOT_STORE", str(tmp_path / "store"))
-    return Store(tmp_path / "store")
+    return LocalStore(tmp_path / "store")
 
 
 @pytest.fixture
-def made(store: Store) -> Made:
+def made(store: LocalStore) -> Made:
     """Publish the model of a node with nothing but the name of its architecture, and record a run that made it."""
 
     def publish(*nodes: str, architecture: str = LLAMA) -> None:
@@ -78,7 +78,7 @@ def test_what_does_nothing_is_refused_before_a_model_is_loaded(
         ask(**options)
 
 
-def test_models_are_named_or_those_of_the_newest_run_that_has_any(store: Store, made: Made) -> None:
+def test_models_are_named_or_those_of_the_newest_run_that_has_any(store: LocalStore, made: Made) -> None:
     with pytest.raises(ConfigError, match="there is no model yet"):
         ask()
     made("pretrain", "compress.rtn")

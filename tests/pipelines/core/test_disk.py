@@ -19,7 +19,7 @@ from pipelines.core.errors import DiskFullError, IngotError, IntegrityError, Tra
 from pipelines.core.run_stage import materialize
 from pipelines.core.settings import Settings
 from pipelines.core.stage import Stage, StageContext, StageFunction
-from pipelines.core.store import Store
+from pipelines.core.store import LocalStore
 
 KIB = 1024
 
@@ -44,7 +44,7 @@ class Writing(Stage):
         return run
 
 
-def make(store: Store, *, force: bool = False) -> Artifact:
+def make(store: LocalStore, *, force: bool = False) -> Artifact:
     stage = Writing("prepare", version=1, entry="none:none")
     context = StageContext(node="prepare", scratch=Path("/nowhere"))
     return materialize(stage, Settings(), {}, store, context, input_keys={}, data_hash=None, force=force)
@@ -56,7 +56,7 @@ def test_a_stage_on_a_full_disk_says_what_to_do_leaves_nothing_and_completes_lat
 ) -> None:
     """The disk fills in the first file, in the second, and (400 KiB: both files fit) while the manifest is written."""
     disk = disk_of(1024)
-    store = Store(disk.path / "store")
+    store = LocalStore(disk.path / "store")
     for folder in ("leases", "artifacts/prepare", "scratch"):
         (store.root / folder).mkdir(parents=True)
     # A page each for the two locks of the lease, the note in scratch, and their folder's names.
@@ -76,7 +76,7 @@ def test_a_stage_on_a_full_disk_says_what_to_do_leaves_nothing_and_completes_lat
 
 def test_a_published_artifact_survives_a_full_disk_when_it_is_made_again(disk_of: Callable[[int], Any]) -> None:
     disk = disk_of(1024)
-    store = Store(disk.path / "store")
+    store = LocalStore(disk.path / "store")
     first = make(store)
     fill(disk, 100 * KIB)
     with pytest.raises(DiskFullError):

@@ -16,7 +16,7 @@ from pipelines.core import fingerprint, run_stage
 from pipelines.core.errors import ConfigError, IngotError
 from pipelines.core.request import ArtifactRef, StageRequest
 from pipelines.core.stage import Progress
-from pipelines.core.store import Store
+from pipelines.core.store import LocalStore
 from tests.pipelines.core.toy_stages import request
 
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -52,7 +52,7 @@ def test_another_process_makes_the_same_artifact_from_another_folder(tmp_path: P
     progress, made = (json.loads(line) for line in out.splitlines())
     assert made == {
         "event": "artifact",
-        "path": str(Store(tmp_path / "there").path("toy", here.manifest.fingerprint)),
+        "path": str(LocalStore(tmp_path / "there").path("toy", here.manifest.fingerprint)),
         "fingerprint": here.manifest.fingerprint,
         "digest": here.digest,
     }
@@ -78,7 +78,7 @@ def test_inputs_are_found_in_the_store_by_fingerprint(tmp_path: Path) -> None:
 def test_a_checkout_that_would_make_something_else_refuses(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"toy\.a was planned as 000000000000, this checkout would make"):
         run_stage.execute(request(tmp_path, fingerprint="0" * 64))
-    assert list(Store(tmp_path).artifacts()) == []
+    assert list(LocalStore(tmp_path).artifacts()) == []
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pipelines.core.fingerprint import digest
 from pipelines.core.run_stage import materialize
 from pipelines.core.settings import ELASTIC, Settings
 from pipelines.core.stage import Stage, StageContext, StageFunction
-from pipelines.core.store import Store
+from pipelines.core.store import LocalStore
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 
@@ -56,7 +56,7 @@ class Bench:
     """A store, a stage, and the shortest way to run it."""
 
     def __init__(self, root: Path) -> None:
-        self.store, self.stage = Store(root), Counting()
+        self.store, self.stage = LocalStore(root), Counting()
 
     @property
     def runs(self) -> int:
@@ -176,7 +176,7 @@ from pathlib import Path
 from pipelines.core import run_stage
 from pipelines.core.settings import ELASTIC, Settings
 from pipelines.core.stage import Stage, StageContext
-from pipelines.core.store import Store
+from pipelines.core.store import LocalStore
 
 class Racing(Stage):
     def body(self):
@@ -192,7 +192,7 @@ class Empty(Settings): pass
 
 for repeat in range(int(sys.argv[3])):
     made = run_stage.materialize(
-        Racing("prepare", version=repeat, entry="n:n"), Empty(), {}, Store(Path(sys.argv[2]) / "store"),
+        Racing("prepare", version=repeat, entry="n:n"), Empty(), {}, LocalStore(Path(sys.argv[2]) / "store"),
         StageContext(node="prepare", scratch=Path("/nowhere")), input_keys={}, data_hash=None)
     print(made.digest)
 """
@@ -215,7 +215,7 @@ def test_a_sigkilled_body_leaves_nothing_that_looks_done(tmp_path: Path) -> None
     code = CROWD.replace("time.sleep(0.2)", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     killed = subprocess.run([sys.executable, "-c", code, str(CHECKOUT), str(tmp_path), "1"], timeout=60)
     assert killed.returncode == -9
-    store = Store(tmp_path / "store")
+    store = LocalStore(tmp_path / "store")
     assert list(store.artifacts()) == []
     done = subprocess.run(
         [sys.executable, "-c", CROWD, str(CHECKOUT), str(tmp_path), "1"], capture_output=True, text=True, timeout=60

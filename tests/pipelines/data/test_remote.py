@@ -10,18 +10,19 @@ import pytest
 from pipelines.core.errors import IntegrityError
 from pipelines.data import versioning
 from pipelines.data.config import DataConfig
+from tests.s3_server import S3Server
 
 HERE = DataConfig()
 
 
 @pytest.fixture
-def on_s3(clone: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+def on_s3(clone: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A clone with a corpus of its own, whose default remote is on S3."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
     (clone / ".dvc" / "config.local").write_text(
         "[core]\n    remote = store\n['remote \"store\"']\n"
-        f"    url = s3://corpus/ingot\n    endpointurl = {s3}\n    verify = true\n",
+        f"    url = s3://corpus/ingot\n    endpointurl = {s3.address}\n    verify = true\n",
         encoding="utf-8",
     )
     (clone / "data").mkdir()

@@ -67,9 +67,9 @@ def test_alias_version_artifact_and_folder_of_one_model_have_one_identity(
 
 
 def promoted_models(store_root: Path) -> list[Any]:
-    from pipelines.core.store import Store
+    from pipelines.core.store import LocalStore
 
-    return [a for a in Store(store_root).artifacts() if a.manifest.stage == "pretrain"]
+    return [a for a in LocalStore(store_root).artifacts() if a.manifest.stage == "pretrain"]
 
 
 def test_other_weights_are_another_identity(resolve: Resolve, model_folder: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pipelines.core.artifact import Artifact
 from pipelines.core.compute import ComputeConfig
 from pipelines.core.run_stage import materialize
 from pipelines.core.stage import Progress, StageContext
-from pipelines.core.store import Store
+from pipelines.core.store import LocalStore
 from pipelines.registry import initial_weights
 from pipelines.registry.config import FetchConfig
 from pipelines.stages import STAGES
@@ -81,7 +81,7 @@ class Copying:
             return {name: reader.read(f"model.{name}", MASTER, 0, t.numel()).view_as(t) for name, t in shapes.items()}
 
 
-def made(store: Store, name: str, config: Any, inputs: dict[str, Artifact], **context: Any) -> Artifact:
+def made(store: LocalStore, name: str, config: Any, inputs: dict[str, Artifact], **context: Any) -> Artifact:
     keys = {key: used.manifest.fingerprint for key, used in inputs.items()}
     at_work = StageContext(name, store.root, store=store.root, compute=ComputeConfig(device="cpu"), **context)
     return materialize(STAGES[name], config, inputs, store, at_work, input_keys=keys, data_hash=None)
@@ -96,7 +96,7 @@ def test_tuning_starts_from_the_bytes_of_the_champion_and_records_where_they_cam
     tmp_path: Path,
 ) -> None:
     store, champion = (
-        Store(world.root),
+        LocalStore(world.root),
         initial_weights.resolve("models:/ingot@champion", TrackingConfig(), world.root, world.root),
     )
     order = FetchConfig(place=champion.place, weights=champion.weights, origin=champion.origin)
