@@ -20,10 +20,12 @@ from pipelines.core import disk
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, DiskFullError, IngotError, IntegrityError, TransientError
 from pipelines.core.machine import gpu_count
+from pipelines.core.store import SCHEME
 from pipelines.data import reader, versioning
 from pipelines.evaluation import probe
 from pipelines.modelio import folder
 from pipelines.registry import current, evidence, history, initial_weights
+from pipelines.tracking.config import resolve_uri
 from pipelines.training import tokens
 from pipelines.training.config import PretrainConfig
 
@@ -317,6 +319,16 @@ def _scratch(plan: RunPlan, node: str) -> Path:
     return plan.store.scratch(plan.graph[node].node.stage.name, plan.graph[node].resume_key)
 
 
+def tracking(plan: RunPlan) -> Iterator[Finding]:
+    """Do all machines of a store on S3 see one registry?"""
+    if not plan.store.address.startswith(SCHEME):
+        return
+    uri = resolve_uri(plan.config.tracking, plan.store.root)
+    if str(plan.store.root) in uri:
+        message = f"the store is on S3, but MLflow's database is {uri}: other machines do not see runs and models there"
+        yield Finding("tracking", message, "tracking.uri=URI of a server or database that all of them reach", None)
+
+
 CHECKS: dict[str, Callable[[RunPlan], Iterator[Finding]]] = {
     "corpus": corpus,
     "reading": reading,
@@ -327,6 +339,7 @@ CHECKS: dict[str, Callable[[RunPlan], Iterator[Finding]]] = {
     "base": base,
     "gpu": gpus,
     "disk": space,
+    "tracking": tracking,
     "jobs": jobs,
 }
 """Name of a check -> the check."""

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from flows import console, preflight, run_plan
+from flows.commands import lookup
+from flows.config import StoreConfig
 from pipelines.core import disk, machine, program, project, quantity
 from pipelines.core.errors import ConfigError, IngotError
 from pipelines.core.redaction import redact, redact_value
+from pipelines.core.store import SCHEME
 from pipelines.data import versioning
 from pipelines.data.config import DataConfig
 
@@ -39,6 +42,7 @@ def doctor(*, as_json: bool) -> None:
         _program(),
         _project(),
         _disk(),
+        _store(),
         _memory(),
         _row("gpu", ", ".join(f"{name} ({quantity.size(memory)})" for name, memory in machine.gpus_here()) or "none"),
         _row("environment", ", ".join(_environment()) or "nothing set"),
@@ -104,6 +108,20 @@ def _project() -> dict[str, Any]:
 def _disk() -> dict[str, Any]:
     free = disk.free(project.find_any() or Path.cwd())
     return _row("disk", f"{quantity.size(free)} free", ok=free > _DISK_WANTED, do="free 5 GB, or `ingot gc`")
+
+
+def _store() -> dict[str, Any]:
+    """Say where the store is; one on S3 is asked."""
+    said = StoreConfig().path
+    if project.find_any() is None and not (said.startswith(SCHEME) or Path(said).is_absolute()):
+        return _row("store", f"{said} of a project; none here")
+    try:
+        store = lookup.store()
+        count = sum(1 for _ in store.artifacts())
+    except IngotError as error:
+        return _row("store", error.message, ok=False, do=error.hint or "correct store.path or INGOT_STORE")
+    on_s3 = store.address.startswith(SCHEME)
+    return _row("store", f"{store.address}, {count} artifacts" + (f", copies in {store.root}" if on_s3 else ""))
 
 
 def _memory() -> dict[str, Any]:

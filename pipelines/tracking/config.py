@@ -15,8 +15,10 @@ from pipelines.core.errors import ConfigError
 from pipelines.core.redaction import HIDDEN, redact
 from pipelines.core.settings import NOT_IDENTITY, PATH, Settings, absolute, start_of
 from pipelines.core.stage import TrackingTarget
+from pipelines.core.store import SCHEME, open_store
 
 VARIABLE = "MLFLOW_TRACKING_URI"
+_ARTIFACTS = "mlartifacts"
 _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 
 
@@ -121,5 +123,7 @@ def artifact_root(uri: str, store_root: Path) -> str | None:
     With a database MLflow's own choice is a folder wherever the first process happened to run. Stores that share a
     database share the folder of the first, so on several machines it has to be a shared one, or a server it is.
     """
-    server = uri.startswith(("http:", "https:", "databricks"))
-    return None if server else (store_root.resolve() / "mlartifacts").as_uri()
+    if uri.startswith(("http:", "https:", "databricks")):
+        return None
+    store = open_store(store_root)
+    return f"{store.address}/{_ARTIFACTS}" if store.address.startswith(SCHEME) else (store.root / _ARTIFACTS).as_uri()
