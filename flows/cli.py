@@ -347,6 +347,33 @@ def sync(as_json: Json = False) -> None:
 
 
 @app.command()
+def deploy(
+    recipe: Recipe = None,
+    pool: Annotated[str, typer.Option(help="Name of the work pool.")] = "ingot",
+    pool_type: Annotated[
+        Literal["process", "kubernetes"],
+        typer.Option(help="process: also for the login node of a Slurm cluster, with compute.executor = slurm."),
+    ] = "process",
+    cron: Annotated[str | None, typer.Option(help="Run the whole graph by this schedule, in UTC: '0 2 * * *'.")] = None,
+    every: Annotated[int | None, typer.Option(min=60, metavar="SECONDS", help="Run it so often.")] = None,
+    on_data: Annotated[bool, typer.Option("--on-data", help="Run it when `ingot data push` sent a revision.")] = False,
+    notify: Annotated[
+        str | None, typer.Option(metavar="URL", help="POST failures, refusals of the gate and promotions there.")
+    ] = None,
+    limit: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SLOTS", help="A global concurrency limit, as gpu=2.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which deployments there would be.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put this project on the Prefect server: pool, deployments, schedules, automations. Again: brought up to date."""
+    from flows.commands import deploy as command
+
+    asked = command.wanted(recipe, pool, pool_type, cron, every, notify, limit or [], on_data=on_data)
+    command.run(asked, dry=dry_run, as_json=as_json)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Check this machine and this project, and say what is missing and how to get it."""
     from flows.commands import doctor as command

@@ -34,14 +34,14 @@ from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
-from flows import prefect_client, preflight, run_plan
+from flows import prefect_client, prefect_events, preflight, run_plan
 from flows.console import progress_line
 from flows.planner import Selection, Step
 from flows.run_plan import RunPlan
 from flows.runner import Execution, closing, open_execution
 from pipelines.core import stop
 from pipelines.core.artifact import Artifact
-from pipelines.core.errors import DiskFullError, Preempted, TransientError
+from pipelines.core.errors import DiskFullError, GateRefused, Preempted, TransientError
 from pipelines.core.redaction import redact_override
 from pipelines.core.stage import Progress
 
@@ -125,11 +125,23 @@ def _carry_out(plan: RunPlan, wait_s: float | None) -> str:
                 with stop.held():
                     execution.executor.stop()
                 raise
+    except GateRefused as error:
+        about = {"run": execution.record.id, "reason": str(error)}
+        prefect_events.tell(prefect_events.REFUSED, f"model.{plan.config.promote.model_name}", about)
+        raise
     except Preempted as error:
         if isinstance(error.__cause__, TerminationSignal):
             raise error.__cause__ from None  # Prefect tells a cancelled from a crashed run by it
         raise
+    _tell_promotion(execution)
     return execution.record.id
+
+
+def _tell_promotion(execution: Execution) -> None:
+    node = execution.record.nodes.get("promote")
+    if node is not None and node.state == "done":
+        about = {"run": execution.record.id, **node.summary}
+        prefect_events.tell(prefect_events.PROMOTED, f"model.{node.summary['model']}", about)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flows import prefect_events
 from pipelines.core import project
 from pipelines.core.errors import ConfigError, IntegrityError
 from pipelines.data import versioning
@@ -22,7 +23,11 @@ def run(verb: str, *arguments: Any, as_json: bool) -> None:
         "add": versioning.add,
         "import": versioning.import_url,
     }
-    _show(verbs[verb](DataConfig(), project.find(), *arguments), as_json=as_json)
+    root = project.find()
+    result = verbs[verb](DataConfig(), root, *arguments)
+    if verb == "push":
+        prefect_events.tell(prefect_events.PUSHED, f"data.{root.name}", {"hash": result["hash"]})
+    _show(result, as_json=as_json)
 
 
 def check(arguments: list[str], recipe: str | None, *, as_json: bool) -> None:
