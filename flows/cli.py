@@ -108,11 +108,12 @@ def plan(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a run would do, why, and what it takes. Starts nothing, changes nothing."""
+    """Say what a run would do, why, and what it takes; exit as a run would that is refused. Changes nothing."""
     from flows.commands import run as command
 
     selection = (only, since, force or [])
-    command.plan(recipe, overrides or [], *selection, as_json=as_json, world_size=world_size, drawn=drawn, jobs=jobs)
+    options = {"as_json": as_json, "world_size": world_size, "drawn": drawn, "jobs": jobs}
+    raise typer.Exit(command.plan(recipe, overrides or [], *selection, **options))
 
 
 @app.command()
@@ -123,12 +124,17 @@ def run(
     since: Since = None,
     force: Force = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Exit with 6 if another run works on a stage.")] = False,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", "-k", help="After a stage failed, run what does not need it.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Take the corpus to a champion. What is cached stays cached; what was interrupted goes on."""
     from flows.commands import run as command
 
-    command.run(recipe, overrides or [], only, since, force or [], wait_s=0.0 if no_wait else None, as_json=as_json)
+    wait_s = 0.0 if no_wait else None
+    selection = (only, since, force or [])
+    command.run(recipe, overrides or [], *selection, wait_s=wait_s, keep_going=keep_going, as_json=as_json)
 
 
 @app.command()

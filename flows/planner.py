@@ -56,6 +56,8 @@ class Selection:
     force: Collection[str] = ()
     finished: Collection[str] = ()
     """Nodes that an earlier attempt at this very run has executed: what was forced then is not forced once more."""
+    keep_going: bool = False
+    """Whether nodes that need nothing that failed are run all the same."""
 
     def check(self, graph: Mapping[str, Identified]) -> None:
         """Refuse names that are neither a node nor a stage of this graph.

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flows import executors
 from flows.run_plan import RunPlan
@@ -47,6 +48,11 @@ class Finding:
     do: str
     error: type[IngotError] | None
     """What the run is refused with; None where it may still come out well."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON values; `exit_code` is that of the refusal, None where there is none."""
+        code = None if self.error is None else self.error.exit_code
+        return {"check": self.check, "message": self.message, "do": self.do, "exit_code": code}
 
     def __str__(self) -> str:
         return f"{self.message}\n  -> {self.do}"

@@ -91,6 +91,7 @@ class SelectionRecord(BaseModel):
     since: str | None = None
     force: list[str] = Field(default_factory=list)
     finished: list[str] = Field(default_factory=list)
+    keep_going: bool = False
 
 
 class RunRecord(BaseModel):

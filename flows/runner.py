@@ -169,7 +169,11 @@ def begin(plan: RunPlan, runs: Runs) -> RunRecord:
         nodes=nodes,
         settings=plan.config.model_dump(mode="json", exclude_unset=True),
         selection=SelectionRecord(
-            only=asked.only, since=asked.since, force=list(asked.force), finished=list(asked.finished)
+            only=asked.only,
+            since=asked.since,
+            force=list(asked.force),
+            finished=list(asked.finished),
+            keep_going=asked.keep_going,
         ),
     )
     record.init_weights = None if plan.init_weights is None else plan.init_weights.place

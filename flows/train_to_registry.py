@@ -41,7 +41,7 @@ from flows.run_plan import RunPlan
 from flows.runner import Execution, closing, open_execution
 from pipelines.core import stop
 from pipelines.core.artifact import Artifact
-from pipelines.core.errors import DiskFullError, GateRefused, Preempted, TransientError
+from pipelines.core.errors import DiskFullError, GateRefused, IngotError, Preempted, TransientError
 from pipelines.core.redaction import redact_override
 from pipelines.core.stage import Progress
 
@@ -57,6 +57,7 @@ def train_to_registry(
     since: str | None = None,
     force: list[str] | None = None,
     wait_s: float | None = None,
+    keep_going: bool = False,
 ) -> str:
     """Take a corpus to a champion; what a deployment runs.
 
@@ -67,11 +68,13 @@ def train_to_registry(
         since: run this stage again, and everything below it.
         force: stages to run again even though nothing changed.
         wait_s: how long to wait for another run of the same stage; None waits for ever.
+        keep_going: run on what needs nothing that failed.
 
     Returns:
         The id of the run.
     """
-    plan = run_plan.make(recipe_name, overrides or [], Selection(only, since, tuple(force or ())))
+    selection = Selection(only, since, tuple(force or ()), keep_going=keep_going)
+    plan = run_plan.make(recipe_name, overrides or [], selection)
     if not plan.is_done():
         preflight.refuse(preflight.check(plan))
     return _carry_out(plan, wait_s)
@@ -156,17 +159,18 @@ def _as_preempted() -> Iterator[None]:
 def _one_by_one(execution: Execution) -> None:
     states: dict[str, State[Any]] = {}
     for name in execution.plan.wanted():
-        states[name] = _node_task(execution, name)(wait_for=_edges(execution, name, states), return_state=True)
-        states[name].result()  # raises the error of the node
+        if name in _startable(execution, [name], states):
+            states[name] = _node_task(execution, name)(wait_for=_edges(execution, name, states), return_state=True)
+    _raise_errors(states)
 
 
 def _side_by_side(execution: Execution) -> None:
-    """Submit every node as soon as its inputs are there; after an error, only wait for what is at work."""
+    """Submit every node as soon as its inputs are there; what may not start any more is not waited for."""
     waiting, at_work = execution.plan.wanted(), set[str]()
     states: dict[str, State[Any]] = {}
     ended: queue.SimpleQueue[tuple[str, PrefectFuture[Any]]] = queue.SimpleQueue()
-    while (waiting and not _errors(states)) or at_work:
-        for name in waiting if not _errors(states) else []:
+    while (waiting := _startable(execution, waiting, states)) or at_work:
+        for name in waiting:
             if _may_start(execution, name, waiting, at_work):
                 future = _node_task(execution, name).submit(wait_for=_edges(execution, name, states))
                 at_work.add(name)
@@ -176,8 +180,38 @@ def _side_by_side(execution: Execution) -> None:
         done.wait()
         states[name] = done.state
         at_work.discard(name)
-    for state in _errors(states):
-        state.result()
+    _raise_errors(states)
+
+
+def _startable(execution: Execution, names: Collection[str], states: dict[str, State[Any]]) -> list[str]:
+    """Return the nodes that errors so far leave to be run.
+
+    These are none, or with `--keep-going` those that need nothing that failed; a stopped run starts nothing more.
+    """
+    failed = {name for name, state in states.items() if not state.is_completed()}
+    errors = [states[name].result(raise_on_failure=False) for name in failed]
+    stopped = any(isinstance(error, Preempted) or not isinstance(error, Exception) for error in errors)
+    if failed and (stopped or not execution.plan.selection.keep_going):
+        return []
+    for name in execution.plan.wanted():
+        if failed.intersection(execution.plan.graph[name].node.inputs.values()):
+            failed.add(name)
+    return [name for name in names if name not in failed]
+
+
+def _raise_errors(states: dict[str, State[Any]]) -> None:
+    """Raise the error of the node that failed; of several, the first with what became of all."""
+    errors = {name: state for name, state in states.items() if not state.is_completed()}
+    if len(errors) <= 1 or any(not isinstance(_error_of(state), IngotError) for state in errors.values()):
+        for state in errors.values():
+            state.result()
+        return
+    first = _error_of(next(iter(errors.values())))
+    raise type(first)("\n".join(f"{name}: {_error_of(state)}" for name, state in errors.items())) from first
+
+
+def _error_of(state: State[Any]) -> Any:
+    return state.result(raise_on_failure=False)
 
 
 def _may_start(execution: Execution, name: str, waiting: Collection[str], at_work: Collection[str]) -> bool:
@@ -188,10 +222,6 @@ def _may_start(execution: Execution, name: str, waiting: Collection[str], at_wor
         return False
     alone = any(graph[other].node.config.measures_time for other in (name, *at_work))
     return not (alone and at_work and execution.executor.one_machine)
-
-
-def _errors(states: dict[str, State[Any]]) -> list[State[Any]]:
-    return [state for state in states.values() if not state.is_completed()]
 
 
 def _edges(execution: Execution, name: str, states: dict[str, State[Any]]) -> list[State[Any]]:

@@ -42,7 +42,7 @@ def plan(
     world_size: int | None = None,
     drawn: bool = False,
     jobs: bool = False,
-) -> None:
+) -> int:
     """Print the plan of a run; with `world_size` of a run on so many ranks of a machine that is not this one.
 
     Args:
@@ -55,6 +55,9 @@ def plan(
         world_size: ranks of another machine.
         drawn: print the graph instead.
         jobs: print what the executor would be given instead.
+
+    Returns:
+        The exit code with which a run would be refused; 0 if it would begin.
 
     Raises:
         ConfigError: a drawing is wanted as JSON; or see `run_plan.make`.
@@ -69,18 +72,20 @@ def plan(
     made = run_plan.make(name, [*overrides, *ranks], selection, elsewhere=world_size is not None)
     if drawn:
         print(run_plan.mermaid(made))
-        return
+        return 0
     if jobs:
         _print_jobs(made, as_json=as_json)
-        return
-    findings = preflight.check(made, elsewhere=world_size is not None)
+        return 0
+    findings = _findings(made, elsewhere=world_size is not None)
+    code = next((each.error.exit_code for each in findings if each.error is not None), 0)
     if as_json:
-        print(json.dumps(_rows(made), indent=1))
-        _say(findings, sys.stderr)
-        return
+        said = [each.as_dict() for each in findings]
+        print(json.dumps({"steps": _rows(made), "findings": said, "exit_code": code}, indent=1))
+        return code
     print_plan(made)
     _say(findings, sys.stdout)
     print("Nothing was started.")
+    return code
 
 
 def _print_jobs(made: RunPlan, *, as_json: bool) -> None:
@@ -105,22 +110,21 @@ def run(
     force: list[str],
     *,
     wait_s: float | None,
+    keep_going: bool,
     as_json: bool,
 ) -> None:
     """Run a recipe; a run with nothing to do is answered from the plan, before any flow or model code loads."""
     console.say("planning ...")
-    made = run_plan.make(name, overrides, Selection(only, since, tuple(force)))
+    made = run_plan.make(name, overrides, Selection(only, since, tuple(force), keep_going=keep_going))
     _carry_out(made, wait_s=wait_s, as_json=as_json)
 
 
 def _carry_out(made: RunPlan, *, wait_s: float | None, as_json: bool) -> None:
+    findings = _findings(made)
+    preflight.refuse(findings)
     if made.is_done():
-        # Also when everything is cached: a corpus that was changed by accident is never passed over in silence.
-        preflight.refuse(list(preflight.corpus(made)))
         _report_cached(made, as_json=as_json)
         return
-    findings = preflight.check(made)
-    preflight.refuse(findings)
     if not console.is_quiet() and not as_json:
         print_plan(made)
     _say(findings, sys.stderr if console.is_quiet() or as_json else sys.stdout)
@@ -159,7 +163,8 @@ def _selection_of(record: RunRecord) -> Selection:
     """Return what a run was asked for, less the forced nodes that it has executed."""
     asked = record.selection or SelectionRecord()
     executed = [name for name, node in record.nodes.items() if node.state == "done" and name not in asked.finished]
-    return Selection(asked.only, asked.since, tuple(asked.force), (*asked.finished, *executed))
+    finished = (*asked.finished, *executed)
+    return Selection(asked.only, asked.since, tuple(asked.force), finished, asked.keep_going)
 
 
 def promote(candidate: str | None, run_id: str | None, *, as_json: bool) -> None:
@@ -189,6 +194,11 @@ def _run_flow(plan: RunPlan, wait_s: float | None) -> str:
 
     logs.take_back()
     return run_planned(plan, wait_s, server=server)
+
+
+def _findings(made: RunPlan, *, elsewhere: bool = False) -> list[preflight.Finding]:
+    """Return what speaks against a run: of one with nothing to do, a corpus that was changed by accident alone."""
+    return list(preflight.corpus(made)) if made.is_done() else preflight.check(made, elsewhere=elsewhere)
 
 
 def _say(findings: list[preflight.Finding], stream: TextIO) -> None:

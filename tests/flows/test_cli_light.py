@@ -75,7 +75,9 @@ def test_a_plan_touches_nothing(ingot: Ingot, empty_store: Path) -> None:
 
 
 def test_a_plan_as_json_has_a_step_for_every_node(ingot: Ingot) -> None:
-    steps = json.loads(ingot("plan", "--recipe", "demo", "--json").stdout)
+    plan = json.loads(ingot("plan", "--recipe", "demo", "--json").stdout)
+    steps, code = plan["steps"], plan["exit_code"]
+    assert code == 0
     variants = {f"compress.{variant.name}" for variant in recipe.resolve("demo").compress}
     assert {step["node"] for step in steps} >= {"prepare", "pretrain", "promote", *variants}
 
@@ -105,7 +107,7 @@ def test_a_plan_for_another_machine_refuses_nothing_that_this_one_could_not_hold
     here = ingot("plan", *large, "compute.device=cpu", "compute.memory=8", check=2).stderr
     assert "pretrain cannot fit" in here
     assert "pretrain.preset=" in here
-    there = json.loads(ingot("plan", "--world-size", "8", "--json", *large, "compute.price_per_hour=2").stdout)
+    there = json.loads(ingot("plan", "--world-size", "8", "--json", *large, "compute.price_per_hour=2").stdout)["steps"]
     (pretrain,) = (step["estimate"] for step in there if step["node"] == "pretrain")
     assert pretrain["ranks"] == 8
     assert pretrain["facts"]["parameters"] > 6e9

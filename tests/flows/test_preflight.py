@@ -248,9 +248,15 @@ def test_a_run_is_refused_before_prefect_starts_and_its_plan_says_so(
     ingot: Callable[..., subprocess.CompletedProcess[str]], empty_store: Path
 ) -> None:
     crown(empty_store, family="encoder")
-    said = ingot("plan", "--recipe", "smoke")
+    said = ingot("plan", "--recipe", "smoke", check=2)
     assert "would be refused: the champion ingot-smoke v1" in said.stdout
-    assert json.loads(ingot("plan", "--recipe", "smoke", "--json").stdout)
+    told = json.loads(ingot("plan", "--recipe", "smoke", "--json", check=2).stdout)
+    assert told["exit_code"] == 2
+    assert {step["node"] for step in told["steps"]} >= {"prepare", "promote"}
+    (certain,) = (finding for finding in told["findings"] if finding["exit_code"] is not None)
+    assert certain["check"] == "model name"
+    assert certain["message"].startswith("the champion ingot-smoke v1")
+    assert "promote.model_name=" in certain["do"]
     refused = ingot("run", "--recipe", "smoke", check=2)
     assert "promote.model_name=" in refused.stderr
     assert "Prefect" not in refused.stdout + refused.stderr

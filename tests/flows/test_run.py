@@ -176,7 +176,7 @@ def test_the_champion_is_tuned_and_the_plan_and_the_lineage_say_from_which_versi
     tune = ["--recipe", "smoke", "base.from=models:/ingot-smoke@champion", "pretrain.steps=4"]
     tune += ["pretrain.schedule.warmup=0", "pretrain.engine=plain", "pretrain.world_size=1", "pretrain.zero_stage=0"]
     planned = run_in(store, "plan", *tune, "--json")
-    fetch = {step["node"]: step for step in json.loads(planned.stdout)}["fetch"]
+    fetch = {step["node"]: step for step in json.loads(planned.stdout)["steps"]}["fetch"]
     assert "models:/ingot-smoke@champion is version 1" in fetch["warning"]
     run_in(store, "run", *tune, "--only", "fetch")
     run_in(store, "run", *tune, "--only", "pretrain")
@@ -187,7 +187,9 @@ def test_the_champion_is_tuned_and_the_plan_and_the_lineage_say_from_which_versi
     shown = run_in(store, "show", made.manifest.fingerprint[:12]).stdout
     assert "init_weights: fetch" in shown
     assert "from: models:/ingot-smoke/1" in shown
-    states = {step["node"]: step["state"] for step in json.loads(run_in(store, "plan", *tune, "--json").stdout)}
+    states = {
+        step["node"]: step["state"] for step in json.loads(run_in(store, "plan", *tune, "--json").stdout)["steps"]
+    }
     assert (states["fetch"], states["pretrain"]) == ("cached", "cached")
 
 

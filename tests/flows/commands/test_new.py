@@ -74,7 +74,7 @@ def test_one_command_leads_from_texts_to_a_plan(ingot: Ingot, place: Path) -> No
     assert git(mine, "status", "--porcelain") == ""
     assert {"data.dvc", "ingot.toml", "recipes/mine.toml"} <= set(git(mine, "ls-files").splitlines())
     below = mine / "recipes"
-    steps = json.loads(ingot(below, "plan", "--json").stdout)
+    steps = json.loads(ingot(below, "plan", "--json").stdout)["steps"]
     assert {step["state"] for step in steps} == {"run", "waits"}
     assert json.loads(ingot(below, "show", "config").stdout)["promote"]["model_name"] == "mine"
     assert ingot(mine, "data", "status").stdout.count("matches") == 1
