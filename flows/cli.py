@@ -111,9 +111,9 @@ def plan(
     """Say what a run would do, why, and what it takes; exit as a run would that is refused. Changes nothing."""
     from flows.commands import run as command
 
-    selection = (only, since, force or [])
-    options = {"as_json": as_json, "world_size": world_size, "drawn": drawn, "jobs": jobs}
-    raise typer.Exit(command.plan(recipe, overrides or [], *selection, **options))
+    flags = {"as_json": as_json, "drawn": drawn, "jobs": jobs}
+    code = command.plan(recipe, overrides or [], only, since, force or [], world_size=world_size, **flags)
+    raise typer.Exit(code)
 
 
 @app.command()

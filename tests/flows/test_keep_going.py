@@ -49,7 +49,7 @@ class World:
         self.began.append(name)
         if name in self.failing:
             raise self.failing[name]
-        return SimpleNamespace(manifest=SimpleNamespace(summary={}, fingerprint=name), path=name), False
+        return SimpleNamespace(manifest=SimpleNamespace(summary={}, fingerprint=name), place=name), False
 
     def failed(self, name: str, error: BaseException) -> None:
         """Take note of nothing."""
