@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import re
 import shlex
 import shutil
@@ -93,8 +94,8 @@ def command() -> str:
 def _check(folder: Path, source: Path | None, data: str | None) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not empty", hint="name a new folder")
-    if source is not None and not source.exists():
-        raise ConfigError(f"--data {data}: {source} does not exist", hint="give a folder, a file or a URL")
+    if source is not None and not source.exists() and not glob.has_magic(str(source)):
+        raise ConfigError(f"--data {data}: {source} does not exist", hint="give a folder, a file, a pattern or a URL")
     if source is not None and folder.is_relative_to(source):
         raise ConfigError(f"{folder} would lie inside its own corpus {source}", hint="name a folder beside it")
 

@@ -80,6 +80,22 @@ def test_one_command_leads_from_texts_to_a_plan(ingot: Ingot, place: Path) -> No
     assert ingot(mine, "data", "status").stdout.count("matches") == 1
 
 
+def test_a_pattern_chooses_and_the_corpus_is_checked_before_a_run(ingot: Ingot, place: Path) -> None:
+    ingot(place, "new", "mine", "--data", "texts/1*.txt")
+    mine = place / "mine"
+    found = json.loads(ingot(mine, "data", "check", "--json").stdout)
+    assert (found["formats"], found["documents"], found["refused"]) == ({"text": 11}, 11, [])
+    (mine / "data" / "picture.jpg").write_bytes(b"\xff\xd8\xff")
+    ingot(mine, "data", "add")
+    said = ingot(mine, "data", "check", check=3).stderr
+    assert "picture.jpg: a picture" in said
+    assert "picture.jpg: a picture" in ingot(mine, "plan").stdout
+    assert "picture.jpg: a picture" in ingot(mine, "run", check=3).stderr
+    left = 'prepare.files=["*", "!picture.jpg"]'
+    assert left in said
+    assert json.loads(ingot(mine, "data", "check", left, "--json").stdout)["left_out"] == ["picture.jpg"]
+
+
 @pytest.mark.slow
 def test_a_run_from_a_folder_below_reads_the_corpus_of_its_project(ingot: Ingot, place: Path) -> None:
     """Also where that folder has packages with the names of ours, and the stage runs in a process of its own."""

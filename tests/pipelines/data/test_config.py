@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from pipelines.core.program import ROOT as CHECKOUT
 from pipelines.data.config import DataConfig, PrepareConfig, PrepareJob
 
-
 NOT_IDENTITY = {"workers", "max_expansion", "max_window_bytes"}
 """What may be read, and how fast, never what it becomes."""
 

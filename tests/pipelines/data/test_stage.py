@@ -120,6 +120,38 @@ def test_a_split_smaller_than_one_sequence_stops_the_stage(
         prepare(folder, sequence_length=4096)
 
 
+@pytest.mark.parametrize("documents", [3, 12])
+def test_held_out_text_that_nothing_can_be_measured_on_stops_the_stage(
+    documents: int,
+    tmp_path: Path,
+    make_documents: Callable[..., Records],
+    write_shard: Callable[..., Path],
+    prepare: Callable[..., Path],
+) -> None:
+    folder = write_shard(tmp_path / "c" / "a.jsonl", make_documents(documents)).parent
+    with pytest.raises(
+        IntegrityError, match=r"split has 1 document, prepare\.min_held_out_documents asks for 2"
+    ) as caught:
+        prepare(folder, min_held_out_documents=2)
+    assert "_fraction, add documents" in str(caught.value.hint)
+
+
+def test_equal_ids_are_counted_and_a_long_line_names_its_setting(
+    tmp_path: Path,
+    make_documents: Callable[..., Records],
+    write_shard: Callable[..., Path],
+    prepare: Callable[..., Path],
+) -> None:
+    records = list(make_documents(60))
+    records[5]["id"] = records[6]["id"] = records[7]["id"]
+    folder = write_shard(tmp_path / "c" / "a.jsonl", records).parent
+    assert json.loads((prepare(folder) / "report.json").read_text())["duplicate_ids"] == 2
+    write_shard(folder / "b.jsonl", [*make_documents(3, seed=1), {"text": "x" * 5000}])
+    with pytest.raises(IntegrityError, match="line of more than 2048 bytes") as caught:
+        prepare(folder, max_line_bytes=2048)
+    assert "prepare.max_line_bytes=8192" in str(caught.value.hint)
+
+
 def test_planted_copies_are_dropped_and_counted_and_unique_documents_stay(
     tmp_path: Path,
     make_documents: Callable[..., Records],

@@ -316,3 +316,21 @@ def test_the_bundled_configuration_verifies_downloads_and_reports_to_nobody(clon
     assert {"remote.bundled.verify=true", "core.analytics=false", "core.autostage=false", "core.remote=bundled"} <= set(
         shown
     )
+
+
+def test_without_git_the_way_out_is_named(clone: Path) -> None:
+    shutil.rmtree(clone / ".git")
+    small_corpus(clone, "text")
+    with pytest.raises(ConfigError, match="no git repository") as caught:
+        versioning.add(HERE, clone)
+    assert "git init" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("<<<<<<< HEAD\nouts:\n=======\n>>>>>>> x\n", "merge conflict"), ("", "empty")]
+)
+def test_a_dvc_file_in_conflict_or_empty_says_so(clone: Path, text: str, said: str) -> None:
+    (clone / "data.dvc").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=said) as caught:
+        versioning.data_hash(HERE, clone)
+    assert "git checkout" in str(caught.value.hint)
