@@ -86,7 +86,8 @@ def _started(value: Any, kind: Any, extra: Mapping[str, Any]) -> Any:
         return [_started(element, kind, {}) for element in value]
     if isinstance(value, dict) and section is not None:
         return {key: _started(inner, *_field(section, {}, [key])) for key, inner in value.items()}
-    return absolute(value) if extra.get("path") and isinstance(value, str) and value else value
+    named = isinstance(value, str) and value and value not in extra.get("words", ())
+    return absolute(value) if extra.get("path") and named else value
 
 
 def _inline(value: Any) -> str:

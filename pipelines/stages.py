@@ -9,7 +9,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(
             "prepare",
-            version=4,
+            version=5,
             entry="pipelines.data.stage:run",
             observations=("report.json", "quarantine.jsonl"),
             settings="pipelines.data.config:PrepareJob",
@@ -25,7 +25,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "pretrain",
-            version=3,
+            version=4,
             entry="pipelines.training.stage:run",
             observations=("metrics.jsonl", "observations.json", "samples.jsonl"),
             journals=("*.jsonl", "rollbacks.json"),

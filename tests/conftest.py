@@ -48,6 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A prepare artifact of 61 tokens: each is a function of the one before it, or, one time in four, random."""
     from pipelines.data import shards
+    from pipelines.data.packing import Block
 
     root = tmp_path_factory.mktemp("prepared")
     build = root / "build"
@@ -60,7 +61,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
             tokens[follow, column] = 4 + (tokens[follow, column - 1] * 7 + 3) % (VOCABULARY - 4)
         tokens[:, 0] = 0
         tokens[::5, -3:] = 2
-        entries = shards.write([tokens], build, split, sequence_length=LENGTH, dtype="uint16", shard_bytes=1000)
+        entries = shards.write(
+            [Block.of_rows(tokens)], build, split, sequence_length=LENGTH, dtype="uint16", shard_bytes=1000
+        )
         size = {"sequences": sequences, "tokens": sequences * LENGTH, "documents": sequences, "bytes": tokens.size * 3}
         splits[split] = {"shards": entries, **size}
         if split == "validation":

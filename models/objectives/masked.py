@@ -34,7 +34,8 @@ def mask_tokens(
     """Return (inputs, targets) of one sequence under masked language modelling.
 
     A token is a target with `rule.probability`; a target is shown as the mask token (the last of `special`), as a
-    random token, or as itself. Special tokens are never targets. The choice is a pure function of (seed, sample,
+    random token, or as itself. Special tokens are never targets, and never shown for one: a start token amid a
+    document would cut it in two, so a target that draws one stays. The choice is a pure function of (seed, sample,
     epoch): each 64-bit word of the sample's own stream decides one token, its high half whether, its low half how.
     """
     length = len(tokens_T)
@@ -43,6 +44,7 @@ def mask_tokens(
     label_mask_T &= ~np.isin(tokens_T, special)
     kind = (words[:length] & np.uint64(2**32 - 1)) / _TWO_32
     random_tokens = (words[length:] % np.uint64(vocab_size)).astype(tokens_T.dtype)
+    random_tokens = np.where(np.isin(random_tokens, special), tokens_T, random_tokens)
     inputs_T = np.where(label_mask_T & (kind < rule.mask), special[-1], tokens_T)
     inputs_T = np.where(label_mask_T & (kind >= rule.mask) & (kind < rule.mask + rule.random), random_tokens, inputs_T)
     return inputs_T, np.where(label_mask_T, tokens_T, IGNORED)

@@ -101,7 +101,8 @@ def labels(
     if masked:
         plain_NT = sample_tokens(prepare, samples=len(tokens_NT), seed=seed, masked=False, split=split)
         return np.where(plain_NT != tokens_NT, plain_NT, IGNORED)
-    return next_tokens(tokens_NT, ShardReader(prepare, split).index["pad_id"])
+    index = ShardReader(prepare, split).index
+    return next_tokens(tokens_NT, bos_id=index["bos_id"], pad_id=index["pad_id"])
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from pipelines.core.artifact import read_json
 from pipelines.core.errors import ConfigError
 from pipelines.modelio.folder import WeightReader
 from pipelines.modelio.load import load_model
-from pipelines.training.loss_module import LossModule, Nats, make_objective
+from pipelines.training.loss_module import LossModule, Nats, make_objective, mask_documents
 from pipelines.training.worker_spec import WorkerSpec
 
 FACTORY = f"{__name__}:qat_objective"
@@ -152,4 +152,5 @@ def _frozen(folder: Path) -> nn.Module:
     model = load_model(folder)
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.long))  # packed weights are unpacked by the first pass
+    mask_documents(model)
     return model.requires_grad_(requires_grad=False).eval()

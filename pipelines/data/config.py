@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
-from typing import Literal, Self
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from pipelines.core.settings import NOT_IDENTITY, Settings
+from pipelines.core.settings import NOT_IDENTITY, Settings, absolute, start_of
+from pipelines.data import tokenizer_files
+
+TOKENIZER_WORDS = ("train", "init_weights")
+"""Values of `prepare.tokenizer` that are no path."""
 
 
 class DataConfig(Settings):
@@ -52,6 +56,33 @@ class FieldNames(Settings):
     )
 
 
+class TokenizerTraining(Settings):
+    """How a tokenizer is trained."""
+
+    model: Literal["bpe", "unigram", "wordpiece"] = Field(
+        "bpe", description="Kind of vocabulary; each has every byte in it, so that no text is unknown."
+    )
+    pre_tokenizer: Literal["llama3", "gpt2"] = Field(
+        "llama3", description="What a word is, which no token reaches over: the pattern of Llama 3, or that of GPT-2."
+    )
+    single_digits: bool = Field(False, description="Each digit is a token; false: up to three (gpt2: any number).")
+    max_token_length: int | None = Field(
+        None, ge=2, description="Bytes of a token at most (bpe, unigram); none: as long as a word."
+    )
+    max_word: int = Field(
+        1000, ge=16, description="Characters without a break after which a text is cut for training the tokenizer."
+    )
+    sample_bytes: int = Field(
+        256 << 20, ge=1 << 12, description="Text of the train split that it is trained on, about; drawn with the seed."
+    )
+
+    @model_validator(mode="after")
+    def _every_setting_counts(self) -> Self:
+        if self.model == "wordpiece" and self.max_token_length is not None:
+            raise ValueError("max_token_length does nothing here: it goes with model = bpe or unigram")
+        return self
+
+
 class PrepareConfig(Settings):
     """From corpus to tokenizer and packed sequences."""
 
@@ -72,10 +103,20 @@ class PrepareConfig(Settings):
     vocab_size: int = Field(
         4096, ge=260, le=1_000_000, description="Tokens in the vocabulary: 4 special, 256 bytes, the rest merges."
     )
-    tokenizer: Literal["train", "init_weights"] = Field(
+    tokenizer: str = Field(
         "train",
         description="train: learn one on this corpus; init_weights: take that of the model in base.from, as "
-        "tuning on another corpus needs (vocab_size is then the model's).",
+        "tuning on another corpus needs; anything else is a folder with a Hugging Face tokenizer, or an artifact "
+        "(vocab_size is then that of the tokenizer).",
+        json_schema_extra={"path": True, "words": ["train", "init_weights"]},
+    )
+    tokenizer_training: TokenizerTraining = Field(
+        default_factory=TokenizerTraining, description="How the tokenizer is trained."
+    )
+    packing: Literal["best_fit", "concatenated"] = Field(
+        "best_fit",
+        description="best_fit: a document that fits a sequence is never cut, what stays free is padding; concatenated: "
+        "documents end to end, cut where a sequence ends, without padding.",
     )
     sequence_length: int = Field(256, ge=8, le=1_048_576, description="Tokens per packed sequence.")
     seed: int = Field(
@@ -138,6 +179,19 @@ class PrepareConfig(Settings):
         2, ge=1, le=256, description="Processes that clean and hash documents.", json_schema_extra=NOT_IDENTITY
     )
 
+    @field_validator("tokenizer")
+    @classmethod
+    def _tokenizer_starts_at_the_project(cls, value: str, info: ValidationInfo) -> str:
+        if not value.strip():
+            raise ValueError("valid: train, init_weights, or a folder with a tokenizer")
+        return value if value in TOKENIZER_WORDS else absolute(value, start_of(info))
+
+    @model_validator(mode="after")
+    def _training_counts(self) -> Self:
+        if self.tokenizer != "train" and self.tokenizer_training != TokenizerTraining():
+            raise ValueError(f"tokenizer_training does nothing here: tokenizer = {self.tokenizer}; it goes with train")
+        return self
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.validation_fraction + self.test_fraction >= 0.9:
@@ -155,3 +209,10 @@ class PrepareJob(Settings):
 
     data: DataConfig = Field(default_factory=DataConfig, description="Which corpus.")
     prepare: PrepareConfig = Field(default_factory=PrepareConfig, description="From corpus to packed tokens.")
+
+    def identity(self) -> dict[str, Any]:
+        """Return what can change a result; a tokenizer that is brought along counts by its files, not by its place."""
+        found = super().identity()
+        if self.prepare.tokenizer not in TOKENIZER_WORDS:
+            found["prepare"]["tokenizer"] = tokenizer_files.digest(Path(self.prepare.tokenizer))
+        return found

@@ -1,4 +1,8 @@
-"""Packed sequences on disk: plain `.npy` shards of bounded size, found through `index.json`, read by memory map."""
+"""Packed sequences on disk: plain `.npy` shards of bounded size, found through `index.json`, read by memory map.
+
+Beside each shard lies its document map, uint32 [parts, 4]: of each part of a document the sequence in the shard, the
+first column, the number of the document in `documents/SPLIT.jsonl.zst`, and the token of it that the part begins with.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.core.errors import IntegrityError
+from pipelines.data.packing import Block
 
 INDEX = "index.json"
 FORMAT = 1
@@ -23,14 +28,14 @@ def dtype_for(vocab_size: int) -> str:
 
 
 def write(
-    blocks: Iterable[NDArray[np.int64]], folder: Path, split: str, *, sequence_length: int, dtype: str, shard_bytes: int
+    blocks: Iterable[Block], folder: Path, split: str, *, sequence_length: int, dtype: str, shard_bytes: int
 ) -> list[dict[str, Any]]:
     """Write a stream of sequences as shards of one split and return their index entries.
 
     Each sequence is copied twice, whatever the size of the blocks: time is linear, memory that of one shard.
 
     Args:
-        blocks: [sequences, sequence_length] each.
+        blocks: sequences and their document maps.
         folder: folder of the artifact; shards go to `folder/split`.
         split: name of the split.
         sequence_length: tokens per sequence.
@@ -41,22 +46,31 @@ def write(
     limit = max(shard_bytes // (sequence_length * np.dtype(dtype).itemsize), 1)
     entries: list[dict[str, Any]] = []
     pending: list[NDArray[Any]] = []
+    maps: list[NDArray[Any]] = []
+    shifts: list[int] = []  # what makes a sequence's number in its block that in the shard
     waiting = 0  # sequences in `pending`
 
     def flush() -> None:
-        name = f"{split}/shard-{len(entries):05}.npy"
-        np.save(folder / name, np.concatenate(pending), allow_pickle=False)
-        entries.append({"file": name, "sequences": waiting})
+        name = f"{split}/shard-{len(entries):05}"
+        np.save(folder / f"{name}.npy", np.concatenate(pending), allow_pickle=False)
+        map_P4 = np.concatenate(maps)
+        map_P4[:, 0] += np.repeat(shifts, [len(each) for each in maps])
+        np.save(folder / f"{name}.map.npy", map_P4.astype(np.uint32), allow_pickle=False)
+        entries.append({"file": f"{name}.npy", "map": f"{name}.map.npy", "sequences": waiting})
 
     for block in blocks:
-        start = 0
-        while start < len(block):
-            part = block[start : start + limit - waiting].astype(dtype)
+        start, first = 0, 0
+        while start < len(block.tokens_ST):
+            part = block.tokens_ST[start : start + limit - waiting].astype(dtype)
             pending.append(part)
-            start, waiting = start + len(part), waiting + len(part)
+            whole = start + len(part) == len(block.tokens_ST)
+            end = len(block.map_P4) if whole else int(np.searchsorted(block.map_P4[:, 0], start + len(part)))
+            maps.append(block.map_P4[first:end])
+            shifts.append(waiting - start)
+            start, first, waiting = start + len(part), end, waiting + len(part)
             if waiting == limit:
                 flush()
-                pending, waiting = [], 0
+                pending, maps, shifts, waiting = [], [], [], 0
     if waiting:
         flush()
     return entries
@@ -98,6 +112,7 @@ class ShardReader:
             raise IntegrityError(f"{folder / INDEX} has no split {split!r}; it has {', '.join(self.index['splits'])}")
         self.sequence_length: int = self.index["sequence_length"]
         entries = self.index["splits"][split]["shards"]
+        self._folder, self._entries = folder, entries
         self._shards = [_open(folder, entry, self.index) for entry in entries]
         self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
 
@@ -122,6 +137,26 @@ class ShardReader:
             rows = home == shard
             out[rows] = self._shards[shard][wanted[rows] - self._starts[shard]]
         return out
+
+    def parts(self, number: int) -> NDArray[np.int64]:
+        """Return what a sequence holds [parts, 3]: first column, number of the document, and its token there.
+
+        Raises:
+            IndexError: there is no such sequence.
+            IntegrityError: the document map is missing or damaged.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"sequence number {number} is outside 0..{len(self) - 1}")
+        home = int(np.searchsorted(self._starts, number, side="right")) - 1
+        path = self._folder / self._entries[home]["map"]
+        try:
+            map_P4 = np.load(path, mmap_mode="r", allow_pickle=False)
+            first, end = np.searchsorted(map_P4[:, 0], [number - self._starts[home], number - self._starts[home] + 1])
+            parts_P3: NDArray[np.int64] = map_P4[first:end, 1:].astype(np.int64)
+        except (OSError, ValueError, IndexError) as error:
+            hint = "delete the artifact and run again"
+            raise IntegrityError(f"{path} is not a document map: {error}", hint=hint) from None
+        return parts_P3
 
 
 def _open(folder: Path, entry: Mapping[str, Any], index: Mapping[str, Any]) -> NDArray[Any]:

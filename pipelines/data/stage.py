@@ -14,14 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from pipelines.core import project
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import IntegrityError
 from pipelines.core.stage import Progress, StageContext, Summary
-from pipelines.data import contamination, dedup, document_files, packing, reader, shards, tokenizer, versioning
-from pipelines.data.config import PrepareConfig, PrepareJob
+from pipelines.data import contamination, dedup, document_files, reader, sequences, tokenizer, versioning
+from pipelines.data.config import TOKENIZER_WORDS, PrepareConfig, PrepareJob
 from pipelines.data.report import DocumentCounts
 from pipelines.data.split import SPLITS, assign, group_names
 from pipelines.data.survey import QUARANTINE, Survey, survey
@@ -29,8 +27,6 @@ from pipelines.data.survey import QUARANTINE, Survey, survey
 TOKENIZER = "tokenizer"
 REPORT = "report.json"
 _STEPS = ("survey", "deduplicate", "split", "contamination", "tokenizer", "pack")
-_ENCODE_BATCH = 64
-"""Documents tokenized at a time: the bound on texts in memory while packing."""
 
 
 def run(config: PrepareJob, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
@@ -44,7 +40,8 @@ def run(config: PrepareJob, inputs: Mapping[str, Artifact], out_dir: Path, conte
     corpus = versioning.checkout_corpus(config.data, context.scratch, context.project or project.find())
     init_weights = inputs.get("init_weights")
     try:
-        tokenizer_of = init_weights.path / "model" if init_weights else None
+        brought = None if config.prepare.tokenizer in TOKENIZER_WORDS else Path(config.prepare.tokenizer)
+        tokenizer_of = init_weights.path / "model" if init_weights else brought
         return prepare(corpus, config.prepare, out_dir, context, tokenizer_of)
     except OSError:
         shutil.rmtree(context.scratch, ignore_errors=True)  # no later attempt could use it, and it may fill the disk
@@ -85,12 +82,14 @@ def prepare(
         4, f"{counts.documents('train')} documents to learn from, which hold {shared['share']:.2%} of the held-out text"
     )
     if tokenizer_of is not None:
-        trained = tokenizer.load(tokenizer_of)
+        trained = tokenizer.load(tokenizer_of, may_grow=config.tokenizer != "init_weights")
     else:
-        trained = tokenizer.train(_texts(out_dir, "train"), config.vocab_size)
-    tokenizer.save(trained, out_dir / TOKENIZER, config.sequence_length)
-    say(5, f"{trained.get_vocab_size()} tokens in the vocabulary")
-    index = _pack(trained, out_dir, config, counts)
+        how = config.tokenizer_training
+        sample = tokenizer.training_sample(_texts(out_dir, "train"), counts.bytes("train"), how, config.seed)
+        trained = tokenizer.train(sample, config.vocab_size, how)
+    trained.save(out_dir / TOKENIZER, config.sequence_length)
+    say(5, f"{trained.vocab_size} tokens in the vocabulary")
+    index = sequences.write(trained, out_dir, config, counts)
     duplicates = _duplicates(first_of_cluster, counts)
     report = {
         **counts.to_json(),
@@ -169,80 +168,12 @@ def _contamination(out_dir: Path, config: PrepareConfig) -> dict[str, Any]:
     return shared
 
 
-def _pack(trained: Tokenizer, out_dir: Path, config: PrepareConfig, counts: DocumentCounts) -> dict[str, Any]:
-    """Tokenize and pack every split, write `index.json` and return it."""
-    bos, eos, pad, mask = range(len(tokenizer.SPECIAL_TOKENS))
-    dtype = shards.dtype_for(trained.get_vocab_size())
-    splits: dict[str, Any] = {}
-    for split in SPLITS:
-        tokens = _Counted(_tokens(trained, out_dir, split))
-        blocks = packing.pack(tokens, config.sequence_length, bos_id=bos, eos_id=eos)
-        written = shards.write(
-            blocks,
-            out_dir,
-            split,
-            sequence_length=config.sequence_length,
-            dtype=dtype,
-            shard_bytes=config.shard_bytes,
-        )
-        sequences = sum(entry["sequences"] for entry in written)
-        if not sequences:
-            raise IntegrityError(
-                f"the {split} split has {tokens.total} tokens, less than one sequence of {config.sequence_length}",
-                hint="lower prepare.sequence_length, or raise the split's fraction",
-            )
-        splits[split] = {
-            "shards": written,
-            "sequences": sequences,
-            "tokens": sequences * config.sequence_length,
-            "dropped_tokens": tokens.total - sequences * config.sequence_length,
-            "documents": counts.documents(split),
-            "bytes": counts.bytes(split),
-        }
-    index = {
-        "format": shards.FORMAT,
-        "sequence_length": config.sequence_length,
-        "vocab_size": trained.get_vocab_size(),
-        "dtype": dtype,
-        "bos_id": bos,
-        "eos_id": eos,
-        "pad_id": pad,
-        "mask_id": mask,
-        "splits": splits,
-    }
-    _write_json(out_dir / shards.INDEX, index)
-    return index
-
-
-class _Counted:
-    """Passes documents on and counts their tokens, the two that packing adds included."""
-
-    def __init__(self, documents: Iterator[list[int]]) -> None:
-        self._documents = documents
-        self.total = 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for tokens in self._documents:
-            self.total += len(tokens) + 2
-            yield tokens
-
-
 def _documents(out_dir: Path, split: str) -> Path:
     return out_dir / "documents" / f"{split}.jsonl.zst"
 
 
 def _texts(out_dir: Path, split: str) -> Iterator[str]:
     return (document.text for document in document_files.documents(_documents(out_dir, split)))
-
-
-def _tokens(trained: Tokenizer, out_dir: Path, split: str) -> Iterator[list[int]]:
-    batch: list[str] = []
-    for text in _texts(out_dir, split):
-        batch.append(text)
-        if len(batch) == _ENCODE_BATCH:
-            yield from tokenizer.encode(trained, batch)
-            batch = []
-    yield from tokenizer.encode(trained, batch)
 
 
 def _duplicates(first_of_cluster: list[int], counts: DocumentCounts) -> dict[str, int]:

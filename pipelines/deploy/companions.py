@@ -48,7 +48,7 @@ def _finish_tokenizer(folder: Path, config: dict[str, Any], *, decoder: bool) ->
     first, last = str(settings.get("bos_token")), str(settings.get("eos_token"))
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
     present = tokenizer.get("post_processor") or {"special_tokens": {}}
-    if present.get("special_tokens") != {} or first not in ids or last not in ids:
+    if not set(present.get("special_tokens", {"?"})) <= {first} or first not in ids or last not in ids:
         return  # a tokenizer of others', which knows what it does
     around = [_special(first), *([] if decoder else [_special(last)])]
     single = [around[0], {"Sequence": {"id": "A", "type_id": 0}}, *around[1:]]

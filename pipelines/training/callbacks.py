@@ -214,9 +214,10 @@ class Checkpointing(Callback):
 
 
 class Work(NamedTuple):
-    """How much was done up to some step, by all ranks together."""
+    """How much was computed up to some step, by all ranks together."""
 
-    tokens: int
+    positions: int
+    """Tokens with their padding."""
     flops: float
 
 
@@ -237,14 +238,14 @@ class Logging(Callback):
         self._losses = losses
         self._work = work
         self._peak_flops = peak_flops
-        self._recorded = 0
-        """Step of the last record, where the times of the next one begin."""
+        self._recorded = self._tokens = 0
+        """Step of the last record, where the times of the next one begin, and the tokens until then."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Forget what was written of steps that are going to be taken anew."""
         for log in self._logs():
             log.cut_back(trainer.state.step)
-        self._recorded = trainer.state.step
+        self._recorded, self._tokens = trainer.state.step, trainer.state.tokens
         trainer.times.take()
 
     def before_checkpoint(self, trainer: Trainer) -> None:
@@ -286,17 +287,18 @@ class Logging(Callback):
         state, times = trainer.state, trainer.times.take()
         busy = sum(times.get(part, 0.0) for part in ("data", "forward", "backward", "step"))
         done, before = self._work(result.step), self._work(self._recorded)
-        self._recorded = result.step
+        tokens, self._recorded, self._tokens = state.tokens - self._tokens, result.step, state.tokens
         pace = 1.0 / busy if busy else 0.0
+        useful = tokens / (done.positions - before.positions)  # padding is computed too, and counts for nothing
         values: dict[str, Any] = {
             "step": result.step,
-            "tokens": done.tokens,
+            "tokens": state.tokens,
             "loss": _finite(loss),
             "lr": result.lr,
             "grad_norm": _finite(result.record.grad_norm),
             "skipped": state.skipped,
-            "tokens_per_s": round((done.tokens - before.tokens) * pace, 1),
-            "mfu": round((done.flops - before.flops) * pace / self._peak_flops, 4),
+            "tokens_per_s": round(tokens * pace, 1),
+            "mfu": round((done.flops - before.flops) * useful * pace / self._peak_flops, 4),
             "memory_bytes": memory_bytes(trainer.engine.ranks.device),
         }
         values |= {f"time/{part}": round(seconds, 4) for part, seconds in times.items()}

@@ -50,23 +50,23 @@ class Batch:
     """`IGNORED` where nothing is asked."""
     targets: int
     """Number of targets, counted on the host before the batch went to a device."""
+    tokens: int
+    """Number of tokens without padding, counted there too."""
 
     @classmethod
-    def of(cls, inputs_BT: Ids, targets_BT: Ids) -> Batch:
+    def of(cls, inputs_BT: Ids, targets_BT: Ids, pad_id: int) -> Batch:
         """Return the batch of arrays, on the CPU."""
-        return cls(
-            torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT), int(np.count_nonzero(targets_BT != IGNORED))
-        )
+        counts = (int(np.count_nonzero(targets_BT != IGNORED)), int(np.count_nonzero(inputs_BT != pad_id)))
+        return cls(torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT), *counts)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`; a GPU copies pinned memory while the host goes on."""
-        return Batch(
-            self.inputs_BT.to(device, non_blocking=True), self.targets_BT.to(device, non_blocking=True), self.targets
-        )
+        inputs_BT, targets_BT = (part.to(device, non_blocking=True) for part in (self.inputs_BT, self.targets_BT))
+        return Batch(inputs_BT, targets_BT, self.targets, self.tokens)
 
     def pinned(self) -> Batch:
         """Return the batch in memory that a GPU can copy from by itself."""
-        return Batch(self.inputs_BT.pin_memory(), self.targets_BT.pin_memory(), self.targets)
+        return Batch(self.inputs_BT.pin_memory(), self.targets_BT.pin_memory(), self.targets, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class DataLoader:
         phase = phases.at(self.phases, step)
         samples_B, epochs_B = self._order(phase, step, rollbacks)
         return [
-            Batch.of(*self.objective.targets(self._tokens(phase, samples), samples, epochs))
+            self._batch(*self.objective.targets(self._tokens(phase, samples), samples, epochs))
             for samples, epochs in zip(
                 self._share(samples_B, phase.micro_batch), self._share(epochs_B, phase.micro_batch), strict=True
             )
@@ -139,7 +139,10 @@ class DataLoader:
             used = np.where(real, samples, 0)
             epochs = np.full(len(used), VALIDATION_EPOCH)
             inputs_BT, targets_BT = self.objective.targets(self.validation.take(used), used, epochs)
-            yield Batch.of(inputs_BT, np.where(real[:, None], targets_BT, IGNORED)).to(self.ranks.device)
+            yield self._batch(inputs_BT, np.where(real[:, None], targets_BT, IGNORED)).to(self.ranks.device)
+
+    def _batch(self, inputs_BT: Ids, targets_BT: Ids) -> Batch:
+        return Batch.of(inputs_BT, targets_BT, self.objective.context.pad_id)
 
     def _share(self, values: Ids, micro_batch: int) -> Ids:
         return data_order.rank_share(values, rank=self.ranks.rank, world=self.ranks.world, micro_batch_size=micro_batch)

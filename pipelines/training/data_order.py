@@ -1,27 +1,50 @@
 """Data order as a pure function of (seed, step): the same samples per step at any world size; resuming needs no replay.
 
 Samples are laid out epoch after epoch, each epoch a permutation keyed by (seed, epoch), and a step takes the next
-`batch_size` of them.
+`batch_size` of them. No permutation is ever stored: a Feistel network maps a place in the epoch to its sample, so a
+rank needs as much memory and time for ten billion samples as for ten.
 """
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
+from numpy.typing import NDArray
 
 from models.objectives.base import Ids, philox
 
 EPOCHS_PER_PHASE = 1 << 24
 """More than any phase has: the number of an epoch is below 2^32 for up to 255 phases."""
+_ROUNDS = 8
+"""Four make a Feistel network a pseudo-random permutation (Luby and Rackoff 1988); small domains want a few more."""
 
 
-@functools.lru_cache(maxsize=4)
-def permutation(seed: int, epoch: int, size: int) -> Ids:
-    """Return the order of the samples 0..size-1 in one epoch."""
-    order = np.argsort(philox(seed, epoch, size), kind="stable")
-    order.setflags(write=False)
-    return order
+def permuted(seed: int, epoch: int, size: int, places: Ids) -> Ids:
+    """Return the samples that stand at some places of an epoch's order of 0..size-1, of the shape of `places`.
+
+    The network permutes 2^(2h) numbers, at most four times `size`; a result beyond `size` is put in again until it is
+    one of ours ("cycle walking", Black and Rogaway 2002), which leaves a permutation of 0..size-1.
+    """
+    half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
+    keys = philox(seed, epoch, _ROUNDS)
+    found = _network(places.astype(np.uint64), keys, half)
+    while len(outside := np.flatnonzero(found >= size)):
+        found[outside] = _network(found[outside], keys, half)
+    return found.astype(np.int64)
+
+
+def _network(values: NDArray[np.uint64], keys: NDArray[np.uint64], half: np.uint64) -> NDArray[np.uint64]:
+    low = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & low
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & low)
+    return (left << half) | right
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64 finalizer (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def ids(seed: int, first: int, count: int, size: int, *, phase: int = 0) -> tuple[Ids, Ids]:
@@ -37,7 +60,7 @@ def ids(seed: int, first: int, count: int, size: int, *, phase: int = 0) -> tupl
         raise ValueError("there are no samples to draw from")
     epochs, offsets = np.divmod(np.arange(first, first + count), size)
     epochs += phase * EPOCHS_PER_PHASE
-    parts = [permutation(seed, int(epoch), size)[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
+    parts = [permuted(seed, int(epoch), size, offsets[epochs == epoch]) for epoch in np.unique(epochs)]
     return np.concatenate(parts), epochs
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from models.architectures import predict
+from models.architectures import documents, predict
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
 from models.objectives import registry
@@ -35,10 +35,20 @@ class LossModule(nn.Module):
         model: a decoder or an encoder with its output layer.
         loss_chunk: see `models.architectures.predict.language_nats`.
         nats: the loss; an objective's `nats`.
+        document_mask: keep the documents of a packed sequence apart.
     """
 
-    def __init__(self, model: nn.Module, loss_chunk: int | None = None, nats: Nats = predict.language_nats) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_chunk: int | None = None,
+        nats: Nats = predict.language_nats,
+        *,
+        document_mask: bool = True,
+    ) -> None:
         super().__init__()
+        if document_mask:
+            mask_documents(model)
         self.model = model
         self.loss_chunk = loss_chunk
         self.nats = nats
@@ -66,6 +76,12 @@ class LossModule(nn.Module):
         cast("Any", self.model).model.compile()
 
 
+def mask_documents(model: nn.Module) -> None:
+    """Keep the documents of packed sequences apart, by the special tokens that the model's configuration names."""
+    config = cast("Any", model).config
+    documents.keep_apart(model, bos_id=config.bos_token_id, pad_id=config.pad_token_id)
+
+
 def make_objective(config: PretrainConfig, architecture: ArchitectureConfig) -> Objective:
     """Return what the model is asked to predict."""
     objective = registry.get(config.objective)
@@ -89,7 +105,8 @@ def pretraining(spec: WorkerSpec, device: torch.device) -> LossModule:  # noqa: 
     model = build(spec.architecture, seed=spec.config.seed)
     if spec.init_weights is not None:
         init_weights.load(model, spec.init_weights)
-    module = LossModule(model, spec.config.loss_chunk, make_objective(spec.config, spec.architecture).nats)
+    nats = make_objective(spec.config, spec.architecture).nats
+    module = LossModule(model, spec.config.loss_chunk, nats, document_mask=spec.config.document_mask)
     if spec.config.compile:
         module.compile_model()
     return module

@@ -40,6 +40,8 @@ class State:
     """Steps done, skipped ones included."""
     skipped: int = 0
     skipped_in_row: int = 0
+    tokens: int = 0
+    """Tokens of all steps and ranks, without padding."""
     monitors: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What each monitor remembers."""
     rollbacks: list[Rollback] = field(default_factory=list)
@@ -161,7 +163,8 @@ class Trainer:
         step = engine.module.step = state.step
         with self.times("data"):
             batches = self._batches.batches(step, state.rollbacks)
-        targets, stops = engine.ranks.summed([sum(batch.targets for batch in batches), self.stop_requested()])
+        own = [sum(batch.targets for batch in batches), sum(batch.tokens for batch in batches), self.stop_requested()]
+        targets, tokens, stops = engine.ranks.summed(own)
         if stops:
             self._stop()
         for callback in self.callbacks:
@@ -171,6 +174,7 @@ class Trainer:
         with self.times("step"):
             record = engine.step(lr)
         state.step += 1
+        state.tokens += int(tokens)
         state.skipped += record.skipped
         state.skipped_in_row = state.skipped_in_row + 1 if record.skipped else 0
         fault_point("train.after_step", step=state.step)

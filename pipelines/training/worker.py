@@ -198,9 +198,7 @@ def facts(spec: WorkerSpec, architecture: ArchitectureConfig, state: State) -> d
         "preset": spec.config.preset,
         "parameters": count_parameters(architecture),
         "steps": state.step,
-        "tokens": sum(
-            phases.tokens_by_length(phases.phases_of(spec.config), state.step, architecture.max_positions).values()
-        ),
+        "tokens": state.tokens,
         "skipped_steps": state.skipped,
         "rollbacks": [asdict(rollback) for rollback in state.rollbacks],
         "final_loss": _json_number(float.fromhex(losses[-1])),
@@ -243,11 +241,14 @@ def work_before(config: PretrainConfig, architecture: ArchitectureConfig) -> Cal
 
 
 def bits_per_byte(spec: WorkerSpec, nats_per_token: float | None) -> float | None:
-    """Return bits per byte of the validation text, by its mean bytes per token; a decoder's losses only have any."""
+    """Return bits per byte of the validation text, by its mean bytes per token; a decoder's losses only have any.
+
+    A document's start token is asked of nobody, and stands for no text.
+    """
     split = spec.index["splits"]["validation"]
     if nats_per_token is None or spec.config.family != "decoder":
         return None
-    return nats_per_token / math.log(2) * split["tokens"] / split["bytes"]
+    return nats_per_token / math.log(2) * (split["tokens"] - split["documents"]) / split["bytes"]
 
 
 def device_of(spec: WorkerSpec) -> torch.device:

@@ -37,6 +37,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from models.architectures.config import count_parameters
 from pipelines.core.launcher import launch
 from pipelines.data import shards
+from pipelines.data.packing import Block
 from pipelines.training import estimate, memory, stage
 from pipelines.training.config import PretrainConfig
 from pipelines.training.metrics import read_records
@@ -78,7 +79,9 @@ def prepare(folder: Path, vocab_size: int, length: int) -> dict[str, Any]:
     splits = {}
     for split in ("train", "validation"):
         tokens = rng.integers(4, vocab_size, (64, length))
-        entries = shards.write([tokens], folder, split, sequence_length=length, dtype="uint16", shard_bytes=1 << 26)
+        entries = shards.write(
+            [Block.of_rows(tokens)], folder, split, sequence_length=length, dtype="uint16", shard_bytes=1 << 26
+        )
         splits[split] = {"shards": entries, "sequences": 64, "tokens": tokens.size, "bytes": tokens.size * 3}
     ids = {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
     index = {

@@ -91,7 +91,7 @@ def trained(
         objective.compile_model()
     optimizer = Lamb(objective.named_parameters(), lr=1e-4, max_grad_norm=1.0, compiled=device.type == "cuda")
     tokens = torch.randint(4, config.vocab_size, (batch_size, config.max_positions)).numpy()
-    batch = Batch.of(tokens, next_tokens(tokens, 2)).to(device)
+    batch = Batch.of(tokens, next_tokens(tokens, bos_id=0, pad_id=2), 2).to(device)
     split = TimeSplit(device)
 
     def step() -> None:

@@ -33,6 +33,7 @@ from pipelines.core.artifact import Artifact
 from pipelines.core.compute import ComputeConfig
 from pipelines.core.stage import StageContext
 from pipelines.data import tokenizer
+from pipelines.data.config import TokenizerTraining
 from pipelines.deploy import gguf, int8_inference, onnx
 from pipelines.modelio.load import load_model
 
@@ -43,7 +44,7 @@ Arm = tuple[Callable[[], object], Callable[[], object] | None]
 
 def write_model(folder: Path, options: argparse.Namespace, family: str) -> Artifact:
     """Publish a random model with a byte-level tokenizer."""
-    trained = tokenizer.train(["abc"], 260)
+    trained = tokenizer.train(["abc"], 260, TokenizerTraining())
     config = ArchitectureConfig(
         family=family,
         width=options.width,
@@ -58,7 +59,7 @@ def write_model(folder: Path, options: argparse.Namespace, family: str) -> Artif
         mask_id=3,
     )
     build(config, seed=0).save_pretrained(folder / "build" / "model")
-    tokenizer.save(trained, folder / "build" / "model", CONTEXT)
+    trained.save(folder / "build" / "model", CONTEXT)
     names: dict[str, Any] = {"stage": "pretrain", "node": "pretrain", "identity": {}, "parents": {}, "summary": {}}
     return artifact.publish(folder / "build", folder / "final", **names)
 

@@ -41,7 +41,7 @@ def arm(config: ArchitectureConfig, active: list[int] | None) -> tuple[Callable[
         lisa.set_requires_grad(objective, names)
         optimizer.set_active(names)
     tokens = torch.randint(4, VOCABULARY, (BATCH, LENGTH)).numpy()
-    batch = Batch.of(tokens, next_tokens(tokens, 2))
+    batch = Batch.of(tokens, next_tokens(tokens, bos_id=0, pad_id=2), 2)
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
     def step() -> dict[str, float]:

@@ -54,7 +54,7 @@ def engine_step(arguments: argparse.Namespace, make: Callable[[Any], torch.optim
         attach(engine)
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
     tokens = torch.randint(4, VOCABULARY, (BATCH, LENGTH), generator=generator).numpy()
-    batch = Batch.of(tokens, next_tokens(tokens, 2))
+    batch = Batch.of(tokens, next_tokens(tokens, bos_id=0, pad_id=2), 2)
 
     def step() -> float:
         torch.distributed.barrier()

@@ -32,6 +32,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from models.architectures.build import build
 from pipelines.core.launcher import launch
 from pipelines.data import shards
+from pipelines.data.packing import Block
 from pipelines.training import trainer as training
 from pipelines.training import worker
 from pipelines.training.checkpoint import Checkpoints
@@ -52,7 +53,9 @@ def prepare(folder: Path) -> dict[str, Any]:
     splits = {}
     for split in ("train", "validation"):
         tokens = rng.integers(4, VOCABULARY, (256, LENGTH))
-        entries = shards.write([tokens], folder, split, sequence_length=LENGTH, dtype="uint16", shard_bytes=1 << 26)
+        entries = shards.write(
+            [Block.of_rows(tokens)], folder, split, sequence_length=LENGTH, dtype="uint16", shard_bytes=1 << 26
+        )
         splits[split] = {"shards": entries, "sequences": 256, "tokens": tokens.size, "bytes": tokens.size * 3}
     ids = {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
     index = {"format": 1, "sequence_length": LENGTH, "vocab_size": VOCABULARY, "dtype": "uint16", **ids}

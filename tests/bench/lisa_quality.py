@@ -86,8 +86,8 @@ def packed(data: Artifact, *, manuals: bool) -> Text:
     for split in ("train", "validation"):
         texts = documents(data, split, manuals=manuals)
         tokens = tokenizer.encode(words, texts)
-        rows = list(packing.pack(tokens, LENGTH, bos_id=index["bos_id"], eos_id=index["eos_id"]))
-        parts[split] = np.concatenate(rows)
+        blocks = packing.concatenated(tokens, LENGTH, bos_id=index["bos_id"], eos_id=index["eos_id"])
+        parts[split] = np.concatenate([block.tokens_ST for block in blocks])
         size = sum(len(text.encode()) for text in texts)
     return Text(parts["train"], parts["validation"][:512], size / sum(len(t) for t in tokens))
 
@@ -137,7 +137,7 @@ class Arm:
 
     def step(self, tokens: np.ndarray[Any, Any], rate: float) -> dict[str, int]:
         """Take one step; return the bytes held at its peak, by kind."""
-        batch = Batch.of(tokens, next_tokens(tokens, -1))
+        batch = Batch.of(tokens, next_tokens(tokens, bos_id=-1, pad_id=-1), -1)
         kept: dict[int, int] = {}
         own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
 
@@ -183,7 +183,7 @@ def bits_per_byte(arm: Arm, text: Text) -> float:
     nats, targets = 0.0, 0
     with torch.no_grad():
         for rows in np.array_split(text.held_out, 16):
-            batch = Batch.of(rows, next_tokens(rows, -1))
+            batch = Batch.of(rows, next_tokens(rows, bos_id=-1, pad_id=-1), -1)
             nats += float(arm.objective(batch.inputs_BT, batch.targets_BT))
             targets += batch.targets
     return nats / targets / math.log(2) / text.bytes_per_token

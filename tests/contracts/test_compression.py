@@ -27,6 +27,7 @@ from pipelines.core.compute import ComputeConfig
 from pipelines.core.errors import ConfigError, NumericError
 from pipelines.core.stage import StageContext
 from pipelines.data import shards
+from pipelines.data.packing import Block
 from pipelines.modelio.folder import WeightReader
 from pipelines.modelio.load import load_model
 from tests.fake_device import DEVICE, FakeDevice, host
@@ -159,7 +160,11 @@ def prepare(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder.mkdir()
     tokens = torch.randint(0, 60, (8, 32), generator=torch.Generator().manual_seed(0)).numpy()
     splits = {
-        name: {"shards": shards.write([tokens], folder, name, sequence_length=32, dtype="uint16", shard_bytes=4096)}
+        name: {
+            "shards": shards.write(
+                [Block.of_rows(tokens)], folder, name, sequence_length=32, dtype="uint16", shard_bytes=4096
+            )
+        }
         for name in ("train", "validation")
     }
     index = {"format": 1, "sequence_length": 32, "vocab_size": 64, "dtype": "uint16"} | IDS

@@ -58,6 +58,13 @@ def test_all_targets_can_be_masked() -> None:
     assert {s for s, t in zip(inputs, targets, strict=True) if t != IGNORED} == {3}
 
 
+def test_no_special_token_is_shown_for_another_one() -> None:
+    """A start token amid a document would cut it in two (`models.architectures.documents`)."""
+    inputs, targets = mask([9] * 2000, rule=MaskingConfig(mask=0.0, random=1.0), vocab_size=12)
+    shown = [token for token, target in zip(inputs, targets, strict=True) if target != IGNORED]
+    assert set(shown) == set(range(4, 12))
+
+
 def test_a_masked_batch_hides_each_sequence_by_its_own_stream() -> None:
     objective = Objective(ObjectiveContext(1, 500, *SPECIAL), RULE)
     tokens = np.full((2, 50), 9)

@@ -26,6 +26,7 @@ from pipelines.core.artifact import Artifact
 from pipelines.core.compute import ComputeConfig
 from pipelines.core.stage import StageContext
 from pipelines.data import shards
+from pipelines.data.packing import Block
 
 LENGTH = 96
 IDS = {"bos_id": 256, "eos_id": 257, "pad_id": 258, "mask_id": 259}
@@ -61,7 +62,12 @@ def write_prepare(
     """Write the train split of a prepare artifact."""
     length = tokens_NT.shape[1]
     entries = shards.write(
-        [tokens_NT.numpy()], folder, "train", sequence_length=length, dtype="uint16", shard_bytes=length * 2 * 1000
+        [Block.of_rows(tokens_NT.numpy())],
+        folder,
+        "train",
+        sequence_length=length,
+        dtype="uint16",
+        shard_bytes=length * 2 * 1000,
     )
     split = {"shards": entries, "sequences": len(tokens_NT)}
     index = {"format": 1, "sequence_length": length, "vocab_size": vocabulary, "dtype": "uint16"} | dict(ids)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from pydantic import ValidationError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from pipelines.core.errors import ConfigError
 from pipelines.core.program import ROOT as CHECKOUT
 from pipelines.data import document_files, tokenizer
+from pipelines.data.config import PrepareConfig, PrepareJob, TokenizerTraining
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog " * 5,
@@ -25,11 +31,26 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def trained() -> Tokenizer:
-    return tokenizer.train(TEXTS, 320)
+KINDS = [
+    {"pre_tokenizer": "gpt2", "single_digits": True},
+    {"max_token_length": 5},
+    {"model": "unigram"},
+    {"model": "wordpiece", "pre_tokenizer": "gpt2"},
+    {},
+]
 
 
+def train(texts: list[str], size: int = 320, **settings: Any) -> tokenizer.CorpusTokenizer:
+    return tokenizer.train(texts, size, TokenizerTraining(**settings))
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=str)
+def trained(request: pytest.FixtureRequest) -> Tokenizer:
+    size = 620 if request.param.get("model") == "wordpiece" else 320
+    return train(TEXTS, size, **request.param).tokenizer
+
+
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_is_encoded_and_decoded_to_itself(trained: Tokenizer, text: str) -> None:
     (ids,) = tokenizer.encode(trained, [text])
@@ -46,14 +67,48 @@ def test_a_special_token_spelled_out_in_a_text_is_text(trained: Tokenizer, speci
 
 def test_special_tokens_come_first_and_every_byte_has_a_token(trained: Tokenizer) -> None:
     assert [trained.id_to_token(n) for n in range(4)] == list(tokenizer.SPECIAL_TOKENS)
-    assert trained.get_vocab_size() <= 320
+    assert 256 < trained.get_vocab_size() <= 620
     for byte in range(0x80):
         assert len(tokenizer.encode(trained, [chr(byte)])[0]) == 1
 
 
-def test_digits_are_never_merged() -> None:
-    trained = tokenizer.train(["1984 1984 1984 1984 2024 2024"] * 50, 300)
-    assert [trained.decode([token]).strip() for token in tokenizer.encode(trained, ["1984"])[0]] == ["1", "9", "8", "4"]
+def pieces(trained: tokenizer.CorpusTokenizer, text: str) -> list[str]:
+    return [trained.tokenizer.decode([token]).strip() for token in tokenizer.encode(trained.tokenizer, [text])[0]]
+
+
+def test_single_digits_are_never_merged_and_others_to_threes() -> None:
+    texts = ["19847 19847 19847 19847 20245 20245"] * 50
+    assert pieces(train(texts, 300, single_digits=True), "19847") == ["1", "9", "8", "4", "7"]
+    assert pieces(train(texts, 300), "19847") == ["198", "47"]
+
+
+def test_a_token_is_no_longer_than_asked_for() -> None:
+    longest = train(TEXTS, 500, max_token_length=4).tokenizer
+    assert max(len(token) for token in longest.get_vocab() if token not in tokenizer.SPECIAL_TOKENS) in (3, 4)
+
+
+def test_a_word_without_end_does_not_stall_training() -> None:
+    """Merging takes time that grows with the square of a word: 900,000 letters took minutes."""
+    rng = random.Random(0)
+    letters = "".join(rng.choices("abcdefghij", k=300_000))
+    how = TokenizerTraining()
+    fed = list(tokenizer.training_sample([f"a {letters} b", " " * 5000], 1000, how, seed=0))
+    assert "".join(fed) == f"a {letters} b" + " " * 5000
+    assert max(map(len, fed)) <= how.max_word + 3
+    started = time.process_time()
+    tokenizer.train(fed, 400, how)
+    assert time.process_time() - started < 20
+
+
+def test_the_sample_is_bounded_and_drawn_from_everywhere() -> None:
+    texts = [f"{number:06d}" * 10 for number in range(20_000)]
+    how = TokenizerTraining(sample_bytes=120_000)
+    drawn = list(tokenizer.training_sample(texts, 60 * len(texts), how, seed=1))
+    assert sum(map(len, drawn)) == pytest.approx(120_000, rel=0.1)
+    assert drawn == list(tokenizer.training_sample(texts, 60 * len(texts), how, seed=1))
+    assert drawn != list(tokenizer.training_sample(texts, 60 * len(texts), how, seed=2))
+    assert sum(int(text[:6]) >= 10_000 for text in drawn) / len(drawn) == pytest.approx(0.5, abs=0.06)
+    assert list(tokenizer.training_sample(texts[:50], 3000, how, seed=1)) == texts[:50]
 
 
 def test_a_word_that_occurs_only_in_test_gets_no_token_of_its_own(bundled: Path) -> None:
@@ -79,16 +134,19 @@ def test_the_saved_folder_loads_through_transformers_and_agrees(bundled: Path) -
     assert len(loaded) == index["vocab_size"] == 4096
     assert loaded.model_max_length == index["sequence_length"]
     text = "To be, or not to be: that is the question. 3:16"
-    assert loaded.decode(loaded(text)["input_ids"]) == text
     saved = Tokenizer.from_file(str(bundled / "tokenizer" / "tokenizer.json"))
-    assert loaded(text)["input_ids"] == tokenizer.encode(saved, [text])[0]
+    packed = tokenizer.encode(saved, [text, "<|eos|> is a word"])
+    assert loaded(text)["input_ids"] == [index["bos_id"], *packed[0]]
+    assert loaded("<|eos|> is a word", add_special_tokens=False)["input_ids"] == packed[1]
+    assert loaded.decode(packed[0]) == text
 
 
 def test_training_is_the_same_with_any_number_of_threads_and_in_any_process(tmp_path: Path) -> None:
     script = (
         "import sys; from pipelines.data import tokenizer, document_files; from pathlib import Path;"
         "texts = [Path(p).read_text() for p in sorted(Path('pipelines').rglob('*.py'))];"
-        "tokenizer.train(texts, 800).save(sys.argv[1])"
+        "from pipelines.data.config import TokenizerTraining;"
+        "tokenizer.train(texts, 800, TokenizerTraining()).tokenizer.save(sys.argv[1])"
     )
     for threads in ("1", "2", "7"):
         subprocess.run(
@@ -102,15 +160,64 @@ def test_training_is_the_same_with_any_number_of_threads_and_in_any_process(tmp_
     assert all(other == first for other in others)
 
 
-def test_a_saved_tokenizer_is_loaded_and_one_with_other_special_tokens_refused(
-    trained: Tokenizer, tmp_path: Path
+ROLE_NAMES = [
+    ("[CLS]", "[SEP]", "[PAD]", "[MASK]"),
+    ("<s>", "</s>", "", "<mask>"),
+    ("", "<|endoftext|>", "", ""),
+]
+
+
+def brought(folder: Path, special: tuple[str, ...], *, config: bool) -> Path:
+    """Save a small foreign tokenizer with the special tokens that have a name, by tokenizer.json alone or whole."""
+    foreign = Tokenizer(models.BPE())
+    foreign.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    foreign.decoder = decoders.ByteLevel()
+    names = [name for name in special if name]
+    foreign.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=names, show_progress=False))
+    folder.mkdir(parents=True)
+    foreign.save(str(folder / "tokenizer.json"))
+    if config:
+        roles = {f"{role}_token": name for role, name in zip(tokenizer.ROLES, special, strict=True) if name}
+        PreTrainedTokenizerFast(tokenizer_object=foreign, **roles).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("config", [True, False])
+@pytest.mark.parametrize("special", ROLE_NAMES)
+def test_a_tokenizer_of_others_is_taken_with_what_it_lacks(
+    special: tuple[str, ...], config: bool, tmp_path: Path
 ) -> None:
-    tokenizer.save(trained, tmp_path / "ours", 64)
-    assert tokenizer.load(tmp_path / "ours").get_vocab() == trained.get_vocab()
-    (tmp_path / "theirs").mkdir()
-    foreign = json.loads((tmp_path / "ours" / "tokenizer.json").read_text().replace("<|mask|>", "[MASK]"))
-    (tmp_path / "theirs" / "tokenizer.json").write_text(json.dumps(foreign))
-    with pytest.raises(ConfigError, match=r"the ids \[0, 1, 2, None\], 0 to 3 are needed"):
-        tokenizer.load(tmp_path / "theirs")
-    with pytest.raises(ConfigError, match="has no tokenizer"):
-        tokenizer.load(tmp_path)
+    folder = brought(tmp_path / "theirs", special, config=config)
+    plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    taken = tokenizer.load(folder, may_grow=True)
+    assert len(set(taken.ids.values())) == 4
+    for (role, token), name in zip(taken.special.items(), special, strict=True):
+        assert token == (name or f"<|{role}|>")
+        assert (taken.ids[role] < plain.get_vocab_size()) == bool(name)
+    assert tokenizer.encode(taken.tokenizer, ["the lazy dog"]) == tokenizer.encode(plain, ["the lazy dog"])
+    taken.save(tmp_path / "saved", 64)
+    again = tokenizer.load(tmp_path / "saved", may_grow=False)
+    assert (again.ids, again.special) == (taken.ids, dict(taken.special))
+
+
+def test_to_tune_a_model_its_vocabulary_must_do(tmp_path: Path) -> None:
+    kept = tokenizer.load(brought(tmp_path / "llama", ("<s>", "</s>", "<pad>", ""), config=True), may_grow=False)
+    assert kept.ids["mask"] == kept.ids["pad"]
+    with pytest.raises(ConfigError, match="no token of its own for: bos, pad"):
+        tokenizer.load(brought(tmp_path / "gpt2", ("", "<|endoftext|>", "", ""), config=True), may_grow=False)
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
+        tokenizer.load(tmp_path, may_grow=True)
+
+
+def test_a_tokenizer_that_is_brought_along_counts_by_its_files(tmp_path: Path) -> None:
+    def identity(folder: Path) -> Any:
+        return PrepareJob(prepare=PrepareConfig(tokenizer=str(folder))).identity()["prepare"]["tokenizer"]
+
+    one = brought(tmp_path / "one", ROLE_NAMES[0], config=True)
+    same = brought(tmp_path / "artifact" / "tokenizer", ROLE_NAMES[0], config=True).parent
+    other = brought(tmp_path / "other", ROLE_NAMES[1], config=True)
+    assert identity(one) == identity(same) != identity(other)
+    with pytest.raises(ConfigError, match="nothing else that transformers reads"):
+        identity(tmp_path)
+    with pytest.raises(ValidationError, match="it goes with train"):
+        PrepareConfig(tokenizer=str(one), tokenizer_training={"model": "unigram"})

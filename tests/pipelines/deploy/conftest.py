@@ -21,6 +21,8 @@ from pipelines.core.artifact import Artifact
 from pipelines.core.compute import ComputeConfig
 from pipelines.core.stage import StageContext
 from pipelines.data import shards, tokenizer
+from pipelines.data.config import TokenizerTraining
+from pipelines.data.packing import Block
 
 LENGTH = 64
 WORDS = "the ark of gopher wood shall thou make; 1611 AD, rooms shalt thou make in it -- caf\u00e9 \u00bd\n\n"
@@ -73,7 +75,7 @@ def llama_cpp() -> type[LlamaCpp]:
 @pytest.fixture(scope="session")
 def model_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
     """Return a factory of untrained models of either family with a trained tokenizer, as artifacts."""
-    trained = tokenizer.train([WORDS * 3, WORDS.upper() * 3], 300)
+    trained = tokenizer.train([WORDS * 3, WORDS.upper() * 3], 300, TokenizerTraining())
 
     def make(**sizes: Any) -> Artifact:
         root = tmp_path_factory.mktemp("model")
@@ -88,7 +90,7 @@ def model_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ar
         } | sizes
         config = ArchitectureConfig(max_positions=LENGTH, **ids, **shape)
         build(config, seed=3).save_pretrained(root / "build" / "model")
-        tokenizer.save(trained, root / "build" / "model", LENGTH)
+        trained.save(root / "build" / "model", LENGTH)
         names = {"stage": "pretrain", "node": "pretrain", "identity": {}, "parents": {}, "summary": {}}
         return artifact.publish(root / "build", root / "final", **names)
 
@@ -101,7 +103,9 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     root = tmp_path_factory.mktemp("noise")
     build = root / "build"
     tokens = np.random.default_rng(0).integers(4, 260, (8, 32))
-    entries = shards.write([tokens], build, "train", sequence_length=32, dtype="uint16", shard_bytes=10_000)
+    entries = shards.write(
+        [Block.of_rows(tokens)], build, "train", sequence_length=32, dtype="uint16", shard_bytes=10_000
+    )
     split = {"train": {"shards": entries, "sequences": len(tokens)}}
     index = {"format": 1, "sequence_length": 32, "vocab_size": 300, "dtype": "uint16", "splits": split}
     index |= {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}

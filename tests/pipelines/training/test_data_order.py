@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections import Counter
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.training.data_order import EPOCHS_PER_PHASE, ids, permutation, philox, rank_share
+from models.objectives.base import Ids
+from pipelines.training.data_order import EPOCHS_PER_PHASE, ids, permuted, philox, rank_share
+
+
+def permutation(seed: int, epoch: int, size: int) -> Ids:
+    return permuted(seed, epoch, size, np.arange(size))
 
 
 def test_an_epoch_is_a_permutation_and_the_next_one_another() -> None:
@@ -19,15 +27,39 @@ def test_an_epoch_is_a_permutation_and_the_next_one_another() -> None:
 
 
 def test_the_order_is_pinned_so_that_no_library_can_change_it() -> None:
-    assert permutation(0, 0, 10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert permutation(0, 0, 10).tolist() == [1, 4, 9, 5, 3, 0, 8, 6, 2, 7]
     assert philox(1, 2, 2).tolist() == [5705853004827290377, 6584680345644299050]
 
 
-def test_a_permutation_cannot_be_changed_by_its_users() -> None:
-    with pytest.raises(ValueError, match="read-only"):
-        permutation(0, 0, 10)[0] = 3
+@settings(deadline=None)
+@given(size=st.integers(1, 3000), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**32 - 1))
+def test_every_size_is_permuted(size: int, seed: int, epoch: int) -> None:
+    assert sorted(permutation(seed, epoch, size).tolist()) == list(range(size))
 
 
+def test_every_order_of_a_few_samples_is_about_as_likely() -> None:
+    orders = Counter(tuple(permutation(seed, 0, 4).tolist()) for seed in range(2400))
+    assert len(orders) == 24
+    assert sum((count - 100) ** 2 / 100 for count in orders.values()) < 49.7  # chi-squared, 23 degrees, p = 0.001
+
+
+def test_neighbours_do_not_stay_neighbours() -> None:
+    order = permutation(1, 0, 10_000)
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.04
+    assert abs(np.corrcoef(np.arange(10_000), order)[0, 1]) < 0.04
+
+
+def test_ten_billion_samples_need_no_more_than_those_that_are_asked_for() -> None:
+    tracemalloc.start()
+    samples, _ = ids(0, 9_999_999_990, 20, 10**10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(samples.tolist())) == 20
+    assert 0 <= samples.min() <= samples.max() < 10**10
+    assert peak < 100_000
+
+
+@settings(deadline=None)
 @given(size=st.integers(1, 40), batch=st.integers(1, 50), steps=st.integers(1, 12), seed=st.integers(0, 2**63 - 1))
 def test_steps_walk_through_the_epochs_without_a_gap(size: int, batch: int, steps: int, seed: int) -> None:
     walked = np.concatenate([ids(seed, step * batch, batch, size)[0] for step in range(steps)]).tolist()
@@ -36,6 +68,7 @@ def test_steps_walk_through_the_epochs_without_a_gap(size: int, batch: int, step
     assert walked == expected[: len(walked)]
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 40), batch=st.integers(1, 50), step=st.integers(0, 12))
 def test_every_sample_knows_its_epoch(size: int, batch: int, step: int) -> None:
     epochs = ids(0, step * batch, batch, size)[1].tolist()

@@ -43,7 +43,7 @@ def batches(step: int) -> list[Batch]:
     """Two micro batches with unequal numbers of targets."""
     tokens = np.random.Generator(np.random.Philox(step)).integers(4, 31, (4, 12))
     tokens[0, 4:] = 2
-    return [Batch.of(part, next_tokens(part, 2)) for part in (tokens[:2], tokens[2:])]
+    return [Batch.of(part, next_tokens(part, bos_id=0, pad_id=2), 2) for part in (tokens[:2], tokens[2:])]
 
 
 def test_the_plain_engine_trains_as_a_loop_written_by_hand() -> None:

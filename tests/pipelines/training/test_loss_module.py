@@ -29,7 +29,7 @@ def batch_of(family: Any, tokens: Any, first: int = 0) -> Batch:
     """Return the micro batch of the family's own objective; its samples are numbered from `first`."""
     objective = registry.get(registry.default(family))
     made = objective(ObjectiveContext(0, 31, 0, 1, 2, 3), objective.Config())
-    return Batch.of(*made.targets(tokens, np.arange(first, first + len(tokens)), np.zeros(len(tokens), int)))
+    return Batch.of(*made.targets(tokens, np.arange(first, first + len(tokens)), np.zeros(len(tokens), int)), 2)
 
 
 def test_summed_nats_are_minus_the_log_of_the_chance_given_to_each_target() -> None:
@@ -72,7 +72,7 @@ def test_the_sum_does_not_depend_on_how_a_batch_is_cut(family: str) -> None:
 def test_a_batch_that_asks_for_nothing_has_no_loss(family: str) -> None:
     inputs = torch.full((1, 12), 5)
     assert LossModule(build(architecture(family), seed=0))(inputs, torch.full((1, 12), IGNORED)).item() == 0.0
-    assert Batch.of(np.full((1, 12), 5), np.full((1, 12), IGNORED)).targets == 0
+    assert Batch.of(np.full((1, 12), 5), np.full((1, 12), IGNORED), 2).targets == 0
 
 
 @pytest.mark.parametrize("family", ["decoder", "encoder"])

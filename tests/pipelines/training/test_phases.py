@@ -257,7 +257,8 @@ def test_a_run_of_two_phases_resumes_in_each_with_the_same_bytes(
         for name in ("training.json", "model/model.safetensors"):
             assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (step, name)
     facts = json.loads((tmp_path / "whole" / "training.json").read_text())
-    assert facts["tokens"] == (2 * 4 + 2 * 8 + 2 * 16) * 6 + 3 * 8 * 24
+    positions = (2 * 4 + 2 * 8 + 2 * 16) * 6 + 3 * 8 * 24
+    assert 0.9 * positions < facts["tokens"] < positions  # some are padding
 
 
 SCALED = (
@@ -279,7 +280,8 @@ def test_a_large_batch_recipe_runs_when_it_is_scaled_down(name: str, run_plain: 
     changes = config.model_dump(exclude={"engine", "world_size", "zero_stage"})
     assert run_plain(tmp_path, **changes) == 0
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [record["tokens"] for record in records] == [12, 36, 84, 132, 228, 324, 420]
+    for record, positions in zip(records, [12, 36, 84, 132, 228, 324, 420], strict=True):
+        assert 0.85 * positions < record["tokens"] <= positions  # some are padding
     rates = [record["lr"] for record in records]
     peak = config.optimizer.peak_lr
     assert rates[:3] == pytest.approx([peak / 2 * 0.5**0.5, peak, peak * 2**0.5], rel=1e-9)

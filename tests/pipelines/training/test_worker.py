@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -88,7 +89,7 @@ def validation_by_hand(spec: WorkerSpec, model: Any) -> tuple[float, int]:
     nats, count = 0.0, 0
     for number in range(len(reader)):
         samples, epochs = np.array([number]), np.array([VALIDATION_EPOCH])
-        batch = Batch.of(*objective.targets(reader.take(samples), samples, epochs))
+        batch = Batch.of(*objective.targets(reader.take(samples), samples, epochs), 2)
         with torch.no_grad():
             chances = model(input_ids=batch.inputs_BT).logits.log_softmax(-1)[0]
         for position, target in enumerate(batch.targets_BT[0].tolist()):
@@ -201,11 +202,19 @@ def expected_ids(spec: WorkerSpec, step: int) -> list[int]:
     return found
 
 
-def test_metrics_tell_what_a_user_watches(run_plain: Run, tmp_path: Path) -> None:
+def test_metrics_tell_what_a_user_watches(
+    run_plain: Run, plain_spec: Callable[..., WorkerSpec], tmp_path: Path
+) -> None:
+    from pipelines.data.shards import ShardReader
+
     assert run_plain(tmp_path) == 0
+    spec = plain_spec(tmp_path)
+    rows = [ShardReader(spec.data, "train").take(expected_ids(spec, step)) for step in range(6)]
+    tokens = np.cumsum([np.count_nonzero(each != 2) for each in rows]).tolist()
+    assert tokens[-1] < 6 * 8 * 24  # padding is no token that was seen
     records = read_records(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    assert [record["tokens"] for record in records] == [n * 8 * 24 for n in range(1, 7)]
+    assert [record["tokens"] for record in records] == tokens
     for record in records:
         assert record["tokens_per_s"] > 0
         assert 0 < record["mfu"] < 1
