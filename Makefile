@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c flows/constraints.txt
 
-.PHONY: run test cluster-test test-tensors test-pipelines setup check quick quick-tensors quick-pipelines docs exactness faults bench bench-gpu bench-large-batch bench-lisa pictures clean
+.PHONY: run test cluster-test test-tensors test-pipelines setup check quick quick-tensors quick-pipelines docs exactness faults fuzz audit bench bench-gpu bench-large-batch bench-lisa pictures clean
 
 run: $(VENV)/.installed
 	@$(BIN)/ingot run --recipe demo
@@ -58,6 +58,14 @@ exactness: $(VENV)/.installed-dev
 # Every fault of the harness, also the slow ones.
 faults: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/faults -m "faults_full or not faults_full" --timeout 3600
+
+# Every parser of ours on thousands of damaged and invented inputs, others each time (some ten minutes).
+fuzz: $(VENV)/.installed-dev
+	INGOT_FUZZ=2000 $(BIN)/python -m pytest -q tests/contracts/test_parsers.py --timeout 3600
+
+# Known vulnerabilities of the versions that are tested together; asks PyPI, and fails where that does not answer.
+audit: $(VENV)/.installed-dev
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off -r flows/constraints.txt
 
 # Ratios against named baselines, measured in one run each.
 bench: $(VENV)/.installed-dev

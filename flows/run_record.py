@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, field_validator, model_validator
 
 from flows import console
 from pipelines.core.errors import ConfigError, IntegrityError, LockedError
@@ -324,7 +324,7 @@ class Runs:
     def _parsed(self, name: str, text: str) -> RunRecord:
         try:
             record = RunRecord.model_validate(json.loads(text))
-        except (ValueError, ValidationError) as error:
+        except (ValueError, RecursionError) as error:
             reason, run_id = str(error).splitlines()[0], Path(name).parent.name
             raise IntegrityError(
                 f"the record {self._store.address}/{name} is damaged ({reason})",

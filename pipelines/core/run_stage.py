@@ -22,8 +22,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from pipelines.core import boundary, disk, environment, fingerprint, progress_bars, provenance, stop
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, IngotError
@@ -187,7 +185,7 @@ def _read(arguments: list[str]) -> StageRequest:
     try:
         text = sys.stdin.read() if arguments[0] == "-" else Path(arguments[0]).read_text(encoding="utf-8")
         return StageRequest.model_validate_json(text)
-    except (OSError, ValidationError) as error:
+    except (OSError, ValueError) as error:  # no UTF-8, no JSON or no request
         raise ConfigError(f"{arguments[0]} is not a stage request: {error}") from None
 
 

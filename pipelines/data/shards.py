@@ -6,20 +6,43 @@ first column, the number of the document in `documents/SPLIT.jsonl.zst`, and the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipelines.core.artifact import read_json
 from pipelines.core.errors import IntegrityError
 from pipelines.data.packing import Block
 
 INDEX = "index.json"
 FORMAT = 1
 DTYPES = ("uint16", "uint32")
+
+
+class _Shard(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    file: str = Field(pattern=r"^[A-Za-z0-9_-]+/[A-Za-z0-9_-]+\.npy$")
+    sequences: int = Field(ge=0)
+
+
+class _Split(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    shards: list[_Shard]
+
+
+class _Index(BaseModel):
+    """What every reader relies on; the file has more."""
+
+    model_config = ConfigDict(strict=True)
+
+    sequence_length: int = Field(ge=1)
+    splits: dict[str, _Split]
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -84,14 +107,24 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     path = folder / INDEX
     try:
-        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError) as error:
+        index: dict[str, Any] = read_json(path)
+    except FileNotFoundError as error:
         raise IntegrityError(f"{path} cannot be read: {error}", hint="run the prepare stage again") from None
+    if not isinstance(index, dict):
+        raise IntegrityError(f"{path} is damaged: it holds no table", hint="run the prepare stage again")
     if index.get("format") != FORMAT or index.get("dtype") not in DTYPES:
         raise IntegrityError(
             f"{path} has format {index.get('format')!r} and dtype {index.get('dtype')!r}; "
             f"this checkout reads format {FORMAT} with {' or '.join(DTYPES)}"
         )
+    try:
+        _Index.model_validate(index)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise IntegrityError(
+            f"{path} is damaged: {where}: {first['msg']}", hint="run the prepare stage again"
+        ) from None
     return index
 
 
@@ -163,7 +196,7 @@ def _open(folder: Path, entry: Mapping[str, Any], index: Mapping[str, Any]) -> N
     path = folder / entry["file"]
     try:
         shard: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise IntegrityError(f"{path} is not a shard: {error}", hint="delete the artifact and run again") from None
     expected = (entry["sequences"], index["sequence_length"])
     if shard.shape != expected or shard.dtype != np.dtype(index["dtype"]):

@@ -11,6 +11,7 @@ import configparser
 import hashlib
 import json
 import logging
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ _NAMED = 5
 """Files that a message names when more are wrong."""
 _CHUNK_BYTES = 1 << 20
 _DIRECTORY = ".dir"
+_MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 """DVC's suffix of the hash of a folder."""
 
 
@@ -74,8 +76,10 @@ def _tracked(config: DataConfig, project: Path) -> dict[str, Any]:
     try:
         outs = yaml.safe_load(text)["outs"]
         (out,) = [out for out in outs if out["path"] == config.path]
+        if not _MD5.fullmatch(out["md5"]):
+            raise ValueError(out["md5"])
         return {"md5": out["md5"], "size": out.get("size"), "nfiles": out.get("nfiles", 1)}
-    except (yaml.YAMLError, TypeError, KeyError, ValueError):
+    except (yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError):
         raise _not_tracked(config, where, text) from None
 
 
@@ -96,7 +100,7 @@ def _not_tracked(config: DataConfig, where: str, text: str) -> ConfigError:
 def _dvc_file(config: DataConfig, project: Path) -> str:
     if config.rev is None:
         try:
-            return (project / config.dvc_file).read_text(encoding="utf-8")
+            return (project / config.dvc_file).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             raise ConfigError(
                 f"{project / config.dvc_file} does not exist", hint="`ingot data add` creates it from the corpus"

@@ -92,7 +92,7 @@ def fingerprints(store_root: Path) -> set[str]:
 def _parse(text: str) -> Record | None:
     try:
         record = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or not {"model", "action", "version"} <= record.keys():
         return None

@@ -84,7 +84,7 @@ def load(store_root: Path, run_id: str) -> TrackingRecord | None:
     """Return the record of a run, or None when it has none that can be read."""
     try:
         return TrackingRecord.model_validate(json.loads(path_of(store_root, run_id).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
