@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, Field, TypeAdapter, field_validator, model_validator
 
 from flows import console
-from pipelines.core.errors import ConfigError, IntegrityError, LockedError
+from pipelines.core.errors import ConfigError, IntegrityError, LockedError, TransientError
 from pipelines.core.processes import ProcessName, this_process
 from pipelines.core.redaction import HIDDEN, redact, redact_override, redact_value
 from pipelines.core.stage import base_name
@@ -299,7 +299,10 @@ class Runs:
         record.status, record.exit_code = status, exit_code
         record.error = None if error is None else redact(error)
         record.finished_at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-        self.save(record)
+        try:
+            self.save(record)
+        except TransientError as fault:  # how the run itself ended is what counts
+            console.say(f"the end of {record.id} is not on record: {fault.message}")
         if (held := _AT_WORK.pop(self.folder(record.id), None)) is not None:
             held.close()
 

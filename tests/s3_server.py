@@ -14,6 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
 WEED = Path(sysconfig.get_path("scripts")) / "weed"
 BUCKET = "corpus"
 KEY, SECRET = "test", "c4n4ry-s3cret"
@@ -72,20 +76,30 @@ def serve(folder: Path) -> Iterator[S3Server]:
             env={k: v for k, v in os.environ.items() if not k.startswith("AWS_")},
         )  # fmt: skip
     try:
-        _wait_for(ports["s3.port"], server, folder / "log")
-        yield S3Server(f"http://127.0.0.1:{ports['s3.port']}", server)
+        made = S3Server(f"http://127.0.0.1:{ports['s3.port']}", server)
+        _wait_for_bucket(made, folder / "log")
+        yield made
     finally:
         server.kill()
         server.wait()
 
 
-def _wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 30
+def _wait_for_bucket(server: S3Server, log: Path) -> None:
+    """Wait until the server has made its bucket: it listens earlier."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=server.address,
+        aws_access_key_id=KEY,
+        aws_secret_access_key=SECRET,
+        region_name="us-east-1",
+        config=Config(retries={"max_attempts": 1}),
+    )
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()[-2000:]
+        assert server.process.poll() is None, log.read_text()[-2000:]
         try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
+            client.head_bucket(Bucket=BUCKET)
+        except (BotoCoreError, ClientError):
             time.sleep(0.1)
         else:
             return

@@ -11,12 +11,15 @@ import email.utils
 import functools
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipelines.core import disk
 from pipelines.core.errors import ConfigError, IngotError, TransientError
 
 T = TypeVar("T")
@@ -28,7 +31,12 @@ _ADDRESS = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(/(?P<p
 _PAUSES_S = (0.2, 3.0)
 """The first pause between two attempts, and the longest."""
 _AT_ONCE = 10
+_PARTS_AT_ONCE = 4
+"""Of each file."""
+_WHOLE_BYTES = 64 * 2**20
+"""A larger file is carried over in parts."""
 _PART_BYTES = 16 * 2**20
+_CHUNK_BYTES = 4 * 2**20
 _DELETED_AT_ONCE = 1000
 """What one request may name."""
 
@@ -192,10 +200,14 @@ class Bucket:
     def upload(self, files: Mapping[str, Path]) -> None:
         """Upload files by the names of their objects, several at once; one that fails leaves no parts behind."""
 
-        def begin(manager: Any, name: str) -> Any:
-            return manager.upload(str(files[name]), self.bucket, self._prefix + name)
+        def put(name: str) -> None:
+            with files[name].open("rb") as stream:
+                if files[name].stat().st_size <= _WHOLE_BYTES:
+                    self._client.put_object(Bucket=self.bucket, Key=self._prefix + name, Body=stream)
+                else:
+                    self._client.upload_fileobj(stream, self.bucket, self._prefix + name, Config=_in_parts())
 
-        self._transfer(list(files), begin)
+        self._transfer(list(files), put)
 
     def download(self, files: Mapping[str, Path]) -> None:
         """Download objects into files, several at once.
@@ -204,23 +216,23 @@ class Bucket:
             FileNotFoundError: one of them is not there.
         """
 
-        def begin(manager: Any, name: str) -> Any:
-            return manager.download(self.bucket, self._prefix + name, str(files[name]))
+        def get(name: str) -> None:
+            answer = self._client.get_object(Bucket=self.bucket, Key=self._prefix + name)
+            with files[name].open("wb", buffering=0) as stream:
+                if answer["ContentLength"] <= _WHOLE_BYTES:
+                    shutil.copyfileobj(answer["Body"], stream, _CHUNK_BYTES)
+                    return
+                answer["Body"].close()
+                self._client.download_fileobj(self.bucket, self._prefix + name, stream, Config=_in_parts())
 
-        self._transfer(list(files), begin)
+        self._transfer(list(files), get)
 
-    def _transfer(self, names: list[str], begin: Callable[[Any, str], Any]) -> None:
-        """Carry transfers out; what met a fault that may pass is begun again, for as long as some come through."""
-        from boto3.s3 import transfer
-
-        config = transfer.TransferConfig(
-            max_concurrency=_AT_ONCE, multipart_threshold=2 * _PART_BYTES, multipart_chunksize=_PART_BYTES
-        )
+    def _transfer(self, names: list[str], carry: Callable[[str], None]) -> None:
+        """Carry files over; what met a fault that may pass is begun again, for as long as some come through."""
         left, last_progress, pauses = names, time.monotonic(), _pauses()
         while left:
-            with transfer.create_transfer_manager(self._client, config) as manager:
-                futures = {name: begin(manager, name) for name in left}
-                faults = {name: _fault_of(future) for name, future in futures.items()}
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                faults = dict(zip(left, pool.map(lambda name: _fault_of(carry, name), left), strict=True))
             left = [name for name, fault in faults.items() if fault is not None]
             if len(left) < len(faults):
                 last_progress, pauses = time.monotonic(), _pauses()
@@ -296,12 +308,15 @@ class Bucket:
     def _told(self, fault: BaseException | None, what: str) -> IngotError | None:
         """Return a fault as an error that says what to do; None where there is no such object."""
         from botocore import exceptions
+        from urllib3.exceptions import HTTPError
 
         if not isinstance(fault, exceptions.ClientError):
             if isinstance(fault, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
                 return ConfigError(f"there are no credentials for the store {self.address}", hint=_CREDENTIALS_HINT)
-            if isinstance(fault, OSError) and fault.filename is not None:
-                raise fault  # of a file here: a full disk is told as one
+            if isinstance(fault, OSError) and (fault.filename is not None or disk.is_full(fault)):
+                raise fault  # of a file here
+            if fault is not None and not isinstance(fault, exceptions.BotoCoreError | OSError | HTTPError):
+                raise fault
             return TransientError(
                 f"the store {self.address} at {self.endpoint} does not answer: {what} failed for {PATIENCE_S:.0f} s "
                 f"({type(fault).__name__})",
@@ -331,12 +346,21 @@ class Bucket:
         return IngotError(f"{self.address}: {what}: {code} {message}")
 
 
-def _fault_of(future: Any) -> BaseException | None:
+def _fault_of(carry: Callable[[str], None], name: str) -> BaseException | None:
     try:
-        future.result()
+        carry(name)
     except Exception as error:  # noqa: BLE001 - it is told by its kind
-        return error
+        return getattr(error, "last_exception", error)  # of a download in parts that was given up
     return None
+
+
+def _in_parts() -> Any:
+    """Return how a large file is carried over."""
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(
+        max_concurrency=_PARTS_AT_ONCE, multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES
+    )
 
 
 def _pauses() -> Iterator[float]:

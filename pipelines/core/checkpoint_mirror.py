@@ -55,7 +55,7 @@ class CheckpointMirror:
         self._prefix = f"scratch/{scratch.name}/"
         self._sent: dict[Path, str] = {}
         """Folder of checkpoints -> name of the newest that is mirrored."""
-        self._stopping, self._lost = threading.Event(), False
+        self._stopping, self._over = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name=f"mirror {scratch.name}", daemon=True)
 
     # ---- bringing back -----------------------------------------------------------------------------------------------
@@ -109,11 +109,15 @@ class CheckpointMirror:
         self._thread.start()
 
     def stop(self, *, finish: bool) -> None:
-        """Stop looking; with `finish`, send what is not mirrored yet, and say what could not be."""
+        """Stop looking; with `finish`, send what is not mirrored yet, and say what could not be.
+
+        Without, nothing is sent any more when this returns: the scratch may be cleared.
+        """
+        self._over = not finish
         self._stopping.set()
+        self._thread.join(_LAST_S if finish else None)
         if not finish:
             return
-        self._thread.join(_LAST_S)
         for folder, name in self._pending():
             log.warning(
                 "%s is not in the store yet, newest there: %s; it is only on this machine, in %s",
@@ -122,13 +126,12 @@ class CheckpointMirror:
 
     def _work(self) -> None:
         last = False
-        while not last and not self._lost:
+        while not last:
             last = self._stopping.wait(_LOOK_S)
-            for folder, name in self._pending():
+            for folder, name in () if self._over else self._pending():
                 try:
                     self._send(folder, name)
                 except LockLost:
-                    self._lost = True
                     return
                 except FileNotFoundError:
                     continue  # it was pruned meanwhile: there is a newer one

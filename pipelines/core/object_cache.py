@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 SIZE_VARIABLE = "INGOT_CACHE_GB"
 _FETCHING = ".fetching-"
+_VERIFYING = ".verifying-"
 _SHARE = 0.8
 """Of what is free and what it holds: how much of a disk the cache may take where nobody says."""
 _SEAL_DIGITS = 16
@@ -74,6 +76,17 @@ class ObjectCache:
                 artifact.write_text(fetching / artifact.MANIFEST, text)
             self.drop(wanted.folder)
             fetching.rename(wanted.folder)
+
+    def verify(self, wanted: Artifact) -> None:
+        """Bring all files of an artifact once more and hash them, and keep none.
+
+        Raises:
+            IntegrityError: as of `bring`.
+        """
+        wanted.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._make_room(wanted.size, keep=wanted.folder)
+        with tempfile.TemporaryDirectory(prefix=_VERIFYING, dir=wanted.folder.parent) as temporary:
+            self._fetch(wanted, Path(temporary))
 
     def _fetch(self, wanted: Artifact, folder: Path) -> None:
         """Download what an earlier attempt has not brought, and verify all of it."""

@@ -16,6 +16,7 @@ from pipelines.core import lock
 from pipelines.core.errors import ConfigError, IntegrityError
 from pipelines.core.processes import ProcessName, this_process
 from pipelines.core.program import ROOT as CHECKOUT
+from pipelines.core.store import open_store
 
 
 def start(runs: Runs, recipe: str = "smoke") -> RunRecord:
@@ -49,6 +50,28 @@ def test_a_finished_run_says_how_it_ended(tmp_path: Path) -> None:
     assert (found.status, found.exit_code, found.error) == ("refused", 7, "too large")
     assert found.finished_at is not None
     assert not found.at_work
+
+
+def test_a_run_on_s3_is_seen_from_a_machine_that_has_nothing_but_the_store(
+    s3_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Runs(open_store(s3_store).root)
+    first, second = start(here), start(here)
+    first.nodes["prepare"].done = 3
+    here.save(first)
+    monkeypatch.setenv("INGOT_CACHE", str(tmp_path / "other"))
+    there = Runs(open_store(s3_store).root)
+    assert there.root != here.root
+    assert [run.id for run in there.all()] == there.ids() == [first.id, second.id]
+    assert there.get(first.id).nodes["prepare"].done == 3
+    assert there.get(first.id).at_work
+    here.finish(first, "done", 0)
+    assert there.get(first.id).state == "done"
+    assert [run.id for run in there.unfinished()] == []  # the other is at work
+    here.finish(second, "failed", 1, "too large")
+    assert [run.id for run in there.unfinished()] == [second.id]
+    assert there.remove(second.id) > 0
+    assert here.ids() == [first.id]
 
 
 SECRET = ["pretrain.steps=2", "tracking.uri=http://u:c4n4ry@host:5000"]

@@ -199,6 +199,9 @@ def test_a_damaged_copy_is_brought_anew_and_a_damaged_object_is_named(machine: C
     (there,) = machine("another").artifacts()
     with pytest.raises(IntegrityError, match=rf"s3://.*shard\.bin does not match .* expected sha256 {digest_of(made)}"):
         _ = there.path
+    assert next(reader.artifacts()).path == found.folder  # the copy is whole
+    with pytest.raises(IntegrityError, match=r"shard\.bin does not match"):
+        found.verify()
 
 
 def digest_of(made: Artifact) -> str:
@@ -247,6 +250,20 @@ def test_what_was_uploaded_without_a_manifest_is_no_artifact_and_an_aborted_uplo
     assert "Uploads" not in client.list_multipart_uploads(Bucket=s3_server.BUCKET, Prefix=f"{prefix}/")
     assert all(store.discard(path) for path in store.leftovers())
     assert list(store.leftovers()) == []
+
+
+def test_a_large_file_goes_and_comes_in_parts(
+    machine: Callable[[str], ObjectStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket, "_WHOLE_BYTES", 1000)
+    monkeypatch.setattr(bucket, "_PART_BYTES", 5 * 2**20)
+    place, data = Bucket(machine("one").address), bytes(range(256)) * 24_000
+    (tmp_path / "large").write_bytes(data)
+    place.upload({"large": tmp_path / "large"})
+    place.download({"large": tmp_path / "back"})
+    assert (tmp_path / "back").read_bytes() == data
+    with pytest.raises(FileNotFoundError, match=r"s3://.*/none"):
+        place.download({"large": tmp_path / "back", "none": tmp_path / "none"})
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
