@@ -51,7 +51,8 @@ class Job:
 class Status:
     """What is known of a job at this moment."""
 
-    state: Literal["waits", "runs", "ended"]
+    state: Literal["waits", "runs", "ends", "ended"]
+    """`ends`: its process is gone, and the executor is still clearing up after it."""
     code: int | None = None
     """Exit code of a job that ended by itself; negative: the signal that killed it."""
     cause: IngotError | None = None
@@ -161,7 +162,8 @@ class Executor(abc.ABC):
                 last = event
                 if event["event"] == "progress":
                     report(_progress(job.request.node, event))
-            if last.get("event") == "artifact" or status.state == "ended":
+            failed = last.get("event") == "error" and last["kind"] != Preempted.__name__  # that may be queued again
+            if last.get("event") == "artifact" or status.state == "ended" or (failed and status.state == "ends"):
                 return _result(job, status, last, self)
             if status.note != note and not last:
                 note = status.note

@@ -50,7 +50,8 @@ _SHELL_SIGNAL = 128
 _TAIL_LINES = 20
 _KEPT_S = 24 * 3600.0
 _AWAY = re.compile(r"unable to contact|timed out|connection (refused|failure)|zero bytes", re.IGNORECASE)
-_RUNS = {"RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING"}
+_ENDS = {"COMPLETING", "STAGE_OUT"}
+_RUNS = {"RUNNING", "SIGNALING", *_ENDS}
 _WAITS = {"PENDING", "CONFIGURING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING"}
 _WAITS |= {"RESV_DEL_HOLD", "SPECIAL_EXIT"}
 
@@ -73,7 +74,8 @@ until wait "$stage"; ! kill -0 "$stage" 2>/dev/null; do :; done
 wait "$stage"
 code=$?
 if [ "$code" = 75 ] && [ -n "$requeue" ]; then
-  scontrol requeue "$SLURM_JOB_ID" && sleep 60
+  trap 'exit 75' TERM
+  scontrol requeue "$SLURM_JOB_ID" && {{ sleep 60 & wait; }}
 fi
 exit "$code"
 """
@@ -109,7 +111,7 @@ class Executor(executors.Executor):
         if row is None:
             return Status("ended", cause=TransientError(f"{name} is gone: Slurm no longer knows it"))
         if row.state in _RUNS:
-            return Status("runs", note=f"Slurm's job {job.id} runs on {row.nodes}")
+            return Status("ends" if row.state in _ENDS else "runs", note=f"Slurm's job {job.id} runs on {row.nodes}")
         if row.state in _WAITS:
             return Status("waits", note=f"Slurm's job {job.id} waits ({row.reason})")
         if row.state in {"COMPLETED", "FAILED"}:

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from pipelines.core.launcher import LOOPBACK
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -60,11 +58,12 @@ class Ranks:
 
 
 @functools.cache
-def meet_on_loopback() -> Any:
-    """Have the ranks meet at a store that only this machine can reach; to be called before the process group is made.
+def meet() -> Any:
+    """Have the ranks meet at a store that only their machines can reach; called before the process group is made.
 
     The store that torch opens by itself listens on every interface of the machine, and lets whoever connects read and
-    write it. Rank 0 opens it here instead, at the address that the launcher gave, and all ranks are its clients.
+    write it. Rank 0 opens it here instead, at the address that the launcher gave, and all ranks are its clients: on
+    one machine the loopback, on several the address by which the other nodes reach the first.
 
     Returns:
         The store on rank 0, alive as long as the process; None elsewhere, and where the launcher gave no address.
@@ -72,15 +71,18 @@ def meet_on_loopback() -> Any:
     Raises:
         OSError: another process has taken the port; the launcher then tries another one.
     """
-    if distributed.is_initialized() or os.environ.get("MASTER_ADDR") != LOOPBACK:
+    address = os.environ.get("MASTER_ADDR")
+    if distributed.is_initialized() or address is None:
         return None
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(True)  # torch's way to say that the store is there already
     if os.environ["RANK"] != "0":
         return None
     port = int(os.environ["MASTER_PORT"])
-    listener = socket.create_server((LOOPBACK, port), backlog=int(os.environ["WORLD_SIZE"]) + 128)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    backlog = int(os.environ["WORLD_SIZE"]) + 128
+    listener = socket.create_server((address, port), family=family, backlog=backlog)
     return distributed.TCPStore(  # type: ignore[attr-defined]
-        LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
     )
 
 

@@ -25,7 +25,7 @@ from models.optim.sharded_optimizer import FragmentOptimizer, StepRecord
 from pipelines.core.errors import ConfigError
 from pipelines.training.config import PretrainConfig
 from pipelines.training.data_loader import Batch
-from pipelines.training.distributed import Ranks, meet_on_loopback
+from pipelines.training.distributed import Ranks, meet
 from pipelines.training.loss_module import LossModule, Question
 from pipelines.training.memory import LARGEST_BUCKET
 
@@ -199,7 +199,7 @@ def prepare(module: LossModule, optimizer: FragmentOptimizer, config: PretrainCo
     skip_shared_memory_build()
     deepspeed.utils.logger.setLevel("WARNING")
     settings = deepspeed_settings(config, sum(p.numel() for p in module.parameters()))
-    meet_on_loopback()
+    meet()
     accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
         gradient_accumulation_steps=config.accumulation,

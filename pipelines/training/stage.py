@@ -65,7 +65,7 @@ def make_worker_spec(
         raise ConfigError(f"pretrain.model does not fit the tokenizer: {error}") from error
     for phase in phases.phases_of(config):
         phases.chunks_a_sequence(phase, index["sequence_length"])
-    device = resolve_device(context.compute.device, ranks=config.world_size)
+    device = resolve_device(context.compute.device, ranks=config.world_size // context.compute.node_count)
     weights = _checked_start(architecture, fetched, prepared)
     context.scratch.mkdir(parents=True, exist_ok=True)
     return WorkerSpec(
@@ -155,6 +155,8 @@ def _launch(spec: WorkerSpec, context: StageContext) -> None:
     launch(
         program.command("pipelines.training.worker", str(spec.scratch / "worker_spec.json")),
         world_size=spec.config.world_size,
+        nodes=compute.node_count,
+        node_timeout_s=compute.node_timeout_s,
         log_dir=spec.logs,
         env=environment(spec),
         heartbeat_timeout_s=compute.heartbeat_timeout_s,

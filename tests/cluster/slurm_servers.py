@@ -117,7 +117,8 @@ class Slurm:
 
     def kill_node(self, name: str) -> None:
         """End a node as a power cut does: its slurmd and everything that it started, at once."""
-        slurmd = psutil.Process(self.processes.pop(name).pid)
+        server = self.processes.pop(name)
+        slurmd = psutil.Process(server.pid)
         doomed = [slurmd, *slurmd.children(recursive=True), *self._steps(name)]
         for process in doomed:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -125,7 +126,7 @@ class Slurm:
         for process in doomed:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        slurmd.wait(10)
+        server.wait(10)
 
     def _steps(self, name: str) -> list[psutil.Process]:
         """Return the step daemons of a node, which are nobody's children, and what runs in them."""
@@ -152,20 +153,6 @@ class Slurm:
     def active(self) -> list[str]:
         """Return the ids of the jobs that have not ended."""
         return self.ask("squeue", "--noheader", "--format=%i").split()
-
-    def hurry(self, job: str) -> None:
-        """Let a job that is queued again start at once: Slurm itself waits for two minutes then."""
-        queued = False
-
-        def runs() -> bool:
-            nonlocal queued
-            told = self.ask("squeue", "--noheader", "--format=%T|%r", f"--jobs={job}").strip()
-            if told == "PENDING|BeginTime":  # Slurm may set the time once more while the first attempt is cleared away
-                queued = True
-                self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
-            return queued and told.startswith("RUNNING")
-
-        wait_for(runs, f"job {job} to run again")
 
     def ask(self, *command: str) -> str:
         """Return what a command of Slurm prints; empty where it failed."""

@@ -105,8 +105,11 @@ def test_the_job_of_a_run_that_was_killed_is_adopted(slurm: Slurm, tmp_path: Pat
     assert executor.adopt(asked) is None
 
 
-def test_before_its_time_is_over_a_job_saves_and_is_queued_again(slurm: Slurm, tmp_path: Path) -> None:
-    """USR1 is what `--signal` sends; the clock of Slurm counts minutes, so the test sends it."""
+@pytest.mark.parametrize("runs_again", [False, pytest.param(True, marks=pytest.mark.cluster_full)])
+def test_before_its_time_is_over_a_job_saves_and_is_queued_again(
+    slurm: Slurm, tmp_path: Path, runs_again: bool
+) -> None:
+    """USR1 is what `--signal` sends; the clock of Slurm counts minutes. It starts such a job after two minutes."""
     meet = tmp_path / "meet"
     meet.mkdir()
     executor = executors.get(SLURM)
@@ -117,12 +120,18 @@ def test_before_its_time_is_over_a_job_saves_and_is_queued_again(slurm: Slurm, t
         (job,) = slurm.active()
         (meet / "hello").unlink()
         slurm.ask("scancel", "--batch", "--signal=USR1", job)
-        slurm.hurry(job)
-        wait_for((meet / "hello").exists, "the stage to work again")
-        assert slurm.active() == [job]
+        queued = ("squeue", "--noheader", "--states=PENDING", "--format=%i")
+        wait_for(lambda: slurm.ask(*queued).split() == [job], "the job to be queued again")
         assert "Restarts=1" in slurm.ask("scontrol", "show", "job", job)
-        (meet / "second").touch()
-        assert future.result(60).manifest.summary == {"letters": 5}
+        assert [path.read_text() for path in tmp_path.glob("store/scratch/*/progress")] == ["half way"]
+        if runs_again:
+            wait_for((meet / "hello").exists, "the stage to work again", 200)
+            (meet / "second").touch()
+            assert future.result(60).manifest.summary == {"letters": 5}
+        else:
+            executor.stop()
+            with pytest.raises(Preempted):
+                future.result(60)
 
 
 def test_a_job_that_somebody_cancelled_ends_its_run_as_stopped(slurm: Slurm, tmp_path: Path) -> None:

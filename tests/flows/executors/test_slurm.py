@@ -42,13 +42,13 @@ def test_a_stage_in_an_image_sees_the_folders_under_their_own_names(tmp_path: Pa
     assert command[-5:] == ["ingot.sif", "python3", "-P", "-m", "pipelines.core.run_stage"]
 
 
-@pytest.mark.parametrize(("ending", "code"), [("exit 7", 7), ("kill -TERM $PPID; sleep 60", 75)])
+@pytest.mark.parametrize(("ending", "code"), [("exit 7", 7), ("kill -TERM $PPID; while true; do sleep 0.05; done", 75)])
 def test_the_script_hands_the_request_over_and_ends_as_the_stage_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, code: int
 ) -> None:
     """Whatever is printed of the script, the request with its password is not in it."""
     stage = tmp_path / "stage"
-    stage.write_text(f"#!/bin/bash\ntrap 'exit 75' TERM\ncat > {tmp_path}/request\necho '{{}}'\n{ending} & wait $!\n")
+    stage.write_text(f"#!/bin/bash\ntrap 'exit 75' TERM\ncat > {tmp_path}/request\necho '{{}}'\n{ending}\n")
     stage.chmod(0o755)
     monkeypatch.setattr(slurm, "_command", lambda _request: [str(stage)])
     secret = TrackingTarget(uri="postgresql://us:pass'word@host/db")

@@ -349,8 +349,8 @@ def test_a_port_lost_to_another_process_is_retried_with_a_new_one(
 ) -> None:
     code = "import os, socket; socket.create_server((os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])))"
     with socket.create_server(("127.0.0.1", 0)) as other:
-        ports = iter([other.getsockname()[1], launcher._free_port()])
-        monkeypatch.setattr(launcher, "_free_port", lambda: next(ports))
+        ports = iter([other.getsockname()[1], launcher.free_port()])
+        monkeypatch.setattr(launcher, "free_port", lambda: next(ports))
         launch(python(code), world_size=1, log_dir=tmp_path)
         assert list(ports) == []
 
@@ -358,7 +358,7 @@ def test_a_port_lost_to_another_process_is_retried_with_a_new_one(
 def test_a_port_that_is_never_free_is_a_transient_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import os, socket; socket.create_server((os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])))"
     with socket.create_server(("127.0.0.1", 0)) as other:
-        monkeypatch.setattr(launcher, "_free_port", lambda: other.getsockname()[1])
+        monkeypatch.setattr(launcher, "free_port", lambda: other.getsockname()[1])
         with pytest.raises(TransientError, match="taken by other processes"):
             launch(python(code), world_size=1, log_dir=tmp_path)
 

@@ -8,10 +8,10 @@ import psutil
 import torch
 from torch import distributed
 
-from pipelines.training.distributed import Ranks, meet_on_loopback
+from pipelines.training.distributed import Ranks, meet
 
 if __name__ == "__main__":
-    meet_on_loopback()
+    meet()
     distributed.init_process_group("gloo")
     ranks = Ranks.current(torch.device("cpu"))
     assert ranks.gathered(float(ranks.rank + 1)) == [1.0, 2.0]

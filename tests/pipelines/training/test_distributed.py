@@ -30,10 +30,10 @@ def test_a_port_that_another_process_took_is_told_in_the_words_that_the_launcher
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "")
         with pytest.raises(OSError, match=r"(?i)address already in use"):
-            distributed.meet_on_loopback()
+            distributed.meet()
 
 
 def test_without_a_launcher_torch_does_as_it_always_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "")
-    assert distributed.meet_on_loopback.__wrapped__() is None
+    assert distributed.meet.__wrapped__() is None
