@@ -260,9 +260,7 @@ def test_paths_that_are_typed_start_at_the_working_directory(
     assert config.tracking.uri == f"sqlite:///{here}/x.db"
 
 
-@pytest.mark.parametrize(
-    "uri", ["sqlite:////srv/x.db", "https://host/path", "postgresql://u@h/db", "sqlite:///:memory:"]
-)
+@pytest.mark.parametrize("uri", ["sqlite:////srv/x.db", "https://host/path", "postgresql://u@h/db"])
 def test_what_is_no_relative_path_is_kept(uri: str, project: Path) -> None:
     _, started = recipe.from_here("own", [f"tracking.uri={uri}", "base.from=models:/m@champion"], project)
     config = recipe.resolve("own", started, project)
