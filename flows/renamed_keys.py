@@ -19,6 +19,7 @@ KEYS: dict[str, str] = {
     "compress.*.start": "compress.*.init_from",
     "compress.*(hawq).together": "compress.*.tied_layers",
     "compress.*(optin).together": "compress.*.neurons_at_once",
+    "prepare.max_contamination": "prepare.contamination.max_share",
     "promote.register_children": "promote.register_variants",
     "pretrain.from": "base.from",
     "pretrain.masking": "pretrain.objective_settings",

@@ -69,6 +69,12 @@ class GateRefused(IngotError):
     exit_code = 7
 
 
+class DataRefused(IngotError):
+    """The corpus breaks a rule that the recipe sets: a decision about data, not damage."""
+
+    exit_code = 8
+
+
 class Preempted(IngotError):
     """A signal asked the run to stop; its state is saved and the same command goes on."""
 
@@ -77,6 +83,15 @@ class Preempted(IngotError):
 
 BY_EXIT_CODE: dict[int, type[IngotError]] = {
     error.exit_code: error
-    for error in (ConfigError, IntegrityError, TransientError, NumericError, LockedError, GateRefused, Preempted)
+    for error in (
+        ConfigError,
+        IntegrityError,
+        TransientError,
+        NumericError,
+        LockedError,
+        GateRefused,
+        DataRefused,
+        Preempted,
+    )
 }
 """Maps the exit code of a worker process back to the error it stands for."""

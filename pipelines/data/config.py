@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
-from pipelines.core.settings import NOT_IDENTITY, Settings, absolute, start_of
+from pipelines.core import fingerprint
+from pipelines.core.settings import NOT_IDENTITY, PATH, Settings, absolute, start_of
 from pipelines.data import tokenizer_files
+from pipelines.data.rules import registry
+from pipelines.data.rules.base import RuleConfig
 
 TOKENIZER_WORDS = ("train", "init_weights")
 """Values of `prepare.tokenizer` that are no path."""
@@ -81,6 +85,93 @@ class TokenizerTraining(Settings):
         if self.model == "wordpiece" and self.max_token_length is not None:
             raise ValueError("max_token_length does nothing here: it goes with model = bpe or unigram")
         return self
+
+
+ITEM_FILES = (".jsonl", ".parquet", ".txt")
+"""Files that hold the items of an evaluation set: a JSON value, a row or a text a line."""
+
+
+class EvaluationSet(Settings):
+    """Items that the training text must not hold: a file, or a task of lm-eval. A text in its place names either."""
+
+    task: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]*$", description="Task that comes with lm-eval.")
+    file: str = Field(
+        default="", description="File of items: .jsonl, .parquet or .txt.", json_schema_extra=NOT_IDENTITY | PATH
+    )
+    sha256: str = Field(
+        default="",
+        pattern=r"^([0-9a-f]{64})?$",
+        description="Of the file; found when the recipe is read, and checked where it is given.",
+    )
+
+    @property
+    def label(self) -> str:
+        """What the report calls it."""
+        return self.task or Path(self.file).name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pinned(cls, value: Any, info: ValidationInfo) -> Any:
+        """Tell a file from a task, make its path absolute, and find out what it holds."""
+        if isinstance(value, str):
+            value = {"file" if value.endswith(ITEM_FILES) or "/" in value else "task": value}
+        if not isinstance(value, Mapping) or not value.get("file"):
+            return value
+        path = Path(absolute(str(value["file"]), start_of(info)))
+        if not path.name.endswith(ITEM_FILES):
+            raise ValueError(f"{path}: a file of items ends in {', '.join(ITEM_FILES)}")
+        if not path.is_file():
+            raise ValueError(f"{path} is not there; the name of a task has no slash and no such ending")
+        actual = fingerprint.hash_file(path)
+        if value.get("sha256") not in {None, "", actual}:
+            raise ValueError(f"{path} has sha256 {actual}, expected {value['sha256']}")
+        return {**value, "file": str(path), "sha256": actual}
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if bool(self.task) == bool(self.file):
+            raise ValueError("an evaluation set is a `file` or a `task`, one of the two")
+        return self
+
+
+class ContaminationConfig(Settings):
+    """What is done where training text holds 13-word runs of the held-out text, or items of `decontaminate`."""
+
+    action: Literal["passage", "document", "refuse"] = Field(
+        "passage",
+        description="passage: cut the sentences or lines that hold them from the training text; document: drop the "
+        "training document; refuse: stop with exit code 8.",
+    )
+    max_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="With refuse: share of the held-out runs that is borne; unset: 0.05. Items are never borne.",
+    )
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if self.max_share is not None and self.action != "refuse":
+            raise ValueError(f"max_share does nothing with the action {self.action!r}: nothing shared is left")
+        return self
+
+
+class PassagesConfig(Settings):
+    """Passages that an earlier document of the corpus holds."""
+
+    words: int = Field(
+        50, ge=0, le=10_000, description="Words of the shortest passage that is cut from later documents; 0 cuts none."
+    )
+    scope: Literal["corpus", "source"] = Field(
+        "corpus", description="Which documents are compared: all, or those of one source."
+    )
+
+    @field_validator("words")
+    @classmethod
+    def _long_enough(cls, value: int) -> int:
+        if 0 < value < 10:
+            raise ValueError(f"passages of {value} words are phrases that any two texts share: give 10 or more, or 0")
+        return value
 
 
 class PrepareConfig(Settings):
@@ -165,12 +256,22 @@ class PrepareConfig(Settings):
     )
     shingle_words: int = Field(5, ge=1, le=32, description="Words per shingle.")
     permutations: int = Field(128, ge=16, le=1024, multiple_of=4, description="MinHash permutations per document.")
-    max_contamination: float = Field(
-        0.05,
-        ge=0,
-        le=1,
-        description="Share of the held-out 13-word runs that may also stand in the training text; above it the stage "
-        "stops with exit code 3.",
+    rules: tuple[SerializeAsAny[RuleConfig], ...] = Field(
+        default=({"name": "characters"},),  # type: ignore[arg-type]  # validated below
+        description="What else a document must pass, in order, one table each: its `name` is a module of "
+        "pipelines/data/rules, `sources` are patterns of sources that it is for (none: all), the rest its settings.",
+    )
+    mask: tuple[Literal["email", "ip", "phone", "key", "card"], ...] = Field(
+        (), description="Personal data that is replaced by its kind in brackets, as [email]."
+    )
+    repeated_passages: PassagesConfig = Field(
+        default_factory=PassagesConfig, description="Passages that several documents hold."
+    )
+    contamination: ContaminationConfig = Field(
+        default_factory=ContaminationConfig, description="Held-out text in the training text."
+    )
+    decontaminate: tuple[EvaluationSet, ...] = Field(
+        (), description="Evaluation sets whose items the training text must not hold: files, and tasks of lm-eval."
     )
     shard_bytes: int = Field(
         64 << 20, ge=1 << 12, le=1 << 34, description="Size above which a shard of sequences is closed."
@@ -191,6 +292,14 @@ class PrepareConfig(Settings):
         if self.tokenizer != "train" and self.tokenizer_training != TokenizerTraining():
             raise ValueError(f"tokenizer_training does nothing here: tokenizer = {self.tokenizer}; it goes with train")
         return self
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _settings_of_rules(cls, tables: Any, info: ValidationInfo) -> Any:
+        """Give every table to the settings of its rule."""
+        if not isinstance(tables, list | tuple):
+            return tables
+        return tuple(registry.settings(table, str(place), start_of(info)) for place, table in enumerate(tables))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pipelines.data.config import PrepareConfig
-from pipelines.data.shingles import hash_runs
+from pipelines.data.shingles import Units, distinct, word_runs
 
 NGRAM_WORDS = 10
 """Length of the runs of words whose repetition is measured."""
 
 
-def reason_to_drop(text: str, words: NDArray[np.uint64], config: PrepareConfig) -> str | None:
+def reason_to_drop(text: str, units: Units, config: PrepareConfig) -> str | None:
     """Return why a cleaned document is dropped, or None when it is kept.
 
     Args:
         text: the cleaned text.
-        words: what `shingles.hash_words` returned for its normal form.
+        units: of its normal form.
         config: the thresholds.
     """
     if len(text) < config.min_characters:
@@ -26,7 +23,7 @@ def reason_to_drop(text: str, words: NDArray[np.uint64], config: PrepareConfig) 
         return "too long"
     if repeated_lines(text) > config.max_repeated_lines:
         return "repeated lines"
-    if repeated_ngrams(words) > config.max_repeated_ngrams:
+    if repeated_ngrams(units) > config.max_repeated_ngrams:
         return "repeated n-grams"
     return None
 
@@ -38,9 +35,7 @@ def repeated_lines(text: str) -> float:
     return 1 - sum(map(len, set(lines))) / total if total else 0.0
 
 
-def repeated_ngrams(words: NDArray[np.uint64]) -> float:
+def repeated_ngrams(units: Units) -> float:
     """Return the share of the runs of `NGRAM_WORDS` words that equal an earlier run."""
-    if len(words) < NGRAM_WORDS:
-        return 0.0
-    runs = hash_runs(words, NGRAM_WORDS)
-    return 1 - len(np.unique(runs)) / len(runs)
+    runs, _ = word_runs(units, NGRAM_WORDS)
+    return 1 - len(distinct(runs)) / len(runs) if len(runs) else 0.0

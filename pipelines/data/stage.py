@@ -1,15 +1,17 @@
 """The prepare stage: from the corpus that DVC names to documents, a tokenizer and packed sequences, by split.
 
-Six steps, each a stream from disk to disk: survey (read, clean, filter, drop copies), deduplicate, split, look for
-held-out text in the training text, train the tokenizer, pack. The same corpus and configuration give the same bytes,
-whatever the number of workers.
+Six steps, each a stream from disk to disk: survey (read, clean, filter, drop copies), deduplicate (documents, then
+passages), split, remove held-out text and evaluation items from the training text, train the tokenizer, pack. The same
+corpus and configuration give the same bytes, whatever the number of workers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,22 @@ from pipelines.core import project
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import IntegrityError
 from pipelines.core.stage import Progress, StageContext, Summary
-from pipelines.data import contamination, dedup, document_files, reader, sequences, tokenizer, versioning
+from pipelines.data import (
+    contamination,
+    dedup,
+    document_files,
+    evaluation_items,
+    passages,
+    reader,
+    sequences,
+    tokenizer,
+    versioning,
+)
 from pipelines.data.config import TOKENIZER_WORDS, PrepareConfig, PrepareJob
+from pipelines.data.records import Document
 from pipelines.data.report import DocumentCounts
 from pipelines.data.split import SPLITS, assign, group_names
-from pipelines.data.survey import QUARANTINE, Survey, survey
+from pipelines.data.survey import QUARANTINE, Survey, fit_rules, survey
 
 TOKENIZER = "tokenizer"
 REPORT = "report.json"
@@ -35,6 +48,7 @@ def run(config: PrepareJob, inputs: Mapping[str, Artifact], out_dir: Path, conte
     Raises:
         IntegrityError: the corpus is not the one that data.dvc names, is empty, has too many malformed records, or is
             too small to be split or packed.
+        DataRefused: the training text holds held-out text or evaluation items, and the recipe says to refuse that.
     """
     context.scratch.mkdir(parents=True, exist_ok=True)
     corpus = versioning.checkout_corpus(config.data, context.scratch, context.project or project.find())
@@ -66,20 +80,31 @@ def prepare(
 
     Raises:
         IntegrityError: the files changed, are empty, have too many malformed records, or are too few.
+        DataRefused: see `contamination.refuse`.
     """
     context.scratch.mkdir(parents=True, exist_ok=True)
+    items = evaluation_items.load(config.decontaminate)
     counts = DocumentCounts()
     say = _announcer(context)
+    fit_rules(config, lambda: _texts_read(corpus, config), context.scratch)
     records = reader.read(corpus.path, config, md5=corpus.md5)
     surveyed = survey(records, context.scratch, config, counts, lambda done: say(0, f"{done} documents"))
+    if not surveyed.works:
+        raise IntegrityError(
+            f"no document is left of the corpus; dropped: {counts.reasons() or 'none, it is empty'}",
+            hint="check the thresholds in the section prepare, and the corpus with `ingot data status`",
+        )
     say(1, f"{len(surveyed.works)} documents to compare")
-    first_of_cluster = dedup.clusters(surveyed.signatures, config.near_duplicate_similarity)
+    near = dedup.near_duplicates(
+        surveyed.signatures, surveyed.shingles, surveyed.lengths, config.near_duplicate_similarity
+    )
+    repeated = _repeated(surveyed, near, config)
     say(2, "dividing works among splits")
-    groups = _split(surveyed, first_of_cluster, config, out_dir, counts)
+    groups, pairs = _split(surveyed, near, repeated, config, out_dir, context.scratch, counts)
     say(3, "comparing held-out with training text")
-    shared = _contamination(out_dir, config)
+    shared = _contamination(out_dir, context.scratch, items, config, counts)
     say(
-        4, f"{counts.documents('train')} documents to learn from, which hold {shared['share']:.2%} of the held-out text"
+        4, f"{counts.documents('train')} documents to learn from, which held {shared['share']:.2%} of the held-out text"
     )
     if tokenizer_of is not None:
         trained = tokenizer.load(tokenizer_of, may_grow=config.tokenizer != "init_weights")
@@ -90,7 +115,7 @@ def prepare(
     trained.save(out_dir / TOKENIZER, config.sequence_length)
     say(5, f"{trained.vocab_size} tokens in the vocabulary")
     index = sequences.write(trained, out_dir, config, counts)
-    duplicates = _duplicates(first_of_cluster, counts)
+    duplicates = _duplicates(near, counts) | {"pairs": pairs}
     report = {
         **counts.to_json(),
         "duplicates": duplicates,
@@ -113,31 +138,70 @@ def _announcer(context: StageContext) -> Callable[[int, str], None]:
     return say
 
 
+def _texts_read(corpus: versioning.Corpus, config: PrepareConfig) -> Iterator[str]:
+    records = reader.read(corpus.path, config)
+    return (record.text for record in records if isinstance(record, Document))
+
+
+def _kept(surveyed: Survey, near: dedup.NearDuplicates) -> Iterator[tuple[int, Document]]:
+    """Yield the documents that stay, with their numbers."""
+    for number, document in enumerate(document_files.documents(surveyed.documents)):
+        if near.kept[number] == number:
+            yield number, document
+
+
+def _repeated(surveyed: Survey, near: dedup.NearDuplicates, config: PrepareConfig) -> passages.Repeated | None:
+    """Find the passages that several documents hold; None where they are left alone."""
+    settings = config.repeated_passages
+    if not settings.words:
+        return None
+    numbers = (marks for n, marks in enumerate(surveyed.fingerprints.documents()) if near.kept[n] == n)
+    suspects = passages.Known(passages.of_several(numbers))
+    suspicious = {n for n, marks in enumerate(surveyed.fingerprints.documents()) if suspects.places(marks)[1].any()}
+    repeated = passages.Repeated(settings.words, by_source=settings.scope == "source", suspects=suspects)
+    repeated.learn(document for number, document in _kept(surveyed, near) if number in suspicious)
+    return repeated
+
+
 def _split(
-    surveyed: Survey, first_of_cluster: list[int], config: PrepareConfig, out_dir: Path, counts: DocumentCounts
-) -> dict[str, int]:
-    """Write `documents/<split>.jsonl.zst` without the near-duplicates and return the number of groups per split."""
-    if not surveyed.works:
-        raise IntegrityError(
-            f"no document is left of the corpus; dropped: {counts.reasons() or 'none, it is empty'}",
-            hint="check the thresholds in the section prepare, and the corpus with `ingot data status`",
-        )
-    near = ((surveyed.works[first], work) for first, work in zip(first_of_cluster, surveyed.works, strict=True))
-    group_of = group_names(surveyed.works + [later for _, later in surveyed.links], [*surveyed.links, *near])
+    surveyed: Survey,
+    near: dedup.NearDuplicates,
+    repeated: passages.Repeated | None,
+    config: PrepareConfig,
+    out_dir: Path,
+    scratch: Path,
+    counts: DocumentCounts,
+) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Write the documents by split, without near-duplicates and repeated passages; the training text to `scratch`.
+
+    Returns:
+        The number of groups per split, and sampled pairs of near-duplicates.
+    """
+    links = ((surveyed.works[kept], work) for kept, work in zip(near.kept, surveyed.works, strict=True))
+    group_of = group_names(surveyed.works + [later for _, later in surveyed.links], [*surveyed.links, *links])
     side_of = assign((group_of[work] for work in surveyed.works), config)
+    pairs = dedup.PairSamples(near)
     with contextlib.ExitStack() as stack:
         writers = {
-            split: stack.enter_context(document_files.DocumentWriter(_documents(out_dir, split))) for split in SPLITS
+            split: stack.enter_context(
+                document_files.DocumentWriter(_documents(scratch if split == "train" else out_dir, split))
+            )
+            for split in SPLITS
         }
         for number, document in enumerate(document_files.documents(surveyed.documents)):
-            if first_of_cluster[number] != number:
-                counts.drop(document.source, "near duplicate")
+            pairs.see(number, document)
+            if near.kept[number] != number:
+                counts.drop(document, "near duplicate")
+                continue
+            left = _without_repeated(document, repeated, config, counts)
+            if left is None:
                 continue
             split = side_of[group_of[document.work]]
-            writers[split].write(document)
-            counts.keep(document, split)
+            writers[split].write(left)
+            if split != "train":
+                counts.keep(left, split)
     _refuse_few(counts, config)
-    return {split: sum(side == split for side in side_of.values()) for split in SPLITS}
+    return {split: sum(side == split for side in side_of.values()) for split in SPLITS}, pairs.rows()
 
 
 def _refuse_few(counts: DocumentCounts, config: PrepareConfig) -> None:
@@ -151,21 +215,43 @@ def _refuse_few(counts: DocumentCounts, config: PrepareConfig) -> None:
             )
 
 
-def _contamination(out_dir: Path, config: PrepareConfig) -> dict[str, Any]:
-    """Return what the held-out splits share with the training text, or refuse it."""
+def _without_repeated(
+    document: Document, repeated: passages.Repeated | None, config: PrepareConfig, counts: DocumentCounts
+) -> Document | None:
+    """Return a document without passages that an earlier one holds; None where too little is left."""
+    cut = repeated.cut(document) if repeated else None
+    if cut is None:
+        return document
+    if len(cut.kept.strip()) < config.min_characters:
+        counts.drop(document, "repeated passages", cut.removed[0])
+        return None
+    counts.cut(
+        document, "repeated passages", len(document.text.encode()) - len(cut.kept.encode()), max(cut.removed, key=len)
+    )
+    return dataclasses.replace(document, text=cut.kept)
+
+
+def _contamination(
+    out_dir: Path, scratch: Path, items: evaluation_items.Items, config: PrepareConfig, counts: DocumentCounts
+) -> dict[str, Any]:
+    """Write the training text without what it shares with held-out text and evaluation items; return what that was."""
     held_out = {split: document_files.documents(_documents(out_dir, split)) for split in SPLITS if split != "train"}
-    shared = contamination.measure(document_files.documents(_documents(out_dir, "train")), held_out)
-    if shared["share"] > config.max_contamination:
-        worst = [
-            f"{one['id']} ({one['shared']} of {one['runs']})" for s in shared["splits"].values() for one in s["worst"]
-        ]
+    found = contamination.Contamination(held_out, items)
+    done = contamination.Cleansed(config.contamination.action)
+    train = document_files.documents(_documents(scratch, "train"))
+    with document_files.DocumentWriter(_documents(out_dir, "train")) as writer:
+        for document in contamination.cleanse(train, found, config, counts, done):
+            writer.write(document)
+            counts.keep(document, "train")
+    report = found.report() | {"removed": dataclasses.asdict(done)}
+    if config.contamination.action == "refuse":
+        contamination.refuse(report, config)
+    if not counts.documents("train"):
         raise IntegrityError(
-            f"{shared['share']:.2%} of the held-out {contamination.WORDS}-word runs also stand in the training text; "
-            f"prepare.max_contamination is {config.max_contamination:.2%}; most in {', '.join(worst[:3])}",
-            hint="give documents that share text the same `work`, lower prepare.near_duplicate_similarity, or raise "
-            "prepare.max_contamination",
+            "every training document shares text with the held-out documents or the evaluation sets",
+            hint="give documents that share text the same `work`; see report.json for samples",
         )
-    return shared
+    return report
 
 
 def _documents(out_dir: Path, split: str) -> Path:
@@ -176,10 +262,8 @@ def _texts(out_dir: Path, split: str) -> Iterator[str]:
     return (document.text for document in document_files.documents(_documents(out_dir, split)))
 
 
-def _duplicates(first_of_cluster: list[int], counts: DocumentCounts) -> dict[str, int]:
-    sizes: dict[int, int] = {}
-    for first in first_of_cluster:
-        sizes[first] = sizes.get(first, 0) + 1
+def _duplicates(near: dedup.NearDuplicates, counts: DocumentCounts) -> dict[str, Any]:
+    sizes = Counter(near.kept)
     return {
         "exact": counts.reasons().get("exact duplicate", 0),
         "near": counts.reasons().get("near duplicate", 0),
@@ -200,6 +284,7 @@ def _summary(
         **{f"{split}_documents": index["splits"][split]["documents"] for split in SPLITS},
         **{f"{split}_bytes": index["splits"][split]["bytes"] for split in SPLITS},
         "dropped": counts.reasons(),
+        "lost_bytes": counts.lost_bytes(),
         "quarantined": quarantined,
     }
 

@@ -9,31 +9,36 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
 from array import array
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.core.errors import IntegrityError
-from pipelines.data import dedup, filters
+from pipelines.data import dedup, filters, passages, personal_data
 from pipelines.data.clean import clean, words
 from pipelines.data.config import PrepareConfig
 from pipelines.data.document_files import DocumentWriter
 from pipelines.data.records import DAMAGED_SHARD, Document, Quarantined
 from pipelines.data.report import DocumentCounts
-from pipelines.data.shingles import hash_words
+from pipelines.data.rules import registry
+from pipelines.data.rules.base import Page, Rule
+from pipelines.data.shingles import as_units
 
 CLEANED = "cleaned.jsonl.zst"
 QUARANTINE = "quarantine.jsonl"
 _SIGNATURES = "signatures.u32"
+_SHINGLES = "shingles.u32"
+_FINGERPRINTS = "fingerprints.u64"
 _BATCH_CHARACTERS = 1 << 19
 _BATCHES_PER_WORKER = 2
 """Batches under way per worker: the bound on texts in memory."""
@@ -51,8 +56,13 @@ class Cleaned:
     """Reason of the filter that it did not pass."""
     digest: bytes
     """16 bytes that are equal for texts with the same normal form."""
-    signature: dedup.Signatures
-    """MinHash signature, [permutations]; empty when dropped."""
+    masked: Counter[str] = field(default_factory=Counter)
+    """How much personal data of each kind was masked."""
+    signature: dedup.Signatures = field(default_factory=lambda: np.empty(0, dtype=np.uint32))
+    """MinHash signature, [permutations]; empty when dropped, as the next two."""
+    shingles: dedup.Shingles = field(default_factory=lambda: np.empty(0, dtype=np.uint32))
+    fingerprints: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
+    """Numbers that texts with a common passage share; see `passages`."""
 
 
 @dataclass
@@ -63,6 +73,10 @@ class Survey:
     """File of the cleaned documents; see `document_files`."""
     signatures: dedup.Signatures
     """[documents in the file, permutations], mapped from disk."""
+    shingles: dedup.ShingleFile
+    fingerprints: FingerprintFile
+    lengths: list[int]
+    """Characters of each document in the file."""
     works: list[str]
     """Work of each document in the file."""
     links: list[tuple[str, str]]
@@ -70,6 +84,28 @@ class Survey:
     quarantined: int
     duplicate_ids: int
     """Documents whose id an earlier one has; they stay."""
+
+
+class FingerprintFile:
+    """The fingerprints of many documents in one file, mapped from disk.
+
+    Args:
+        path: uint64 numbers, one document after the other.
+        sizes: numbers of each document.
+    """
+
+    def __init__(self, path: Path, sizes: list[int]) -> None:
+        self._path = path
+        self._offsets = np.concatenate(([0], np.cumsum(np.asarray(sizes, dtype=np.int64)))).astype(np.int64)
+
+    def documents(self) -> Iterator[NDArray[np.uint64]]:
+        """Yield the numbers of each document, in order."""
+        if not self._offsets[-1]:
+            yield from (np.zeros(0, dtype=np.uint64) for _ in self._offsets[1:])
+            return
+        values = np.memmap(self._path, dtype=np.uint64, mode="r")
+        for first, last in zip(self._offsets[:-1].tolist(), self._offsets[1:].tolist(), strict=True):
+            yield np.asarray(values[first:last])
 
 
 @dataclass
@@ -125,55 +161,106 @@ def survey(
     """
     (scratch / QUARANTINE).write_bytes(b"")
     quarantine = _Quarantine(scratch / QUARANTINE)
-    first_work: dict[bytes, str] = {}
+    first: dict[bytes, tuple[str, str]] = {}
     works: list[str] = []
     links: list[tuple[str, str]] = []
     ids = array("Q")
+    lengths: list[int] = []
+    sizes: dict[str, list[int]] = {_SHINGLES: [], _FINGERPRINTS: []}
     done = 0
     with (
         DocumentWriter(scratch / CLEANED) as kept,
         (scratch / _SIGNATURES).open("wb") as signatures,
-        contextlib.closing(_clean_all(_batches(records, quarantine), config)) as batches,
+        (scratch / _SHINGLES).open("wb") as shingles,
+        (scratch / _FINGERPRINTS).open("wb") as fingerprints,
+        contextlib.closing(_clean_all(_batches(records, quarantine), config, scratch)) as batches,
     ):
         for cleaned in (one for batch in batches for one in batch):
             done += 1
             if done % _REPORT_EVERY == 0:
                 progress(done)
             document = cleaned.document
-            counts.read(document.source)
+            counts.read(document)
+            counts.mask(document.source, cleaned.masked)
             ids.append(int.from_bytes(hashlib.blake2b(document.id.encode(), digest_size=8).digest()))
             if cleaned.dropped is not None:
-                counts.drop(document.source, cleaned.dropped)
-            elif cleaned.digest in first_work:
-                counts.drop(document.source, "exact duplicate")
-                links.append((first_work[cleaned.digest], document.work))
+                counts.drop(document, cleaned.dropped)
+            elif cleaned.digest in first:
+                original, work = first[cleaned.digest]
+                counts.drop(document, "exact duplicate", f"a copy of {original}")
+                links.append((work, document.work))
             else:
-                first_work[cleaned.digest] = document.work
+                first[cleaned.digest] = document.id, document.work
                 works.append(document.work)
+                lengths.append(len(document.text))
                 kept.write(document)
                 signatures.write(cleaned.signature.tobytes())
+                shingles.write(cleaned.shingles.tobytes())
+                fingerprints.write(cleaned.fingerprints.tobytes())
+                sizes[_SHINGLES].append(len(cleaned.shingles))
+                sizes[_FINGERPRINTS].append(len(cleaned.fingerprints))
     quarantine.refuse_above(config.max_bad_fraction, done)
     duplicate_ids = len(ids) - len(np.unique(np.frombuffer(ids, dtype=np.uint64))) if ids else 0
-    return Survey(scratch / CLEANED, _map(scratch / _SIGNATURES, config), works, links, quarantine.count, duplicate_ids)
+    return Survey(
+        scratch / CLEANED,
+        _map(scratch / _SIGNATURES, config),
+        dedup.ShingleFile(scratch / _SHINGLES, sizes[_SHINGLES]),
+        FingerprintFile(scratch / _FINGERPRINTS, sizes[_FINGERPRINTS]),
+        lengths,
+        works,
+        links,
+        quarantine.count,
+        duplicate_ids,
+    )
 
 
-def clean_one(document: Document, config: PrepareConfig) -> Cleaned:
-    """Clean, filter and sign one document; without a `work` of its own it becomes one."""
-    text = clean(document.text)
+def fit_rules(config: PrepareConfig, texts: Callable[[], Iterable[str]], scratch: Path) -> None:
+    """Let the rules learn that do, from the texts of the corpus.
+
+    Args:
+        config: the rules.
+        texts: begins a pass over the corpus.
+        scratch: where what they learned is kept for `survey`.
+    """
+    for rule in registry.make(config.rules, scratch):
+        if rule.learns:
+            rule.fit(clean(text) for text in texts())
+
+
+def clean_one(document: Document, config: PrepareConfig, rules: Sequence[Rule] | None = None) -> Cleaned:
+    """Clean, filter and sign one document; without a `work` of its own it becomes one.
+
+    Args:
+        document: as it was read.
+        config: thresholds.
+        rules: of the recipe; None for those of them that learn nothing.
+    """
+    text, masked = personal_data.mask(clean(document.text), config.mask)
     terms = words(text)
     digest = hashlib.sha256(" ".join(terms).encode()).digest()[:16]
     document = dataclasses.replace(document, text=text, work=document.work or f"document/{digest.hex()}")
-    hashes = hash_words(terms)
-    if reason := filters.reason_to_drop(text, hashes, config):
-        return Cleaned(document, reason, digest, np.empty(0, dtype=np.uint32))
-    signature = dedup.signature(
-        hashes, shingle_words=config.shingle_words, permutations=config.permutations, seed=config.seed
-    )
-    return Cleaned(document, None, digest, signature)
+    units = as_units(terms, whole=text.isascii())
+    reason = filters.reason_to_drop(text, units, config)
+    if reason is None:
+        page = Page(text, units)
+        if rules is None:
+            rules = [rule for rule in registry.make(config.rules) if not rule.learns]
+        asked = (rule for rule in rules if rule.concerns(document.source))
+        reason = next((found for rule in asked if (found := rule.reason(page))), None)
+    if reason is not None:
+        return Cleaned(document, reason, digest, masked)
+    distinct = dedup.shingles(units.hashes, config.shingle_words)
+    signature = dedup.signature(distinct, permutations=config.permutations, seed=config.seed)
+    repeated = config.repeated_passages
+    marks = np.empty(0, dtype=np.uint64)
+    if repeated.words:
+        marks = passages.fingerprints(units, repeated.words, document.source if repeated.scope == "source" else "")
+    return Cleaned(document, None, digest, masked, signature, distinct, marks)
 
 
-def _clean_batch(batch: list[Document], config: PrepareConfig) -> list[Cleaned]:
-    return [clean_one(document, config) for document in batch]
+def _clean_batch(batch: list[Document], config: PrepareConfig, scratch: Path) -> list[Cleaned]:
+    rules = registry.make(config.rules, scratch)
+    return [clean_one(document, config, rules) for document in batch]
 
 
 def _batches(records: Iterable[Document | Quarantined], quarantine: _Quarantine) -> Iterator[list[Document]]:
@@ -192,9 +279,11 @@ def _batches(records: Iterable[Document | Quarantined], quarantine: _Quarantine)
         yield batch
 
 
-def _clean_all(batches: Iterator[list[Document]], config: PrepareConfig) -> Generator[list[Cleaned], None, None]:
+def _clean_all(
+    batches: Iterator[list[Document]], config: PrepareConfig, scratch: Path
+) -> Generator[list[Cleaned], None, None]:
     """Yield the batches cleaned, in order; worker processes are started only for more than one batch."""
-    clean_batch = partial(_clean_batch, config=config)
+    clean_batch = functools.partial(_clean_batch, config=config, scratch=scratch)
     first, second = next(batches, []), next(batches, [])
     if config.workers == 1 or not second:
         yield from map(clean_batch, (first, second))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from pathlib import Path
 from typing import Any
 
-import lm_eval.tasks
 import yaml
 from datasets.exceptions import DatasetsError
 from lm_eval.tasks import TaskManager
 
 from pipelines.core.errors import ConfigError, IntegrityError
+from pipelines.data.evaluation_items import shipped_task
 from pipelines.evaluation.config import HarnessTask
 
 _METRICS = ("acc", "exact_match", "acc_norm")
@@ -31,7 +30,7 @@ def load(task: HarnessTask, scratch: Path) -> Any:
         IntegrityError: its files are no longer those that the run was planned with.
     """
     _check_unchanged(task)
-    own = Path(task.file) if task.file else _shipped(task.name)
+    own = Path(task.file) if task.file else shipped_task(task.name, "evaluate.tasks.lm_eval")
     settings: dict[str, Any] = {"include": str(own), "task": task.name}
     if task.fewshot is not None:
         settings["num_fewshot"] = task.fewshot
@@ -82,28 +81,6 @@ def _check_unchanged(task: HarnessTask) -> None:
             f"{task.sha256}",
             hint="run again",
         )
-
-
-def _shipped(name: str) -> Path:
-    """Return the YAML file of a task that comes with lm-eval.
-
-    Its own index parses thousands of files, which takes ten seconds; reading them does not.
-
-    Raises:
-        ConfigError: there is no such task.
-    """
-    root = Path(lm_eval.tasks.__file__).parent
-    line = re.compile(rf"^(task|group): *{re.escape(name)} *$".encode(), re.MULTILINE)
-    kinds: set[bytes] = set()
-    for path in (*sorted(root.rglob(f"{name}.yaml")), *sorted(root.rglob("*.yaml"))):
-        if (match := line.search(path.read_bytes())) is not None:
-            if match[1] == b"task":
-                return path
-            kinds.add(match[1])
-    what = "a group, not a single task" if kinds else "no task that comes with lm-eval"
-    raise ConfigError(
-        f"evaluate.tasks.lm_eval: {name} is {what}", hint="`lm-eval ls tasks` lists them; or give a `file`"
-    )
 
 
 def _data(task: HarnessTask, scratch: Path) -> dict[str, Any]:

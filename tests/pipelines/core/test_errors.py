@@ -22,6 +22,7 @@ def test_the_exit_codes_are_the_documented_ones() -> None:
         "NumericError": 5,
         "LockedError": 6,
         "GateRefused": 7,
+        "DataRefused": 8,
         "Preempted": 75,
     }
 

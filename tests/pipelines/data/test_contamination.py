@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.core.errors import IntegrityError
+from pipelines.core.errors import DataRefused
 from pipelines.data import contamination, document_files
 from pipelines.data.contamination import WORDS, measure, runs_of
 from pipelines.data.records import Document
@@ -103,32 +103,59 @@ def planted(
         records = make_documents(120, words=400)
         passage = " ".join(records[0]["text"].split()[:60])
         for record in records[::10]:
-            record["text"] += " " + passage
+            record["text"] += "\n" + passage
         return prepare(write_shard(tmp_path / "corpus" / "a.jsonl", records).parent, **HALVES, **settings)
 
     return run
 
 
-def test_the_stage_records_a_passage_that_both_sides_quote(planted: Callable[..., Path]) -> None:
-    folder = planted(max_contamination=1.0)
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))["contamination"]
-    kept = {
-        s: list(document_files.documents(folder / "documents" / f"{s}.jsonl.zst"))
-        for s in report["splits"] | {"train": 0}
-    }
-    for split, found in report["splits"].items():
-        counted = by_strings(kept["train"], kept[split])
-        assert (found["runs"], found["shared"]) == tuple(map(sum, zip(*counted, strict=True)))
-    assert sum(found["documents"] for found in report["splits"].values()) > 0
-    assert report["share"] > 0.005
+def kept(folder: Path) -> dict[str, list[Document]]:
+    names = ("train", "validation", "test")
+    return {name: list(document_files.documents(folder / "documents" / f"{name}.jsonl.zst")) for name in names}
+
+
+def reported(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_stage_cuts_a_passage_that_both_sides_quote_from_the_training_text(planted: Callable[..., Path]) -> None:
+    folder = planted(repeated_passages={"words": 0})
+    found, documents = reported(folder), kept(folder)
+    assert found["contamination"]["share"] > 0.005
+    assert sum(one["documents"] for one in found["contamination"]["splits"].values()) > 0
+    removed = found["contamination"]["removed"]
+    assert (removed["action"], removed["documents"] + removed["cut"]) == ("passage", len(removed["samples"]))
+    for split in ("validation", "test"):
+        assert sum(shared for _, shared in by_strings(documents["train"], documents[split])) == 0
+    counted = [(s["cut_bytes"], s["dropped_bytes"]) for s in found["sources"].values()]
+    assert sum(c.get("contaminated", 0) + d.get("contaminated", 0) for c, d in counted) == removed["bytes"] > 0
+
+
+def test_the_stage_drops_whole_documents_when_told_so(planted: Callable[..., Path]) -> None:
+    folder = planted(repeated_passages={"words": 0}, contamination={"action": "document"})
+    removed = reported(folder)["contamination"]["removed"]
+    assert removed["cut"] == 0 < removed["documents"]
+    texts = {d.text for d in kept(planted(repeated_passages={"words": 0}, contamination={"action": "refuse"}))["train"]}
+    assert {d.text for d in kept(folder)["train"]} < texts
+
+
+def test_a_passage_that_documents_repeat_stays_in_the_first_of_them_alone(planted: Callable[..., Path]) -> None:
+    folder = planted(repeated_passages={"words": 30})
+    documents = [document for side in kept(folder).values() for document in side]
+    first = next(document for document in documents if document.id == "d0-0")
+    passage = " ".join(first.text.split()[:60])
+    assert [document.id for document in documents if passage in document.text] == ["d0-0"]
+    assert sum(source["cut"].get("repeated passages", 0) for source in reported(folder)["sources"].values()) == 11
+    assert reported(folder)["contamination"]["share"] == 0.0
 
 
 def test_the_stage_refuses_more_than_it_was_told_to_bear_and_names_the_documents(planted: Callable[..., Path]) -> None:
-    with pytest.raises(IntegrityError, match="of the held-out 13-word runs also stand in the training text") as caught:
-        planted(max_contamination=0.001)
-    assert "prepare.max_contamination is 0.10%; most in " in caught.value.message
-    assert "give documents that share text the same `work`" in str(caught.value)
-    assert caught.value.exit_code == 3
+    with pytest.raises(DataRefused, match="of the held-out 13-word runs also stand in the training text") as caught:
+        planted(contamination={"action": "refuse", "max_share": 0.001}, repeated_passages={"words": 0})
+    assert "prepare.contamination.max_share is 0.10%; most in " in caught.value.message
+    assert "set prepare.contamination.action to `passage` or `document`" in str(caught.value)
+    assert caught.value.exit_code == 8
 
 
 def test_the_bundled_corpus_holds_next_to_nothing_in_common(bundled: Path) -> None:

@@ -9,16 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.data.clean import words
 from pipelines.data.config import PrepareConfig
 from pipelines.data.filters import NGRAM_WORDS, reason_to_drop, repeated_lines, repeated_ngrams
-from pipelines.data.shingles import hash_words
+from pipelines.data.shingles import Units, hash_words, units_of
 
 CONFIG = PrepareConfig(min_characters=20, max_characters=4000)
 
 
 def reason(text: str) -> str | None:
-    return reason_to_drop(text, hash_words(words(text)), CONFIG)
+    return reason_to_drop(text, units_of(text), CONFIG)
 
 
 def test_length_is_refused_just_outside_the_limits_and_kept_just_inside() -> None:
@@ -53,7 +52,7 @@ def test_repeated_lines_equals_counting_them(lines: list[str]) -> None:
 def test_repeated_ngrams_equals_counting_them(letters: list[str]) -> None:
     runs = [tuple(letters[i : i + NGRAM_WORDS]) for i in range(len(letters) - NGRAM_WORDS + 1)]
     repeated = sum(run in runs[:i] for i, run in enumerate(runs))
-    assert repeated_ngrams(hash_words(letters)) == pytest.approx(repeated / len(runs) if runs else 0.0)
+    assert repeated_ngrams(Units(hash_words(letters))) == pytest.approx(repeated / len(runs) if runs else 0.0)
 
 
 def test_nothing_of_a_real_text_is_dropped(make_documents: Callable[..., list[dict[str, Any]]]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 from pipelines.data.records import Document
-from pipelines.data.report import DocumentCounts, rows
+from pipelines.data.report import DocumentCounts, losses
 from pipelines.data.split import SPLITS
 
 
@@ -14,12 +15,15 @@ def counted() -> DocumentCounts:
     counts = DocumentCounts()
     for _ in range(500):
         source = rng.choice(["a", "b", "c"])
-        counts.read(source)
+        document = Document("id", "x" * rng.randrange(100), source, f"licence of {source}", "work")
+        counts.read(document)
         if rng.random() < 0.3:
-            counts.drop(source, rng.choice(["too short", "near duplicate"]))
+            counts.drop(document, rng.choice(["too short", "near duplicate"]))
+        elif rng.random() < 0.1 and len(document.text) > 20:
+            counts.cut(document, "contaminated", 20, document.text[:20])
+            counts.keep(dataclasses.replace(document, text=document.text[20:]), "train")
         else:
-            text = "x" * rng.randrange(100)
-            counts.keep(Document("id", text, source, f"licence of {source}", "work"), rng.choice(SPLITS))
+            counts.keep(document, rng.choice(SPLITS))
     return counts
 
 
@@ -40,13 +44,22 @@ def test_totals_per_split_equal_the_sums_over_sources() -> None:
         assert counts.bytes(split) == sum(s["bytes"] for s in report["splits"][split].values())
 
 
-def test_the_table_has_a_row_per_source_and_the_same_columns_in_each() -> None:
+def test_every_byte_that_was_read_is_kept_dropped_or_cut() -> None:
     report = counted().to_json()
-    table = rows(report)
-    assert [row["source"] for row in table] == ["a", "b", "c"]
-    assert {tuple(row) for row in table} == {
-        ("source", "read", "kept", "near duplicate", "too short", "train bytes", "validation bytes", "test bytes")
+    for name, source in report["sources"].items():
+        kept = sum(split[name]["bytes"] for split in report["splits"].values())
+        lost = sum(source["dropped_bytes"].values()) + sum(source["cut_bytes"].values())
+        assert source["read_bytes"] == kept + lost
+    table = losses(report)
+    assert sum(row["bytes"] for row in table) == sum(counted().lost_bytes().values())
+    assert [row["bytes"] for row in table] == sorted((row["bytes"] for row in table), reverse=True)
+
+
+def test_each_reason_has_samples_the_same_for_the_same_documents() -> None:
+    samples = counted().to_json()["samples"]
+    assert {reason: len(found) for reason, found in samples.items()} == {
+        "contaminated": 5,
+        "near duplicate": 5,
+        "too short": 5,
     }
-    assert sum(row["too short"] for row in table) == sum(
-        source["dropped"]["too short"] for source in report["sources"].values()
-    )
+    assert samples == counted().to_json()["samples"]

@@ -90,10 +90,10 @@ def test_workers_never_run_far_ahead_of_what_is_written(tmp_path: Path) -> None:
             yield long(number)
 
     class Watching(DocumentCounts):
-        def read(self, source: str) -> None:
+        def read(self, document: Document) -> None:
             nonlocal handled
             handled += 1
-            super().read(source)
+            super().read(document)
 
     survey(stream(), tmp_path, CONFIG.model_copy(update={"workers": 2}), Watching())
     assert handled == 200

@@ -1,0 +1,44 @@
+"""C4: each mark of a page that is none."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines.data.rules import registry
+from pipelines.data.rules.base import Page
+from pipelines.data.shingles import units_of
+from tests.bench.planted_corpus import Maker
+
+PROSE = Maker(3).text("en", Maker(3).sentences("en", 12))
+
+
+def reason(text: str) -> str | None:
+    rule = registry.make(
+        (
+            registry.settings(
+                {
+                    "name": "c4",
+                },
+                "0",
+                None,
+            ),
+        )
+    )[0]
+    return rule.reason(Page(text, units_of(text)))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (PROSE, None),
+        ("Lorem ipsum. " + PROSE, "c4: lorem ipsum"),
+        ("Please enable JavaScript. " + PROSE, "c4: javascript"),
+        ("One. Two", "c4: few sentences"),
+        ("Home\nAbout us\nContact\n" * 20, "c4: few sentences"),
+        ("We use cookies for all of it.\nAll rights reserved by them.\n" * 5, "c4: policies"),
+        ("\u4eca\u5929\u5929\u6c14\u5f88\u597d\u3002" * 3, None),
+        ("x = {1}. Two of it are three. And four of it. Five is next.", None),
+    ],
+)
+def test_each_reason(text: str, expected: str | None) -> None:
+    assert reason(text) == expected

@@ -1,0 +1,45 @@
+"""Gopher: each rule of the paper."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines.data.rules import registry
+from pipelines.data.rules.base import Page
+from pipelines.data.shingles import units_of
+from tests.bench.planted_corpus import Maker
+
+PROSE = Maker(3).text("en", Maker(3).sentences("en", 12))
+
+
+def reason(text: str) -> str | None:
+    rule = registry.make(
+        (
+            registry.settings(
+                {
+                    "name": "gopher",
+                },
+                "0",
+                None,
+            ),
+        )
+    )[0]
+    return rule.reason(Page(text, units_of(text)))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (PROSE, None),
+        ("- " + PROSE.replace(" ", "\n- "), "gopher: bullets"),
+        (PROSE.replace(".", "...\n"), "gopher: ellipses"),
+        ("the and to be of that", "gopher: length"),
+        ("a b c d e f g " * 20, "gopher: word length"),
+        ("there and # words " * 30, "gopher: symbols"),
+        ("12345 the 6789 and 24680 " * 30, "gopher: not alphabetic"),
+        ("haus wasser stadt menschen " * 30, "gopher: stop words"),
+        ("\u4eca\u5929\u5929\u6c14\u5f88\u597d\u3002" * 20, None),
+    ],
+)
+def test_each_reason(text: str, expected: str | None) -> None:
+    assert reason(text) == expected
