@@ -19,7 +19,7 @@ PLACES = {
     "mlflow": ("pipelines/tracking/", "pipelines/registry/"),
     "deepspeed": ("pipelines/training/engine.py", "pipelines/training/zero_binding.py"),
     "dvc": ("pipelines/data/",),
-    "lm_eval": ("pipelines/evaluation/",),
+    "lm_eval": ("pipelines/evaluation/", "pipelines/data/evaluation_items.py"),
     "onnx": ("pipelines/deploy/",),
     "onnxruntime": ("pipelines/deploy/",),
     "gguf": ("pipelines/deploy/",),
