@@ -74,13 +74,13 @@ class Selection:
         """Return whether the node's body must run even if its artifact exists."""
         if node.node.name in self.finished:
             return False
-        return any(_named(node, name) for name in self.force) or (
-            self.since is not None and (_named(node, self.since) or _below(node, self.since, graph))
+        return any(_named(node, name, graph) for name in self.force) or (
+            self.since is not None and (_named(node, self.since, graph) or _below(node, self.since, graph))
         )
 
-    def leaves_out(self, node: Identified) -> bool:
+    def leaves_out(self, node: Identified, graph: Mapping[str, Identified]) -> bool:
         """Return whether `only` names something else."""
-        return self.only is not None and not _named(node, self.only)
+        return self.only is not None and not _named(node, self.only, graph)
 
 
 def make(
@@ -143,7 +143,7 @@ def _step(
     relative = cached or of_same_recipe or (earlier[0] if earlier else None)
     rebuilt = [source for source in node.node.inputs.values() if before[source].state in {"run", "waits"}]
     state: State
-    if selection.leaves_out(node):
+    if selection.leaves_out(node, graph):
         state, why = "skip", f"--only {selection.only}"
     elif selection.forced(node, graph):
         state, why = "run", "forced"
@@ -239,9 +239,10 @@ def _warning(node: Identified, cached: Artifact | None) -> str:
     return f"the code of {node.node.stage.name} changed since; `--force {node.node.stage.name}` runs it again"
 
 
-def _named(node: Identified, name: str) -> bool:
-    return name in {node.node.name, node.node.stage.name}
+def _named(node: Identified, name: str, graph: Mapping[str, Identified]) -> bool:
+    """Tell whether a node is meant: by its own name, or by that of its stage where no node is called so."""
+    return node.node.name == name or (name not in graph and node.node.stage.name == name)
 
 
 def _below(node: Identified, name: str, graph: Mapping[str, Identified]) -> bool:
-    return any(_named(graph[s], name) or _below(graph[s], name, graph) for s in node.node.inputs.values())
+    return any(_named(graph[s], name, graph) or _below(graph[s], name, graph) for s in node.node.inputs.values())

@@ -46,7 +46,7 @@ class RunPlan:
 
     def wanted(self) -> list[str]:
         """Return the names of the nodes to execute, in order."""
-        return [name for name, node in self.graph.items() if not self.selection.leaves_out(node)]
+        return [name for name, node in self.graph.items() if not self.selection.leaves_out(node, self.graph)]
 
     def request(
         self,
