@@ -325,14 +325,19 @@ def _scratch(plan: RunPlan, node: str) -> Path:
     return plan.store.scratch(plan.graph[node].node.stage.name, plan.graph[node].resume_key)
 
 
-def tracking(plan: RunPlan) -> Iterator[Finding]:
-    """Do all machines of a store on S3 see one registry?"""
+def several_machines(plan: RunPlan) -> Iterator[Finding]:
+    """Do all machines of a store on S3 see one registry, and the nodes of one training one scratch folder?"""
     if not plan.store.address.startswith(SCHEME):
         return
+    wide = [step.node for step in plan.steps if step.runs and plan.request(step.node).compute.node_count > 1]
+    if wide:
+        message = f"the nodes of {', '.join(wide)} work in {plan.store.root}, which they have to share"
+        yield Finding("several machines", message, "let INGOT_CACHE name a folder on a disk that all nodes have", None)
     uri = resolve_uri(plan.config.tracking, plan.store.root)
     if str(plan.store.root) in uri:
         message = f"the store is on S3, but MLflow's database is {uri}: other machines do not see runs and models there"
-        yield Finding("tracking", message, "tracking.uri=URI of a server or database that all of them reach", None)
+        do = "tracking.uri=URI of a server or database that all of them reach"
+        yield Finding("several machines", message, do, None)
 
 
 CHECKS: dict[str, Callable[[RunPlan], Iterator[Finding]]] = {
@@ -345,7 +350,7 @@ CHECKS: dict[str, Callable[[RunPlan], Iterator[Finding]]] = {
     "base": base,
     "gpu": gpus,
     "disk": space,
-    "tracking": tracking,
+    "several machines": several_machines,
     "jobs": jobs,
 }
 """Name of a check -> the check."""
