@@ -146,6 +146,20 @@ def resume(run_id: RunId = None, as_json: Json = False) -> None:
 
 
 @app.command()
+def cancel(
+    run_id: RunId = None,
+    grace_s: Annotated[
+        float, typer.Option("--grace", min=0.0, help="Seconds that stages may take to save before they are killed.")
+    ] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """End a run on every machine that it works on; what it has saved is kept."""
+    from flows.commands import cancel as command
+
+    command.cancel(run_id, grace_s, as_json=as_json)
+
+
+@app.command()
 def status(
     run_id: RunId = None,
     follow: Annotated[
