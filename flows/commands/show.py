@@ -241,9 +241,29 @@ def _show_artifact(found: Artifact, *, as_json: bool) -> None:
     print("result:")
     for fact in fingerprint.explain({}, manifest.summary):  # dotted, so that no line holds a table
         print(f"  {fact.path:<40}  {json.dumps(fact.new)}")
+    if manifest.stage == "prepare":
+        _show_losses(found)
     print(f"files: {len(manifest.files)}")
     for name, record in list(manifest.files.items())[:20]:
         print(f"  {record.sha256[:12]}  {quantity.size(record.size):>9}  {name}")
+
+
+def _show_losses(prepared: Artifact) -> None:
+    """Print what preparing a corpus dropped and cut, by source and reason, and a sample of each reason."""
+    from pipelines.data.report import losses
+
+    if "report.json" not in prepared.manifest.files:
+        return
+    report = prepared.read_json("report.json")
+    summary = prepared.manifest.summary
+    table = losses(report, summary["train_bytes"] / max(summary["train_tokens"], 1))
+    if not table:
+        return
+    print("lost, most bytes first (tokens at the bytes a token of the training text):")
+    columns = ["source", "reason", "dropped", "cut", "bytes", "share", "tokens_about"]
+    console.table([row | {"share": f"{row['share']:.2%}"} for row in table], columns, as_json=False)
+    for reason, samples in report.get("samples", {}).items():
+        print(f"  {reason}, as {samples[0]['id']}: {' '.join(samples[0]['text'].split())[:100]}")
 
 
 def _lineage(found: Artifact, stored: Mapping[str, Artifact], depth: int = 0) -> list[str]:

@@ -135,7 +135,7 @@ def losses(report: Mapping[str, Any], bytes_per_token: float | None = None) -> l
     """
     table: list[dict[str, Any]] = []
     for name, source in report["sources"].items():
-        dropped, cut = source["dropped_bytes"], source["cut_bytes"]
+        dropped, cut = source.get("dropped_bytes", {}), source.get("cut_bytes", {})
         for reason in sorted({*dropped, *cut}):
             size = dropped.get(reason, 0) + cut.get(reason, 0)
             row = {

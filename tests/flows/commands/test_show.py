@@ -326,3 +326,26 @@ def test_an_option_that_would_change_nothing_of_what_is_shown_is_refused(
 ) -> None:
     with pytest.raises(ConfigError):
         show.show(target, recipe_name, overrides, as_json=True, as_toml=as_toml)
+
+
+def test_a_prepared_corpus_says_what_it_lost_by_bytes_with_a_sample_of_each_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, identity = LocalStore(tmp_path), {"node": "prepare", "inputs": {}}
+    build, final = store.build_folder("prepare", "prepare"), store.path("prepare", fingerprint.digest(identity))
+    web = {"read": 9, "read_bytes": 1000, "dropped": {"symbols": 2}, "dropped_bytes": {"symbols": 300}}
+    cut = {"cut": {"contaminated": 1}, "cut_bytes": {"contaminated": 50}}
+    samples = {reason: [{"id": f"d-{reason}", "source": "web", "text": "=-=\n=-="}] for reason in ("symbols",)}
+    (build / "report.json").write_text(
+        json.dumps({"sources": {"web": web | cut}, "samples": samples}), encoding="utf-8"
+    )
+    counts = {"train_bytes": 600, "train_tokens": 200}
+    made = artifact.publish(
+        build, final, stage="prepare", node="prepare", identity=identity, parents={}, summary=counts
+    )
+    monkeypatch.setattr(show, "store", lambda: LocalStore(tmp_path))
+    show._show_artifact(made, as_json=False)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["web", "symbols", "2", "0", "300", "30.00%", "100"] in lines
+    assert ["web", "contaminated", "0", "1", "50", "5.00%", "17"] in lines
+    assert ["symbols,", "as", "d-symbols:", "=-=", "=-="] in lines
