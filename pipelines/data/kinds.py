@@ -23,6 +23,8 @@ _BOMS = (
 _NAMED = (
     (b"\x00\x05\x16\x07", "an AppleDouble file, as macOS leaves them on other disks", "`find . -name '._*' -delete`"),
     (b"version https://git-lfs.github.com/spec/", "a git-lfs pointer: the file itself is not here", "`git lfs pull`"),
+    (b"/annex/objects/", "a git-annex pointer: the file itself is not here", "`git annex get`"),
+    (b"outs:\n- md5:", "a pointer of DVC: the file itself is not here", "`dvc pull`"),
     (b"PK\x03\x04", "a ZIP archive (or an Office document)", "unpack it"),
     (b"PK\x05\x06", "an empty ZIP archive", ""),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
@@ -45,6 +47,7 @@ _NAMED = (
 )
 _MARKUP = re.compile(rb"\s*(<!--.*?-->\s*)*<(!doctype|html|head|body|\?xml)\b.{,80}", re.IGNORECASE | re.DOTALL)
 _WARC = re.compile(rb"WARC/\d")
+ICONV = "`iconv -f ENCODING -t UTF-8 FILE` converts it, where ENCODING is LATIN1, CP1252, SHIFT_JIS, ..."
 _CONTROLS = frozenset(range(32)) - {9, 10, 11, 12, 13, 27}
 
 
@@ -121,6 +124,8 @@ def kind(head: bytes, name: str) -> str:
     suffix = PurePath(plain_name(name)).suffix
     if not head.strip():
         raise UnreadableError("empty" if not head else "blank: only spaces and line ends")
+    if not head.strip(b"\0"):
+        raise UnreadableError("NUL bytes alone: its content never arrived", "bring it again")
     if head.startswith(b"PAR1"):
         return "parquet"
     if _WARC.match(head):
@@ -133,7 +138,12 @@ def kind(head: bytes, name: str) -> str:
         if b"html" in markup.group().lower() or markup.group(2).lower() in {b"head", b"body"}:
             do = f'prepare.formats={{"{name}"="html"}} reads the text of a page'
             raise UnreadableError("an HTML page, perhaps the answer of a server in place of the file", do)
-        raise UnreadableError("XML", f'extract its text; prepare.formats={{"{name}"="text"}} takes it with its marks')
+        raise UnreadableError(
+            "XML, perhaps the answer of a server in place of the file",
+            f'extract its text; prepare.formats={{"{name}"="text"}} takes it with its marks',
+        )
+    if suffix in (*_JSON_SUFFIXES, *_TABLE_SUFFIXES) and re.match(rb"<[a-zA-Z]", start):
+        raise UnreadableError("markup, perhaps the answer of a server in place of the file", "bring it again")
     if suffix in _JSON_SUFFIXES:
         return "jsonl"
     _refuse_binary(head)
@@ -183,6 +193,4 @@ def _refuse_binary(head: bytes) -> None:
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < HEAD_BYTES)
     except UnicodeDecodeError as error:
-        raise UnreadableError(
-            f"not UTF-8: byte {error.start}", "`iconv -f LATIN1 -t UTF-8 FILE` converts Latin-1"
-        ) from None
+        raise UnreadableError(f"not UTF-8: byte {error.start}", ICONV) from None

@@ -194,11 +194,13 @@ def _refuse_without_documents(folder: Path, name: str, config: PrepareConfig) ->
             return
         bad.append(record)
     if not bad:
-        raise UnreadableError("no record: only blank lines")
+        raise UnreadableError("it holds no record")
     reasons = Counter(one.reason.partition(":")[0] for one in bad)
     if len(reasons) == 1 and not bad[0].reason.startswith(TOO_LONG):
-        do = bad[0].do or f'prepare.formats={{"{name}"="text"}} takes it as plain text'
-        raise UnreadableError(f"no document among its first {len(bad)} records: {bad[0].reason}", do)
+        as_text = f'prepare.formats={{"{name}"="text"}} takes it as plain text'
+        do = bad[0].do or (as_text if bad[0].reason.startswith("not JSON") else "")
+        first = "it holds" if len(bad) < _LOOK_AT else f"its first {_LOOK_AT} records hold"
+        raise UnreadableError(f"{first} no document: {bad[0].reason}", do)
 
 
 def _place(folder: Path, name: str) -> Path:

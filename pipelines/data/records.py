@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipelines.data.config import FieldNames
+from pipelines.data.kinds import ICONV
 
 DAMAGED_SHARD = "damaged shard"
 """How the reason starts when a shard cannot be read to its end: nobody knows how much is missing."""
@@ -159,9 +160,7 @@ def load(line: bytes) -> dict[str, Any]:
     try:
         record = _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise MalformedRecordError(
-            f"not UTF-8 at byte {error.start} of the line", "`iconv -f LATIN1 -t UTF-8 FILE` converts Latin-1"
-        ) from None
+        raise MalformedRecordError(f"not UTF-8 at byte {error.start} of the line", ICONV) from None
     except RecursionError:
         raise MalformedRecordError("nested too deeply") from None
     except json.JSONDecodeError as error:

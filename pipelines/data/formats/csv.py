@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pipelines.data.formats import Content, Found
 from pipelines.data.formats.lines import lines
 from pipelines.data.kinds import UnreadableError
-from pipelines.data.records import Quarantined, Row, missing_field
+from pipelines.data.records import DAMAGED_SHARD, Quarantined, Row, missing_field
 
 _SEPARATORS = ("\t", ",", ";", "|")
 
@@ -26,7 +26,7 @@ def rows(content: Content) -> Iterator[Found]:
     while header and not header.strip():
         header = next(table, "")
     separator, columns = _columns(header.rstrip("\r\n"), content.fields.text)
-    reader = csv.reader(table, delimiter=separator)
+    reader = csv.reader(table, delimiter=separator, strict=True)
     number = 1
     while True:
         yield from table.bad()
@@ -38,10 +38,10 @@ def rows(content: Content) -> Iterator[Found]:
             yield from table.bad()
             return
         except csv.Error as error:
-            too_long = "field limit" in str(error)
-            yield (
-                content.too_long(number, offset) if too_long else Quarantined(content.name, number, offset, str(error))
-            )
+            # A quote that is never closed takes the rest of the file into one cell.
+            lost = f"{DAMAGED_SHARD}: a quote is never closed" if "unexpected end" in str(error) else str(error)
+            bad = Quarantined(content.name, number, offset, lost)
+            yield content.too_long(number, offset) if "field limit" in str(error) else bad
             continue
         if len(cells) == len(columns):
             yield Row(number, offset, dict(zip(columns, cells, strict=True)))

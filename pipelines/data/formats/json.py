@@ -18,12 +18,15 @@ def rows(content: Content) -> Iterator[Found]:
     """Yield the objects of the file; nothing after an element that is no JSON, for where the next begins is unknown."""
     text = _Text(content.chunks, 4 * content.max_bytes)
     text.skip(_BETWEEN + "\ufeff")
-    array = text.take("[")
+    array = False
     number = 0
     while True:
         text.skip(_BETWEEN)
-        if text.at_end or (array and text.take("]")):
+        if text.at_end:
             return
+        if text.take("]" if array else "["):  # several arrays may follow each other
+            array = not array
+            continue
         number += 1
         try:
             offset, value = text.value()

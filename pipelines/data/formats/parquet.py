@@ -12,6 +12,8 @@ from pipelines.data.records import DAMAGED_SHARD, Quarantined, Row, missing_fiel
 
 _ROWS = 64
 _SMALL_BYTES = 4 << 20
+_TEXTS = {"string", "large_string", "string_view", "binary", "large_binary"}
+"""Types of a column of texts; Spark leaves out of some files that the bytes are UTF-8."""
 _FREE_BYTES = 256 << 20
 """What a column of a row group may hold, whatever it is compressed to."""
 
@@ -27,7 +29,9 @@ def rows(content: Content) -> Iterator[Found]:
 
     try:
         # As a dictionary, a text that stands in many rows is in memory once.
-        text = [name for name in pq.read_schema(content.path).names if name == content.fields.text]
+        leaves = pq.read_metadata(content.path).schema
+        paths = [leaves.column(place).path for place in range(len(leaves))]
+        text = [path for path in paths if path == content.fields.text]
         table = pq.ParquetFile(content.path, pre_buffer=False, buffer_size=1 << 20, read_dictionary=text)
     except (pa.ArrowException, OSError) as error:
         raise UnreadableError(f"not Parquet that can be read: {error}"[:200]) from None
@@ -39,10 +43,8 @@ def rows(content: Content) -> Iterator[Found]:
             for batch in table.iter_batches(batch_size=_ROWS, columns=_wanted(content, names), use_threads=False):
                 for row in itertools.chain.from_iterable(part.to_pylist() for part in _slices(batch)):
                     number += 1
-                    kept = {
-                        name: value for name, value in row.items() if value is not None or name == content.fields.text
-                    }
-                    yield Row(number, 0, kept)
+                    cells = {name: _plain(value) for name, value in row.items()}
+                    yield Row(number, 0, {k: v for k, v in cells.items() if v is not None or k == content.fields.text})
         except (pa.ArrowException, OSError) as error:
             yield Quarantined(content.name, number + 1, 0, f"{DAMAGED_SHARD}: after row {number}: {error}"[:190])
 
@@ -51,6 +53,16 @@ def _slices(batch: Any) -> Iterator[Any]:
     """Cut a batch so that little of it is in Python at a time."""
     step = batch.num_rows if batch.nbytes < _SMALL_BYTES else 1
     return (batch.slice(start, step) for start in range(0, batch.num_rows, max(step, 1)))
+
+
+def _plain(value: Any) -> Any:
+    """Return bytes that are UTF-8 as the string that they are."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
+    return value
 
 
 def _wanted(content: Content, names: list[str]) -> list[str] | None:
@@ -67,7 +79,7 @@ def _refuse(table: Any, content: Content) -> None:
     names = table.schema_arrow.names
     text = content.fields.text
     kind = _type(table.schema_arrow, text)
-    if kind not in {"string", "large_string", "string_view"}:
+    if kind not in _TEXTS:
         typed = [f"{field.name} ({field.type})" for field in table.schema_arrow]
         error = missing_field(typed, text)
         why = f"a table with {error}" if kind is None else f"its column `{text}` is {kind}, not strings"
@@ -89,7 +101,7 @@ def _type(schema: Any, name: str) -> str | None:
     """Return the type of a column, nested as in `a.b`; None where there is none."""
     if name in schema.names:
         found = schema.field(name).type
-        return str(getattr(found, "value_type", found))
+        return str(found.value_type if hasattr(found, "index_type") else found)
     first, _, rest = name.partition(".")
     if not rest or first not in schema.names:
         return None

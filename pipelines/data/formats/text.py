@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from pipelines.data.formats import Content, Found
 from pipelines.data.formats.lines import lines
+from pipelines.data.kinds import ICONV
 from pipelines.data.records import Document, Quarantined
 
 PART_CHARACTERS = 20_000
@@ -50,7 +51,7 @@ def _decoded(content: Content, bad: list[Quarantined]) -> Iterator[str]:
         try:
             text = line.removesuffix(b"\r").removeprefix(codecs.BOM_UTF8 if offset == 0 else b"").decode("utf-8")
         except UnicodeDecodeError as error:
-            do = "`iconv -f LATIN1 -t UTF-8 FILE` converts Latin-1"
+            do = ICONV
             bad.append(Quarantined(content.name, number, offset, f"not UTF-8 at byte {error.start} of the line", do))
             continue
         yield text

@@ -82,6 +82,8 @@ def pretty(rows: list[dict[str, Any]]) -> str:
         ("array.jsonl", json.dumps(ROWS, indent=1).encode()),
         ("array-with-mark.json", codecs.BOM_UTF8 + json.dumps(ROWS).encode()),
         ("pretty.jsonl", pretty(ROWS).encode()),
+        ("arrays.json", (json.dumps(ROWS[:2]) + "\n" + json.dumps(ROWS[2:])).encode()),
+        ("bytes.parquet", parquet(id=[r["id"] for r in ROWS], text=[str(r["text"]).encode() for r in ROWS])),
         ("cr.jsonl", RAW.replace(b"\n", b"\r")),
         ("mixed.jsonl", RAW.replace(b"\n", b"\r", 2)),
         ("crlf.jsonl", RAW.replace(b"\n", b"\r\n")),
@@ -112,6 +114,12 @@ def test_records_are_the_same_under_any_name_compression_encoding_and_format(
         (".DS_Store", b"\0\0\0\1Bud1", "a hidden file"),
         ("lfs.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
         ("error.jsonl", PAGE, r'an HTML page.*prepare\.formats=\{"error\.jsonl"="html"\}'),
+        ("denied.jsonl", b"<Error><Code>AccessDenied</Code></Error>", "markup, perhaps the answer of a server"),
+        ("annexed.jsonl", b"/annex/objects/SHA256E-s1--0.jsonl", "git annex get"),
+        ("tracked.jsonl.dvc", b"outs:\n- md5: 0\n", "dvc pull"),
+        ("lost.jsonl.gz", bytes(4000), "NUL bytes alone"),
+        ("lists.parquet", parquet(text=[["a"]]), "column `text` is list"),
+        ("only-a-header.csv", b"id,text\n", "it holds no record"),
         ("feed.xml", b'<?xml version="1.0"?><a/>', "XML"),
         ("latin.txt", "caf\xe9".encode("latin-1"), "not UTF-8.*iconv"),
         ("picture.png", b"\x89PNG\r\n\x1a\n\0", "a picture"),
@@ -200,6 +208,14 @@ def test_rows_of_a_table_that_do_not_fit_their_header_are_quarantined(tmp_path: 
     assert [r.text for r in records if isinstance(r, Document)] == ["two\nlines, one cell", "good"]
     reasons = [r.reason for r in records if isinstance(r, Quarantined)]
     assert reasons == ["a row of 3 cells under a header of 2"]
+
+
+def test_a_quote_that_is_never_closed_does_not_swallow_the_rest_in_silence(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b'id,text\n1,good\n2,"never closed\n' + b"3,lost\n" * 9)
+    good, bad = reader.read(tmp_path)
+    assert isinstance(good, Document)
+    assert isinstance(bad, Quarantined)
+    assert bad.reason == f"{DAMAGED_SHARD}: a quote is never closed"
 
 
 def test_a_broken_array_keeps_what_comes_before_and_says_where_it_breaks(tmp_path: Path) -> None:
