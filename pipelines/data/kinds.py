@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePath
 
+from pipelines.data.expand import DamagedError
+
 HEAD_BYTES = 1 << 16
 """Plain bytes that are looked at."""
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
@@ -104,11 +106,18 @@ def _is_text(sample: bytes, name: str) -> bool:
 
 
 def transcoded(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """Yield text of an encoding as UTF-8; what is no text in it becomes U+FFFD."""
-    decoder = codecs.getincrementaldecoder(name)("replace")
-    for chunk in chunks:
-        yield decoder.decode(chunk).encode("utf-8", "replace")
-    yield decoder.decode(b"", final=True).encode("utf-8", "replace")
+    """Yield text of an encoding as UTF-8.
+
+    Raises:
+        DamagedError: it is not text in that encoding to its end.
+    """
+    decoder = codecs.getincrementaldecoder(name)()
+    try:
+        for chunk in chunks:
+            yield decoder.decode(chunk).encode("utf-8")
+        yield decoder.decode(b"", final=True).encode("utf-8")
+    except UnicodeError as error:
+        raise DamagedError(f"not {name.upper()} to its end: {error}") from None
 
 
 def kind(head: bytes, name: str) -> str:

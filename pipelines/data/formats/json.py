@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from pipelines.data.formats import Content, Found
@@ -16,7 +17,7 @@ _DECODER = json.JSONDecoder(parse_constant=lambda _: None)
 
 def rows(content: Content) -> Iterator[Found]:
     """Yield the objects of the file; nothing after an element that is no JSON, for where the next begins is unknown."""
-    text = _Text(content.chunks, 4 * content.max_bytes)
+    text = _Text(content.chunks, content.max_bytes)
     text.skip(_BETWEEN + "\ufeff")
     array = False
     number = 0
@@ -31,7 +32,9 @@ def rows(content: Content) -> Iterator[Found]:
         try:
             offset, value = text.value()
         except _TooLongError:
-            yield content.too_long(number, text.offset)
+            too_long = content.too_long(number, text.offset)
+            # Where the next one begins is unknown, so the rest of the file is lost.
+            yield replace(too_long, reason=f"{DAMAGED_SHARD}: element {number}: {too_long.reason}")
             return
         except (ValueError, RecursionError) as error:
             reason = f"{DAMAGED_SHARD}: element {number} is not JSON: {error}"[:180]

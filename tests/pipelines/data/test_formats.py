@@ -227,6 +227,20 @@ def test_a_broken_array_keeps_what_comes_before_and_says_where_it_breaks(tmp_pat
     assert bad.reason.startswith(DAMAGED_SHARD)
 
 
+def test_an_element_that_is_too_long_and_an_encoding_that_breaks_are_damage(tmp_path: Path) -> None:
+    long, cut = tmp_path / "long", tmp_path / "cut"
+    for folder, content in ((long, json.dumps([{"text": "x"}, {"text": "y" * 200_000}])), (cut, LINES * 4000)):
+        folder.mkdir()
+        (folder / "a.json").write_bytes(content.encode("utf-8" if folder == long else "utf-16")[:400_001])
+    *_, bad = reader.read(long, PrepareConfig(max_line_bytes=1024))
+    assert isinstance(bad, Quarantined)
+    assert bad.reason == f"{DAMAGED_SHARD}: element 2: line of more than 1024 bytes"
+    assert bad.do.startswith("prepare.max_line_bytes=4096")
+    *_, bad = reader.read(cut)
+    assert isinstance(bad, Quarantined)
+    assert bad.reason.startswith(f"{DAMAGED_SHARD}: not UTF-16 to its end")
+
+
 def test_an_array_is_read_through_a_window(tmp_path: Path) -> None:
     """Elements that are cut anywhere by the pieces the file is read in."""
     rows = [{"text": "\u00e9" * (n % 97) + str(n)} for n in range(4000)]
