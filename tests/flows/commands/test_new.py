@@ -89,7 +89,7 @@ def test_a_pattern_chooses_and_the_corpus_is_checked_before_a_run(ingot: Ingot, 
     ingot(mine, "data", "add")
     said = ingot(mine, "data", "check", check=3).stderr
     assert "picture.jpg: a picture" in said
-    assert "picture.jpg: a picture" in ingot(mine, "plan").stdout
+    assert "picture.jpg: a picture" in ingot(mine, "plan", check=3).stdout
     assert "picture.jpg: a picture" in ingot(mine, "run", check=3).stderr
     left = 'prepare.files=["*", "!picture.jpg"]'
     assert left in said

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import shutil
-import socket
 import subprocess
 import sys
-import sysconfig
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,6 @@ from pipelines.data import stage, versioning
 from pipelines.data.config import PrepareConfig, PrepareJob
 
 Records = Sequence[dict[str, Any]]
-WEED = Path(sysconfig.get_path("scripts")) / "weed"
 
 
 @pytest.fixture(scope="session")
@@ -146,52 +141,3 @@ def clone(tmp_path: Path, dvc_command: Callable[..., str], commit: Callable[[Pat
     (folder / ".gitignore").write_text("/data/\n", encoding="utf-8")
     commit(folder, "corpus")
     return folder
-
-
-@pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of an S3 server with an empty bucket `corpus`."""
-    folder = tmp_path_factory.mktemp("weed")
-    with contextlib.ExitStack() as stack:
-        # Every listener gets a port of its own: servers of other tests may run beside this one.
-        names = (
-            "master.port",
-            "volume.port",
-            "filer.port",
-            "s3.port",
-            "s3.port.grpc",
-            "s3.port.iceberg",
-            "metricsPort",
-        )
-        names += ("master.port.grpc", "volume.port.grpc", "filer.port.grpc", "admin.port", "admin.port.grpc")
-        sockets = {name: stack.enter_context(socket.create_server(("127.0.0.1", 0))) for name in names}
-        ports = {name: one.getsockname()[1] for name, one in sockets.items()}
-    log = (folder / "log").open("wb")
-    server = subprocess.Popen(
-        [
-            str(WEED), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-bucket=corpus",
-            "-webdav=false", "-admin.ui=false", *(f"-{name}={port}" for name, port in ports.items()),
-        ],
-        stdout=log,
-        stderr=log,
-    )  # fmt: skip
-    try:
-        _wait_for(ports["s3.port"], server, folder / "log")
-        yield f"http://127.0.0.1:{ports['s3.port']}"
-    finally:
-        server.kill()
-        server.wait()
-        log.close()
-
-
-def _wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()[-2000:]
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    raise AssertionError(log.read_text()[-2000:])

@@ -16,6 +16,7 @@ from pipelines.core.errors import ConfigError, TransientError
 from pipelines.data import importing, reader, versioning
 from pipelines.data.config import DataConfig
 from pipelines.data.records import Document
+from tests.s3_server import S3Server
 
 HERE = DataConfig()
 LINE = b'{"text": "one"}\n'
@@ -178,11 +179,11 @@ def test_no_server_is_a_fault_that_may_pass_and_no_protocol_one_of_the_address(t
 
 
 @pytest.fixture
-def bucket(s3: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def bucket(s3: S3Server, source: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder of a bucket with the source in it."""
     import s3fs
 
-    for name, value in (("AWS_ACCESS_KEY_ID", "k"), ("AWS_SECRET_ACCESS_KEY", "s"), ("AWS_ENDPOINT_URL", s3)):
+    for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     system = s3fs.S3FileSystem()
