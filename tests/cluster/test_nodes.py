@@ -18,7 +18,7 @@ from pipelines.core.compute import ComputeConfig
 from pipelines.core.errors import Preempted, TransientError
 from pipelines.core.fingerprint import digest
 from pipelines.core.request import ArtifactRef, StageRequest
-from pipelines.core.store import Store
+from pipelines.core.store import LocalStore
 from pipelines.stages import STAGES
 from pipelines.training.config import PretrainConfig
 from pipelines.training.metrics import read_records
@@ -48,7 +48,7 @@ def compute(nodes: int, **more: Any) -> ComputeConfig:
 @pytest.fixture
 def training(prepared: Artifact, tmp_path: Path) -> Callable[..., StageRequest]:
     """The request for one training, in a store that has its input."""
-    store = Store(tmp_path / "store")
+    store = LocalStore(tmp_path / "store")
     shutil.copytree(prepared.path, store.path("prepare", prepared.manifest.fingerprint))
 
     def make(nodes: int, **changes: Any) -> StageRequest:
