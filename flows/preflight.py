@@ -6,8 +6,10 @@ only may come true is said. Each names what to do.
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from flows import executors
 from flows.run_plan import RunPlan
 from models.architectures.config import Family
 from pipelines.compression import suitability
-from pipelines.core import disk
+from pipelines.core import boundary, disk
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, DiskFullError, IngotError, IntegrityError, TransientError
 from pipelines.core.machine import gpu_count
@@ -230,6 +232,18 @@ def space(plan: RunPlan) -> Iterator[Finding]:
         yield Finding("disk", message, disk.HINT, None)
 
 
+def writable(plan: RunPlan) -> Iterator[Finding]:
+    """May this process write to the store, or make it?"""
+    place = next(each for each in (plan.store.root, *plan.store.root.parents) if os.path.lexists(each))
+    if not place.is_dir():
+        message = f"{place} is not a folder, so {plan.store.root} cannot be the store"
+        yield Finding("store", message, "store.path=FOLDER or INGOT_STORE=FOLDER names another", ConfigError)
+    elif not os.access(place, os.W_OK | os.X_OK):
+        error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+        known = boundary.known(error) or ConfigError(str(error))
+        yield Finding("store", f"the store cannot be written to: {known.message}", known.hint or "", ConfigError)
+
+
 def parents(plan: RunPlan) -> Iterator[Finding]:
     """With `--only`: is what the stage reads there?"""
     wanted = plan.wanted()
@@ -342,6 +356,7 @@ def several_machines(plan: RunPlan) -> Iterator[Finding]:
 
 CHECKS: dict[str, Callable[[RunPlan], Iterator[Finding]]] = {
     "corpus": corpus,
+    "store": writable,
     "reading": reading,
     "inputs": parents,
     "held-out text": held_out,
@@ -354,4 +369,4 @@ CHECKS: dict[str, Callable[[RunPlan], Iterator[Finding]]] = {
     "jobs": jobs,
 }
 """Name of a check -> the check."""
-_OF_THE_MACHINE = {"gpu", "disk"}
+_OF_THE_MACHINE = {"gpu", "disk", "store"}

@@ -210,6 +210,20 @@ def test_a_disk_without_room_is_found_before_the_first_step(plan: Plan, monkeypa
         assert [finding.error for finding in preflight.space(made)] == error
 
 
+def test_a_store_that_cannot_be_written_to_is_found(plan: Plan, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = plan()
+    assert list(preflight.writable(made)) == []
+    monkeypatch.setattr(preflight.os, "access", lambda *_: False)
+    (found,) = preflight.writable(made)
+    assert found.error is ConfigError
+    assert f"cannot be written to: {store.parent}: permission denied" in found.message
+    assert "INGOT_STORE" in found.do
+    assert "store" in certain(made)
+    store.write_text("a file")
+    (found,) = preflight.writable(made)
+    assert "is not a folder" in found.message
+
+
 def test_a_stage_alone_needs_what_it_reads(plan: Plan) -> None:
     made = plan(selection=Selection(only="pretrain"))
     (found,) = preflight.parents(made)
