@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -163,6 +164,7 @@ def publish(
     files = {}
     for path in sorted(p for p in build.rglob("*") if p.is_file()):
         name = path.relative_to(build).as_posix()
+        _let_read(path, build)
         sync(path)
         files[name] = FileRecord(
             sha256=fingerprint.hash_file(path), size=path.stat().st_size, observation=_observed(name, observations)
@@ -180,6 +182,13 @@ def publish(
         provenance=provenance,
     )
     return commit(build, final, manifest)
+
+
+def _let_read(path: Path, build: Path) -> None:
+    """Give a file the permissions that its folder has by the umask: safetensors writes files for their owner alone."""
+    mode, wanted = path.stat().st_mode, build.stat().st_mode & 0o666
+    if mode & wanted != wanted:
+        path.chmod(stat.S_IMODE(mode) | wanted)
 
 
 def commit(build: Path, final: Path, manifest: Manifest) -> Artifact:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ CHALLENGER = "challenger"
 _LEASE_WAIT_S = 900.0
 _PROMOTES = "ingot.promotes"
 _KEY_DIGITS = 16
+_UPLOADS_AT_ONCE = 8
+"""A version is some twenty files, most of them small; nothing else waits for the server meanwhile."""
 _RESTORE = (
     "no alias was moved; restore that version in the registry's storage, or delete the version in MLflow: a rollback "
     "then goes one champion further back, and a promotion registers the model anew"
@@ -85,24 +87,25 @@ class Registry:
         return next((v for v in versions if v.tags.get("digest") == facts.digest), None)
 
     def register(
-        self, facts: Evidence, folder: Path, tags: Mapping[str, str], *, run_id: str, description: str
+        self, facts: Evidence, build: Callable[[], Path], tags: Mapping[str, str], *, run_id: str, description: str
     ) -> ModelVersion:
         """Return the version of this model, making it only if there is none.
 
         Args:
             facts: the model.
-            folder: what to upload; see `package.build`.
+            build: makes the folder to upload, where that is needed; see `package.build`.
             tags: facts to find and judge the version by.
             run_id: MLflow run that carries the files.
             description: shown in MLflow's interface.
         """
         if (known := self.find(facts)) is not None:
             return known
+        folder = build()
         self._ensure_model()
         place = f"models/{facts.name}-{facts.fingerprint[:_KEY_DIGITS]}"
         files = {f"{place}/{file.relative_to(folder).as_posix()}": file for file in folder.rglob("*") if file.is_file()}
         artifact_uri = self._client.get_run(run_id).info.artifact_uri
-        upload(self._client, artifact_uri, files)
+        upload(self._client, artifact_uri, files, at_once=_UPLOADS_AT_ONCE)
         fault_point("promote.after_upload")
         version = self._client.create_model_version(
             self.model, f"{artifact_uri}/{place}", run_id=run_id, tags=dict(tags), description=description
@@ -180,8 +183,7 @@ class Registry:
         """
         number = str(version.version)
         fault_point("promote.before_alias")
-        previous = self.by_alias(CHAMPION)
-        holder = str(previous.version) if previous is not None else None
+        holder = self._holders().get(CHAMPION)
         if holder not in {str(over.version) if over is not None else None, number}:
             return False
         promoter: dict[str, str] = {}
@@ -208,8 +210,7 @@ class Registry:
 
     def release(self, alias: str, number: str) -> None:
         """Take an alias from a version, if it has it."""
-        named = self.by_alias(alias)
-        if named is not None and str(named.version) == number:
+        if self._holders().get(alias) == number:
             self._client.delete_registered_model_alias(self.model, alias)
 
     def rollback(self, why: str) -> history.Record:
@@ -299,7 +300,19 @@ class Registry:
             raise
 
     def _aliases(self, version: ModelVersion) -> list[str]:
-        return list(self._client.get_model_version(self.model, str(version.version)).aliases)
+        return [alias for alias, number in self._holders().items() if number == str(version.version)]
+
+    def _holders(self) -> dict[str, str]:
+        """Return alias -> number of the version that it names; one request, where MLflow's own look-up makes two."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            aliases = self._client.get_registered_model(self.model).aliases
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return {}
+            raise
+        return {alias: str(number) for alias, number in aliases.items()}
 
     def _ensure_model(self) -> None:
         from mlflow.exceptions import MlflowException

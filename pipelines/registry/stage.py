@@ -91,12 +91,15 @@ class _Promotion:
         self._context.report(Progress(self._context.node, 0, 1, "models", f"registering {facts.name}"))
         model = self._inputs[f"model:{facts.name}"]
         folder = self._context.scratch / f"package-{facts.name}"
-        shutil.rmtree(folder, ignore_errors=True)
-        if self._registry.find(facts) is None:
+
+        def build() -> Path:
+            shutil.rmtree(folder, ignore_errors=True)
             package.build(model, facts, text, folder)
+            return folder
+
         version = self._registry.register(
             facts,
-            folder,
+            build,
             version_tags(facts, model, self._inputs["prepare"]),
             run_id=self._run_id,
             description=model_card.without_front_matter(text),

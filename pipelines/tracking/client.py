@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,6 +48,12 @@ _LOUD = (
 )
 _UPLOADS_AT_ONCE = 3
 """Few: a server that answers one request after another must still answer each within `tracking.timeout_s`."""
+_LIMIT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+_SLOWEST_BYTES_PER_S = 256 * 1024
+_waiting: list[int] = []
+"""Seconds that each upload on its way may take beyond the usual limit of a request."""
+_usual_limit: dict[str, int] = {}
+_limit_lock = threading.Lock()
 MIGRATION_WAIT_S = 120.0
 _WORK = ("runs", "registered_models", "datasets", "params", "metrics")
 """Tables of MLflow's database with a row as soon as anybody worked with it."""
@@ -66,7 +73,7 @@ _LASTING = {"INVALID_PARAMETER_VALUE", "ENDPOINT_NOT_FOUND", "BAD_REQUEST"}
 def set_environment(timeout_s: int) -> None:
     """Set MLflow's switches: pickle and telemetry always off, time-outs short unless the user chose their own."""
     os.environ.update(_OURS)
-    for name, value in {**_RETRIES, "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s)}.items():
+    for name, value in {**_RETRIES, _LIMIT: str(timeout_s)}.items():
         os.environ.setdefault(name, value)
 
 
@@ -151,13 +158,16 @@ def experiment_id(client: MlflowClient, config: TrackingConfig, store_root: Path
         return str(known.experiment_id)
 
 
-def upload(client: MlflowClient, artifact_uri: str, files: Mapping[str, Path]) -> None:
+def upload(
+    client: MlflowClient, artifact_uri: str, files: Mapping[str, Path], *, at_once: int = _UPLOADS_AT_ONCE
+) -> None:
     """Send files to an MLflow run, a few at a time: to a slow server each costs a request.
 
     Args:
         client: connection to MLflow.
         artifact_uri: where the run keeps its files; `client.log_artifact` would ask for it anew for each.
         files: name in MLflow -> file; both end alike.
+        at_once: how many files are on their way at a time.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -166,8 +176,33 @@ def upload(client: MlflowClient, artifact_uri: str, files: Mapping[str, Path]) -
     def send(item: tuple[str, Path]) -> None:
         repository.log_artifact(str(item[1]), item[0].rpartition("/")[0] or None)
 
-    with ThreadPoolExecutor(_UPLOADS_AT_ONCE, thread_name_prefix="mlflow-upload") as pool:
+    size = sum(path.stat().st_size for path in files.values())
+    with _time_for(size), ThreadPoolExecutor(at_once, thread_name_prefix="mlflow-upload") as pool:
         list(pool.map(send, files.items()))
+
+
+@contextlib.contextmanager
+def _time_for(size: int) -> Iterator[None]:
+    """Let requests of the block take as much longer as so many bytes take on a slow line, and the server to keep them.
+
+    MLflow has one limit for all requests, in an environment variable, so blocks side by side share the longest.
+    """
+    seconds = size // _SLOWEST_BYTES_PER_S
+    _waiting.append(seconds)
+    _set_limit()
+    try:
+        yield
+    finally:
+        _waiting.remove(seconds)
+        _set_limit()
+
+
+def _set_limit() -> None:
+    with _limit_lock:
+        usual = _usual_limit.setdefault("seconds", int(os.environ.get(_LIMIT) or TrackingConfig().timeout_s))
+        os.environ[_LIMIT] = str(usual + max(_waiting, default=0))
+        if not _waiting:
+            del _usual_limit["seconds"]  # what the environment says by then counts
 
 
 @contextlib.contextmanager

@@ -242,3 +242,23 @@ def test_every_file_is_on_the_disk_before_the_manifest(tmp_path: Path, monkeypat
     manifest = next(i for i, path in enumerate(synced) if MANIFEST in path.name)
     assert {build / name for name in PAYLOAD} | {build / "model", build / "logs"} <= set(synced[:manifest])
     assert synced[-1] == tmp_path
+
+
+def test_the_files_of_an_artifact_are_for_whom_the_umask_says(tmp_path: Path) -> None:
+    """A group that shares a store reads each other's weights, which safetensors writes for their owner alone."""
+    for name, folder_mode, file_mode in (
+        ("shared", 0o2775, 0o664),
+        ("readable", 0o755, 0o644),
+        ("private", 0o700, 0o600),
+    ):
+        build = tmp_path / name
+        (build / "model").mkdir(parents=True)
+        build.chmod(folder_mode)
+        weights = build / "model" / "model.safetensors"
+        weights.write_bytes(b"w")
+        weights.chmod(0o600)
+        made = artifact.publish(
+            build, tmp_path / "made" / name, stage="toy", node="toy", identity={"n": name}, parents={}, summary={}
+        )
+        assert (made.path / "model" / "model.safetensors").stat().st_mode & 0o777 == file_mode
+        made.verify()

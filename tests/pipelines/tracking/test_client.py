@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.core.errors import ConfigError, GateRefused, TransientError
+from pipelines.tracking import client as mlflow_client
 from pipelines.tracking.client import connect, explain, reachable, set_environment
 from pipelines.tracking.config import TrackingConfig
 
@@ -119,3 +120,22 @@ def test_a_database_whose_migrations_were_killed_stops_no_later_run(tmp_path: Pa
     client = connect(TrackingConfig(uri=f"sqlite:///{database}"), tmp_path)
     assert client.get_experiment("0").name == "Default"
     assert [path.suffix.partition("-")[0] for path in tmp_path.glob("mlflow.db.*")] == [".unusable"]
+
+
+def test_an_upload_has_time_by_its_size_and_other_requests_get_their_limit_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
+
+    def limit() -> int:
+        return int(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"])
+
+    with mlflow_client._time_for(1 << 30):
+        assert limit() == 7 + 4096
+        with mlflow_client._time_for(1 << 20):
+            assert limit() == 7 + 4096
+        assert limit() == 7 + 4096
+    assert limit() == 7
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    with mlflow_client._time_for(1000):
+        assert limit() == 3
