@@ -43,7 +43,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "evaluate",
-            version=5,
+            version=6,
             entry="pipelines.evaluation.stage:run",
             observations=("observations.json",),
             settings="pipelines.evaluation.config:EvaluateConfig",
@@ -51,7 +51,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "promote",
-            version=4,
+            version=5,
             entry="pipelines.registry.stage:run",
             observations=("observations.json", "decision.json", "model_card.md"),
             settings="pipelines.registry.config:PromoteConfig",

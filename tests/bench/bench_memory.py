@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -92,9 +91,10 @@ def theirs(folder: Path, method: str, out: Path) -> None:
     )
 
 
-def peak() -> int:
-    """Return the largest resident memory that this process has had, bytes."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def memory(key: str) -> int:
+    """Return `VmRSS` or `VmHWM`, the largest of it, of this process in bytes; `ru_maxrss` would be the parent's too."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{key}:")))
 
 
 def child(folder: Path, side: str, method: str) -> None:
@@ -103,9 +103,11 @@ def child(folder: Path, side: str, method: str) -> None:
     from pipelines.compression import stage  # noqa: F401 - its imports are not what is measured
 
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        before, started = peak(), time.process_time()
+        before, started = memory("VmRSS"), time.process_time()
         {"ours": ours, "llm-compressor": theirs}[side](folder, method, Path(place))
-        print(json.dumps({"before": before, "peak": peak(), "seconds": round(time.process_time() - started, 1)}))
+        print(
+            json.dumps({"before": before, "peak": memory("VmHWM"), "seconds": round(time.process_time() - started, 1)})
+        )
 
 
 def measured(folder: Path, side: str, method: str, threshold: int) -> dict[str, Any]:
