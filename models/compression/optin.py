@@ -8,17 +8,18 @@ trained. Distil afterwards (`from`) to recover more.
 Departures from the released code: it scales a neuron's score by a fixed geometric series over the neuron's number and
 rescales the divergence by powers of ten against the features; neither is in the paper, and here both terms are means
 with one stated weight. It ranks units of all layers together; here every layer loses the same number, because public
-configurations know one width for all layers.
+configurations know one width for all layers. With `macs` heads and neurons are ranked together, as there: of all pairs
+of numbers that keep to the budget of multiplications, the one that keeps the most importance.
 
 Shapes: K sampled tokens, D width, V vocabulary, U units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from models.compression.solvers import structured
 from models.compression.solvers.structured import MaskedModel, Structure, StructureConfig
@@ -35,6 +36,13 @@ else:
 class Config(StructureConfig):
     """Parameters of OPTIN."""
 
+    macs: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="share of the multiplications of the layers' matrices that is left, heads and neurons chosen "
+        "together; 0: `heads` and `neurons` say",
+    )
     divergence: float = Field(1.0, ge=0.0, le=1e6, description="weight of the divergence of predictions")
     temperature: float = Field(4.0, gt=0.0, le=100.0, description="softening of the predictions that are compared")
     neurons_at_once: int = Field(
@@ -43,6 +51,18 @@ class Config(StructureConfig):
         le=65536,
         description="neurons of similar magnitude that are measured as one: so much faster, and coarser",
     )
+
+    @property
+    def label(self) -> str:
+        """For instance `h25-n50`, `m60`."""
+        return f"m{self.macs * 100:g}".replace(".", "p") if self.macs else super().label
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        fields = StructureConfig.model_fields
+        if self.macs and (self.heads, self.neurons) != (fields["heads"].default, fields["neurons"].default):
+            raise ValueError("heads and neurons do nothing beside macs, which chooses both; valid: one or the other")
+        return self
 
 
 def manifold_distance(features_KD: Tensor, reference_KD: Tensor) -> Tensor:
@@ -73,6 +93,30 @@ def _parts(sizes_U: Tensor, count: int) -> Iterator[Tensor]:
         yield mask_U
 
 
+def within(model: MaskedModel, scores: Mapping[str, Tensor], macs: float) -> tuple[int, int]:
+    """Return how many groups and neurons of each layer to keep: the most importance within a share of the costs.
+
+    Args:
+        model: what a unit costs, and how many groups the layout allows.
+        scores: importances, `groups` [L, G] and `neurons` [L, F].
+        macs: share of the multiplications that may be left.
+
+    Raises:
+        ValueError: not even one unit of each kind is within it.
+    """
+    best = {kind: score_LU.sort(1, descending=True).values.cumsum(1).sum(0) for kind, score_LU in scores.items()}
+    room = macs * (model.groups * model.costs["groups"] + model.neurons * model.costs["neurons"])
+    found: list[tuple[float, int, int]] = []
+    for groups in model.loadable_groups:
+        neurons = min(model.neurons, int((room - groups * model.costs["groups"]) // model.costs["neurons"]))
+        if neurons >= 1:
+            kept = float(best["neurons"][neurons - 1]) + (float(best["groups"][groups - 1]) if groups else 0.0)
+            found.append((kept, groups, neurons))
+    if not found:
+        raise ValueError(f"macs = {macs:g} leaves no neuron beside the fewest heads; valid: a larger share")
+    return max(found)[1:]
+
+
 class Method(StructureMethod[Config], config=Config):
     """OPTIN."""
 
@@ -81,16 +125,21 @@ class Method(StructureMethod[Config], config=Config):
     )
 
     def select(self, model: MaskedModel, config: Config) -> Structure:
-        """Return the structure that keeps the most important units of each layer."""
+        """Return the structure that keeps the most important units of each layer.
+
+        Raises:
+            ValueError: no structure is within `macs`.
+        """
         sizes = {kind: size_LU.cpu() for kind, size_LU in model.magnitudes().items()}
         scores = {kind: torch.zeros_like(sizes[kind], dtype=torch.float64) for kind in ("groups", "neurons")}
         for unit_kind, share, at_once in (
             ("groups", config.heads, 1),
             ("neurons", config.neurons, config.neurons_at_once),
         ):
-            for layer in range(model.layers if share else 0):
+            for layer in range(model.layers if share or config.macs else 0):
                 original = model.original(layer)
                 for removed_U in _parts(sizes[unit_kind][layer], at_once):
                     moved = importance(model.trajectory(layer, unit_kind, removed_U), original, config)
                     scores[unit_kind][layer, removed_U] = moved
-        return structured.keep_best(scores["groups"], scores["neurons"], config)
+        counts = within(model, scores, config.macs) if config.macs else None
+        return structured.keep_best(scores["groups"], scores["neurons"], config, counts)

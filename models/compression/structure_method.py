@@ -23,7 +23,7 @@ class StructureMethod(CompressionMethod[S]):
     def select(self, model: MaskedModel, config: S) -> Structure:
         """Return what stays; masks are on the CPU."""
 
-    def baselines(self, model: MaskedModel, config: S) -> dict[str, Structure]:
-        """Return structures of the same size: the largest weights, and the best and the median of random ones."""
+    def baselines(self, model: MaskedModel, config: StructureConfig) -> dict[str, Structure]:
+        """Return structures that lose as much: the largest weights, and the best and the median of random ones."""
         best, median = structured.random_structures(model, config)
         return {"magnitude": structured.by_magnitude(model, config), "random best": best, "random median": median}

@@ -72,6 +72,9 @@ class MaskedTransformer:
         config = model.config
         self.layers, self.neurons = config.num_hidden_layers, config.intermediate_size
         self.groups = config.num_key_value_heads if "groups" in self.units else 0
+        each = config.num_attention_heads // max(self.groups, 1)
+        self.loadable_groups = [n for n in range(1, self.groups + 1) if config.hidden_size % (n * each) == 0] or [0]
+        self.costs = {"groups": self._cost("groups", self.groups), "neurons": self._cost("neurons", self.neurons)}
         self._entries: list[Tensor] = []
         self._originals: dict[int, tuple[list[Tensor], Tensor]] = {}
 
@@ -150,6 +153,13 @@ class MaskedTransformer:
             _weight(block, n).square().sum(1).view(often, count, -1).sum((0, 2)) for n, often in unit.writes.items()
         ]
         return columns + torch.stack(rows).sum(0)
+
+    def _cost(self, kind: str, count: int) -> int:
+        """Return the weights of one unit, each of which is multiplied once for each token."""
+        if count == 0:
+            return 0
+        unit, block = self.units[kind], self._blocks[0]
+        return sum(block.get_parameter(f"{name}.weight").numel() for name in (unit.reads, *unit.writes)) // count
 
     @contextlib.contextmanager
     def _switched(self, layer: int, kind: str, kept_U: Tensor) -> Iterator[None]:

@@ -40,7 +40,10 @@ def compress(run: CompressionRun) -> CompressionReport:
     masked = MaskedTransformer(run.load_base(), run.tokens_NT, run.labels_NT)
     check(config.method, masked, parameters)
     refuse_odd_heads(config.method, masked.model, masked.groups, parameters)
-    structure = method.select(masked, parameters)
+    try:
+        structure = method.select(masked, parameters)
+    except ValueError as error:
+        raise ConfigError(f"{config.method}: {error}") from error
     run.progress(1, 2, "steps", "units chosen")
     cut(run.source, run.target, structure, masked.units, sizes_of(masked.model, structure))
     totals = _totals(run, masked.model)
@@ -174,7 +177,8 @@ def _compare(run: CompressionRun, masked: MaskedTransformer, structure: Structur
     text = run.quick_eval(documents, "first") if documents else None
     if text is None:
         return None
-    parameters = run.config.parameters
+    assert isinstance(run.config.parameters, StructureConfig)
+    parameters = structured.shares_of(structure, run.config.parameters)
     others = registry.structure(run.config.method).baselines(masked, parameters)
 
     def contenders() -> Iterator[Contender]:

@@ -66,6 +66,10 @@ class MaskedModel(Protocol):
     groups: int
     """Attention groups of a layer that may be removed; 0 where the layout fixes their number."""
     neurons: int
+    loadable_groups: Sequence[int]
+    """Numbers of groups that a layer can be left with; [0] where the layout fixes their number."""
+    costs: Mapping[str, int]
+    """Multiplications of a token in the matrices of one unit: `groups` and `neurons`."""
 
     def loss(self, structure: Structure) -> float:
         """Return the calibration loss, nats a token, with everything else removed."""
@@ -84,9 +88,29 @@ class MaskedModel(Protocol):
         """Return the summed squared weights of every unit: `groups` [L, G] and `neurons` [L, F]."""
 
 
-def keep_best(groups_LG: Tensor, neurons_LF: Tensor, config: StructureConfig) -> Structure:
-    """Return the structure that keeps the highest scores of each layer; its masks are on the CPU."""
-    return Structure(_highest(groups_LG.cpu(), config.heads), _highest(neurons_LF.cpu(), config.neurons))
+def keep_best(
+    groups_LG: Tensor, neurons_LF: Tensor, config: StructureConfig, counts: tuple[int, int] | None = None
+) -> Structure:
+    """Return the structure that keeps the highest scores of each layer; its masks are on the CPU.
+
+    Args:
+        groups_LG: scores of the groups.
+        neurons_LF: scores of the neurons.
+        config: shares to remove.
+        counts: groups and neurons to keep instead.
+    """
+    groups, neurons = counts or (
+        groups_LG.shape[1] - removed(groups_LG.shape[1], config.heads),
+        neurons_LF.shape[1] - removed(neurons_LF.shape[1], config.neurons),
+    )
+    return Structure(_highest(groups_LG.cpu(), groups), _highest(neurons_LF.cpu(), neurons))
+
+
+def shares_of(structure: Structure, config: StructureConfig) -> StructureConfig:
+    """Return a configuration that removes as many units as a structure does."""
+    kept = {"heads": structure.groups_LG, "neurons": structure.neurons_LF}
+    shares = {key: 1.0 - float(mask.double().mean()) if mask.numel() else 0.0 for key, mask in kept.items()}
+    return StructureConfig(trials=config.trials, **shares)
 
 
 def draw(model: MaskedModel, config: StructureConfig, seed: int) -> Structure:
@@ -114,7 +138,7 @@ def removed(units: int, share: float) -> int:
     return min(round(units * share), max(units - 1, 0))
 
 
-def _highest(score_LU: Tensor, share: float) -> Tensor:
+def _highest(score_LU: Tensor, kept: int) -> Tensor:
     keep = torch.ones_like(score_LU, dtype=torch.bool)
     order = torch.argsort(score_LU, dim=1, stable=True)
-    return keep.scatter_(1, order[:, : removed(score_LU.shape[1], share)], value=False)
+    return keep.scatter_(1, order[:, : score_LU.shape[1] - kept], value=False)

@@ -114,6 +114,17 @@ def test_numbers_of_heads_that_transformers_does_not_load_are_refused_with_those
     assert load_model(child / "model").config.num_attention_heads == 1
 
 
+def test_heads_and_neurons_share_one_budget_of_multiplications(small: Any, compress: Callable[..., Any]) -> None:
+    out, report = compress(small(**GROUPED), {"method": "optin", "macs": 0.5, "neurons_at_once": 4, "samples": 4})
+    config = load_model(out / "model").config
+    heads, neurons = config.num_attention_heads, config.intermediate_size
+    # Queries and outputs of 8 heads, keys and values of 4, three matrices of 24 neurons; all of width 64.
+    whole, left = (2 * 8 * 8 + 2 * 4 * 8 + 3 * 24), (2 * 8 * heads + 8 * heads + 3 * neurons)
+    assert left <= 0.5 * whole
+    assert left > 0.5 * whole - 3 * 8 * 2, "not a group more would fit"
+    assert report["parameters"]["macs"] == 0.5
+
+
 @pytest.mark.parametrize("family", ["decoder", "encoder"])
 def test_variants_are_smaller_load_anywhere_and_come_out_the_same_twice(
     small: Any, compress: Callable[..., Any], family: str

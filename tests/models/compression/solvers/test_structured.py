@@ -21,6 +21,8 @@ class Sums:
     """Every unit adds a vector of its own size to the features of every token; magnitudes say the opposite of worth."""
 
     layers, groups, neurons = LAYERS, GROUPS, NEURONS
+    loadable_groups = (1, 2, 4)
+    costs = {"groups": 30, "neurons": 7}  # noqa: RUF012 - a protocol wants a plain attribute
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -115,6 +117,42 @@ def test_optin_beats_magnitude_and_the_median_draw_where_size_misleads() -> None
     assert chosen < 0.7 * problem.loss(median)
     assert chosen < 0.7 * problem.loss(structured.by_magnitude(problem, config))
     assert problem.loss(best) <= problem.loss(median)
+
+
+@pytest.mark.parametrize("macs", [0.3, 0.5, 0.7, 0.95])
+def test_one_budget_of_multiplications_keeps_the_most_importance_that_fits(macs: float) -> None:
+    """Against all pairs of numbers, and every choice of units being the best of its number."""
+    problem = Sums()
+    chosen = optin.Method().select(problem, optin.Config(macs=macs))
+    scores = {kind: torch.zeros(LAYERS, count) for kind, count in (("groups", GROUPS), ("neurons", NEURONS))}
+    for kind, score_LU in scores.items():
+        for layer in range(LAYERS):
+            for unit in range(score_LU.shape[1]):
+                found = problem.trajectory(layer, kind, torch.arange(score_LU.shape[1]) == unit)
+                score_LU[layer, unit] = optin.importance(found, problem.original(layer), optin.Config())
+    room = macs * (GROUPS * 30 + NEURONS * 7)
+    values = {
+        (groups, neurons): sum(
+            sum(sorted(row.tolist(), reverse=True)[:count])
+            for kind, count in (("groups", groups), ("neurons", neurons))
+            for row in scores[kind]
+        )
+        for groups in problem.loadable_groups
+        for neurons in range(1, NEURONS + 1)
+        if 30 * groups + 7 * neurons <= room
+    }
+    best = max(values, key=lambda pair: values[pair])
+    assert chosen.groups_LG.sum(1).tolist() == [best[0]] * LAYERS
+    assert chosen.neurons_LF.sum(1).tolist() == [best[1]] * LAYERS
+    drawn = structured.draw(problem, structured.shares_of(chosen, optin.Config(macs=macs)), seed=1)
+    assert (drawn.groups_LG.sum(1).tolist(), drawn.neurons_LF.sum(1).tolist()) == ([best[0]] * 2, [best[1]] * 2)
+
+
+def test_a_budget_of_multiplications_that_nothing_fits_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"macs = 0\.1 leaves no neuron beside the fewest heads"):
+        optin.Method().select(Sums(), optin.Config(macs=0.1))
+    with pytest.raises(ValidationError, match="do nothing beside macs"):
+        optin.Config(macs=0.5, heads=0.25)
 
 
 def test_neurons_measured_together_cost_less() -> None:
