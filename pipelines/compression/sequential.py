@@ -17,6 +17,7 @@ from pipelines.compression import block_reconstruction, calibration, sensitivity
 from pipelines.compression.calibration import Prefix
 from pipelines.compression.report import PackedLayer, Reconstruction
 from pipelines.compression.run import CompressionRun
+from pipelines.core import heap
 from pipelines.core.errors import ConfigError
 from pipelines.modelio import meta_init
 
@@ -131,6 +132,7 @@ def compress_blocks(
             for name, module in linear.items():
                 model.set_submodule(name, module)
             meta_init.release(block)
+            heap.trim()
 
 
 def _compress(

@@ -11,7 +11,6 @@ from pipelines.compression import budget_search, kv_cache, post_training, qat, s
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.report import CompressionReport
 from pipelines.compression.run import CompressionRun
-from pipelines.core import heap
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
 from pipelines.core.stage import StageContext, Summary
@@ -40,7 +39,6 @@ def run(config: CompressConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
             f"{config.method}: its base quantizes its cache already, and the tables fit no other weights",
             hint="quantize the cache last: start from the base of that variant",
         )
-    heap.return_large_blocks()
     opened = CompressionRun.open(config, inputs, out_dir, context, run)
     report = DRIVERS[registry.get(config.method).kind](opened)
     report.write(out_dir)

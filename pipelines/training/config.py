@@ -78,14 +78,12 @@ class OptimizerConfig(Settings):
     clip: float | None = Field(1.0, gt=0.0, description="Bound of the global gradient norm; none: no clipping.")
     variant: Literal["paper", "nvlamb", "apex", "deepspeed", "addons"] = Field(
         "paper",
-        description="Whose lamb: how moments are corrected, what is bounded, which tensors are adapted; and eps, where "
-        "that is none. Clipping and weight decay stay those given here.",
+        description="Whose lamb: how moments are corrected, what is bounded, what is adapted, and eps where it is none.",
     )
     bias_correction: bool = Field(True, description="Correct the moments for their start at zero (lamb).")
     clamp: tuple[float, float] | None = Field(
         None, description="Bounds of the weight norm in the trust ratio (lamb, lars); none: unbounded."
     )
-
     compiled: bool = Field(
         False,
         description="Measure the trust ratios in one compiled pass over memory (lamb, lars); needs a C++ compiler, on "
