@@ -78,7 +78,7 @@ class OptimizerConfig(Settings):
     clip: float | None = Field(1.0, gt=0.0, description="Bound of the global gradient norm; none: no clipping.")
     variant: Literal["paper", "nvlamb", "apex", "deepspeed", "addons"] = Field(
         "paper",
-        description="Whose lamb: how moments are corrected, what is bounded, what is adapted, and eps where it is none.",
+        description="Whose lamb: how moments are corrected, what is bounded, what is adapted, eps where it is none.",
     )
     bias_correction: bool = Field(True, description="Correct the moments for their start at zero (lamb).")
     clamp: tuple[float, float] | None = Field(
