@@ -73,8 +73,10 @@ class MaskedTransformer:
         self.layers, self.neurons = config.num_hidden_layers, config.intermediate_size
         self.groups = config.num_key_value_heads if "groups" in self.units else 0
         each = config.num_attention_heads // max(self.groups, 1)
-        self.loadable_groups = [n for n in range(1, self.groups + 1) if config.hidden_size % (n * each) == 0] or [0]
-        self.costs = {"groups": self._cost("groups", self.groups), "neurons": self._cost("neurons", self.neurons)}
+        counts = [n for n in range(1, self.groups + 1) if config.hidden_size % (n * each) == 0]
+        self.loadable_groups: Sequence[int] = counts or [0]
+        costs = {"groups": self._cost("groups", self.groups), "neurons": self._cost("neurons", self.neurons)}
+        self.costs: Mapping[str, int] = costs
         self._entries: list[Tensor] = []
         self._originals: dict[int, tuple[list[Tensor], Tensor]] = {}
 
