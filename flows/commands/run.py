@@ -67,6 +67,7 @@ def plan(
             "--graph prints Mermaid, --json and --jobs the steps and their jobs",
             hint="give one of the two",
         )
+    _quieten()
     ranks = [] if world_size is None else [f"pretrain.world_size={world_size}"]
     selection = Selection(only, since, tuple(force))
     made = run_plan.make(name, [*overrides, *ranks], selection, elsewhere=world_size is not None)
@@ -115,6 +116,7 @@ def run(
 ) -> None:
     """Run a recipe; a run with nothing to do is answered from the plan, before any flow or model code loads."""
     console.say("planning ...")
+    _quieten()
     made = run_plan.make(name, overrides, Selection(only, since, tuple(force), keep_going=keep_going))
     _carry_out(made, wait_s=wait_s, as_json=as_json)
 
@@ -185,8 +187,7 @@ def _run_flow(plan: RunPlan, wait_s: float | None) -> str:
     """Execute the Prefect flow in this process, and tell the configured server of it, if there is one."""
     from flows import prefect_server
 
-    for key, value in _QUIET_LIBRARIES.items():
-        os.environ.setdefault(key, value)
+    _quieten()
     logs.into(plan.store.root)
     server = prefect_server.prepare(plan.store.root)
     console.say(f"telling Prefect at {server}" if server else "no Prefect server is configured; running without one")
@@ -199,6 +200,11 @@ def _run_flow(plan: RunPlan, wait_s: float | None) -> str:
 def _findings(made: RunPlan, *, elsewhere: bool = False) -> list[preflight.Finding]:
     """Return what speaks against a run: of one with nothing to do, a corpus that was changed by accident alone."""
     return list(preflight.corpus(made)) if made.is_done() else preflight.check(made, elsewhere=elsewhere)
+
+
+def _quieten() -> None:
+    for key, value in _QUIET_LIBRARIES.items():
+        os.environ.setdefault(key, value)
 
 
 def _say(findings: list[preflight.Finding], stream: TextIO) -> None:

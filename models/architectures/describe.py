@@ -38,8 +38,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     kind = config.get("model_type")
     if kind not in {"llama", "modernbert"}:
         raise ValueError(f"model_type is {kind!r}; training continues with 'llama' and 'modernbert' models only")
-    other = [f"{name} is {config[name]!r}" for name, ours in _FIXED[kind].items() if config.get(name, ours) != ours]
-    if other or (other := _scaled(config)):
+    if other := beyond_layout(config):
         raise ValueError(f"{', '.join(other)}; the layout that is trained here has no such thing")
     if isinstance(config["intermediate_size"], list):
         raise ValueError("its layers differ in size; training needs layers of one size")
@@ -47,6 +46,14 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     values = {name: config[key] for name, key in _SIZES.items() if key in config or key not in _DEFAULTS}
     own = _decoder(config) if kind == "llama" else _encoder(config)
     return Shape.model_validate(values | own)
+
+
+def beyond_layout(config: Mapping[str, Any]) -> list[str]:
+    """Return what a `config.json` of one of the two families asks for that the layout here has not, an entry each."""
+    fixed = _FIXED[config["model_type"]]
+    return [f"{name} is {config[name]!r}" for name, ours in fixed.items() if config.get(name, ours) != ours] + _scaled(
+        config
+    )
 
 
 def _scaled(config: Mapping[str, Any]) -> list[str]:

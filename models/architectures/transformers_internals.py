@@ -14,6 +14,9 @@ from typing import Any
 
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -72,6 +75,23 @@ def become(
         if unknown := wanted - set(inspect.signature(original).parameters):
             raise _broken(f"{base.__name__}.{name} has no arguments {', '.join(sorted(unknown))}")
     module.__class__ = subclass
+
+
+def module_names(model: PreTrainedModel) -> Callable[[str], str | None]:
+    """Return how transformers renames a stored tensor while loading it: to the name that the model has for it.
+
+    The function gives None for a tensor that is no parameter of its own there, as experts that are merged into one.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    places = model.state_dict()
+
+    def renamed(stored: str) -> str | None:
+        name, merged = rename_source_key(stored, renamings, converters, model.base_model_prefix, places)
+        return None if merged is not None else str(name)
+
+    return renamed
 
 
 def _broken(what: str) -> NotImplementedError:

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.core.artifact import read_json
-from pipelines.modelio.folder import write_json
+from pipelines.data import tokenizer as tokenizer_of_corpus
+from pipelines.modelio.folder import family_in, write_json
 
 CARD = "README.md"
 """Where Hugging Face looks for a model card."""
+ORIGINAL_CARD = "README.original.md"
+"""The card that a model from elsewhere came with."""
 
 
 def finish(folder: Path, card: str) -> None:
@@ -25,25 +28,36 @@ def finish(folder: Path, card: str) -> None:
         card: model card, Markdown.
     """
     config = _read(folder / "config.json")
-    decoder = any(name.endswith("ForCausalLM") for name in config.get("architectures") or ())
+    decoder = family_in(config) == "decoder"
     if decoder:
         write_json(folder / "config.json", config | {"use_cache": True})
         generation = folder / "generation_config.json"
         write_json(generation, (_read(generation) if generation.is_file() else {}) | {"use_cache": True})
     _finish_tokenizer(folder, config, decoder=decoder)
-    (folder / CARD).write_text(card, encoding="utf-8")
+    theirs = folder / CARD
+    if theirs.is_file():
+        theirs.rename(folder / ORIGINAL_CARD)
+    theirs.write_text(card, encoding="utf-8")
 
 
 def _finish_tokenizer(folder: Path, config: dict[str, Any], *, decoder: bool) -> None:
     """Have the tokenizer put the start token before a text (and the end token after it, for an encoder).
 
     A special token that a text spells out is text, as it was in training: `split_special_tokens`.
-    A decoder's rows are padded on the left: it goes on from the last token, which must not be padding.
+    A decoder's rows are padded on the left: it goes on from the last token, which must not be padding; one whose
+    tokenizer has no padding token is padded with its end token. Nothing else is changed in a tokenizer of others.
     """
     path = folder / "tokenizer_config.json"
-    settings = _read(path) | {"model_max_length": config["max_position_embeddings"]}
-    settings |= {"padding_side": "left" if decoder else "right", "split_special_tokens": True}
+    settings = _read(path) if path.is_file() else {}
+    settings |= {"padding_side": "left" if decoder else settings.get("padding_side", "right")}
+    ours = settings.get("bos_token") == tokenizer_of_corpus.BOS
+    if ours:
+        settings |= {"model_max_length": config["max_position_embeddings"], "split_special_tokens": True}
+    elif decoder and not settings.get("pad_token") and settings.get("eos_token"):
+        settings |= {"pad_token": settings["eos_token"]}
     write_json(path, settings)
+    if not ours:
+        return
     tokenizer = _read(folder / "tokenizer.json")
     first, last = str(settings.get("bos_token")), str(settings.get("eos_token"))
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from numpy.typing import NDArray
 
+from models.architectures.describe import beyond_layout
 from pipelines.core.artifact import read_json
 from pipelines.core.errors import ConfigError
-from pipelines.modelio.folder import WeightReader
+from pipelines.modelio.folder import WeightReader, family_in
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -107,10 +108,17 @@ def write(
 
 def _config(model: Path) -> dict[str, Any]:
     config: dict[str, Any] = read_json(model / "config.json")
-    if config.get("model_type") != "llama":
+    if family_in(config) == "encoder":
         raise ConfigError(
             f"{config.get('architectures')} cannot be written as GGUF: llama.cpp has no masked language models",
             hint="`ingot export --format onnx` writes encoders",
+        )
+    kind = config.get("model_type")
+    lost = beyond_layout(config) if kind == "llama" else [f"model_type is {kind!r}"]
+    if lost:
+        raise ConfigError(
+            f"{', '.join(lost)}: what is written here is a plain Llama, and would compute another model",
+            hint="`ingot export --format hf` writes the folder, which llama.cpp's own convert_hf_to_gguf.py reads",
         )
     return config
 

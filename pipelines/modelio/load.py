@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from models.compression.modules import packed_linear
+from pipelines.core.errors import IntegrityError
 from pipelines.modelio import folder, kv_cache_file, meta_init
 
 
@@ -50,6 +51,8 @@ def load_weights(path: Path) -> PreTrainedModel:
         if packed.rounds_inputs:
             packed_linear.put(model, name, packed)
     model.tie_weights()
+    if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise IntegrityError(f"{path} holds no tensor {empty[0]!r}", hint="delete the artifact and run again")
     return model
 
 

@@ -6,15 +6,13 @@ normalisations; everything here reads tensor by tensor and wants one name. So te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
+from models.architectures import transformers_internals
 from pipelines.core.errors import ConfigError, IntegrityError
 from pipelines.modelio import meta_init
 from pipelines.modelio.folder import WeightReader
 
-_OLD = {".gamma": ".weight", ".beta": ".bias"}
-"""Endings that TensorFlow's normalisations had."""
 _SHOWN = 3
 
 
@@ -29,11 +27,11 @@ def mapping(folder: Path) -> dict[str, str]:
         model = meta_init.build(folder)
     except (IntegrityError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder / 'config.json'} cannot be built: {error}") from error
-    places, prefix = set(model.state_dict()), model.base_model_prefix
-    reader, renamed = WeightReader(folder), dict[str, str]()
-    for stored in reader.names():
-        if (name := next((n for n in _candidates(stored, prefix) if n in places), None)) is not None:
-            renamed[stored] = name
+    places, name_of = set(model.state_dict()), transformers_internals.module_names(model)
+    names = {stored: stored if stored in places else name_of(stored) for stored in WeightReader(folder).names()}
+    if merged := [stored for stored, name in names.items() if name is None]:
+        raise ConfigError(f"{folder}: {merged[0]} is merged with other tensors by transformers, which is not done here")
+    renamed = {stored: name for stored, name in names.items() if name is not None and name in places}
     present = set(renamed.values())
     wanted: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -46,10 +44,3 @@ def mapping(folder: Path) -> dict[str, str]:
             "these with random numbers",
         )
     return renamed
-
-
-def _candidates(stored: str, prefix: str) -> Iterator[str]:
-    for name in (stored, *(stored.removesuffix(old) + new for old, new in _OLD.items() if stored.endswith(old))):
-        yield name
-        yield f"{prefix}.{name}"
-        yield name.removeprefix(f"{prefix}.")

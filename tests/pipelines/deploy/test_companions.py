@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from pipelines.core.artifact import Artifact
 from pipelines.data import tokenizer as tokenization
-from pipelines.deploy import export
+from pipelines.deploy import companions, export
 from pipelines.deploy.export import About
 from pipelines.registry import model_card
 
@@ -155,3 +155,23 @@ def test_a_card_without_a_gate_has_licence_data_loading_and_lineage(model_artifa
     headings = [line.removeprefix("## ") for line in card.splitlines() if line.startswith("## ")]
     assert headings == ["Data", "Training", "Limits", "Lineage"]
     assert made.digest[:16] in card
+
+
+def test_a_model_of_others_keeps_its_tokenizer_its_template_and_its_card(tmp_path: Path) -> None:
+    config = {"architectures": ["GPT2LMHeadModel"], "n_positions": 64, "use_cache": False}
+    theirs = {"eos_token": "</s>", "model_max_length": 64, "padding_side": "right"}
+    tokenizer = json.dumps({"added_tokens": [{"content": "</s>", "id": 0}], "post_processor": None})
+    texts = {
+        "config.json": json.dumps(config),
+        "tokenizer_config.json": json.dumps(theirs),
+        "tokenizer.json": tokenizer,
+    }
+    for name, text in (texts | {"chat_template.jinja": "{{ x }}", "README.md": "theirs"}).items():
+        (tmp_path / name).write_text(text)
+    companions.finish(tmp_path, "ours")
+    assert (tmp_path / "tokenizer.json").read_text() == tokenizer
+    found = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert found == theirs | {"padding_side": "left", "pad_token": "</s>"}  # a batch can be written on
+    assert (tmp_path / "chat_template.jinja").read_text() == "{{ x }}"
+    assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is True
+    assert [(tmp_path / name).read_text() for name in ("README.md", "README.original.md")] == ["ours", "theirs"]

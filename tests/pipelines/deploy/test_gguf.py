@@ -208,3 +208,21 @@ def _loss(logits_TV: np.ndarray, tokens: list[int]) -> float:
     top = shifted.max(-1, keepdims=True)
     log_sum = np.log(np.exp(shifted - top).sum(-1)) + top[:, 0]
     return float((log_sum - shifted[np.arange(len(tokens) - 1), tokens[1:]]).mean())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type is 'linear'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
+    ],
+)
+def test_what_a_plain_llama_would_compute_otherwise_is_refused(
+    change: dict[str, Any], message: str, model_artifact: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_artifact().path / "model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConfigError, match=message):
+        deploy.write(folder, tmp_path / "x.gguf", "f32", title="x", licence="other")
