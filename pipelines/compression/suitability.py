@@ -13,6 +13,7 @@ from models.architectures.describe import shape_of
 from models.compression import registry
 from pipelines.compression.config import CompressConfig
 from pipelines.core.errors import ConfigError, IngotError
+from pipelines.data import tokenizer
 from pipelines.modelio import folder as folders
 
 _TOKENIZER = "tokenizer.json"
@@ -45,9 +46,12 @@ def problems(
             f"{folder} has no {_TOKENIZER}",
             "save its fast tokenizer beside it: AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
         )
+        return
     from pipelines.modelio import description, stored_names
 
     try:
+        if folder is not None:
+            tokenizer.load(folder, may_grow=False)
         found = description.of_config(config)
         if folder is not None:
             stored_names.mapping(folder)

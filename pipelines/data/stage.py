@@ -29,6 +29,7 @@ from pipelines.data import (
     reader,
     sequences,
     tokenizer,
+    tokenizer_files,
     versioning,
 )
 from pipelines.data.config import TOKENIZER_WORDS, PrepareConfig, PrepareJob
@@ -112,7 +113,10 @@ def prepare(
         how = config.tokenizer_training
         sample = tokenizer.training_sample(_texts(out_dir, "train"), counts.bytes("train"), how, config.seed)
         trained = tokenizer.train(sample, config.vocab_size, how)
-    trained.save(out_dir / TOKENIZER, config.sequence_length)
+    if tokenizer_of is not None and config.tokenizer == "init_weights":
+        tokenizer_files.copy(tokenizer_of, out_dir / TOKENIZER)
+    else:
+        trained.save(out_dir / TOKENIZER, config.sequence_length)
     say(5, f"{trained.vocab_size} tokens in the vocabulary")
     index = sequences.write(trained, out_dir, config, counts)
     duplicates = _duplicates(near, counts) | {"pairs": pairs}

@@ -191,10 +191,11 @@ def load(folder: Path, *, may_grow: bool) -> CorpusTokenizer:
     Args:
         folder: with tokenizer.json or what else transformers saves of a tokenizer; also an artifact of prepare or of a
             training, which has it in `tokenizer` or `model`.
-        may_grow: whether tokens for roles that it lacks may be added; to tune a model its vocabulary must stay.
+        may_grow: whether tokens for roles that it lacks may be added. The vocabulary of a model stays as it is: one
+            that was trained without a start token has met its end token between documents, and is padded with it.
 
     Raises:
-        ConfigError: there is none, or it lacks a role.
+        ConfigError: there is none, or a model's has no token that ends a document.
     """
     tokenizer, named = _read(tokenizer_files.place_of(folder))
     special: dict[str, str] = {}
@@ -204,23 +205,18 @@ def load(folder: Path, *, may_grow: bool) -> CorpusTokenizer:
         special[role] = next(known, "")
     if missing := [role for role in ROLES if not special[role]]:
         if not may_grow:
-            _refuse_missing(folder, [role for role in missing if role != "mask"])
-            special["mask"] = special["mask"] or special["pad"]  # asked of encoders only, and these have one
+            if "eos" in missing:
+                raise ConfigError(
+                    f"the tokenizer of {folder} has no token that ends a document, neither eos_token nor sep_token",
+                    hint="name one in its tokenizer_config.json",
+                )
+            mask = special["pad"] or special["eos"]  # asked of encoders only, and these have one
+            special |= {role: mask if role == "mask" else special["eos"] for role in missing}
             return CorpusTokenizer(tokenizer, {role: special[role] for role in ROLES})
         names = dict(zip(ROLES, SPECIAL_TOKENS, strict=True))
         tokenizer.add_special_tokens([AddedToken(names[role], special=True, normalized=False) for role in missing])
         special |= {role: names[role] for role in missing}
     return CorpusTokenizer(tokenizer, {role: special[role] for role in ROLES})
-
-
-def _refuse_missing(folder: Path, roles: Sequence[str]) -> None:
-    if roles:
-        raise ConfigError(
-            f"the tokenizer of {folder} has no token of its own for: {', '.join(roles)}; packing needs one that starts "
-            "a document, one that ends it and one for padding",
-            hint="prepare.tokenizer = FOLDER with the same folder adds what is missing, for a model that is trained "
-            "from random weights",
-        )
 
 
 def _read(folder: Path) -> tuple[Tokenizer, dict[str, tuple[str, ...]]]:

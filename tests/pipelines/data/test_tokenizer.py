@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipelines.core.errors import ConfigError
 from pipelines.core.program import ROOT as CHECKOUT
-from pipelines.data import document_files, tokenizer
+from pipelines.data import document_files, tokenizer, tokenizer_files
 from pipelines.data.config import PrepareConfig, PrepareJob, TokenizerTraining
 
 TEXTS = [
@@ -203,8 +203,16 @@ def test_a_tokenizer_of_others_is_taken_with_what_it_lacks(
 def test_to_tune_a_model_its_vocabulary_must_do(tmp_path: Path) -> None:
     kept = tokenizer.load(brought(tmp_path / "llama", ("<s>", "</s>", "<pad>", ""), config=True), may_grow=False)
     assert kept.ids["mask"] == kept.ids["pad"]
-    with pytest.raises(ConfigError, match="no token of its own for: bos, pad"):
-        tokenizer.load(brought(tmp_path / "gpt2", ("", "<|endoftext|>", "", ""), config=True), may_grow=False)
+    alone = tokenizer.load(brought(tmp_path / "gpt2", ("", "<|endoftext|>", "", ""), config=True), may_grow=False)
+    assert set(alone.ids) == set(tokenizer.ROLES)
+    assert set(alone.ids.values()) == {alone.tokenizer.token_to_id("<|endoftext|>")}
+    with pytest.raises(ConfigError, match="no token that ends a document"):
+        tokenizer.load(brought(tmp_path / "none", ("", "", "", ""), config=True), may_grow=False)
+    (tmp_path / "gpt2" / "chat_template.jinja").write_text("{{ x }}")
+    tokenizer_files.copy(tmp_path / "gpt2", tmp_path / "copy")
+    for path in (tmp_path / "copy").iterdir():
+        assert path.read_bytes() == (tmp_path / "gpt2" / path.name).read_bytes()
+    assert {"tokenizer.json", "chat_template.jinja"} <= {path.name for path in (tmp_path / "copy").iterdir()}
     with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
         tokenizer.load(tmp_path, may_grow=True)
 
