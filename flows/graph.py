@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.config import RunConfig
+from models.architectures.config import Shape
 from models.architectures.describe import shape_of
 from pipelines.core import fingerprint
 from pipelines.core.errors import ConfigError
@@ -17,7 +18,7 @@ from pipelines.data.config import PrepareJob
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.registry.config import FetchConfig
 from pipelines.stages import STAGES
-from pipelines.training.config import PretrainConfig
+from pipelines.training.config import ModelOverrides, PretrainConfig
 
 if TYPE_CHECKING:
     from pipelines.registry.initial_weights import Source
@@ -115,8 +116,8 @@ def trained_from(config: PretrainConfig, source: Source | None) -> PretrainConfi
         return config
     try:
         shape = shape_of(source.config)
-        if not config.has_shape:
-            return config.shaped(shape)
+        if not config.model_fields_set & {"family", "preset", "model"}:
+            return _shaped(config, shape)
     except ValueError as error:
         hint = "leave out the section [pretrain]: without training, models of other families are taken as they are"
         raise ConfigError(f"base.from = {source.place!r} cannot be trained on: {error}", hint=hint) from error
@@ -129,6 +130,18 @@ def trained_from(config: PretrainConfig, source: Source | None) -> PretrainConfi
             hint="leave out pretrain.family, pretrain.preset and pretrain.model: config.json has the shape",
         )
     return config
+
+
+def _shaped(config: PretrainConfig, shape: Shape) -> PretrainConfig:
+    """Return the settings of a training for a model of another shape.
+
+    Raises:
+        ValueError: another setting does not fit it.
+    """
+    values = {name: value for name, value in shape.model_dump().items() if name in ModelOverrides.model_fields}
+    values |= {"kv_heads": shape.key_heads} if shape.family == "decoder" else {}
+    given = {name: getattr(config, name) for name in config.model_fields_set}
+    return PretrainConfig.model_validate(given | {"family": shape.family, "model": values})
 
 
 def _fetching(name: str, source: Source) -> Node:

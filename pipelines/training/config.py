@@ -351,22 +351,6 @@ class PretrainConfig(Settings):
         """The model's shape: the preset with the overrides applied."""
         return preset(self.family, self.preset, self.model.model_dump(exclude_none=True))
 
-    @property
-    def has_shape(self) -> bool:
-        """Whether a shape was given, beside the one that a base model has."""
-        return bool(self.model_fields_set & {"family", "preset", "model"})
-
-    def shaped(self, shape: Shape) -> Self:
-        """Return these settings for a model of another shape: that of the weights to start from.
-
-        Raises:
-            ValueError: another setting does not fit it.
-        """
-        values = {name: value for name, value in shape.model_dump().items() if name in ModelOverrides.model_fields}
-        values |= {"kv_heads": shape.key_heads} if shape.family == "decoder" else {}
-        given = {name: getattr(self, name) for name in self.model_fields_set}
-        return self.model_validate(given | {"family": shape.family, "model": values})
-
     def architecture(self, index: dict[str, Any]) -> ArchitectureConfig:
         """Return the architecture for the tokenizer and the sequences that `index.json` of prepare describes."""
         return ArchitectureConfig(
