@@ -134,10 +134,11 @@ class RunConfig(Settings):
             *(("compress", each) for each in self.compress),
         ]
         for stage, config in parts:
-            nodes = self.compute.at(stage, ranks=config.rank_count, cores=config.core_count).node_count
-            if config.rank_count % nodes:
+            ranks, cores = config.ranks_and_cores
+            nodes = self.compute.at(stage, ranks=ranks, cores=cores).node_count
+            if ranks % nodes:
                 raise ValueError(
-                    f"compute.nodes = {nodes}: {config.rank_count} ranks of {stage} do not spread evenly over them; "
+                    f"compute.nodes = {nodes}: {ranks} ranks of {stage} do not spread evenly over them; "
                     f"a multiple of {nodes} does, or compute.stages.{stage}.nodes"
                 )
         return self

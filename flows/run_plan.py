@@ -58,6 +58,7 @@ class RunPlan:
     ) -> StageRequest:
         """Return the execution of one node as a value; see `pipelines.core.request`."""
         node = self.graph[name]
+        ranks, cores = node.node.config.ranks_and_cores
         inputs = {key: self.graph[source] for key, source in node.node.inputs.items()}
         return StageRequest(
             stage=node.node.stage.name,
@@ -68,9 +69,7 @@ class RunPlan:
             data_hash=None if node.node.stage.corpus == "none" else self.data_hash,
             store=self.store.address,
             project=str(self.project),
-            compute=self.config.compute.at(
-                node.node.stage.name, ranks=node.node.config.rank_count, cores=node.node.config.core_count
-            ),
+            compute=self.config.compute.at(node.node.stage.name, ranks=ranks, cores=cores),
             tracking=tracking or TrackingTarget(),
             force=force,
             alone=node.node.config.measures_time,

@@ -97,14 +97,10 @@ class CompressConfig(Settings):
         return isinstance(self.parameters, TrainedConfig) and self.parameters.needs_teacher
 
     @property
-    def rank_count(self) -> int:
-        """Processes that train together, for a method that trains."""
-        return self.parameters.world_size if isinstance(self.parameters, TrainedConfig) else 1
-
-    @property
-    def core_count(self) -> int:
-        """Cores that they can use together: a rank of a method that trains has one thread."""
-        return self.rank_count
+    def ranks_and_cores(self) -> tuple[int, int]:
+        """Processes that train together, for a method that trains, and their cores: a rank has one thread."""
+        ranks = self.parameters.world_size if isinstance(self.parameters, TrainedConfig) else 1
+        return ranks, ranks
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that can change a result, the method's resolved parameters beside them."""

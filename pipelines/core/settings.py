@@ -74,14 +74,9 @@ class Settings(Closed):
         return False
 
     @property
-    def rank_count(self) -> int:
-        """Processes that the stage spreads over the nodes that it is given."""
-        return 1
-
-    @property
-    def core_count(self) -> int:
-        """Cores that all processes of the stage together are set up to use."""
-        return 1
+    def ranks_and_cores(self) -> tuple[int, int]:
+        """Processes that the stage spreads over its nodes, and the cores that all of them together can use."""
+        return 1, 1
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that can change a result, as JSON values: what enters a fingerprint."""

@@ -332,14 +332,9 @@ class PretrainConfig(Settings):
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.", json_schema_extra=NOT_IDENTITY)
 
     @property
-    def rank_count(self) -> int:
-        """Processes that train together."""
-        return self.world_size
-
-    @property
-    def core_count(self) -> int:
-        """Cores that the ranks can use together."""
-        return self.world_size * self.threads
+    def ranks_and_cores(self) -> tuple[int, int]:
+        """Processes that train together, and the cores that they can use."""
+        return self.world_size, self.world_size * self.threads
 
     @property
     def accumulation(self) -> int:
