@@ -451,6 +451,20 @@ def data_check(
     command.check(arguments or [], recipe, as_json=as_json)
 
 
+@data.command("show")
+def data_show(
+    target: Annotated[str, typer.Argument(metavar="[RUN]", help="A run or a trained model.")] = "pretrain",
+    step: Annotated[int, typer.Option(help="Step, counted from 1 as in metrics.jsonl.")] = 1,
+    rank: Annotated[int | None, typer.Option(help="One rank only.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Number of ranks; that of the run if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the documents that a training step saw, by rank: the newest training's if no other is named."""
+    from flows.commands import data as command
+
+    command.show(target, step, rank, ranks, as_json=as_json)
+
+
 def _data(verb: str, *arguments: Any, as_json: bool) -> None:
     from flows.commands import data as command
 

@@ -1,4 +1,4 @@
-"""data status|pull|push|add|import|check: DVC behind five words, and what a run would do with a corpus."""
+"""data status|pull|push|add|import|check|show: DVC behind five words, what a run would do with a corpus, and did."""
 
 from __future__ import annotations
 
@@ -71,6 +71,45 @@ def check(arguments: list[str], recipe: str | None, *, as_json: bool) -> None:
         last = found["refused"][-1]
         others = [f"{one['what']}\n  -> {one['do']}" for one in found["refused"][:-1]]
         raise IntegrityError("\n".join(["a run would refuse this corpus: ", *others, last["what"]]), hint=last["do"])
+
+
+def show(target: str, step: int, rank: int | None, ranks: int | None, *, as_json: bool) -> None:
+    """Print the documents that a step of a training saw.
+
+    Args:
+        target: a run or a trained model.
+        step: counted from 1.
+        rank: one rank only; None for all.
+        ranks: number of ranks; None for that of the run.
+        as_json: print JSON.
+
+    Raises:
+        ConfigError: it is no training, its prepared data is gone, or it has no such step or rank.
+    """
+    from flows import console
+    from flows.commands import lookup
+    from flows.run_record import RunRecord
+    from pipelines.training import step_data
+    from pipelines.training.config import PretrainConfig
+    from pipelines.training.rollbacks import Rollback
+
+    found = lookup.find(target)
+    trained = lookup.find_artifact(f"{target}/pretrain") if isinstance(found, RunRecord) else found
+    if trained.manifest.stage != "pretrain":
+        raise ConfigError(f"{target!r} is no training but {trained.manifest.node}", hint="`ingot list runs` shows runs")
+    identity = trained.manifest.identity
+    prepared = lookup.find_artifact(identity["inputs"]["prepare"])
+    config = PretrainConfig.model_validate(identity["config"])
+    rollbacks = [Rollback.of(each) for each in trained.read_json("training.json")["rollbacks"]]
+    digest, shown = step_data.documents_of(config, prepared.path, step, rollbacks, world=ranks)
+    rows = [vars(part) for part in shown if rank in (None, part.rank)]
+    if not rows:
+        raise ConfigError(f"there is no rank {rank}", hint=f"valid: 0 to {max(part.rank for part in shown)}")
+    if as_json:
+        print(json.dumps({"step": step, "batch": digest, "documents": rows}, indent=1))
+        return
+    print(f"step {step} of {trained.manifest.node} {trained.manifest.fingerprint[:8]}, batch {digest}")
+    console.table(rows, list(rows[0]), as_json=False)
 
 
 def _show(result: dict[str, Any], *, as_json: bool) -> None:

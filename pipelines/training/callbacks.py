@@ -293,6 +293,7 @@ class Logging(Callback):
         values: dict[str, Any] = {
             "step": result.step,
             "tokens": state.tokens,
+            "batch": trainer.loader.digest(result.step - 1, state.rollbacks),
             "loss": _finite(loss),
             "lr": result.lr,
             "grad_norm": _finite(result.record.grad_norm),

@@ -17,10 +17,10 @@ from torch import Tensor
 from models.architectures.config import IGNORED
 from models.objectives.base import Ids, Objective
 from pipelines.core.errors import IntegrityError
-from pipelines.training import data_order, phases
+from pipelines.training import data_order, phases, step_data
 from pipelines.training.distributed import Ranks
 from pipelines.training.phases import Phase, Phases
-from pipelines.training.rollbacks import Rollback, samples_left_out
+from pipelines.training.rollbacks import Rollback
 
 VALIDATION_EPOCH = 2**32 - 1
 """The epoch whose masks validation uses, every time the same."""
@@ -92,12 +92,12 @@ class DataLoader:
                 )
 
     def ids(self, step: int, rollbacks: Sequence[Rollback] = ()) -> Ids:
-        """Return the sample ids of a whole step, all ranks, [batch].
-
-        A sample is a packed sequence, or, in a phase of shorter ones, a chunk of it: chunk c of sequence s is number
-        s * chunks + c. What `rollbacks` went back from is left out.
-        """
+        """Return the sample ids of a whole step, all ranks, [batch]; see `step_data.order`."""
         return self._order(phases.at(self.phases, step), step, rollbacks)[0]
+
+    def digest(self, step: int, rollbacks: Sequence[Rollback] = ()) -> str:
+        """Return a short hash of what a step trains on, over all ranks."""
+        return step_data.digest(*self._order(phases.at(self.phases, step), step, rollbacks))
 
     def batches(self, step: int, rollbacks: Sequence[Rollback] = ()) -> list[Batch]:
         """Return this rank's micro batches of a step, on the CPU; a pure function, also of `rollbacks`."""
@@ -111,10 +111,8 @@ class DataLoader:
         ]
 
     def _order(self, phase: Phase, step: int, rollbacks: Sequence[Rollback]) -> tuple[Ids, Ids]:
-        phase_step = step - phase.first
-        first = phase.samples_before(phase_step) + samples_left_out(phase, rollbacks, step)
-        size = len(self.train) * phases.chunks_a_sequence(phase, self.train.sequence_length)
-        return data_order.ids(self.seed, first, phase.batch(phase_step), size, phase=phase.number)
+        length = self.train.sequence_length
+        return step_data.order(phase, step, rollbacks, seed=self.seed, sequences=len(self.train), length=length)
 
     def _tokens(self, phase: Phase, samples: Ids) -> Ids:
         """Return the tokens of samples, [len(samples), length of the phase]."""
