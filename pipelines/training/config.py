@@ -268,14 +268,8 @@ class PretrainConfig(Settings):
     objective_settings: dict[str, Any] = Field(
         default_factory=dict, description="Settings of the objective (masked: probability, mask, random)."
     )
-    document_mask: bool = Field(
-        True,
-        description="Keep attention inside of a document; false: tokens also see the documents that were packed "
-        "before theirs (an encoder's: beside it).",
-    )
-    engine: Literal["deepspeed", "plain"] = Field(
-        "deepspeed", description="deepspeed through Accelerate, or plain PyTorch in one process."
-    )
+    document_mask: bool = Field(True, description="Keep attention inside of a document, however it was packed.")
+    engine: Literal["deepspeed", "plain"] = Field("deepspeed", description="deepspeed (Accelerate) or plain PyTorch.")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         2, description="ZeRO stage: what DeepSpeed shards over the ranks.", json_schema_extra=ELASTIC
     )
