@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from flows import console, logs
-from flows.commands.options import with_common_options
+from flows import console, data_cli, logs
+from flows.commands.options import Json, Recipe, with_common_options
 from pipelines.core import boundary, environment, stop
 from pipelines.core.errors import DiskFullError, IngotError
 
@@ -22,23 +22,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-data = typer.Typer(help="The corpus: DVC for people who do not want to learn DVC today.", no_args_is_help=True)
-app.add_typer(data, name="data")
+app.add_typer(data_cli.app, name="data")
 
 _KEPT_RUNS = 3
 _MODEL = "`champion`, NAME@ALIAS, NAME/VERSION, a node (or RUN/NODE), a fingerprint or a folder"
 """How any artifact is named; `flows.commands.lookup` finds it."""
 
-Recipe = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe", "-r", help="Name of a recipe, path of a TOML file, or a run; default: the recipe of ingot.toml."
-    ),
-]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted settings over the recipe.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Only = Annotated[str | None, typer.Option("--only", help="Run this stage alone, on the artifacts that exist.")]
 Since = Annotated[str | None, typer.Option("--from", help="Run this stage again, and everything below it.")]
 Force = Annotated[list[str] | None, typer.Option("--force", help="Run this stage again although nothing changed.")]
@@ -401,77 +393,7 @@ def doctor(as_json: Json = False) -> None:
     command.doctor(as_json=as_json)
 
 
-@data.command("status")
-def data_status(as_json: Json = False) -> None:
-    """Say whether data/ is what data.dvc says."""
-    _data("status", as_json=as_json)
-
-
-@data.command("pull")
-def data_pull(as_json: Json = False) -> None:
-    """Fetch the corpus that data.dvc names from the DVC remote."""
-    _data("pull", as_json=as_json)
-
-
-@data.command("push")
-def data_push(as_json: Json = False) -> None:
-    """Send the corpus to the DVC remote."""
-    _data("push", as_json=as_json)
-
-
-@data.command("add")
-def data_add(as_json: Json = False) -> None:
-    """Take the present content of data/ as the corpus: writes data.dvc."""
-    _data("add", as_json=as_json)
-
-
-@data.command("import")
-def data_import(
-    url: Annotated[
-        str, typer.Argument(help="File, folder or pattern of texts: a path, s3://..., https://...; quote patterns.")
-    ],
-    as_json: Json = False,
-) -> None:
-    """Fetch a corpus from elsewhere into data/ and take it as the corpus."""
-    _data("import", url, as_json=as_json)
-
-
-@data.command("check")
-def data_check(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[PATH] [KEY=VALUE]...", help="File or folder, data/ if left out; and settings."),
-    ] = None,
-    recipe: Recipe = None,
-    as_json: Json = False,
-) -> None:
-    """Read up to 1,000 records and say what a run would do: formats, fields, sizes, what is refused and why."""
-    from flows.commands import data as command
-
-    command.check(arguments or [], recipe, as_json=as_json)
-
-
-@data.command("show")
-def data_show(
-    target: Annotated[str, typer.Argument(metavar="[RUN]", help="A run or a trained model.")] = "pretrain",
-    step: Annotated[int, typer.Option(help="Step, counted from 1 as in metrics.jsonl.")] = 1,
-    rank: Annotated[int | None, typer.Option(help="One rank only.")] = None,
-    ranks: Annotated[int | None, typer.Option(help="Number of ranks; that of the run if left out.")] = None,
-    as_json: Json = False,
-) -> None:
-    """List the documents that a training step saw, by rank: the newest training's if no other is named."""
-    from flows.commands import data as command
-
-    command.show(target, step, rank, ranks, as_json=as_json)
-
-
-def _data(verb: str, *arguments: Any, as_json: bool) -> None:
-    from flows.commands import data as command
-
-    command.run(verb, *arguments, as_json=as_json)
-
-
-for _app in (app, data):
+for _app in (app, data_cli.app):
     for _command in _app.registered_commands:
         assert _command.callback is not None
         _command.callback = with_common_options(_command.callback)

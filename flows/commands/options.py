@@ -12,6 +12,14 @@ from typer.models import ParameterInfo
 
 from flows import console, logs
 
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", "-r", help="Name of a recipe, path of a TOML file, or a run; default: the recipe of ingot.toml."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
 COMPLETIONS = {
     "recipe": "recipes",
     "overrides": "settings",
