@@ -49,7 +49,7 @@ class Encoder:
 def _tiktoken(tokenizer: Tokenizer) -> tiktoken.Encoding | None:
     """Return the same vocabulary in tiktoken; None where it is of another kind."""
     state = json.loads(tokenizer.to_str())
-    model, pattern = state["model"], _pattern(state["pre_tokenizer"])
+    model, pattern = state["model"], word_pattern(state["pre_tokenizer"])
     plain = model["type"] == "BPE" and not any(
         model.get(key) for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
                                    "byte_fallback", "ignore_merges")
@@ -66,7 +66,7 @@ def _tiktoken(tokenizer: Tokenizer) -> tiktoken.Encoding | None:
     return tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
-def _pattern(pre_tokenizer: Any) -> str | None:
+def word_pattern(pre_tokenizer: Any) -> str | None:
     """Return the regular expression of a pre-tokenizer that cuts words by one and then writes bytes; else None."""
     match pre_tokenizer:
         case {

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from models.architectures.describe import beyond_layout
 from pipelines.core.artifact import read_json
 from pipelines.core.errors import ConfigError
+from pipelines.data.encoder import word_pattern
+from pipelines.data.tokenizer import PATTERNS
 from pipelines.modelio.folder import WeightReader, family_in
 
 if TYPE_CHECKING:
@@ -29,12 +31,13 @@ BLOCK = 32
 """Weights that share a scale; a matrix with other row lengths is stored as f16."""
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7}
 """`llama_ftype` of llama.cpp."""
-_SPLITTER = [
-    {"type": "Digits", "individual_digits": True},
-    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-]
-_SPLITTER_NAME = "smollm"
-"""llama.cpp's name of the same rule: digits alone, then GPT-2's pattern."""
+_SPLITTERS = {
+    PATTERNS["llama3", False]: "smaug-bpe",  # `llama-bpe` takes a word that is a token whole, whatever the merges say
+    PATTERNS["llama3", True]: "qwen2",
+    PATTERNS["gpt2", False]: "gpt-2",
+    PATTERNS["gpt2", True]: "smollm",
+}
+"""What a word is -> llama.cpp's name of the same rule."""
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5
 """Token types of llama.cpp; an unused id has a row in the token matrix and no token in the tokenizer."""
 
@@ -158,16 +161,16 @@ def _add_shape(writer: GGUFWriter, config: dict[str, Any]) -> None:
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer: dict[str, Any], config: dict[str, Any]) -> None:
     """Describe the byte-level BPE; documents start with `<|bos|>` in training, so llama.cpp is told to add it."""
-    model, splitter = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
-    if model.get("type") != "BPE" or splitter.get("pretokenizers") != _SPLITTER or tokenizer.get("normalizer"):
+    model, splitter = tokenizer["model"], _SPLITTERS.get(word_pattern(tokenizer.get("pre_tokenizer")) or "")
+    if model.get("type") != "BPE" or splitter is None or tokenizer.get("normalizer"):
         raise ConfigError(
-            "the tokenizer is not the byte-level BPE of the prepare stage; llama.cpp would cut texts differently",
+            "the tokenizer is none of the byte-level BPEs of the prepare stage; llama.cpp would cut texts differently",
             hint="`ingot export --format hf` keeps any tokenizer",
         )
     special = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
     by_id = {number: text for text, number in model["vocab"].items()} | special
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_SPLITTER_NAME)
+    writer.add_tokenizer_pre(splitter)
     ids = range(config["vocab_size"])
     writer.add_token_list([by_id.get(n, f"<|unused-{n}|>") for n in ids])
     writer.add_token_types([_CONTROL if n in special else _NORMAL if n in by_id else _UNUSED for n in ids])

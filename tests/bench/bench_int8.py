@@ -51,7 +51,7 @@ def write_model(folder: Path, options: argparse.Namespace, family: str) -> Artif
         layers=options.layers,
         heads=options.width // 64,
         ffn_width=options.width * 11 // 4,
-        vocab_size=trained.get_vocab_size(),
+        vocab_size=trained.vocab_size,
         max_positions=CONTEXT,
         bos_id=0,
         eos_id=1,

@@ -81,7 +81,7 @@ def model_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ar
         root = tmp_path_factory.mktemp("model")
         ids = {"bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
         shape = {
-            "vocab_size": trained.get_vocab_size(),
+            "vocab_size": trained.vocab_size,
             "width": 64,
             "layers": 2,
             "heads": 4,

@@ -76,7 +76,7 @@ def test_the_model_loads_in_plain_transformers_and_has_the_recorded_loss(
 
 
 def validation_by_hand(spec: WorkerSpec, model: Any) -> tuple[float, int]:
-    """Sum the nats of every validation target, one sequence at a time, on plain logits."""
+    """Sum the nats of every validation target, one sequence at a time, on plain logits; no token sees padding."""
     import numpy as np
 
     from models.architectures.config import IGNORED
@@ -91,7 +91,8 @@ def validation_by_hand(spec: WorkerSpec, model: Any) -> tuple[float, int]:
         samples, epochs = np.array([number]), np.array([VALIDATION_EPOCH])
         batch = Batch.of(*objective.targets(reader.take(samples), samples, epochs), 2)
         with torch.no_grad():
-            chances = model(input_ids=batch.inputs_BT).logits.log_softmax(-1)[0]
+            seen_BT = (batch.inputs_BT != spec.index["pad_id"]).long()
+            chances = model(input_ids=batch.inputs_BT, attention_mask=seen_BT).logits.log_softmax(-1)[0]
         for position, target in enumerate(batch.targets_BT[0].tolist()):
             if target != IGNORED:
                 nats -= chances[position, target].item()
@@ -260,10 +261,12 @@ def test_frozen_layers_keep_every_bit_until_they_are_drawn(
     assert moved == expected
 
 
-def test_bits_per_byte_are_nats_per_byte_over_log_two(run_plain: Run, tmp_path: Path) -> None:
+def test_bits_per_byte_are_nats_per_byte_over_log_two(run_plain: Run, tmp_path: Path, prepared: Artifact) -> None:
     assert run_plain(tmp_path) == 0
     result = facts(tmp_path)
-    assert result["bits_per_byte"] == pytest.approx(result["validation_loss"] / math.log(2) / 3)
+    length = prepared.read_json("index.json")["sequence_length"]
+    asked, written = length - 1, 3 * length  # of each document: its start is asked of nobody; bytes of its tokens
+    assert result["bits_per_byte"] == pytest.approx(result["validation_loss"] / math.log(2) * asked / written)
     assert result["best_validation_loss"] <= result["validation_loss"]
 
 
