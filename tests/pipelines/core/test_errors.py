@@ -21,6 +21,7 @@ def test_the_exit_codes_are_the_documented_ones() -> None:
         "DiskFullError": 4,
         "NumericError": 5,
         "LockedError": 6,
+        "LockLost": 6,
         "GateRefused": 7,
         "DataRefused": 8,
         "Preempted": 75,
