@@ -16,7 +16,7 @@ test: check
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-tensors test-pipelines
 
 TENSORS = tests/models tests/exactness tests/contracts tests/golden tests/bench \
-  $(addprefix tests/pipelines/,compression deploy evaluation training)
+  $(addprefix tests/pipelines/,compression data deploy evaluation training)
 
 test-tensors: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q $(TENSORS)
