@@ -122,7 +122,7 @@ def test_one_changed_field_reruns_exactly_what_reads_it(smoke_store: Path, tmp_p
     assert "evaluate.tasks.items: 8 -> 6" in done.stdout
     found = states(store)
     assert {name for name, state in found.items() if state == "done"} == {
-        name for name in found if name.startswith(("evaluate.", "promote"))
+        name for name in found if name.startswith(("evaluate.", "compare.", "promote"))
     }
 
 

@@ -49,6 +49,8 @@ def test_prefect_draws_the_graph(smoke_store: Path, server: Server, parallel: in
         "prepare": set(),
         "pretrain": {"prepare"},
         "evaluate.pretrain": {"prepare", "pretrain"},
+        "pretrain.adamw": {"prepare"},
+        "compare.adamw": {"prepare", "pretrain.adamw", "pretrain", "evaluate.pretrain"},
         model: {"prepare", "pretrain"},
         evaluated: {"prepare", model, "pretrain", "evaluate.pretrain"},
         "promote": {"prepare", "pretrain", "evaluate.pretrain", model, evaluated},
