@@ -18,6 +18,8 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from pipelines.core import parent_guard
+
 WEED = Path(sysconfig.get_path("scripts")) / "weed"
 BUCKET = "corpus"
 KEY, SECRET = "test", "c4n4ry-s3cret"
@@ -67,7 +69,8 @@ def serve(folder: Path) -> Iterator[S3Server]:
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(
             [
-                str(WEED), "mini", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+                *parent_guard.command(), str(WEED), "mini", f"-dir={folder / 'data'}",
+                "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
                 f"-bucket={BUCKET}", "-webdav=false", "-admin.ui=false", f"-s3.config={folder / 's3.json'}",
                 *(f"-{name}={port}" for name, port in ports.items()),
             ],

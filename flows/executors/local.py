@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -55,7 +54,7 @@ class Executor(executors.Executor):
     def submit(self, request: StageRequest) -> Job:
         """Start a child, which gets the request by its standard input."""
         folder = Path(tempfile.mkdtemp(prefix="ingot-job-"))
-        guarded = [sys.executable, "-I", "-S", parent_guard.__file__, "exec", str(os.getpid())]
+        guarded = parent_guard.command()
         with (folder / EVENTS).open("wb") as events:
             child = subprocess.Popen(
                 [*guarded, *program.command("pipelines.core.run_stage", "-")],

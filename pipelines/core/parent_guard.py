@@ -24,6 +24,11 @@ _POLL_S = 0.5
 _READ_BYTES = 1 << 16
 
 
+def command() -> list[str]:
+    """Return what stands before a command that the kernel is to kill when the thread that starts it ends."""
+    return [sys.executable, "-I", "-S", __file__, "exec", str(os.getpid())]
+
+
 def become(parent: int, command: list[str]) -> NoReturn:
     """Replace this process by `command`, which the kernel then kills when the launcher's thread ends."""
     if sys.platform == "linux":

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import psutil
 
+from pipelines.core import parent_guard
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue")
 NODES = ("n1", "n2")
 DEADLINE_S = 60.0
@@ -177,7 +179,9 @@ class Slurm:
 
     def _spawn(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as log:
-            self.processes[name] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+            self.processes[name] = subprocess.Popen(
+                [*parent_guard.command(), *command], env=self.environment, stdout=log, stderr=log
+            )
 
 
 def wait_for(condition: Callable[[], bool], what: str, within_s: float = DEADLINE_S) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -63,16 +62,7 @@ class Server:
     @contextlib.contextmanager
     def process(self, name: str, *arguments: str) -> Iterator[psutil.Process]:
         """Run python until the block ends; the kernel ends it with this process, whatever happens."""
-        guarded = [
-            sys.executable,
-            "-I",
-            "-S",
-            parent_guard.__file__,
-            "exec",
-            str(os.getpid()),
-            sys.executable,
-            *arguments,
-        ]
+        guarded = [*parent_guard.command(), sys.executable, *arguments]
         with (self.home / f"{name}.log").open("wb") as log:
             started = subprocess.Popen(guarded, cwd=CHECKOUT, env=self.environment, stdout=log, stderr=log)
         try:

@@ -8,11 +8,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import resource
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -62,7 +60,7 @@ def measure(model: Path, settings: LatencySettings, device: str = "cpu") -> dict
         TransientError: the process failed or did not end in time.
     """
     # The guard lets the kernel end the probe when this process is killed.
-    command = [sys.executable, "-I", "-S", parent_guard.__file__, "exec", str(os.getpid())]
+    command = parent_guard.command()
     command += program.command("pipelines.evaluation.probes.latency", str(model.resolve()), "--device", device)
     command += ["--prompt-tokens", str(settings.prompt_tokens), "--new-tokens", str(settings.new_tokens)]
     command += ["--repeats", str(settings.repeats)]

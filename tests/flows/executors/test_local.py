@@ -20,8 +20,10 @@ from tests.pipelines.core.toy_stages import request
 def ignore(_progress: Progress) -> None: ...
 
 
-def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+def children() -> list[list[str]]:
+    """Return the stages at work below this process; servers of other tests may be there too."""
+    commands = [process.cmdline() for process in psutil.Process().children(recursive=True)]
+    return [command for command in commands if "pipelines.core.run_stage" in command]
 
 
 def test_executors_are_found_by_file_name() -> None:
