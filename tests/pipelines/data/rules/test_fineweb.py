@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
-from pipelines.data.rules import registry
-from pipelines.data.rules.base import Page
-from pipelines.data.shingles import units_of
 from tests.bench.planted_corpus import Maker
+from tests.pipelines.data.rules.asked import reason_of
 
 PROSE = Maker(3).text("en", Maker(3).sentences("en", 12))
 
 
-def reason(text: str) -> str | None:
-    rule = registry.make(
-        (
-            registry.settings(
-                {
-                    "name": "fineweb",
-                },
-                "0",
-                None,
-            ),
-        )
-    )[0]
-    return rule.reason(Page(text, units_of(text)))
+reason = functools.partial(reason_of, "fineweb")
 
 
 @pytest.mark.parametrize(
