@@ -166,7 +166,12 @@ class Executor(executors.Executor):
         return f"slurm, {', '.join(parts)}"
 
     def problems(self, requests: Iterable[StageRequest]) -> Iterator[str]:
-        """Yield why Slurm would refuse jobs (`sbatch --test-only`)."""
+        """Yield why Slurm would refuse jobs (`sbatch --test-only`), and what could not work there."""
+        requests = list(requests)
+        for each in requests:
+            machines = each.compute.node_count
+            if each.compute.container is not None and machines > 1:
+                yield f"{each.node}: compute.container goes with one node, not {machines}: an image calls no srun"
         alike: dict[tuple[str, ...], list[str]] = {}  # but for their names
         for each in requests:
             alike.setdefault(tuple(_options(each)[1:]), []).append(each.node)

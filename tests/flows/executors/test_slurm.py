@@ -42,6 +42,16 @@ def test_a_stage_in_an_image_sees_the_folders_under_their_own_names(tmp_path: Pa
     assert command[-5:] == ["ingot.sif", "python3", "-P", "-m", "pipelines.core.run_stage"]
 
 
+@pytest.mark.parametrize(("nodes", "refused"), [(1, False), (2, True)])
+def test_an_image_on_several_nodes_is_refused_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: int, refused: bool
+) -> None:
+    monkeypatch.setattr(slurm, "_slurm", lambda *_arguments, **_options: "")
+    asked = compute(container="ingot.sif", nodes=nodes)
+    problems = list(slurm.Executor(asked).problems([request(tmp_path, compute=asked, project="/p")]))
+    assert any("compute.container goes with one node" in problem for problem in problems) == refused
+
+
 @pytest.mark.parametrize(("ending", "code"), [("exit 7", 7), ("kill -TERM $PPID; while true; do sleep 0.05; done", 75)])
 def test_the_script_hands_the_request_over_and_ends_as_the_stage_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, code: int
