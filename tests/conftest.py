@@ -44,6 +44,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-golden", action="store_true", help="record tests/golden/losses.json anew")
 
 
+@pytest.fixture(autouse=True)
+def _signals_are_given_back() -> Iterator[None]:
+    """Refuse a test that keeps this process's signals: a later test that signals itself would end the whole run."""
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(signum) for signum in signals]
+    yield
+    assert [signal.getsignal(signum) for signum in signals] == before, "run what takes over signals in its own process"
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A prepare artifact of 61 tokens: each is a function of the one before it, or, one time in four, random."""

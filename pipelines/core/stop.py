@@ -50,6 +50,8 @@ class _State:
     """Whether this process does no work of its own."""
     signum: int | None = None
     """The first signal that came."""
+    taken: bool = False
+    """Whether a scope was told of it: from then on the main thread is on its way to an orderly end."""
     masks: dict[int, set[Any]] = field(default_factory=dict)
     """Signal masks of threads that are forking."""
 
@@ -185,6 +187,7 @@ def _receive(signum: int, _frame: FrameType | None) -> None:
     """Note a request, in the main thread, and do what the innermost scope says."""
     first = _note(signum)
     if first and _state.scopes:
+        _state.taken = True
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
         _state.scopes[-1](signum)
 
@@ -223,7 +226,7 @@ def _watch(reader: int) -> None:
         with _lock:
             if _state.only_looks:
                 os._exit(128 + signum)
-            if not _state.scopes:
+            if not _state.scopes and not _state.taken:  # taken: read late, the scope has ended in the meantime
                 _say(f"stopped by {name}; run the same command again")
                 _end()
         if not answered:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -16,7 +17,6 @@ import pytest
 import yaml
 
 from flows import deployments
-from flows.cli import main
 from tests.flows.prefect_process import CHECKOUT, DEADLINE_S, Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -122,17 +122,10 @@ def test_the_file_for_prefects_own_command_has_the_same_deployments() -> None:
     ],
 )
 def test_what_cannot_be_deployed_is_refused_before_a_server_is_asked(
-    options: list[str],
-    refusal: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    options: list[str], refusal: str, tmp_path: Path
 ) -> None:
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    monkeypatch.setenv("INGOT_PROJECT", str(CHECKOUT))
-    monkeypatch.setattr(sys, "argv", ["ingot", "deploy", *options])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    assert refusal in capsys.readouterr().err
+    said = {"PREFECT_HOME": str(tmp_path), "INGOT_PROJECT": str(CHECKOUT)}
+    env = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"} | said
+    ended = subprocess.run([sys.executable, "-m", "flows", "deploy", *options], env=env, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert refusal in ended.stderr

@@ -200,6 +200,33 @@ def test_a_second_signal_ends_it_at_once_after_its_last_words() -> None:
     assert err.splitlines()[1:] == ["ingot: ended by a second SIGTERM; run the same command again"]
 
 
+def test_a_request_that_is_read_late_does_not_end_who_is_on_the_way_out() -> None:
+    """A scope got the request and ended before the thread that watches was given a processor."""
+    code = """
+    read = os.read
+    def late(*arguments):
+        got = read(*arguments)
+        time.sleep(0.5)
+        return got
+    os.read = late
+    signal.raise_signal(signal.SIGALRM)  # the thread reads again, late from now on
+    try:
+        with stop.unwinding():
+            say('ready')
+            while True: time.sleep(0.01)
+    except Preempted as error:
+        time.sleep(1)
+        say('the record is closed')
+        sys.exit(error.exit_code)
+    """
+    with program(code) as started:
+        started.wait_for("ready")
+        started.signal(signal.SIGTERM)
+        code_, out, err = started.end()
+    assert (code_, out) == (75, "the record is closed\n")
+    assert err == "ingot: SIGTERM: stopping; a second one ends it at once\n"
+
+
 def test_signals_of_a_forked_child_are_its_own() -> None:
     code = """
     child = os.fork()
