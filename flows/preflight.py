@@ -340,13 +340,9 @@ def _scratch(plan: RunPlan, node: str) -> Path:
 
 
 def several_machines(plan: RunPlan) -> Iterator[Finding]:
-    """Do all machines of a store on S3 see one registry, and the nodes of one training one scratch folder?"""
+    """Do all machines of a store on S3 see one registry?"""
     if not plan.store.address.startswith(SCHEME):
         return
-    wide = [step.node for step in plan.steps if step.runs and plan.request(step.node).compute.node_count > 1]
-    if wide:
-        message = f"the nodes of {', '.join(wide)} work in {plan.store.root}, which they have to share"
-        yield Finding("several machines", message, "let INGOT_CACHE name a folder on a disk that all nodes have", None)
     uri = resolve_uri(plan.config.tracking, plan.store.root)
     if str(plan.store.root) in uri:
         message = f"the store is on S3, but MLflow's database is {uri}: other machines do not see runs and models there"

@@ -19,9 +19,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from pipelines.core import node_files, stop
 from pipelines.core import nodes as node_servers
-from pipelines.core import stop
 from pipelines.core.errors import BY_EXIT_CODE, ConfigError, IngotError, Preempted, TransientError
+from pipelines.core.node_files import Workplace
 from pipelines.core.ranks import HEARTBEAT_VARIABLE, Group, Placement, Rank, free_port
 
 _POLL_S = 0.05
@@ -42,6 +43,7 @@ def launch(
     env: Mapping[str, str] | None = None,
     nodes: int = 1,
     node_timeout_s: float = 30.0,
+    workplace: Workplace | None = None,
     heartbeat_timeout_s: float | None = None,
     grace_s: float = 60.0,
     on_poll: Callable[[], None] = lambda: None,
@@ -58,6 +60,7 @@ def launch(
         env: variables added to this process's environment, without what could change a result (`environment.py`).
         nodes: machines that the ranks are spread over, as many on each, the lowest here; see `nodes.py`.
         node_timeout_s: a node that has not been heard of for this many seconds is lost.
+        workplace: the folder that the ranks work in; where other nodes do not see it, its files are carried.
         heartbeat_timeout_s: a rank that has not called `beat` for this many seconds counts as hung; None never does.
         grace_s: seconds between a request to stop and SIGKILL.
         on_poll: called about 20 times a second; it must not block. An exception from it stops the ranks.
@@ -72,6 +75,8 @@ def launch(
     log_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as met:
         others = met.enter_context(node_servers.meeting(nodes, log_dir, node_timeout_s)) if nodes > 1 else None
+        if others is not None and workplace is not None:
+            others.workplace = met.enter_context(node_files.serving(workplace, others.address))
         for _attempt in range(_PORT_ATTEMPTS):
             group = _group(tuple(command), world_size, log_dir, dict(env or {}), others)
             with _registered(group):

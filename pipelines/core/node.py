@@ -12,12 +12,12 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from pipelines.core import rendezvous
+from pipelines.core import node_files, rendezvous
 from pipelines.core.errors import ConfigError, IngotError, TransientError
 from pipelines.core.ranks import Group, Placement, Rank
 from pipelines.core.rendezvous import HELLO_S, KEY_VARIABLE, MEET_S, POLL_S, RENDEZVOUS_VARIABLE, TELL_S, Line
@@ -124,6 +124,7 @@ class _Served:
     def __init__(self, line: Line) -> None:
         self._line = line
         self._group: Group | None = None
+        self._arrival: _Arrival | None = None
         self.timeout_s: float | None = None
         """How long the first node may be silent, once it has said so."""
 
@@ -132,7 +133,9 @@ class _Served:
         if message["do"] == "start":
             self.close()
             self.timeout_s = float(message["timeout_s"])
-            self._group = _started(message, self._line)
+            self._arrival = _Arrival(message)
+        elif message["do"] in {"kill", "signal"} and self._arrival is not None:
+            self._arrival.code = -int(message.get("signum", signal.SIGKILL))
         elif self._group is None or message["do"] == "ping":
             return
         elif message["do"] == "signal":
@@ -144,6 +147,8 @@ class _Served:
 
     def changed(self) -> bool:
         """Look at the ranks; return whether one has ended since the last look."""
+        if self._arrival is not None and self._arrival.here is not None and self._arrival.code is None:
+            self._group, self._arrival = _started(self._arrival, self._line), None
         if self._group is None:
             return False
         before = len(self._group.running())
@@ -152,6 +157,8 @@ class _Served:
 
     def told(self) -> list[dict[str, Any]]:
         """Return what the first node is to know of the ranks."""
+        if self._arrival is not None:
+            return self._arrival.told()
         return [] if self._group is None else [_told(rank) for rank in self._group.local]
 
     def close(self) -> None:
@@ -160,12 +167,43 @@ class _Served:
             self._group.close()
 
 
-def _started(message: Mapping[str, Any], line: Line) -> Group:
-    log_dir = Path(message["log_dir"])
-    log_dir.mkdir(parents=True, exist_ok=True)
+class _Arrival:
+    """What the ranks of this node read is on its way here; the first node is told that they are starting.
+
+    Args:
+        message: what the first node wants to be started.
+    """
+
+    def __init__(self, message: Mapping[str, Any]) -> None:
+        self.message = message
+        self.here: node_files.Here | None = None
+        self.code: int | None = None
+        """Why no rank will be started: the exit code of an error, or the signal that said so."""
+        self._output = ""
+        threading.Thread(target=self._work, name="arrival", daemon=True).start()
+
+    def _work(self) -> None:
+        try:
+            self.here = node_files.arrive(self.message)
+        except IngotError as error:
+            self.code, self._output = error.exit_code, str(error)
+        except Exception as error:  # noqa: BLE001 - the first node tells of it
+            self.code, self._output = 1, repr(error)
+
+    def told(self) -> list[dict[str, Any]]:
+        """Return what the first node is to know of ranks that are not there yet."""
+        placed = self.message["placement"]
+        facts = {"code": self.code, "silence": 0.0, "beaten": False, "out_of_memory": False, "output": self._output}
+        return [{"rank": rank, **facts} for rank in range(placed["first"], placed["first"] + placed["count"])]
+
+
+def _started(arrival: _Arrival, line: Line) -> Group:
+    assert arrival.here is not None
+    here, message = arrival.here, arrival.message
+    here.log_dir.mkdir(parents=True, exist_ok=True)
     own = rendezvous.plain(line.connection.getsockname()[0])
     placement = Placement(**message["placement"], own_address=own)
-    group = Group(tuple(message["command"]), log_dir, dict(message["env"]), placement)
+    group = Group(here.command, here.log_dir, here.env, placement)
     group.start()
     return group
 

@@ -72,10 +72,12 @@ class Node:
 
     number: int
     host: str
+    address: str
+    """Where it came from; a connection that was reset no longer knows."""
     line: Line
 
     def __str__(self) -> str:
-        return f"node {self.number} ({self.host}, {rendezvous.plain(self.line.connection.getpeername()[0])})"
+        return f"node {self.number} ({self.host}, {self.address})"
 
 
 @dataclass
@@ -84,6 +86,8 @@ class Meeting:
 
     nodes: list[Node]
     timeout_s: float
+    workplace: dict[str, Any] | None = None
+    """Where the files of the ranks are; see `node_files.serving`."""
 
     @property
     def address(self) -> str:
@@ -130,6 +134,7 @@ class World(Group):
                 placement={"world_size": place.world_size, "port": place.port, "address": place.address}
                 | {"first": first, "count": count},
                 timeout_s=self.meeting.timeout_s,
+                workplace=self.meeting.workplace,
             )
 
     def collect(self) -> None:
@@ -256,14 +261,15 @@ def _await(
                 hint="is the port open between the nodes? `nodes.log` and the log of the job have more",
             )
         if select.select([listener], [], [], 0.2)[0]:
-            line = Line(listener.accept()[0])
+            connection, peer = listener.accept()
+            line = Line(connection)
             try:
                 hello = rendezvous.greet(line, key)
             except (TransientError, KeyError, ValueError, TypeError):
                 line.close()  # a stranger
                 continue
             if 0 < hello["node"] < nodes and hello["nodes"] == nodes:
-                come[hello["node"]] = Node(hello["node"], str(hello["host"]), line)
+                come[hello["node"]] = Node(hello["node"], str(hello["host"]), rendezvous.plain(peer[0]), line)
             else:
                 line.send(refused=f"this is a stage of {nodes} nodes, counted from 0")
                 line.close()

@@ -354,11 +354,14 @@ def _manifest(stage: str, key: str) -> str:
 
 
 def _folder(address: str) -> Path:
-    """Return the folder of this machine for a store."""
+    """Return the folder of this machine for a store; $INGOT_CACHE may name variables, such as that of the node."""
     if (said := os.environ.get(CACHE_VARIABLE)) is None:
         caches = os.environ.get("XDG_CACHE_HOME")
         home = os.environ.get("HOME")
         place = Path(caches) if caches else Path(home) / ".cache" if home else Path(tempfile.gettempdir())
         said = str(place / "ingot")
     digest = hashlib.sha256(address.encode()).hexdigest()[:8]
-    return Path(said).expanduser().resolve() / f"{address.removeprefix('s3://').replace('/', '-')}-{digest}"
+    return (
+        Path(os.path.expandvars(said)).expanduser().resolve()
+        / f"{address.removeprefix('s3://').replace('/', '-')}-{digest}"
+    )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import threading
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 from models.optim.sharded_optimizer import FragmentOptimizer
-from pipelines.core import artifact, disk, fingerprint
+from pipelines.core import artifact, disk, fingerprint, node_files
 from pipelines.core.artifact import Artifact, FileRecord, Manifest
 from pipelines.core.errors import ConfigError, IngotError, IntegrityError, TransientError
 from pipelines.core.fault_injection import fault_point
@@ -39,7 +40,8 @@ from pipelines.training.snapshot import STATE, Snapshot
 log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step-(\d{8})")
-_TEMPORARY = (".writing-*", ".pruned-*", ".retired-*")
+_BROUGHT, _SENDING = ".brought", ".sending"
+_TEMPORARY = (".writing-*", ".pruned-*", ".retired-*", _BROUGHT, _SENDING)
 _POLL_S = 0.02
 _BEAT_S = 1.0
 """A rank that waits for a disk is alive, and says so this often."""
@@ -61,7 +63,7 @@ class Checkpoints:
     """The checkpoints of one training run.
 
     Args:
-        folder: where they lie; shared by all ranks.
+        folder: where they lie. Ranks on a node that does not see it have a folder of their own, which stands for it.
         keep: how many to keep.
     """
 
@@ -73,6 +75,9 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
         self._pending: _PendingSave | None = None
+        self._first_node = node_files.of_rank()
+        if self._first_node is not None:
+            folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def fallbacks(self) -> int:
@@ -149,7 +154,9 @@ class Checkpoints:
             fault_point("checkpoint.before_write", step=pending.snapshot.step)
             shutil.rmtree(build, ignore_errors=True)
             build.mkdir(parents=True)
-        pending.ranks.barrier()
+        pending.ranks.barrier()  # by now every rank has read what was brought
+        if self._first_node is not None:
+            shutil.rmtree(self.folder / _BROUGHT, ignore_errors=True)
         pending.thread = threading.Thread(
             target=self._work, args=(pending,), name=f"checkpoint-{pending.snapshot.step}"
         )
@@ -169,12 +176,19 @@ class Checkpoints:
 
     def _write_share(self, pending: _PendingSave) -> None:
         build, rank = self._build(pending.snapshot.step), pending.ranks.rank
-        path = build / f"rank-{rank:05d}.safetensors"
+        first, own = self._first_node, self.folder / _SENDING if self._first_node else build
+        if first is not None:
+            own.mkdir(exist_ok=True)
+        path = own / f"rank-{rank:05d}.safetensors"
         record = checkpoint_io.write(path, pending.snapshot.tensors)
         spans = [(piece.name, piece.start, piece.numel) for piece in pending.snapshot.tensors if piece.kind == MASTER]
         note = {"file": path.name, "record": record.model_dump(), "spans": spans}
         # Rank 0 may publish, and so rename the folder, as soon as it sees the last note.
-        artifact.replace_text(_note(build, rank), json.dumps(note))
+        artifact.replace_text(_note(own, rank), json.dumps(note))
+        if first is not None:
+            for file in (path, _note(own, rank)):
+                first.put(file, build / file.name)
+                file.unlink()
 
     def _others_have_written(self, pending: _PendingSave) -> bool:
         build = self._build(pending.snapshot.step)
@@ -286,6 +300,9 @@ class Checkpoints:
                 for path in self.folder.glob(pattern):
                     shutil.rmtree(path)
         for step in self._common_steps(ranks):
+            if self._first_node is not None and os.environ["LOCAL_RANK"] == "0":
+                self._first_node.get_folder(self._final(step), self.folder / _BROUGHT)
+            ranks.barrier()
             found, fault = self._verified(step, ranks)
             if _agreed(ranks, fault is None, every=True):
                 assert found is not None
@@ -341,7 +358,7 @@ class Checkpoints:
     def _verified(self, step: int, ranks: Ranks) -> tuple[Artifact | None, IntegrityError | None]:
         """Check manifest and layout on every rank, and hash this rank's part of the files."""
         try:
-            found = artifact.load(self._final(step))
+            found = artifact.load(self.folder / _BROUGHT if self._first_node else self._final(step))
             for name in sorted(found.manifest.files)[ranks.rank :: ranks.world]:
                 artifact.verify_file(found.path / name, found.manifest.files[name])
                 beat()

@@ -17,12 +17,15 @@ from pipelines.core.artifact import Artifact, read_json
 from pipelines.core.compute import resolve_device
 from pipelines.core.errors import ConfigError
 from pipelines.core.launcher import launch
+from pipelines.core.node_files import Workplace
 from pipelines.core.stage import Progress, StageContext, Summary
 from pipelines.training import phases, room
 from pipelines.training.config import PretrainConfig
 from pipelines.training.metrics import Record, Tail
 from pipelines.training.worker_spec import WorkerSpec
 
+SPEC = "worker_spec.json"
+"""What the ranks are told, in the folder that they work in."""
 _FOLLOW_S = 0.25
 """Seconds between looks at the metrics file."""
 
@@ -143,7 +146,7 @@ def _descent(fetched: Artifact | None) -> Summary:
 
 def write_spec(spec: WorkerSpec) -> None:
     """Write the file; results of another one in the same folder (other ranks, say) do not count as this one's."""
-    path, text = spec.scratch / "worker_spec.json", spec.model_dump_json(indent=1)
+    path, text = spec.scratch / SPEC, spec.model_dump_json(indent=1)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         spec.facts.unlink(missing_ok=True)
     artifact.write_text(path, text)
@@ -153,10 +156,11 @@ def _launch(spec: WorkerSpec, context: StageContext) -> None:
     follow = _Follower(spec, context)
     compute = context.compute
     launch(
-        program.command("pipelines.training.worker", str(spec.scratch / "worker_spec.json")),
+        program.command("pipelines.training.worker", str(spec.scratch / SPEC)),
         world_size=spec.config.world_size,
         nodes=compute.node_count,
         node_timeout_s=compute.node_timeout_s,
+        workplace=Workplace(spec.scratch, context.store, (SPEC, spec.rollbacks.name)),
         log_dir=spec.logs,
         env=environment(spec),
         heartbeat_timeout_s=compute.heartbeat_timeout_s,
