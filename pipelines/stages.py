@@ -34,7 +34,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "compress",
-            version=8,
+            version=9,
             entry="pipelines.compression.stage:run",
             observations=("observations.json", "metrics.jsonl"),
             journals=("*.jsonl", "rollbacks.json"),

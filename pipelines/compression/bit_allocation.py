@@ -117,9 +117,7 @@ def _statistics(
 ) -> Iterator[tuple[str, Statistics]]:
     """Yield what losses are predicted from for each layer of the base model, one block after another."""
     if wanted.sensitivity_source == "curvature":
-        curvature = sensitivity.traces(
-            run.load_base(), names, run.tokens_NT, run.labels_NT, probes=wanted.probes, seed=run.config.seed
-        )
+        curvature = sensitivity.traces(run.load_base(), names, run.text, probes=wanted.probes, seed=run.config.seed)
         yield from ((name, Statistics(curvature=value)) for name, value in curvature.items())
     elif wanted.sensitivity_source == "gradients":
         for index in range(len(meta_init.blocks(run.base)[1])):
@@ -133,7 +131,7 @@ def _second_moments(run: CompressionRun, names: Sequence[str]) -> Iterator[tuple
     model = run.base
     stack, layers = meta_init.blocks(model)
     meta_init.load_rest(model, stack, run.reader, run.device)
-    prefix = calibration.enter(model, layers, run.tokens_NT, run.device, in_tuples=run.description.in_tuples)
+    prefix = calibration.enter(model, layers, run.text, run.device, in_tuples=run.description.in_tuples)
     for index, block in enumerate(layers):
         place = f"{stack}.{index}"
         meta_init.load(block, place, run.reader, run.device, model.dtype)

@@ -4,11 +4,12 @@ A layer takes part through a `Learnable`: a module with parameters that gives th
 and in the end the packed layer. The target is the output of the original block behind original blocks, so a block also
 makes up for the errors of those before it (as in BRECQ, Li et al. 2021, arXiv 2102.05426, and PTQ1.61).
 
-Every fourth batch of the calibration sequences is not learned from but judges: where the stored block is no nearer to
+A step learns from batches of several lengths together (`Prefix.groups`), so that each has about as many tokens. Every
+fourth group of batches is not learned from but judges: where the stored block is no nearer to
 its target on those than it was, it stays as it was. At 3 bits and more GPTQ is often so near that learning only fits
-the batches that it sees.
+what it sees.
 
-Shapes: B sequences of a batch, T tokens, D width, O and I features of a layer, G groups of S columns.
+Shapes: B sequences of a batch, L tokens, D width, O and I features of a layer, G groups of S columns.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from models.compression.base import Packed
 from models.compression.formats.int_grid import Grid, IntPacked, grouped
 from models.compression.formats.quantized_input import InputPacked
-from pipelines.compression.calibration import Prefix, first_output
+from pipelines.compression.calibration import Prefix
 from pipelines.core.errors import NumericError
 
 RATES = {"scale": 5e-3, "latent": 2e-2}
@@ -117,13 +118,13 @@ def optimise(
         learned: name inside the block -> its parameters, trained in place.
         index: place of the block in the stack.
         prefix: hidden states in front of the block, behind the compressed ones.
-        targets: outputs [B, T, D] that each batch of the prefix should have.
-        steps: steps of AdamW, one batch each; the rates fall to zero linearly.
+        targets: outputs [B, L, D] that each batch of the prefix should have.
+        steps: steps of AdamW, one group of batches each; the rates fall to zero linearly.
 
     Raises:
         NumericError: the loss is not finite.
     """
-    train, judges = split(len(targets))
+    train, judges = split(prefix.groups())
     hooks = [block.get_submodule(name).register_forward_hook(_replacing(layer)) for name, layer in learned.items()]
     optimizer = torch.optim.AdamW([group for layer in learned.values() for group in layer.rates()], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
@@ -143,25 +144,26 @@ def optimise(
             hook.remove()
 
 
-def split(batches: int) -> tuple[list[int], list[int]]:
-    """Return the batches that are learned from and those that judge: every fourth; below four all do both."""
-    everything = list(range(batches))
-    judges = everything[3::4]
-    return ([n for n in everything if n not in judges], judges) if judges else (everything, everything)
+Groups = list[list[int]]
+
+
+def split(groups: Groups) -> tuple[Groups, Groups]:
+    """Return the groups that are learned from and those that judge: every fourth; below four all do both."""
+    judges = groups[3::4]
+    return ([group for group in groups if group not in judges], judges) if judges else (groups, groups)
 
 
 @torch.no_grad()
-def relative_error(
-    block: nn.Module, index: int, prefix: Prefix, targets: Sequence[Tensor], judges: Sequence[int]
-) -> float:
-    """Return ||f(x) - target||^2 / ||target||^2, the mean over the batches `judges`."""
-    losses = [_loss(block, index, prefix, targets, batch) for batch in judges]
+def relative_error(block: nn.Module, index: int, prefix: Prefix, targets: Sequence[Tensor], judges: Groups) -> float:
+    """Return ||f(x) - target||^2 / ||target||^2, the mean over the groups `judges`."""
+    losses = [_loss(block, index, prefix, targets, group) for group in judges]
     return float(torch.stack(losses).mean())
 
 
-def _loss(block: nn.Module, index: int, prefix: Prefix, targets: Sequence[Tensor], batch: int) -> Tensor:
-    output_BTD = first_output(block(prefix.hidden[batch], **prefix.arguments[index]))
-    return (output_BTD - targets[batch]).float().square().mean() / targets[batch].float().square().mean()
+def _loss(block: nn.Module, index: int, prefix: Prefix, targets: Sequence[Tensor], group: Sequence[int]) -> Tensor:
+    errors = [(prefix.output(index, block, n) - targets[n]).float().square().sum() for n in group]
+    sizes = [targets[n].float().square().sum() for n in group]
+    return torch.stack(errors).sum() / torch.stack(sizes).sum()
 
 
 def _replacing(layer: Learnable) -> Any:

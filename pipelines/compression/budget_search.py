@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from models.architectures.config import IGNORED
 from models.compression import search
 from pipelines.compression import calibration
+from pipelines.compression.calibration import Batch
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.report import Budget, CompressionReport, SearchFacts, Trial
 from pipelines.compression.run import CompressionRun
@@ -30,7 +31,6 @@ from pipelines.core.errors import ConfigError
 from pipelines.measure.intervals import paired_ratio
 from pipelines.modelio.load import load_model
 
-_BATCH = 8
 _OF_THE_VARIANT = {"name", "method", "from_", "parameters"}
 """Keys of the configuration that candidates have of their own; the others are the engine's."""
 
@@ -83,12 +83,13 @@ def compress(run: CompressionRun) -> CompressionReport:
         run.prepare, samples=parameters.sequences, seed=run.config.seed, masked=run.masked, split="validation"
     )
     labels_NT = calibration.labels(run.prepare, tokens_NT, seed=run.config.seed, masked=run.masked, split="validation")
+    text = calibration.batches(run.prepare, tokens_NT, labels_NT)
     trials: list[Trial] = []
     most = len(parameters.methods) * len(parameters.group_sizes) * len(parameters.bits).bit_length()
     for method, group_size in product(parameters.methods, parameters.group_sizes):
 
         def fits(bits: int, method: str = method, group_size: int = group_size) -> bool:
-            trial = _trial(run, base, candidate(run.config, method, bits, group_size), tokens_NT, labels_NT)
+            trial = _trial(run, base, candidate(run.config, method, bits, group_size), text)
             trials.append(trial)
             run.progress(len(trials), most, "candidates", str(trial))
             return within(trial, parameters)
@@ -122,8 +123,7 @@ def _trial(
     run: CompressionRun,
     base: PreTrainedModel,
     config: CompressConfig,
-    tokens_NT: NDArray[np.int64],
-    labels_NT: NDArray[np.int64],
+    text: Sequence[Batch],
 ) -> Trial:
     """Return the measurement of one candidate, from the scratch folder if an earlier attempt made it."""
     grid = config.parameters.model_dump(include={"bits", "group_size"})
@@ -136,7 +136,7 @@ def _trial(
     # Only the winner is compared with its baselines.
     run.compress(config.model_copy(update={"baseline_documents": 0}), run.inputs, folder, run.context)
     variant = load_model(folder / "model").to(run.device)
-    nats, kl = compare(base, variant, tokens_NT, labels_NT)
+    nats, kl = compare(base, variant, text)
     size = CompressionReport.read(folder).totals.bytes
     shutil.rmtree(folder)
     ratio = paired_ratio(nats[1], nats[0], np.ones(len(nats[0])))
@@ -147,16 +147,16 @@ def _trial(
 
 @torch.no_grad()
 def compare(
-    base: PreTrainedModel, variant: PreTrainedModel, tokens_NT: NDArray[np.int64], labels_NT: NDArray[np.int64]
+    base: PreTrainedModel, variant: PreTrainedModel, text: Sequence[Batch]
 ) -> tuple[NDArray[np.float64], float]:
-    """Return the nats of each sequence under both models [2, N], base first, and the mean KL(base || variant).
+    """Return the nats of each document under both models [2, N], base first, and the mean KL(base || variant).
 
     Both means are over the positions that a label asks for; both models are on one device.
     """
     nats: list[Tensor] = []
     divergence, asked = 0.0, 0
-    for start in range(0, len(tokens_NT), _BATCH):
-        ids, labels = (torch.from_numpy(p[start : start + _BATCH]).to(base.device) for p in (tokens_NT, labels_NT))
+    for batch in text:
+        ids, labels = (torch.from_numpy(part).to(base.device) for part in (batch.tokens_BL, batch.labels_BL))
         before, after = (model(input_ids=ids).logits.double().log_softmax(-1) for model in (base, variant))
         wanted = labels != IGNORED
         targets = torch.where(wanted, labels, 0)[..., None]

@@ -1,16 +1,21 @@
 """What calibration shows a model, and what it records at the inputs of each layer of one block.
 
+A packed sequence is cut where its documents begin, as training reads it (`models.architectures.documents`), and a model
+is shown each part by itself: whatever its family, no token meets another document's, positions count from zero, and
+padding is shown to nobody. Parts of one length make a batch.
+
 Everything stays on the device of the block. Bounded memory: one block, the hidden states of the calibration sequences
 (twice where the original model is followed too), and for each layer of the block one I x I matrix and, on request, two
 samples of at most `ROWS` rows.
-Shapes: N sequences, T tokens, B sequences of a batch, D width, I input features, R sampled rows.
+Shapes: N packed sequences, T tokens, B parts of a batch, L tokens of each of them, D width, I input features, R sampled
+rows.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.architectures import documents
 from models.architectures.config import IGNORED
 from models.compression.base import Statistics
 from models.objectives.causal import next_tokens
@@ -30,10 +36,23 @@ from pipelines.modelio import meta_init
 ROWS = 2048
 """Input rows of a layer that methods with `calibration = "inputs"` are shown; fewer where there are fewer tokens."""
 _BATCH = 8
+"""A batch has at most as many tokens as so many packed sequences."""
+_CACHE = frozenset({"past_key_values", "use_cache"})
+"""Arguments of blocks that are left out."""
 _PURPOSE = 0xC0
 """Sets the random stream of calibration apart from others with the same seed."""
 _HIDDEN_SHARE = 0.3
 """Share of tokens that an encoder sees masked, near the middle of what masked language models train with."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Parts of documents that are equally long."""
+
+    tokens_BL: NDArray[np.int64]
+    """As the model sees them."""
+    labels_BL: NDArray[np.int64]
+    """What the logits of each position should say, or `IGNORED`."""
 
 
 @dataclass
@@ -41,29 +60,47 @@ class Prefix:
     """The state of the model between two blocks: hidden states, and what every block is called with besides them."""
 
     hidden: list[Tensor]
-    """Batches [B, T, D], all of one size."""
-    arguments: list[dict[str, Any]] = field(default_factory=list)
-    """Keyword arguments of each block: masks, position embeddings."""
+    """Of every batch [B, L, D]."""
+    arguments: Callable[[int], Sequence[dict[str, Any]]]
+    """Number of a batch -> keyword arguments of each block: masks, position embeddings. They are made again whenever
+    they are asked for: masks of all batches together would be larger than the hidden states."""
+    batch_tokens: int = 0
+    """Tokens that are computed at a time, at least those of the largest batch."""
 
     def fork(self) -> Prefix:
         """Return a second stream that starts from the same hidden states."""
         return replace(self, hidden=list(self.hidden))
 
     @property
+    def sizes(self) -> list[int]:
+        """Number of tokens of each batch."""
+        return [hidden_BLD.shape[0] * hidden_BLD.shape[1] for hidden_BLD in self.hidden]
+
+    @property
     def tokens(self) -> int:
         """Number of calibration tokens."""
-        return sum(hidden_BTD.shape[0] * hidden_BTD.shape[1] for hidden_BTD in self.hidden)
+        return sum(self.sizes)
 
     @torch.no_grad()
     def outputs(self, index: int, block: nn.Module) -> Iterator[Tensor]:
         """Yield the outputs of block `index`, batch by batch."""
-        for hidden_BTD in self.hidden:
-            yield first_output(block(hidden_BTD, **self.arguments[index]))
+        for number in range(len(self.hidden)):
+            yield self.output(index, block, number)
+
+    def output(self, index: int, block: nn.Module, number: int) -> Tensor:
+        """Return the output [B, L, D] of block `index` for one batch."""
+        arguments = self.arguments(number)[index]
+        return first_output(block(self.hidden[number], **arguments))
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace the hidden states by the outputs of block `index`."""
-        for position, output_BTD in enumerate(self.outputs(index, block)):
-            self.hidden[position] = output_BTD
+        for number, output_BLD in enumerate(self.outputs(index, block)):
+            self.hidden[number] = output_BLD
+
+    def groups(self) -> list[list[int]]:
+        """Return which batches are learned from together: of all lengths, and about `batch_tokens` tokens."""
+        count = max(1, self.tokens // max(self.batch_tokens, *self.sizes))
+        return [list(range(start, len(self.hidden), count)) for start in range(count)]
 
 
 def sample_tokens(prepare: Path, *, samples: int, seed: int, masked: bool, split: str = "train") -> NDArray[np.int64]:
@@ -105,11 +142,44 @@ def labels(
     return next_tokens(tokens_NT, bos_id=index["bos_id"], pad_id=index["pad_id"])
 
 
-@torch.no_grad()
+def boundaries(prepare: Path) -> dict[str, int]:
+    """Return the tokens that tell where documents begin, as `models.architectures.documents` takes them."""
+    index = ShardReader(prepare, "train").index
+    return {"bos_id": index["bos_id"], "pad_id": index["pad_id"]}
+
+
+def batches(
+    prepare: Path, tokens_NT: NDArray[np.int64], labels_NT: NDArray[np.int64], *, sequences: int = _BATCH
+) -> list[Batch]:
+    """Cut packed sequences into the parts of documents in them; every token but padding is in one part.
+
+    Args:
+        prepare: folder of a prepare artifact, which knows the special tokens.
+        tokens_NT: from `sample_tokens`.
+        labels_NT: from `labels`.
+        sequences: a batch has at most as many tokens as so many packed sequences.
+
+    Returns:
+        Batches of parts of one length, the shortest first; parts in the order of the sequences.
+    """
+    special = boundaries(prepare)
+    flat, limit = tokens_NT.reshape(-1), sequences * tokens_NT.shape[1]
+    begins = np.flatnonzero(documents.starts(tokens_NT, **special))
+    lengths = np.diff(begins, append=len(flat))
+    text = flat[begins] != special["pad_id"]
+    cut: list[Batch] = []
+    for length in np.unique(lengths[text]):
+        places_PL = begins[text & (lengths == length)][:, None] + np.arange(length)
+        for start in range(0, len(places_PL), max(limit // length, 1)):
+            places_BL = places_PL[start : start + max(limit // length, 1)]
+            cut.append(Batch(flat[places_BL], labels_NT.reshape(-1)[places_BL]))
+    return cut
+
+
 def enter(
     model: PreTrainedModel,
     stack: nn.ModuleList,
-    tokens_NT: NDArray[np.int64],
+    text: Sequence[Batch],
     device: torch.device,
     *,
     in_tuples: bool = False,
@@ -119,28 +189,25 @@ def enter(
     Every block is stood in for by a recorder that passes its input on, so only the parameters outside the stack are
     used, and a model whose layers differ in masks or positions is recorded as it is.
     """
-    prefix = Prefix(hidden=[])
-    arguments: list[dict[str, Any]] = []
-    entered: list[Tensor] = []
 
-    def recording(block: nn.Module) -> Callable[..., Tensor]:
-        def record(*args: Any, **kwargs: Any) -> Tensor:
-            hidden_BTD, others = meta_init.bound(block, args, kwargs)
-            entered.append(hidden_BTD)
-            arguments.append({k: v for k, v in others.items() if k not in {"past_key_values", "use_cache"}})
-            return hidden_BTD
+    def recorded(number: int) -> list[tuple[Tensor, dict[str, Any]]]:
+        seen: list[tuple[Tensor, dict[str, Any]]] = []
 
-        return record
+        def recording(block: nn.Module) -> Callable[..., Tensor]:
+            def record(*args: Any, **kwargs: Any) -> Tensor:
+                hidden_BLD, others = meta_init.bound(block, args, kwargs)
+                seen.append((hidden_BLD, {k: v for k, v in others.items() if k not in _CACHE}))
+                return hidden_BLD
 
-    with standing_in(stack, [recording(block) for block in stack], in_tuples=in_tuples):
-        for batch_BT in batches(tokens_NT):
-            entered.clear()
-            arguments.clear()
-            model.base_model(input_ids=torch.from_numpy(batch_BT).to(device))
-            prefix.hidden.append(entered[0])
-    # All batches have one shape and no padding, so the arguments of the last one hold for all.
-    prefix.arguments = list(arguments)
-    return prefix
+            return record
+
+        with torch.no_grad(), standing_in(stack, [recording(block) for block in stack], in_tuples=in_tuples):
+            model.base_model(input_ids=torch.from_numpy(text[number].tokens_BL).to(device))
+        return seen
+
+    hidden = [recorded(number)[0][0] for number in range(len(text))]
+    tokens = max(batch.tokens_BL.size for batch in text)
+    return Prefix(hidden, lambda number: [others for _, others in recorded(number)], tokens)
 
 
 @contextlib.contextmanager
@@ -237,13 +304,13 @@ def _keeping(
     """Append to `kept` what each layer meets of the tokens `rows_R`, batch by batch."""
     if rows_R is None:
         return contextlib.nullcontext()
-    # All batches have one shape, so the tokens of batch b are those from b * size on.
-    size = prefix.tokens // len(prefix.hidden)
+    ends = np.cumsum(prefix.sizes)
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            start = len(kept[name]) * size
-            mine = rows_R[(rows_R >= start) & (rows_R < start + size)] - start
+            number = len(kept[name])
+            start, end = ends[number] - prefix.sizes[number], ends[number]
+            mine = rows_R[(rows_R >= start) & (rows_R < end)] - start
             rows_NI = inputs[0].detach().flatten(0, -2)
             kept[name].append(rows_NI[torch.from_numpy(mine).to(rows_NI.device)].float())
 
@@ -275,13 +342,6 @@ def _accumulate(sum_II: Tensor, highest_I: Tensor) -> Callable[..., None]:
         sum_II.add_(rows_NI.T @ rows_NI)
 
     return hook
-
-
-def batches(tokens_NT: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Cut the sequences into batches of one size: the largest divisor of N up to `_BATCH`."""
-    count = len(tokens_NT)
-    size = max(n for n in range(1, _BATCH + 1) if count % n == 0)
-    yield from (tokens_NT[start : start + size] for start in range(0, count, size))
 
 
 def first_output(output: Any) -> Tensor:

@@ -8,7 +8,7 @@ The variant is compared with baselines at no fewer stored bits, on text that goe
 a pass over a document quantizes its keys and values row by row, as a stream would. Bytes are those that the class holds
 for a token of that text.
 
-Shapes: N rows (tokens of all sequences), C channels (all key heads side by side), H heads, T tokens, D head size.
+Shapes: N rows (tokens of all documents), C channels (all key heads side by side), H heads, T tokens, D head size.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from models.architectures.config import IGNORED
 from models.compression import registry
 from models.compression.cache_method import CacheBaseline, CacheConfig, CacheMethod
 from models.compression.formats.cache_codes import rounding, rounding_bytes
 from models.compression.modules import quantized_cache
 from models.compression.modules.quantized_cache import QuantizedCache, Tables, rotate
-from pipelines.compression import baselines
+from pipelines.compression import baselines, calibration
 from pipelines.compression.baselines import Contender
+from pipelines.compression.calibration import Batch
 from pipelines.compression.quick_eval import QuickEval
 from pipelines.compression.report import (
     FILE,
@@ -59,7 +59,7 @@ LEFT_OUT = {
 _ROWS = 16384
 """Tokens that the tables are fitted on; more calibration tokens are thinned evenly."""
 _SEQUENCES = 4
-"""Sequences whose gradients are computed together."""
+"""Gradients are computed of about as many tokens together as so many sequences have."""
 _GROUPS = (0, 128, 64, 32, 16, 8)
 
 
@@ -71,7 +71,7 @@ class Recorded:
     gradient_NC: Tensor
     """Of the summed loss with respect to each entry."""
     positions_N: Tensor
-    """Place of each row in its sequence."""
+    """Place of each row in its document."""
 
     @property
     def fisher_NC(self) -> Tensor:  # noqa: N802 - a shape letter
@@ -107,7 +107,7 @@ def compress(run: CompressionRun) -> CompressionReport:
     assert isinstance(parameters, CacheConfig)
     model = run.load_base()
     check(config.method, model)
-    recorded = record(model, run.tokens_NT, parameters.exact_tokens)
+    recorded = record(model, _text(run), parameters.exact_tokens)
     ways = {config.method: CacheBaseline(parameters), **method.baselines(parameters)}
     tables: dict[str, list[Tables]] = {name: [] for name in ways}
     rows: dict[str, CachedLayer] = {}
@@ -158,31 +158,37 @@ def check(method: str, model: PreTrainedModel) -> None:
 # ---- calibration ------------------------------------------------------------------------------------------------
 
 
-def record(model: PreTrainedModel, tokens_NT: NDArray[np.int64], skip: int) -> list[tuple[Recorded, Recorded]]:
+def _text(run: CompressionRun) -> list[Batch]:
+    return calibration.batches(run.prepare, run.tokens_NT, run.labels_NT, sequences=_SEQUENCES)
+
+
+def record(model: PreTrainedModel, text: Sequence[Batch], skip: int) -> list[tuple[Recorded, Recorded]]:
     """Return keys before RoPE and values of every layer, and their gradients, in host memory.
 
     Args:
         model: a Llama decoder.
-        tokens_NT: calibration sequences.
-        skip: tokens at the start of each sequence to leave out, because they are kept exactly.
+        text: calibration documents.
+        skip: tokens at the start of each document to leave out, because they are kept exactly.
 
     Raises:
         NumericError: something is not finite.
     """
     layers = model.model.layers
     places = [module for layer in layers for module in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
-    thin = -(-tokens_NT.size // _ROWS)
+    thin, met = -(-sum(batch.tokens_BL.size for batch in text) // _ROWS), 0
     states: list[list[Tensor]] = [[] for _ in places]
     gradients: list[list[Tensor]] = [[] for _ in places]
     positions: list[Tensor] = []
     model.requires_grad_(False)
-    for outputs in _passes(model, places, tokens_NT):
+    for outputs in _passes(model, places, text):
+        places_BL = torch.arange(outputs[0].shape[1])[skip:].expand(len(outputs[0]), -1)
+        rows = slice(-met % thin, None, thin)
+        met += places_BL.numel()
         for place, output in enumerate(outputs):
             assert output.grad is not None
             for kept, tensor in ((states, output.detach()), (gradients, output.grad)):
-                kept[place].append(tensor[:, skip:].flatten(0, 1)[::thin].cpu())
-        places_BT = torch.arange(skip, tokens_NT.shape[1]).expand(len(outputs[0]), -1)
-        positions.append(places_BT.flatten()[::thin])
+                kept[place].append(tensor[:, skip:].flatten(0, 1)[rows].cpu())
+        positions.append(places_BL.flatten()[rows])
     positions_N = torch.cat(positions)
     sides = [
         Recorded(torch.cat(x).float(), torch.cat(g).float(), positions_N)
@@ -193,9 +199,7 @@ def record(model: PreTrainedModel, tokens_NT: NDArray[np.int64], skip: int) -> l
     return list(zip(sides[::2], sides[1::2], strict=True))
 
 
-def _passes(
-    model: PreTrainedModel, places: Sequence[nn.Module], tokens_NT: NDArray[np.int64]
-) -> Iterator[list[Tensor]]:
+def _passes(model: PreTrainedModel, places: Sequence[nn.Module], text: Sequence[Batch]) -> Iterator[list[Tensor]]:
     """Run batches forward and backward; yield what the modules in `places` put out, gradients included."""
     outputs: list[Tensor] = []
 
@@ -208,11 +212,12 @@ def _passes(
     hooks = [module.register_forward_hook(keep) for module in places]
     try:
         with torch.enable_grad():
-            for start in range(0, len(tokens_NT), _SEQUENCES):
+            for batch in text:
                 outputs.clear()
-                ids = torch.from_numpy(tokens_NT[start : start + _SEQUENCES]).to(model.device)
-                logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-                nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()
+                ids, labels = (torch.from_numpy(part).to(model.device) for part in (batch.tokens_BL, batch.labels_BL))
+                logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
+                loss = nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+                loss.backward()
                 yield outputs
     finally:
         for hook in hooks:

@@ -10,6 +10,7 @@ Shapes: N sequences, B sequences of a batch, T tokens, K sampled tokens, D width
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.architectures import documents
 from models.compression.solvers.structured import Structure
 from pipelines.compression.calibration import first_output, standing_in
 from pipelines.core.errors import ConfigError
@@ -59,13 +61,24 @@ class MaskedTransformer:
         model: a model of one of the types in `UNITS`.
         tokens_NT: calibration sequences as the model sees them.
         labels_NT: what the logits should say, from `calibration.labels`.
+        bos_id: token that starts a document: documents of a sequence are kept apart, as in training.
+        pad_id: token that fills a sequence.
 
     Raises:
         ConfigError: another type, which is named.
     """
 
-    def __init__(self, model: PreTrainedModel, tokens_NT: NDArray[np.int64], labels_NT: NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens_NT: NDArray[np.int64],
+        labels_NT: NDArray[np.int64],
+        *,
+        bos_id: int,
+        pad_id: int,
+    ) -> None:
         self.model, self.units = model, units_of(model)
+        self._apart = functools.partial(documents.keep_apart, model, bos_id=bos_id, pad_id=pad_id)
         self._tokens_NT = torch.from_numpy(tokens_NT).to(model.device)
         self._labels_NT = torch.from_numpy(labels_NT).to(model.device)
         self._blocks = meta_init.blocks(model)[1]
@@ -84,7 +97,7 @@ class MaskedTransformer:
     def losses(self, structure: Structure | None) -> Tensor:
         """Return the mean loss of every sequence [N], nats a token; None switches nothing off."""
         losses = []
-        with self.without(structure):
+        with self.without(structure), self._apart():
             for ids_BT, labels_BT in zip(self._tokens_NT.split(_BATCH), self._labels_NT.split(_BATCH), strict=True):
                 logits_BTV = self.model(input_ids=ids_BT).logits.float()
                 loss_BT = nn.functional.cross_entropy(logits_BTV.transpose(1, 2), labels_BT, reduction="none")
@@ -140,7 +153,8 @@ class MaskedTransformer:
             for block in self._blocks
         ]
         try:
-            logits = self.model(input_ids=self._tokens_NT[:_FEATURE_SEQUENCES]).logits
+            with self._apart():
+                logits = self.model(input_ids=self._tokens_NT[:_FEATURE_SEQUENCES]).logits
         finally:
             for hook in hooks:
                 hook.remove()

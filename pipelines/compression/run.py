@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from models.architectures.config import Family
 from pipelines.compression import calibration, quick_eval
+from pipelines.compression.calibration import Batch
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.quick_eval import QuickEval
 from pipelines.core.artifact import Artifact
@@ -107,7 +108,7 @@ class CompressionRun:
 
     @cached_property
     def tokens_NT(self) -> NDArray[np.int64]:  # noqa: N802 - shape letters
-        """Calibration sequences, as the model sees them."""
+        """Packed calibration sequences; what is hidden from an encoder is hidden in them."""
         return calibration.sample_tokens(
             self.prepare, samples=self.config.samples, seed=self.config.seed, masked=self.masked
         )
@@ -116,6 +117,11 @@ class CompressionRun:
     def labels_NT(self) -> NDArray[np.int64]:  # noqa: N802 - shape letters
         """What the model should say at each position of `tokens_NT`."""
         return calibration.labels(self.prepare, self.tokens_NT, seed=self.config.seed, masked=self.masked)
+
+    @cached_property
+    def text(self) -> list[Batch]:
+        """The documents in `tokens_NT`, with what the model should say of them."""
+        return calibration.batches(self.prepare, self.tokens_NT, self.labels_NT)
 
     def weight(self, name: str) -> Tensor:
         """Return the weight [O, I] of a layer of the base, float32, on the device of the run."""

@@ -1,28 +1,28 @@
 """How sensitive the base model's loss is to its weights: squared gradients of each, and curvature along each layer.
 
-Squared gradients are the diagonal of the empirical Fisher information: for each calibration sequence s the loss is
-summed over its tokens, and F = sum over s of (dL_s / dW)^2. Bounded memory: blocks are loaded one at a time, once on
-the way up and once on the way down. The hidden states between blocks and the squares of a block lie in files meanwhile,
-because together they would be larger than the model.
+Squared gradients are the diagonal of the empirical Fisher information: for each document s of the calibration sequences
+the loss is summed over its tokens, and F = sum over s of (dL_s / dW)^2. Bounded memory: blocks are loaded one at a
+time, once on the way up and once on the way down. The hidden states between blocks and the squares of a block lie in
+files meanwhile, because together they would be larger than the model.
 
 Curvature is the mean of the diagonal of the loss's Hessian along a layer, by Hutchinson's estimate: for Rademacher v,
 E[v^T H v] = tr H. One backward pass through the gradient gives H v for all layers at once; what one layer's v sees of
-another's averages out. Every batch of calibration sequences draws its own probes. The whole model and the graph of two
+another's averages out. Every batch of documents draws its own probes. The whole model and the graph of two
 backward passes of one batch are in memory.
 
-Shapes: N sequences, T tokens, B sequences of a batch, D width, V vocabulary, O and I features of a layer.
+Shapes: B sequences of a batch, L tokens, D width, V vocabulary, O and I features of a layer.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from models.architectures.config import IGNORED
 from pipelines.compression import calibration
-from pipelines.compression.calibration import Prefix
+from pipelines.compression.calibration import Batch, Prefix
 from pipelines.compression.run import CompressionRun
 from pipelines.core.errors import NumericError
 from pipelines.modelio import meta_init
@@ -54,14 +54,14 @@ def record(run: CompressionRun, names: Sequence[str]) -> None:
     meta_init.load_rest(model, stack, run.reader, device)
     model.tie_weights()
     in_tuples = run.description.in_tuples
-    prefix = calibration.enter(model, layers, run.tokens_NT, device, in_tuples=in_tuples)
+    prefix = calibration.enter(model, layers, run.text, device, in_tuples=in_tuples)
     for index, block in enumerate(layers):
         save_file(_numbered(prefix.hidden), folder / f"hidden-{index}.safetensors")
         with _loaded(run, block, f"{stack}.{index}"):
             prefix.advance(index, block)
-    upper = _above(model, layers, prefix.hidden, run.tokens_NT, run.labels_NT, in_tuples=in_tuples)
+    upper = _above(model, layers, prefix.hidden, run.text, in_tuples=in_tuples)
     for index, block in reversed(list(enumerate(layers))):
-        lower = Prefix(_hidden(folder / f"hidden-{index}.safetensors", device), prefix.arguments)
+        lower = replace(prefix, hidden=_hidden(folder / f"hidden-{index}.safetensors", device))
         place = f"{stack}.{index}"
         with _loaded(run, block, place):
             squares, upper = _below(block, calibration.linear_layers(model, place, names), index, lower, upper)
@@ -82,23 +82,21 @@ def _above(
     model: PreTrainedModel,
     layers: nn.ModuleList,
     hidden: list[Tensor],
-    tokens_NT: NDArray[np.int64],
-    labels_NT: NDArray[np.int64],
+    text: Sequence[Batch],
     *,
     in_tuples: bool,
 ) -> list[Tensor]:
-    """Return dL/dh [B, T, D] of every batch, h being the hidden states behind the last block."""
+    """Return dL/dh [B, L, D] of every batch, h being the hidden states behind the last block."""
     slopes: list[Tensor] = []
-    pairs = zip(calibration.batches(tokens_NT), calibration.batches(labels_NT), hidden, strict=True)
-    for tokens_BT, labels_BT, hidden_BTD in pairs:
-        leaf_BTD = hidden_BTD.clone().requires_grad_()
-        with calibration.standing_in(layers, [_constant(leaf_BTD)] * len(layers), in_tuples=in_tuples):
-            logits_BTV = model(input_ids=torch.from_numpy(tokens_BT).to(leaf_BTD.device)).logits
-        labels = torch.from_numpy(labels_BT).to(leaf_BTD.device).flatten()
+    for batch, hidden_BLD in zip(text, hidden, strict=True):
+        leaf_BLD = hidden_BLD.clone().requires_grad_()
+        with calibration.standing_in(layers, [_constant(leaf_BLD)] * len(layers), in_tuples=in_tuples):
+            logits_BLV = model(input_ids=torch.from_numpy(batch.tokens_BL).to(leaf_BLD.device)).logits
+        labels = torch.from_numpy(batch.labels_BL).to(leaf_BLD.device).flatten()
         loss = nn.functional.cross_entropy(
-            logits_BTV.flatten(0, 1).float(), labels, ignore_index=IGNORED, reduction="sum"
+            logits_BLV.flatten(0, 1).float(), labels, ignore_index=IGNORED, reduction="sum"
         )
-        slopes.extend(torch.autograd.grad(loss, leaf_BTD))
+        slopes.extend(torch.autograd.grad(loss, leaf_BLD))
     return slopes
 
 
@@ -110,10 +108,10 @@ def _below(
     hooks = [module.register_forward_hook(_squaring(squares[name])) for name, module in linear.items()]
     lower: list[Tensor] = []
     try:
-        for hidden_BTD, slope_BTD in zip(prefix.hidden, upper, strict=True):
-            leaf_BTD = hidden_BTD.requires_grad_()
-            output_BTD = calibration.first_output(block(leaf_BTD, **prefix.arguments[index]))
-            lower.extend(torch.autograd.grad(output_BTD, leaf_BTD, slope_BTD))
+        for number, slope_BLD in enumerate(upper):
+            leaf_BLD = prefix.hidden[number].requires_grad_()
+            output_BLD = prefix.output(index, block, number)
+            lower.extend(torch.autograd.grad(output_BLD, leaf_BLD, slope_BLD))
     finally:
         for hook in hooks:
             hook.remove()
@@ -123,14 +121,14 @@ def _below(
 def _squaring(square_OI: Tensor) -> Any:
     """Return a forward hook that adds (dL_s / dW)^2 of each sequence s of the batch to `square_OI` on the way back."""
 
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output_BTO: Tensor) -> None:
-        inputs_BTI = inputs[0].detach()
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output_BLO: Tensor) -> None:
+        inputs_BLI = inputs[0].detach()
 
-        def add(slope_BTO: Tensor) -> None:
-            for inputs_TI, slope_TO in zip(inputs_BTI.float(), slope_BTO.float(), strict=True):
-                square_OI.add_((slope_TO.T @ inputs_TI).square())
+        def add(slope_BLO: Tensor) -> None:
+            for inputs_LI, slope_LO in zip(inputs_BLI.float(), slope_BLO.float(), strict=True):
+                square_OI.add_((slope_LO.T @ inputs_LI).square())
 
-        output_BTO.register_hook(add)
+        output_BLO.register_hook(add)
 
     return hook
 
@@ -147,11 +145,11 @@ def _constant(value: Tensor) -> Callable[..., Tensor]:
 
 
 def _numbered(hidden: list[Tensor]) -> dict[str, Tensor]:
-    return {f"{number:06d}": hidden_BTD.cpu().contiguous() for number, hidden_BTD in enumerate(hidden)}
+    return {f"{number:06d}": hidden_BLD.cpu().contiguous() for number, hidden_BLD in enumerate(hidden)}
 
 
 def _hidden(path: Path, device: torch.device) -> list[Tensor]:
-    return [hidden_BTD.to(device) for _, hidden_BTD in sorted(load_file(path).items())]
+    return [hidden_BLD.to(device) for _, hidden_BLD in sorted(load_file(path).items())]
 
 
 # ---- curvature --------------------------------------------------------------------------------------------------
@@ -160,8 +158,7 @@ def _hidden(path: Path, device: torch.device) -> list[Tensor]:
 def traces(
     model: PreTrainedModel,
     names: Sequence[str],
-    tokens_NT: NDArray[np.int64],
-    labels_NT: NDArray[np.int64],
+    text: Sequence[Batch],
     *,
     probes: int,
     seed: int,
@@ -171,9 +168,8 @@ def traces(
     Args:
         model: the whole base model; only the layers `names` will require gradients.
         names: linear layers.
-        tokens_NT: calibration sequences.
-        labels_NT: what the logits of each position should say, from `calibration.labels`.
-        probes: random directions for each batch of sequences.
+        text: calibration documents.
+        probes: random directions for each batch of documents.
         seed: of the directions.
 
     Raises:
@@ -181,11 +177,10 @@ def traces(
     """
     model.requires_grad_(requires_grad=False)
     weights = [model.get_parameter(f"{name}.weight").requires_grad_() for name in names]
-    sums, asked = [0.0] * len(names), int((labels_NT != IGNORED).sum())
-    batches = zip(calibration.batches(tokens_NT), calibration.batches(labels_NT), strict=True)
-    for number, (tokens_BT, labels_BT) in enumerate(batches):
+    sums, asked = [0.0] * len(names), sum(int((batch.labels_BL != IGNORED).sum()) for batch in text)
+    for number, batch in enumerate(text):
         generator = torch.Generator().manual_seed(int(np.random.default_rng([seed, number, _PURPOSE]).integers(2**62)))
-        for index, value in enumerate(_quadratics(model, weights, tokens_BT, labels_BT, probes, generator)):
+        for index, value in enumerate(_quadratics(model, weights, batch, probes, generator)):
             sums[index] += value
     means = {n: s / (asked * w.numel()) for n, s, w in zip(names, sums, weights, strict=True)}
     for name, value in means.items():
@@ -197,8 +192,7 @@ def traces(
 def _quadratics(
     model: PreTrainedModel,
     weights: Sequence[torch.Tensor],
-    tokens_BT: NDArray[np.int64],
-    labels_BT: NDArray[np.int64],
+    batch: Batch,
     probes: int,
     generator: torch.Generator,
 ) -> list[float]:
@@ -206,10 +200,10 @@ def _quadratics(
     device = weights[0].device
     # Fused attention has no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
-        logits_BTV = model(input_ids=torch.from_numpy(tokens_BT).to(device)).logits.float()
+        logits_BLV = model(input_ids=torch.from_numpy(batch.tokens_BL).to(device)).logits.float()
     loss = torch.nn.functional.cross_entropy(
-        logits_BTV.flatten(0, 1),
-        torch.from_numpy(labels_BT).to(device).flatten(),
+        logits_BLV.flatten(0, 1),
+        torch.from_numpy(batch.labels_BL).to(device).flatten(),
         ignore_index=IGNORED,
         reduction="sum",
     )

@@ -106,7 +106,7 @@ def compress_blocks(
     prefix = original = rows_R = None
     if needs.sequences:
         meta_init.load_rest(model, stack, run.reader, run.device)
-        prefix = calibration.enter(model, blocks, run.tokens_NT, run.device, in_tuples=run.description.in_tuples)
+        prefix = calibration.enter(model, blocks, run.text, run.device, in_tuples=run.description.in_tuples)
         original = prefix.fork() if needs.inputs or steps else None
         rows_R = calibration.sample_rows(prefix.tokens) if needs.inputs else None
     for index, block in enumerate(blocks):
@@ -168,7 +168,7 @@ def _reconstruct(
     seen: Mapping[str, Statistics],
 ) -> dict[str, CompressedLayer]:
     """Optimise the compressed layers of a block together; what they became is kept where the block came nearer."""
-    block, (_, judges) = model.get_submodule(place), block_reconstruction.split(len(outputs))
+    block, (_, judges) = model.get_submodule(place), block_reconstruction.split(prefix.groups())
     before = block_reconstruction.relative_error(block, index, prefix, outputs, judges)
     learnable = {name: block_reconstruction.learnable(weights[name], layer.packed) for name, layer in layers.items()}
     learned = {name: layer for name, layer in learnable.items() if layer is not None}

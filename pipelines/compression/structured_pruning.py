@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from models.compression import registry
 from models.compression.solvers import structured
 from models.compression.solvers.structured import Structure, StructureConfig
-from pipelines.compression import baselines
+from pipelines.compression import baselines, calibration
 from pipelines.compression.baselines import Contender
 from pipelines.compression.masked_model import MaskedTransformer, Unit
 from pipelines.compression.report import CalibrationFacts, Comparison, CompressionReport, CutLayer, Totals
@@ -37,7 +37,7 @@ def compress(run: CompressionRun) -> CompressionReport:
     """
     config, method, parameters = run.config, registry.structure(run.config.method), run.config.parameters
     assert isinstance(parameters, StructureConfig)
-    masked = MaskedTransformer(run.load_base(), run.tokens_NT, run.labels_NT)
+    masked = MaskedTransformer(run.load_base(), run.tokens_NT, run.labels_NT, **calibration.boundaries(run.prepare))
     check(config.method, masked, parameters)
     refuse_odd_heads(config.method, masked.model, masked.groups, parameters)
     try:

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
+from pipelines.compression import calibration
+from pipelines.compression.calibration import Batch
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.run import CompressionRun
 from pipelines.compression.stage import run
@@ -41,6 +43,12 @@ class Small:
     parent: Artifact
     held_BT: Tensor
     """Sequences that neither was made from."""
+
+
+def text_of(prepare: Artifact, tokens_NT: Any) -> list[Batch]:
+    """Return packed sequences as a decoder is calibrated on them."""
+    labels_NT = calibration.labels(prepare.path, tokens_NT, seed=0, masked=False)
+    return calibration.batches(prepare.path, tokens_NT, labels_NT)
 
 
 def publish(folder: Path, stage: str) -> Artifact:

@@ -45,7 +45,7 @@ class Block(nn.Module):
 def block() -> tuple[Block, Prefix, list[Tensor]]:
     """A block, what enters it, and what it returns as it is."""
     made, generator = Block(), torch.Generator().manual_seed(1)
-    prefix = Prefix([torch.randn(4, 24, 32, generator=generator) for _ in range(4)], [{}])
+    prefix = Prefix([torch.randn(4, 24, 32, generator=generator) for _ in range(4)], lambda _number: [{}])
     return made, prefix, list(prefix.outputs(0, made))
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from models.architectures.config import IGNORED
 from models.compression import search as method
 from pipelines.compression import budget_search, calibration
 from pipelines.compression.config import CompressConfig
@@ -26,6 +25,7 @@ from pipelines.core.errors import ConfigError
 from pipelines.core.stage import Progress, StageContext
 from pipelines.measure.intervals import Interval
 from pipelines.modelio.load import load_model
+from tests.pipelines.compression.conftest import text_of
 
 QUICK = {"samples": 32, "baseline_documents": 0}
 TABLE = {"method": "search", "bits": [2, 3, 4, 8], "group_sizes": [0], "sequences": 64} | QUICK
@@ -167,11 +167,11 @@ def test_divergence_is_that_of_the_definition_and_zero_for_the_parent(bench: Any
     parent = load_model(bench.parent.path / "model")
     other = load_model(small(width=64).parent.path / "model")
     tokens_NT = bench.held_BT[:3].numpy()
-    labels_NT = np.concatenate([tokens_NT[:, 1:], np.full((3, 1), IGNORED)], axis=1)
-    nats, kl = budget_search.compare(parent, parent, tokens_NT, labels_NT)
+    text = text_of(bench.prepare, tokens_NT)
+    nats, kl = budget_search.compare(parent, parent, text)
     assert kl == 0.0
     assert np.array_equal(nats[0], nats[1])
-    nats, kl = budget_search.compare(parent, other, tokens_NT, labels_NT)
+    nats, kl = budget_search.compare(parent, other, text)
     with torch.no_grad():
         p, q = (m(input_ids=bench.held_BT[:3]).logits[:, :-1].double().softmax(-1) for m in (parent, other))
     assert kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-6)

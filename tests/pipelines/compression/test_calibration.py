@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,21 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from models.architectures.config import IGNORED
+from models.architectures.documents import keep_apart
 from models.compression import rtn
 from models.compression.base import Needs, Packed, Statistics
 from pipelines.compression import calibration, sequential
 from pipelines.compression.sequential import Assignment, compress_blocks
 from pipelines.core.errors import IntegrityError
+from pipelines.modelio import description as describe
 from pipelines.modelio import meta_init
 from pipelines.modelio.folder import WeightReader
 from pipelines.modelio.load import load_model
+from tests.pipelines import families
+from tests.pipelines.compression.conftest import IDS, text_of, write_prepare
 
 
 def _recorded(model: nn.Module, names: list[str], tokens: Tensor) -> dict[str, Tensor]:
@@ -139,7 +146,7 @@ def test_rows_are_sampled_only_on_request(small: Any) -> None:
     meta_init.load_rest(model, stack, reader, torch.device("cpu"))
     meta_init.load(layers[0], f"{stack}.0", reader, torch.device("cpu"), torch.float32)
     tokens = calibration.sample_tokens(bench.prepare.path, samples=4, seed=0, masked=False)
-    prefix = calibration.enter(model, layers, tokens, torch.device("cpu"))
+    prefix = calibration.enter(model, layers, text_of(bench.prepare, tokens), torch.device("cpu"))
     before = [hidden.clone() for hidden in prefix.hidden]
     seen = calibration.measure(layers[0], {"up": layers[0].mlp.up_proj}, 0, prefix)  # type: ignore[union-attr, dict-item]
     assert seen["up"].inputs_NI is None
@@ -178,13 +185,100 @@ def test_an_empty_train_split_is_refused(tmp_path: Path) -> None:
         calibration.sample_tokens(tmp_path, samples=4, seed=0, masked=False)
 
 
-@pytest.mark.parametrize(("count", "size"), [(24, 8), (7, 7), (13, 1), (10, 5)])
-def test_batches_have_one_size(count: int, size: int, small: Any) -> None:
-    bench = small()
-    model = meta_init.build(bench.parent.path / "model")
-    stack, layers = meta_init.blocks(model)
-    meta_init.load_rest(model, stack, WeightReader(bench.parent.path / "model"), torch.device("cpu"))
-    tokens = calibration.sample_tokens(bench.prepare.path, samples=count, seed=0, masked=False)
-    prefix = calibration.enter(model, layers, tokens, torch.device("cpu"))
-    assert [len(batch) for batch in prefix.hidden] == [size] * (count // size)
-    assert len(prefix.arguments) == len(layers)
+BOS, EOS, PAD = (IDS[name] for name in ("bos_id", "eos_id", "pad_id"))
+ROW = [BOS, 10, 11, 12, EOS, BOS, 20, 21, EOS, PAD, 30, 31, PAD, PAD]
+"""Two documents, the rest of a third, and padding."""
+
+
+def test_a_sequence_is_cut_where_documents_begin_and_padding_is_left_out(tmp_path: Path) -> None:
+    rows = np.array([ROW, [*range(40, 54)], [BOS, 60, 61, 62, EOS, *[PAD] * 9]])
+    text = text_of(write_prepare(tmp_path / "prepare", torch.from_numpy(rows)), rows)
+    assert [batch.tokens_BL.tolist() for batch in text] == [
+        [[30, 31]],
+        [[BOS, 20, 21, EOS]],
+        [[BOS, 10, 11, 12, EOS], [BOS, 60, 61, 62, EOS]],
+        [[*range(40, 54)]],
+    ]
+    assert text[2].labels_BL.tolist() == [[10, 11, 12, EOS, IGNORED], [60, 61, 62, EOS, IGNORED]]
+    assert text[0].labels_BL.tolist() == [[31, IGNORED]]
+
+
+def test_a_batch_has_at_most_as_many_tokens_as_the_sequences_that_it_stands_for(tmp_path: Path) -> None:
+    rows = np.array([[BOS, 1, EOS, BOS, 2, EOS, BOS, 3, EOS, PAD]] * 7)
+    prepare = write_prepare(tmp_path / "prepare", torch.from_numpy(rows)).path
+    text = calibration.batches(prepare, rows, rows, sequences=2)
+    assert [batch.tokens_BL.shape for batch in text] == [(6, 3)] * 3 + [(3, 3)]
+    assert [batch.tokens_BL[0, 1] for batch in text] == [1, 1, 1, 1]
+
+
+def hessians(base: PreTrainedModel, prepare: Path, rows: Any, *, layers: int = 99) -> dict[str, Tensor]:
+    """Return X^T X of the linear layers of the blocks of a model over packed sequences, by the walk of the stage."""
+    text, in_tuples = batches_of(prepare, rows), describe.of_model(copy.deepcopy(base)).in_tuples
+    stack, blocks = meta_init.blocks(base)
+    prefix = calibration.enter(base, blocks, text, torch.device("cpu"), in_tuples=in_tuples)
+    found: dict[str, Tensor] = {}
+    for index, block in enumerate(blocks[:layers]):
+        place = f"{stack}.{index}"
+        linear = calibration.linear_layers(base, place, sequential.targets(base, ()))
+        seen = calibration.measure(block, linear, index, prefix)
+        found |= {name: statistics.hessian_II for name, statistics in seen.items() if statistics.hessian_II is not None}
+        prefix.advance(index, block)
+    return found
+
+
+def batches_of(prepare: Path, rows: Any) -> list[calibration.Batch]:
+    return calibration.batches(prepare, rows, calibration.labels(prepare, rows, seed=0, masked=False))
+
+
+def packed(first: int, length: int = 12) -> Any:
+    """Return a sequence of a document that depends on `first`, and of another that is always the same."""
+    one = [(first * 7 + 5 * n) % 50 + 5 for n in range(length - 2)]
+    return np.array([[1, *one, 2, 1, *range(20, 28), 2, 3, 3]])
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+@torch.no_grad()
+def test_another_document_beside_it_moves_nothing_of_what_a_document_adds(family: str, tmp_path: Path) -> None:
+    """H(A, B) - H(A) is what B adds, and H(A', B) - H(A') is the same, in models of every family."""
+    base = families.build(family).eval()
+    meta_init.linearize(base)
+    ids = {"bos_id": 1, "eos_id": 2, "pad_id": 3, "mask_id": 4}
+    prepare = write_prepare(tmp_path / "prepare", torch.from_numpy(packed(1)), ids, families.VOCABULARY).path
+    alone = hessians(base, prepare, packed(1)[:, 12:22])
+    for first in (1, 4):
+        both, company = hessians(base, prepare, packed(first)), hessians(base, prepare, packed(first)[:, :12])
+        for name, expected in alone.items():
+            scale = expected.abs().max()
+            assert torch.allclose((both[name] - company[name]) / scale, expected / scale, atol=1e-5), name
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder"])
+@torch.no_grad()
+def test_layers_see_in_calibration_what_they_see_in_training(family: str, tmp_path: Path, small: Any) -> None:
+    """The reference is one pass of the whole model over the packed sequence with the document mask of training."""
+    rows = np.array([ROW, [BOS, *range(70, 82), EOS], [*ROW[5:], PAD, BOS, 90, 91, EOS]])
+    prepare = write_prepare(tmp_path / "prepare", torch.from_numpy(rows)).path
+    base = load_model(small(family=family, layers=3).parent.path / "model")
+    mine = hessians(base, prepare, rows)
+    whole = hessians_without_mask(base, list(mine), rows)
+    keep_apart(base, bos_id=BOS, pad_id=PAD)
+    seen = _inputs(base, list(mine), torch.from_numpy(rows))
+    text = torch.from_numpy(rows).flatten() != PAD
+    for name, hessian in mine.items():
+        rows_NI = seen[name][text].double()
+        expected, scale = rows_NI.T @ rows_NI, hessian.abs().max()
+        assert torch.allclose(hessian / scale, expected / scale, atol=1e-5), name
+    last = list(mine)[-1]
+    assert not torch.allclose(whole[last], mine[last], rtol=1e-2), "without the mask it is another matrix"
+
+
+def hessians_without_mask(base: PreTrainedModel, names: list[str], rows: Any) -> dict[str, Tensor]:
+    seen = _inputs(base, names, torch.from_numpy(rows))
+    return {name: seen[name].double().T @ seen[name].double() for name in names}
+
+
+def test_batches_that_are_learned_from_together_have_every_length(small: Any) -> None:
+    hidden = [torch.zeros(count, length, 4) for count, length in ((4, 2), (2, 4), (1, 7), (1, 8), (1, 8), (2, 8))]
+    prefix = calibration.Prefix(hidden, lambda _number: [{}], batch_tokens=16)
+    assert prefix.sizes == [8, 8, 7, 8, 8, 16]
+    assert prefix.groups() == [[0, 3], [1, 4], [2, 5]]

@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from models.architectures.config import IGNORED
 from models.compression import kvquant
 from models.compression.cache_method import CacheBaseline
 from models.compression.formats.cache_codes import Rows, rounding, rounding_bytes
@@ -23,12 +25,14 @@ from models.compression.kvquant import Config
 from models.compression.modules import quantized_cache
 from models.compression.modules.quantized_cache import QuantizedCacheLlama, QuantizedLayer, Tables
 from pipelines.compression import calibration, kv_cache, quick_eval
+from pipelines.compression.calibration import Batch
 from pipelines.core import artifact
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError, IntegrityError, NumericError
 from pipelines.modelio import kv_cache_file
 from pipelines.modelio.folder import KV_CACHE_FILE, WeightReader
 from pipelines.modelio.load import is_private, load_model, load_weights
+from tests.pipelines.compression.conftest import text_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")
 TOKENS = slice(0, 8)
@@ -38,7 +42,7 @@ TOKENS = slice(0, 8)
 def seen(bench: Any) -> Any:
     """Keys and values of the bench model over calibration sequences."""
     tokens = calibration.sample_tokens(bench.prepare.path, samples=48, seed=0, masked=False)
-    return kv_cache.record(load_weights(bench.parent.path / "model"), tokens, skip=1)
+    return kv_cache.record(load_weights(bench.parent.path / "model"), text_of(bench.prepare, tokens), skip=1)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +107,8 @@ def test_the_stored_cache_is_a_small_part_of_a_plain_one(bench: Any, measure: An
 def test_recorded_keys_are_those_before_rope_and_gradients_are_those_of_the_loss(bench: Any) -> None:
     model = load_weights(bench.parent.path / "model")
     tokens = calibration.sample_tokens(bench.prepare.path, samples=2, seed=0, masked=False)
-    keys, values = kv_cache.record(model, tokens, skip=0)[0]
+    after = np.concatenate([tokens[:, 1:], np.full((2, 1), IGNORED)], axis=1)
+    keys, values = kv_cache.record(model, [Batch(tokens, after)], skip=0)[0]
     ids = torch.from_numpy(tokens)
     states = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
     assert torch.allclose(keys.x_NC, model.model.layers[0].self_attn.k_proj(states).flatten(0, 1), atol=1e-5)
@@ -288,7 +293,7 @@ def test_rotated_keys_are_those_that_attention_sees(samples: int, small: Any, mo
     monkeypatch.setattr(kv_cache, "_ROWS", 300)
     model = load_weights(bench.parent.path / "model")
     tokens = calibration.sample_tokens(bench.prepare.path, samples=samples, seed=0, masked=False)
-    keys, values = kv_cache.record(model, tokens, skip=2)[1]
+    keys, values = kv_cache.record(model, text_of(bench.prepare, tokens), skip=2)[1]
     thin = -(-tokens.size // 300)
     assert len(keys.x_NC) == len(keys.positions_N) == len(values.x_NC)
     turned = keys.rotated(model)
@@ -392,7 +397,7 @@ def test_tables_of_a_baseline_keep_everything_else(small: Any) -> None:
     bench = small()
     model = load_weights(bench.parent.path / "model")
     tokens = calibration.sample_tokens(bench.prepare.path, samples=4, seed=0, masked=False)
-    keys, values = kv_cache.record(model, tokens, skip=1)[0]
+    keys, values = kv_cache.record(model, text_of(bench.prepare, tokens), skip=1)[0]
     config = Config()
     child = kv_cache.fit(kvquant.Method(), keys, values, CacheBaseline(config))
     after = kv_cache.fit(kvquant.Method(), keys.rotated(model), values, CacheBaseline(config, after_rope=True))

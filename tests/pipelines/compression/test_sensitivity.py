@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.architectures.config import IGNORED
 from pipelines.compression import calibration, sensitivity, sequential
+from pipelines.compression.calibration import Batch
 from pipelines.compression.run import CompressionRun
 from pipelines.core import artifact
 from pipelines.core.errors import NumericError
@@ -138,7 +139,10 @@ def exact(folder: Path, name: str, tokens: Any, labels: Any) -> float:
 
 def test_the_estimate_is_right_within_its_own_standard_error(asked: Any) -> None:
     folder, tokens, labels = asked
-    runs = [sensitivity.traces(load_model(folder), NAMES, tokens, labels, probes=30, seed=seed) for seed in range(8)]
+    runs = [
+        sensitivity.traces(load_model(folder), NAMES, [Batch(tokens, labels)], probes=30, seed=seed)
+        for seed in range(8)
+    ]
     sharp = []
     for name in NAMES:
         values = np.array([run[name] for run in runs])
@@ -151,7 +155,8 @@ def test_the_estimate_is_right_within_its_own_standard_error(asked: Any) -> None
 def test_probes_repeat_by_seed(asked: Any) -> None:
     folder, tokens, labels = asked
     one, same, other = (
-        sensitivity.traces(load_model(folder), NAMES, tokens, labels, probes=1, seed=seed) for seed in (0, 0, 1)
+        sensitivity.traces(load_model(folder), NAMES, [Batch(tokens, labels)], probes=1, seed=seed)
+        for seed in (0, 0, 1)
     )
     assert one == same
     assert one != other
@@ -165,4 +170,4 @@ def test_weights_that_overflow_are_named(asked: Any, tmp_path: Path) -> None:
     weights[f"{NAMES[1]}.weight"].fill_(3e38)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NumericError, match=r"layers\.0.*second derivative"):
-        sensitivity.traces(load_model(tmp_path), NAMES, tokens, labels, probes=1, seed=0)
+        sensitivity.traces(load_model(tmp_path), NAMES, [Batch(tokens, labels)], probes=1, seed=0)

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from models.architectures.config import IGNORED
 from models.compression.solvers import structured
 from models.compression.solvers.structured import Structure, StructureConfig
-from pipelines.compression import quick_eval, structured_pruning
+from pipelines.compression import calibration, quick_eval, structured_pruning
 from pipelines.compression.masked_model import MaskedTransformer
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
 from pipelines.modelio.load import load_model
+from tests.pipelines.compression.conftest import IDS
 
 GROUPED = {"width": 64, "heads": 8, "kv_heads": 4, "ffn_width": 24}
 
@@ -34,7 +35,7 @@ def masked_of(small: Any, opened: Any) -> Masked:
 
     def make(**sizes: Any) -> MaskedTransformer:
         run = opened(small(**sizes), {"method": "optin", "samples": 10})
-        return MaskedTransformer(run.load_base(), run.tokens_NT, run.labels_NT)
+        return MaskedTransformer(run.load_base(), run.tokens_NT, run.labels_NT, **calibration.boundaries(run.prepare))
 
     return make
 
@@ -51,7 +52,9 @@ def test_the_cut_model_is_the_model_with_units_switched_off(
     structured_pruning.cut(source, tmp_path / "model", chosen, masked.units, sizes_left)
     auto = AutoModelForMaskedLM if sizes.get("family") else AutoModelForCausalLM
     child = auto.from_pretrained(tmp_path / "model").eval()
-    small_masked = MaskedTransformer(child, masked._tokens_NT.numpy(), masked._labels_NT.numpy())
+    small_masked = MaskedTransformer(
+        child, masked._tokens_NT.numpy(), masked._labels_NT.numpy(), bos_id=IDS["bos_id"], pad_id=IDS["pad_id"]
+    )
     assert torch.allclose(small_masked.losses(None), masked.losses(chosen), atol=1e-5)
     assert not torch.allclose(masked.losses(chosen), masked.losses(None), atol=1e-4)
     assert child.num_parameters() < masked.model.num_parameters()
@@ -172,7 +175,7 @@ def halves(bench: Any, opened: Any) -> dict[str, float]:
     from models.compression import optin, random_search
 
     run = opened(bench, {"method": "optin", "samples": 16})
-    masked = MaskedTransformer(run.load_base(), run.tokens_NT, run.labels_NT)
+    masked = MaskedTransformer(run.load_base(), run.tokens_NT, run.labels_NT, **calibration.boundaries(run.prepare))
     shape = {"heads": 0.25, "neurons": 0.5}
     best, median = structured.random_structures(masked, StructureConfig(**shape, trials=8))
     chosen = {
@@ -186,7 +189,7 @@ def halves(bench: Any, opened: Any) -> dict[str, float]:
     )
     held = bench.held_BT[:96].numpy().astype(np.int64)
     labels = np.concatenate([held[:, 1:], np.full_like(held[:, :1], IGNORED)], axis=1)
-    judge = MaskedTransformer(masked.model, held, labels)
+    judge = MaskedTransformer(masked.model, held, labels, **calibration.boundaries(run.prepare))
     losses = {name: float(judge.losses(choice).mean()) for name, choice in chosen.items()}
     return losses | {"parent": float(judge.losses(None).mean())}
 
