@@ -153,8 +153,9 @@ def test_a_block_that_learning_took_farther_from_its_target_stays_as_it_was(
 
 
 def test_batches_that_judge_are_not_learned_from() -> None:
-    assert block_reconstruction.split(8) == ([0, 1, 2, 4, 5, 6], [3, 7])
-    assert block_reconstruction.split(3) == ([0, 1, 2], [0, 1, 2])
+    groups = [[n, n + 8] for n in range(8)]
+    assert block_reconstruction.split(groups) == ([groups[n] for n in (0, 1, 2, 4, 5, 6)], [groups[3], groups[7]])
+    assert block_reconstruction.split(groups[:3]) == (groups[:3], groups[:3])
 
 
 def test_inputs_stay_rounded_after_refinement(small: Any) -> None:
