@@ -249,6 +249,13 @@ class CheckpointConfig(Settings):
     )
 
 
+class ProfileConfig(Settings):
+    """A window of steps that rank 0 traces with torch's profiler."""
+
+    start: int = Field(10, ge=1, description="Step before which it begins; the first ones are slower than the others.")
+    steps: int = Field(3, ge=1, le=100, description="Steps traced; some megabytes each.")
+
+
 class PretrainConfig(Settings):
     """The model and its training."""
 
@@ -316,6 +323,12 @@ class PretrainConfig(Settings):
         "a micro batch, once.",
         json_schema_extra=ELASTIC,
     )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="What layers compute again in the backward pass in place of keeping it: nothing; all but matrix "
+        "products and attention; all but their inputs.",
+        json_schema_extra=ELASTIC,
+    )
     max_skipped: int = Field(3, ge=0, description="Non-finite steps in a row that are skipped before giving up.")
     monitors: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
@@ -324,6 +337,9 @@ class PretrainConfig(Settings):
         "max_rollbacks).",
     )
     log_every: int = Field(1, ge=1, description="Steps between lines of metrics.", json_schema_extra=NOT_IDENTITY)
+    profile: ProfileConfig | None = Field(
+        None, description="Steps that are traced operation by operation; none: none.", json_schema_extra=NOT_IDENTITY
+    )
 
     @property
     def ranks_and_cores(self) -> tuple[int, int]:
@@ -450,6 +466,22 @@ class PretrainConfig(Settings):
     @model_validator(mode="after")
     def _plain_is_one_process(self) -> Self:
         batch_split.refuse_spread_plain(self.engine, self.world_size, self.zero_stage)
+        return self
+
+    @model_validator(mode="after")
+    def _profile_is_within_the_steps(self) -> Self:
+        if self.profile is not None and self.profile.start + self.profile.steps > self.steps:
+            last = self.steps - self.profile.steps
+            raise ValueError(f"profile.start = {self.profile.start}; of {self.steps} steps, valid: 1 to {last}")
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_models_keep_what_the_compiler_chooses(self) -> Self:
+        if self.compile and self.activation_checkpointing != "none":
+            raise ValueError(
+                f"compile = true with activation_checkpointing = {self.activation_checkpointing}: the compiler decides "
+                "itself what is computed again; valid: one of the two"
+            )
         return self
 
     @model_validator(mode="after")

@@ -150,6 +150,9 @@ def pass_seconds(
     # The output matrix serves targets only, and LISA's frozen layers get no gradients of their weights.
     operations -= 6.0 * (1.0 - memory.target_share(config)) * tokens * architecture.vocab_size * architecture.width
     operations -= 2.0 * (every - room.active_parameters(config, architecture)) * tokens
+    if config.activation_checkpointing == "full":  # the forward pass of the layers once more: a third of the operations
+        head = 6.0 * architecture.vocab_size * architecture.width
+        operations += tokens * (flops_per_token(architecture, length) - head) / 3
     stage = config.zero_stage if config.engine == "deepspeed" else 0
     moved = (_GRADIENT_BYTES + (_GATHERED_BYTES if stage == 3 else 0)) * every
     # Gradients are reduced in every pass, with stage 3 weights gathered twice; before, once a step.
@@ -258,7 +261,7 @@ def _earlier(found: Artifact) -> _Earlier | None:
 def _pace_of(config: PretrainConfig, architecture: ArchitectureConfig) -> dict[str, Any]:
     """Return everything that the time of a step depends on."""
     names = {"engine", "zero_stage", "world_size", "threads", "offload", "micro_batch_size", "batch_size", "precision",
-             "compile", "loss_chunk", "objective", "lisa"}  # fmt: skip
+             "compile", "loss_chunk", "activation_checkpointing", "objective", "lisa"}  # fmt: skip
     shown = config.model_dump(mode="json", include=names)
     stretches = [(p.micro_batch, p.sequence_length, p.batch_schedule) for p in phases.phases_of(config)]
     rule = (config.optimizer.name, config.optimizer.compiled)
@@ -267,10 +270,12 @@ def _pace_of(config: PretrainConfig, architecture: ArchitectureConfig) -> dict[s
 
 # ---- what would take less memory ------------------------------------------------------------------------------------
 
-_LEANEST = {"micro_batch_size": 1, "loss_chunk": 1024}
+_LEANEST = {"micro_batch_size": 1, "loss_chunk": 1024, "activation_checkpointing": "full"}
 _MILDER: tuple[Mapping[str, Any], ...] = (
     {"micro_batch_size": 1},
     {"loss_chunk": 1024},
+    {"activation_checkpointing": "selective"},
+    {"activation_checkpointing": "full"},
     {"zero_stage": 3},
     {"zero_stage": 3, **_LEANEST},
     {"zero_stage": 3, "precision": "bf16", **_LEANEST},

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.architectures import documents, predict
 from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
+from models.architectures.recompute import checkpoint_activations
 from models.objectives import registry
 from models.objectives.base import Objective, ObjectiveContext
 from pipelines.training import init_weights
@@ -105,6 +106,7 @@ def pretraining(spec: WorkerSpec, device: torch.device) -> LossModule:  # noqa: 
     model = build(spec.architecture, seed=spec.config.seed)
     if spec.init_weights is not None:
         init_weights.load(model, spec.init_weights)
+    checkpoint_activations(model, spec.config.activation_checkpointing)
     nats = make_objective(spec.config, spec.architecture).nats
     module = LossModule(model, spec.config.loss_chunk, nats, document_mask=spec.config.document_mask)
     if spec.config.compile:

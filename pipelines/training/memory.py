@@ -138,22 +138,48 @@ def pass_bytes(config: PretrainConfig, architecture: ArchitectureConfig, sequenc
 def activation_bytes(config: PretrainConfig, architecture: ArchitectureConfig, sequences: int, length: int) -> int:
     """Return the bytes that autograd keeps of the layers, exact to a percent in float32 (a test counts them).
 
-    Of a layer and token: queries and outputs of attention, keys and values, four arrays as wide as the feed-forward,
-    and those as wide as the model around the norms; the encoder's local layers keep a mask each.
+    With activation checkpointing: what the layers keep, and one of them in full, as it is computed again. The encoder's
+    local layers hold a mask each.
+    """
+    size, layers = _size(config), architecture.layers
+    full = sequences * length * _whole_layer_bytes(config, architecture)
+    kept = sequences * length * _kept_layer_bytes(config, architecture)
+    again = config.activation_checkpointing != "none"
+    local = 0 if architecture.family == "decoder" else layers - -(-layers // architecture.global_every)
+    masks = size * sequences * length * length * (min(local, 1) if again else local)
+    return (
+        (kept * layers + full if again else full * layers) + masks + sequences * length * 3 * size * architecture.width
+    )
+
+
+def _whole_layer_bytes(config: PretrainConfig, architecture: ArchitectureConfig) -> int:
+    """Return what a layer keeps of a token where nothing is computed again.
+
+    Queries and outputs of attention, keys and values, four arrays as wide as the feed-forward, and those as wide as the
+    model around the norms.
     """
     width, attention = architecture.width, architecture.heads * architecture.head_size
     keys = architecture.key_heads * architecture.head_size
-    decoder, half = architecture.family == "decoder", config.precision == "bf16"
-    size = BF16 if half else FP32
+    decoder, half, size = architecture.family == "decoder", config.precision == "bf16", _size(config)
     around_norms = (16 if half else 24) if decoder else 4 * size
     # The encoder keeps the projection that its queries, keys and values are cut from beside the turned ones.
     projected = size * (2 * attention + 2 * keys) if decoder else size * 6 * attention
     of_token = around_norms * width + projected + size * 4 * architecture.ffn_width + 4 * (architecture.heads + 4)
-    if half and config.engine == "plain":
-        of_token = round(1.5 * of_token)  # autocast keeps what it converted
-    local = 0 if decoder else architecture.layers - -(-architecture.layers // architecture.global_every)
-    masks = size * sequences * length * length * local
-    return sequences * length * (of_token * architecture.layers + 3 * size * width) + masks
+    return round(1.5 * of_token) if half and config.engine == "plain" else of_token  # autocast keeps what it converted
+
+
+def _kept_layer_bytes(config: PretrainConfig, architecture: ArchitectureConfig) -> int:
+    """Return what a layer keeps of a token that computes the rest again: its input, or also what products made."""
+    size, width, heads = _size(config), architecture.width, architecture.heads
+    if config.activation_checkpointing == "full":
+        return size * width
+    projected = heads + 2 * architecture.key_heads if architecture.family == "decoder" else 3 * heads
+    products = 2 * width + (heads + projected) * architecture.head_size + 2 * architecture.ffn_width
+    return size * (width + products) + FP32 * heads  # the last: what attention sums over
+
+
+def _size(config: PretrainConfig) -> int:
+    return BF16 if config.precision == "bf16" else FP32
 
 
 def target_share(config: PretrainConfig) -> float:

@@ -44,6 +44,8 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], out_dir: Path, c
     shutil.copytree(spec.model, out_dir / "model")
     for path in (spec.facts, spec.metrics, spec.observations, *([spec.samples] if config.samples else [])):
         shutil.copyfile(path, out_dir / path.name)
+    if config.profile is not None and spec.profile.exists():  # not where an earlier attempt was stopped in the window
+        shutil.copytree(spec.profile, out_dir / spec.profile.name)
     return summary(out_dir) | _descent(inputs.get("init_weights"))
 
 

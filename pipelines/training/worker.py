@@ -45,6 +45,7 @@ from pipelines.training.loss_module import make_loss_module, make_objective
 from pipelines.training.metrics import MetricsLog, Peak, peak, read_records
 from pipelines.training.monitors import registry as monitors
 from pipelines.training.optimizers import make_optimizer
+from pipelines.training.profiling import opened_profile
 from pipelines.training.samples import opened_samples
 from pipelines.training.trainer import State, Trainer
 from pipelines.training.worker_spec import WorkerSpec
@@ -112,14 +113,18 @@ def pretrain(spec: WorkerSpec, stop: StopRequest) -> None:
     own = peak(device, config.precision)
     logging = open_logs(spec, architecture, state, ranks, sum(ranks.gathered(own.flops)))
     try:
-        with contextlib.closing(logging), opened_samples(spec, state, ranks) as samples:
+        with (
+            contextlib.closing(logging),
+            opened_samples(spec, state, ranks) as samples,
+            opened_profile(spec, ranks) as profiling,
+        ):
             trainer = Trainer(
                 config=config,
                 engine=engine,
                 loader=make_loader(spec, architecture, ranks),
                 checkpointer=checkpoints,
                 state=state,
-                callbacks=callbacks(spec, logging, samples),
+                callbacks=[*profiling, *callbacks(spec, logging, samples)],
                 stop_requested=stop,
             )
             trainer.run()

@@ -4,6 +4,7 @@ worker_spec.json        this file
 checkpoints/            see `checkpoint.py`
 metrics.jsonl           what the stage follows
 samples.jsonl           what the model made of a validation text after each validation
+profile/                trace of the steps of `pretrain.profile`
 losses.jsonl            exact losses of every step, for `training.json`
 attempts.jsonl          where each attempt began
 rollbacks.json          returns to a checkpoint; none, no file
@@ -69,6 +70,11 @@ class WorkerSpec(BaseModel):
     def samples(self) -> Path:
         """The file of samples; none where `pretrain.samples` is off."""
         return self.scratch / "samples.jsonl"
+
+    @property
+    def profile(self) -> Path:
+        """Folder of the trace; none where `pretrain.profile` is none."""
+        return self.scratch / "profile"
 
     @property
     def losses(self) -> Path:

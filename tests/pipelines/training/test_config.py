@@ -100,6 +100,7 @@ def test_the_tokenizer_completes_the_architecture() -> None:
         {"precision": "bf16"},
         {"compile": True},
         {"loss_chunk": 64},
+        {"activation_checkpointing": "full"},
         {"optimizer": {"compiled": True}},
     ],
 )
@@ -109,7 +110,9 @@ def test_a_value_that_changes_the_result_changes_the_identity(values: dict[str, 
     )
 
 
-@pytest.mark.parametrize("values", [{"log_every": 10}, {"checkpoint": {"every": 3, "keep": 5}}])
+@pytest.mark.parametrize(
+    "values", [{"log_every": 10}, {"checkpoint": {"every": 3, "keep": 5}}, {"profile": {"start": 3}}]
+)
 def test_a_value_that_only_shows_or_saves_does_not(values: dict[str, Any]) -> None:
     assert PretrainConfig.model_validate(values).identity() == PretrainConfig().identity()
 
@@ -128,6 +131,16 @@ def test_the_settings_are_read_without_torch() -> None:
 @pytest.mark.parametrize("values", [{"compile": True}, {"loss_chunk": 64}, {"optimizer": {"compiled": True}}])
 def test_a_run_may_go_on_with_another_kernel_of_the_same_arithmetic(values: dict[str, Any]) -> None:
     assert PretrainConfig.model_validate(values).resume_key() == PretrainConfig().resume_key()
+
+
+def test_a_profile_behind_the_last_step_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"profile\.start = 398; of 400 steps, valid: 1 to 397"):
+        PretrainConfig.model_validate({"profile": {"start": 398}})
+
+
+def test_a_compiled_model_with_layers_that_compute_again_is_refused() -> None:
+    with pytest.raises(ValidationError, match="the compiler decides itself what is computed again"):
+        PretrainConfig.model_validate({"compile": True, "activation_checkpointing": "full"})
 
 
 def test_a_compiled_model_with_lisa_is_refused() -> None:

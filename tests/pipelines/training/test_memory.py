@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 from models.architectures import predict
 from models.architectures.build import build
 from models.architectures.config import IGNORED, ArchitectureConfig, count_parameters
+from models.architectures.recompute import checkpoint_activations
 from pipelines.training import memory
 from pipelines.training.config import PretrainConfig
 from pipelines.training.estimate import architecture_of
@@ -61,6 +64,8 @@ def test_a_stage_that_shards_more_never_holds_more_of_a_model_beyond_the_buffers
         {"preset": "10m"},
         {"micro_batch_size": 1},
         {"loss_chunk": 16},
+        {"activation_checkpointing": "selective"},
+        {"activation_checkpointing": "full"},
         {"precision": "bf16"},
     ],
     ids=str,
@@ -151,6 +156,31 @@ def test_activations_are_what_autograd_keeps(family: str, changes: dict[str, Any
         predict.language_nats(built, tokens_BT, targets_BT)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert memory.activation_bytes(settings, architecture, 2, 96) == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder"])
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_each_layer_keeps_as_much_as_is_counted_on_where_the_rest_is_computed_again(family: str, kind: str) -> None:
+    """Twelve layers beside four: what the difference keeps after a forward pass, by what torch allocated."""
+    (small, counted_small), (large, counted_large) = (held_and_counted(family, kind, layers) for layers in (4, 12))
+    assert counted_large - counted_small == pytest.approx(large - small, rel=0.02)
+
+
+def held_and_counted(family: str, kind: str, layers: int) -> tuple[int, int]:
+    """What a model holds after a forward pass beyond torch's random state, which each layer keeps; what is counted."""
+    settings = config(family=family, preset="0.5m", activation_checkpointing=kind, model={"layers": layers})
+    architecture = model(settings, vocab_size=64, length=96)
+    built = build(architecture, seed=0)
+    checkpoint_activations(built, settings.activation_checkpointing)
+    tokens_BT = torch.arange(2 * 96).reshape(2, 96) % 64
+    predict.language_nats(built, tokens_BT, tokens_BT)  # what is allocated once is not counted
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        nats = predict.language_nats(built, tokens_BT, tokens_BT)
+    held = sum(event.self_cpu_memory_usage for event in profiled.key_averages())
+    assert nats.requires_grad  # it holds the graph until here
+    random_state = torch.get_rng_state().nbytes
+    return held - layers * random_state, memory.activation_bytes(settings, architecture, 2, 96)
 
 
 def test_only_the_targets_of_an_objective_have_logits() -> None:

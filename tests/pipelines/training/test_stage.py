@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import shutil
@@ -27,8 +28,8 @@ pytestmark = pytest.mark.timeout(600)
 NORM_LISA = {"enabled": True, "layers": 1, "interval": 2, "weights": "norm"}
 CASES: dict[str, dict[str, Any]] = {
     "zero-0": {"zero_stage": 0},
-    "zero-1": {"zero_stage": 1, "optimizer": {"name": "adamw", "clip": 0.5}},
-    "zero-2": {"zero_stage": 2, "lisa": NORM_LISA},
+    "zero-1": {"zero_stage": 1, "optimizer": {"name": "adamw", "clip": 0.5}, "profile": {"start": 3, "steps": 2}},
+    "zero-2": {"zero_stage": 2, "lisa": NORM_LISA, "activation_checkpointing": "full"},
     "phases": {
         "zero_stage": 2,
         "phases": [
@@ -36,9 +37,16 @@ CASES: dict[str, dict[str, Any]] = {
             {"steps": 2, "batch_size": 4, "micro_batch_size": 1, "schedule": {"warmup": 1}},
         ],
     },
-    "zero-3-decoder": {"zero_stage": 3},
-    "zero-3": {"zero_stage": 3, "family": "encoder", "lisa": {**NORM_LISA, "weights": "uniform"}},
+    "zero-3-decoder": {"zero_stage": 3, "activation_checkpointing": "selective"},
+    "zero-3": {
+        "zero_stage": 3,
+        "family": "encoder",
+        "lisa": {**NORM_LISA, "weights": "uniform"},
+        "activation_checkpointing": "full",
+    },
 }
+ONLY_SHARDED = {"zero_stage", "activation_checkpointing", "profile"}
+"""What the plain process does without: it keeps all activations."""
 
 
 @dataclass
@@ -102,7 +110,7 @@ def attempts(
 def test_two_ranks_under_deepspeed_train_what_one_plain_process_trains(
     case: str, attempts: dict[str, Attempt], run_plain: Callable[..., int], tmp_path: Path
 ) -> None:
-    assert run_plain(tmp_path, **{k: v for k, v in CASES[case].items() if k != "zero_stage"}) == 0
+    assert run_plain(tmp_path, **{k: v for k, v in CASES[case].items() if k not in ONLY_SHARDED}) == 0
     plain, sharded = load_file(tmp_path / "model" / "model.safetensors"), attempts[case].weights
     assert plain.keys() == sharded.keys()
     for name, tensor in plain.items():
@@ -128,6 +136,16 @@ def test_the_artifact_holds_model_facts_metrics_and_observations(attempts: dict[
     observed = json.loads((attempt.out / "observations.json").read_text())
     assert observed["resumed_at"] == []
     assert observed["checkpoint_fallbacks"] == 0
+
+
+@pytest.mark.slow
+def test_a_profile_traces_its_steps_and_no_others(attempts: dict[str, Attempt]) -> None:
+    folder = attempts["zero-1"].out / "profile"
+    with gzip.open(folder / "trace.json.gz", "rt") as trace:
+        events = json.load(trace)["traceEvents"]
+    assert {e["name"] for e in events if str(e.get("name", "")).startswith("step ")} == {"step 4", "step 5"}
+    assert "aten::mm" in (folder / "operations.txt").read_text()
+    assert not (attempts["zero-2"].out / "profile").exists()
 
 
 @pytest.mark.slow

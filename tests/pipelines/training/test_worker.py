@@ -62,6 +62,16 @@ def test_another_seed_gives_another_model(run_plain: Run, tmp_path: Path) -> Non
     assert digest(tmp_path / "0")["model.safetensors"] != digest(tmp_path / "1")["model.safetensors"]
 
 
+@pytest.mark.parametrize("kind", ["selective", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_compute_again_train_the_same_bytes(family: str, kind: str, run_plain: Run, tmp_path: Path) -> None:
+    """With LISA also below the lowest layer that trains, whose inputs need no gradient."""
+    changes = {"family": family, "lisa": {"layers": 1, "interval": 2}}
+    assert run_plain(tmp_path / "kept", **changes) == 0
+    assert run_plain(tmp_path / kind, **changes, activation_checkpointing=kind) == 0
+    assert digest(tmp_path / kind)["model.safetensors"] == digest(tmp_path / "kept")["model.safetensors"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_loads_in_plain_transformers_and_has_the_recorded_loss(
     family: str, run_plain: Run, plain_spec: MakeSpec, tmp_path: Path, prepared: Artifact
