@@ -24,8 +24,8 @@ WEED = Path(sysconfig.get_path("scripts")) / "weed"
 BUCKET = "corpus"
 KEY, SECRET = "test", "c4n4ry-s3cret"
 _LISTENERS = (
-    "master.port", "volume.port", "filer.port", "s3.port", "s3.port.grpc", "s3.port.iceberg", "metricsPort",
-    "master.port.grpc", "volume.port.grpc", "filer.port.grpc", "admin.port", "admin.port.grpc",
+    "master.port", "volume.port", "filer.port", "s3.port", "s3.port.grpc", "s3.port.iceberg", "s3.port.lance",
+    "metricsPort", "master.port.grpc", "volume.port.grpc", "filer.port.grpc", "admin.port", "admin.port.grpc",
 )  # fmt: skip
 
 
