@@ -24,6 +24,16 @@ _KEPT = 20
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
+class _Formatter(logging.Formatter):
+    """Takes secrets out of every line, also of a traceback that a library has put a password into."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        from pipelines.core.redaction import redact
+
+        return redact(super().format(record))
+
+
 class _LogFile(logging.FileHandler):
     """A log whose folder is found and made with its first line; where it cannot be made, nothing is written."""
 
@@ -32,7 +42,7 @@ class _LogFile(logging.FileHandler):
         super().__init__(name, delay=True, encoding="utf-8")
         self.folder: Path | None = None
         self._name_of_file = name
-        self.setFormatter(logging.Formatter(_FORMAT))
+        self.setFormatter(_Formatter(_FORMAT))
 
     @property
     def path(self) -> Path:
@@ -70,7 +80,7 @@ class _Terminal(logging.StreamHandler[TextIO]):
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
-        self.setFormatter(logging.Formatter("ingot: %(message)s"))
+        self.setFormatter(_Formatter("ingot: %(message)s"))
         self.addFilter(lambda record: self.verbose or record.name.partition(".")[0] in _OURS)
         self.verbose = False
 
@@ -111,7 +121,7 @@ def be_verbose() -> None:
     _terminal.verbose = True
     for handler in (_file, _terminal):
         handler.setLevel(logging.DEBUG)
-    _terminal.setFormatter(logging.Formatter(_FORMAT))
+    _terminal.setFormatter(_Formatter(_FORMAT))
     logging.getLogger().setLevel(logging.INFO)
     for name in _OURS:
         logging.getLogger(name).setLevel(logging.DEBUG)
@@ -125,7 +135,7 @@ def is_verbose() -> bool:
 
 def foreseen(error: BaseException) -> None:
     """Keep the traceback of a library's error that reaches the user as one of ours; `--verbose` shows it."""
-    text = "".join(traceback.format_exception(error))
+    text = _traceback(error)
     if is_verbose():
         print(text, file=sys.stderr)
     elif _file is not None:
@@ -134,8 +144,10 @@ def foreseen(error: BaseException) -> None:
 
 def unexpected(error: BaseException) -> str:
     """Write an error that nobody foresaw to the log; return what to tell the user."""
-    head = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:300]}"
-    text = "".join(traceback.format_exception(error))
+    from pipelines.core.redaction import redact
+
+    head = redact(f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:300]}")
+    text = _traceback(error)
     if _file is None or is_verbose():
         return f"{text.rstrip()}\n\ningot: {head}"
     _file.emit(_record_of(text))
@@ -145,6 +157,13 @@ def unexpected(error: BaseException) -> str:
         f"ingot: {head}\n  -> nobody foresaw this error: please open an issue with {_file.path} "
         "and the output of `ingot --version`; the same command with -v shows the traceback"
     )
+
+
+def _traceback(error: BaseException) -> str:
+    """Return a traceback without secrets."""
+    from pipelines.core.redaction import redact
+
+    return redact("".join(traceback.format_exception(error)))
 
 
 def _record_of(text: str) -> logging.LogRecord:

@@ -25,6 +25,7 @@ from pipelines.core import artifact, fingerprint
 from pipelines.core.artifact import FileRecord
 from pipelines.core.bucket import Bucket
 from pipelines.core.errors import IngotError, IntegrityError, LockLost
+from pipelines.core.safe_path import safe_join
 from pipelines.core.store import Lease
 
 log = logging.getLogger(__name__)
@@ -84,17 +85,16 @@ class CheckpointMirror:
         """Download and verify one checkpoint, then its journals; it appears by one rename."""
         there = self._bucket.read(str(record))
         files = _FILES.validate_json("null" if there is None else there.text)
-        if any(".." in PurePosixPath(name).parts or name.startswith("/") for name in files):
-            raise IntegrityError(f"{record} names files outside of the checkpoint")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".restoring-", dir=folder) as temporary:
             place = Path(temporary) / record.stem
-            for name in files:
-                (place / name).parent.mkdir(parents=True, exist_ok=True)
-            self._bucket.download({f"{record.with_suffix('')}/{name}": place / name for name in files})
+            paths = {name: safe_join(place, name, said_by=self._bucket.place(str(record))) for name in files}
+            for path in paths.values():
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._bucket.download({f"{record.with_suffix('')}/{name}": path for name, path in paths.items()})
             for name, file in files.items():
-                artifact.verify_file(place / name, file)
-                artifact.sync(place / name)
+                artifact.verify_file(paths[name], file)
+                artifact.sync(paths[name])
             journals = place / _JOURNALS
             for path in journals.iterdir() if journals.is_dir() else ():
                 path.replace(folder.parent / path.name)

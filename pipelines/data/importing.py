@@ -22,6 +22,7 @@ from typing import Any
 
 from pipelines.core.errors import ConfigError, IngotError, TransientError
 from pipelines.core.redaction import redact
+from pipelines.core.safe_path import safe_join
 from pipelines.data import reader
 from pipelines.data.config import PrepareConfig
 
@@ -191,7 +192,7 @@ def _fetch(url: str, root: Path, taken: Taken) -> list[str]:
     wanted = {name: found for name, found in files.items() if name not in hidden}
 
     def get(name: str) -> None:
-        place, (remote, size) = root / name, wanted[name]
+        place, (remote, size) = safe_join(root, name, said_by=redact(url)), wanted[name]
         if place.is_file() and size in {None, place.stat().st_size}:
             return
         place.parent.mkdir(parents=True, exist_ok=True)

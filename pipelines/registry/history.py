@@ -13,6 +13,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from pipelines.core.redaction import redact_value
 from pipelines.core.store import open_store
 
 HISTORY = "registry/history.jsonl"
@@ -26,14 +27,9 @@ Record = dict[str, Any]
 
 
 def append(store_root: Path, model: str, action: str, *, version: str | None, why: str, **facts: Any) -> Record:
-    """Add one record, durably; a record that a power cut left unfinished is closed off, never merged with ours."""
-    record: Record = who_and_when() | {
-        "model": model,
-        "action": action,
-        "version": version,
-        "why": why,
-        **facts,
-    }
+    """Add one record, durably and without secrets; one that a power cut left unfinished is closed off, never merged."""
+    told = {"model": model, "action": action, "version": version, "why": why, **facts}
+    record: Record = redact_value("", who_and_when() | told)
     open_store(store_root).append(HISTORY, json.dumps(record, sort_keys=True))
     return record
 

@@ -331,7 +331,7 @@ class Registry:
             about["bits_per_byte"] = float(tags["bits_per_byte"])
         if redact(self._uri) == self._uri:
             about["tracking_uri"] = self._uri
-        return history.append(self.store_root, self.model, action, version=version, why=redact(why), **about, **facts)
+        return history.append(self.store_root, self.model, action, version=version, why=why, **about, **facts)
 
 
 @contextlib.contextmanager

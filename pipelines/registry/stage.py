@@ -14,7 +14,7 @@ from typing import Any
 from pipelines.core import program
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import GateRefused
-from pipelines.core.redaction import redact
+from pipelines.core.redaction import redact_value
 from pipelines.core.stage import Progress, StageContext, Summary
 from pipelines.registry import evidence, gate, history, incumbent, model_card, package
 from pipelines.registry.config import PromoteConfig
@@ -134,7 +134,7 @@ def version_tags(facts: Evidence, model: Artifact, prepare: Artifact) -> dict[st
 
 
 def _write(decision: Decision, passed_over: list[str], text: str, out_dir: Path) -> None:
-    record = decision.to_json() | {"passed_over": passed_over}
+    record = redact_value("", decision.to_json() | {"passed_over": passed_over})
     (out_dir / DECISION).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     (out_dir / package.CARD).write_text(text, encoding="utf-8")
 
@@ -148,7 +148,7 @@ def _refuse(decision: Decision, registry: Registry, candidate: Evidence) -> None
         registry.model,
         history.REFUSED,
         version=None,
-        why=redact(f"{decision.rule}: {broken}"),
+        why=f"{decision.rule}: {broken}",
         fingerprint=candidate.fingerprint,
         decision=decision.to_json(),
     )

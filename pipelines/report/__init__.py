@@ -15,6 +15,7 @@ import jinja2
 
 from pipelines.core import quantity
 from pipelines.core.artifact import Artifact, write_text
+from pipelines.core.redaction import redact
 from pipelines.measure import intervals
 from pipelines.report import axes, compression, sections
 
@@ -52,11 +53,17 @@ def write_pareto(run_record: Mapping[str, Any], artifacts: Mapping[str, Artifact
     return bool(variants)
 
 
+def _without_secrets(value: Any) -> Any:
+    """Return what the page shows of a value; called before it is escaped, which would hide a secret from us."""
+    return type(value)(redact(value)) if isinstance(value, str) else value
+
+
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=_without_secrets,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.core import quantity
 from pipelines.core.artifact import Artifact
-from pipelines.core.redaction import redact, redact_value
+from pipelines.core.redaction import redact_value
 from pipelines.core.stage import BASES, base_name
 from pipelines.measure import answers, intervals
 from pipelines.modelio import load_instructions
@@ -39,7 +39,7 @@ def page(
     gate = _gate(record, artifacts.get("promote"))
     rows, tokens = intervals.table(evaluations), compression.counted_tokens(record, artifacts)
     return {
-        "run": {**record, "error": redact(record.get("error") or ""), "overrides": [*map(redact, record["overrides"])]},
+        "run": record,
         "headline": _headline(record, rows, gate),
         "training": training(artifacts.get("pretrain"), earlier or {}),
         "optimizers": _optimizers(record, artifacts),
@@ -165,12 +165,12 @@ def _training_samples(artifact: Artifact) -> list[Facts]:
     rows = _rows(artifact, "samples.jsonl")
     last, shown = len(rows) - 1, min(len(rows), _TRAINING_SAMPLES)
     picked = [rows[round(number * last / max(shown - 1, 1))] for number in range(shown)]
-    return [row | {"prompt": redact(row["prompt"]), "text": _written(row["text"])} for row in picked]
+    return [row | {"text": _written(row["text"])} for row in picked]
 
 
 def _written(text: str) -> str:
     """Return what a model wrote, as the page shows it: one that says nothing but line ends fills no screen."""
-    return redact(_BLANK_LINES.sub("\n\n", text))
+    return _BLANK_LINES.sub("\n\n", text)
 
 
 def _losses(rows: list[Facts]) -> list[Series]:
@@ -340,7 +340,7 @@ def samples(evaluations: Mapping[str, Facts], artifacts: Mapping[str, Artifact],
     for name in names:
         for row in written[name]:
             rows.setdefault(row["prompt"], []).append({"model": name, "text": _written("\n".join(answers.lines(row)))})
-    return [{"prompt": redact(prompt), "texts": texts} for prompt, texts in rows.items()]
+    return [{"prompt": prompt, "texts": texts} for prompt, texts in rows.items()]
 
 
 def _loading(artifacts: Mapping[str, Artifact], evaluations: Mapping[str, Facts], gate: Facts) -> Facts | None:
@@ -400,7 +400,7 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from flatten(item, f"{prefix}[{name}]")
     else:
         shown = redact_value(prefix.rpartition(".")[2], value)
-        yield prefix, redact(shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False))
+        yield prefix, shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)
 
 
 def _environment(record: Mapping[str, Any], artifacts: Mapping[str, Artifact]) -> list[tuple[str, str]]:

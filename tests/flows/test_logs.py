@@ -24,21 +24,25 @@ def test_an_unforeseen_error_names_its_log_and_verbose_shows_the_traceback(
 ) -> None:
     code = (
         "import sys, warnings\nfrom flows import recipe\nfrom flows.cli import main\n"
-        "def broken(*_):\n    warnings.warn('of a library')\n    raise RuntimeError('nobody foresaw this')\n"
+        "def broken(*_):\n    warnings.warn('of a library, with c4n4ry-Zq81')\n"
+        "    raise RuntimeError('nobody foresaw this: http://u:c4n4ry@host')\n"
         "recipe.names = broken\nmain()"
     )
     command = [sys.executable, "-c", code, "list", "recipes"]
+    secret = environment_of(empty_store) | {"SERVICE_PASSWORD": "c4n4ry-Zq81"}
     for verbose in (False, True):
         done = subprocess.run(
             [*command, *["-v"][: int(verbose)]],
-            cwd=CHECKOUT, env=environment_of(empty_store), capture_output=True, text=True,
+            cwd=CHECKOUT, env=secret, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 1
+        assert "c4n4ry" not in done.stderr
         assert "RuntimeError: nobody foresaw this" in done.stderr
         assert ("Traceback" in done.stderr, "of a library" in done.stderr) == (verbose, verbose)
     log = min((empty_store / "logs").glob("*.log"))
     assert "Traceback" in log.read_text()
-    assert "of a library" in log.read_text()
+    assert "of a library, with ***" in log.read_text()
+    assert "c4n4ry" not in log.read_text()
 
 
 def test_the_shell_completes_settings_recipes_and_stages(

@@ -32,8 +32,12 @@ AGREED = {
     "tests",
 }
 UNSAFE = re.compile(
-    r"weights_only=False|pickle\.loads?\(|yaml\.load\(|trust_remote_code=True|(?<![\w.])eval\(|allow_pickle=True"
+    r"weights_only=False|\bpickle\.\w|import pickle|from pickle|cloudpickle|\bdill\b|joblib\.load|\bshelve\b"
+    r"|torch\.load\(|yaml\.(unsafe_|full_)?load\(|yaml\.(Unsafe|Full)?Loader\b|trust_remote_code=True"
+    r"|(?<![\w.])(eval|exec)\(|allow_pickle=True|shell=True|os\.(system|popen)\("
 )
+ARCHIVES = re.compile(r"import (tarfile|zipfile)|from (tarfile|zipfile)|unpack_archive|extractall")
+"""Nothing is unpacked: a format that comes as an archive needs one place that refuses what leads out of its folder."""
 
 
 def sources() -> Iterator[tuple[str, str]]:
@@ -90,8 +94,25 @@ def test_no_source_runs_code_found_in_data() -> None:
     assert unsafe == []
 
 
+def test_no_archive_is_unpacked() -> None:
+    assert [name for name, text in sources() if ARCHIVES.search(text)] == []
+
+
 @pytest.mark.parametrize(
-    "line", ["torch.load(p, weights_only=False)", "pickle.load(f)", "np.load(p, allow_pickle=True)"]
+    "line",
+    [
+        "torch.load(p, weights_only=False)",
+        "torch.load(p)",
+        "pickle.load(f)",
+        "import pickle",
+        "np.load(p, allow_pickle=True)",
+        "yaml.unsafe_load(text)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "x = eval(text)",
+        "exec(text)",
+        "subprocess.run(text, shell=True)",
+        "AutoModel.from_pretrained(p, trust_remote_code=True)",
+    ],
 )
 def test_unsafe_calls_are_recognised(line: str) -> None:
     assert UNSAFE.search(line)

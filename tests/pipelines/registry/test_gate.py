@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.measure.intervals import paired_ratio
 from pipelines.registry.config import PromoteConfig
 from pipelines.registry.evidence import Evidence, digest, load, save
 from pipelines.registry.gate import choose, decide, table, within_budget
@@ -341,3 +342,85 @@ def test_the_description_of_a_space_survives_the_registry(tmp_path: Any) -> None
     assert np.array_equal(again.relative, mine)
     save(BASE, tmp_path / "plain")
     assert load(tmp_path / "plain", "7", digest(BASE)).relative is None
+
+
+def even(name: str, bits: float, **changes: Any) -> Evidence:
+    """Return evidence on a model that needs as many bits for every byte: its gains have no noise."""
+    return model(name, bits, nats=bits * math.log(2.0) * SIZES, **changes)
+
+
+def test_a_variant_whose_loss_may_be_beyond_its_budget_is_refused_though_its_mean_is_within() -> None:
+    variant = variant_of_base(2.03, scatter=0.05)
+    ratio = paired_ratio(variant.nats, BASE.nats, SIZES)
+    assert ratio.value < CONFIG.max_bits_per_byte_ratio < ratio.high
+    assert decide(variant, family(variant), None, CONFIG).broken == ["bits per byte / base"]
+
+
+def test_what_is_exactly_at_a_limit_is_within_it() -> None:
+    variant = variant_of_base(size_bytes=BASE.size_bytes, kl_nats=0.1, decode_ms=6.0)
+    config = PromoteConfig(max_bytes_ratio=1.0, max_kl_nats=0.1, max_latency_ratio=1.5, min_documents=DOCUMENTS)
+    assert decide(variant, family(variant), None, config).accepted
+    more = config.model_copy(update={"min_documents": DOCUMENTS + 1})
+    assert decide(variant, family(variant), None, more).broken == ["held-out documents"]
+
+
+def test_what_only_equals_is_no_gain_and_beats_no_baseline() -> None:
+    same, champion = even("same", 2.05), even("old", 2.05, version="3")
+    refused = decide(same, {"pretrain": same}, champion, PromoteConfig(min_effect=0.0))
+    assert refused.gain == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert refused.broken == ["bits per byte gained on champion v3"]
+    level = replace(same, baselines={"gzip": same.bits_per_byte["value"]})
+    assert decide(level, {"pretrain": level}, None, PromoteConfig(must_beat=("gzip",))).broken == ["beats gzip"]
+
+
+@pytest.mark.parametrize(
+    ("size", "gained", "accepted"),
+    [
+        (1000, 0.0015, False),
+        (1000, 0.0025, True),
+        (1000, -0.0015, False),
+        (4000, 0.021, False),  # two doublings: 0.002 + 2 x 0.01
+        (4000, 0.023, True),
+        (900, -0.0015, True),
+        (900, -0.0025, False),
+    ],
+)
+def test_what_must_be_gained_follows_from_the_bytes(size: int, gained: float, *, accepted: bool) -> None:
+    champion = even("old", 2.05, version="3")
+    candidate = even("new", 2.05 - gained, size_bytes=size)
+    assert decide(candidate, {"pretrain": candidate}, champion, CONFIG).accepted is accepted
+
+
+def test_the_champion_rebuilt_with_other_bytes_is_judged_anew() -> None:
+    rebuilt = replace(CHAMPION, version=None, digest="other bytes")
+    decision = decide(rebuilt, {"pretrain": rebuilt}, CHAMPION, CONFIG)
+    assert decision.broken == ["bits per byte gained on champion v3"]
+
+
+def test_a_variant_larger_than_the_chosen_one_is_not_spoken_of() -> None:
+    good = variant_of_base()
+    large = replace(variant_of_base(2.5), name="large", fingerprint="print of large", size_bytes=900)
+    assert choose({"pretrain": BASE, "large": large, "variant": good}, CONFIG) == (good, [])
+
+
+def test_models_are_compared_on_the_same_documents_and_settings_only() -> None:
+    others = replace(BASE, sizes=SIZES + 1)
+    assert "measured on different documents: 60 and 60" in decide(others, {"pretrain": others}, CHAMPION, CONFIG).rule
+    wider = replace(BASE, settings=BASE.settings | {"context": 128})
+    decision = decide(wider, {"pretrain": wider}, CHAMPION, CONFIG)
+    assert "measured at different settings: context 128 and 64" in decision.rule
+    assert not decision.accepted
+    batches = replace(BASE, settings=BASE.settings | {"batch_tokens": 9999})
+    assert decide(batches, {"pretrain": batches}, CHAMPION, CONFIG).accepted
+
+
+def test_an_embedding_space_that_may_be_too_far_is_refused_though_its_mean_is_near() -> None:
+    mine, theirs = spaces(0.1)
+    better = model("better", 1.8, family="encoder", relative=mine)
+    champion = model("old", 2.05, version="3", family="encoder", relative=theirs)
+    free = decide(better, {"pretrain": better}, champion, CONFIG)
+    assert free.relative is not None
+    distance = free.relative["distance"]
+    limit = (distance["value"] + distance["high"]) / 2
+    bound = decide(better, {"pretrain": better}, champion, PromoteConfig(max_relative_distance=limit))
+    assert bound.broken == ["embedding distance to champion v3"]

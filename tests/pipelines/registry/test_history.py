@@ -73,3 +73,14 @@ def test_a_record_says_who_when_and_why(tmp_path: Path) -> None:
     assert "@" in record["who"]
     assert record["time"].endswith("+00:00")
     assert (record["why"], record["bits_per_byte"]) == ("beats the champion", 1.9)
+
+
+def test_no_secret_is_written_at_any_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVICE_PASSWORD", "c4n4ry-Zq81")
+    checks = [{"name": "beats c4n4ry-Zq81"}]
+    record = history.append(
+        tmp_path, "m", history.REFUSED, version=None, why="c4n4ry-Zq81", decision={"checks": checks}
+    )
+    assert record["why"] == "***"
+    assert record["decision"]["checks"][0]["name"] == "beats ***"
+    assert "c4n4ry" not in (tmp_path / history.HISTORY).read_text()

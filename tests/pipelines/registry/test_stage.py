@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ import yaml
 from pipelines.core.errors import GateRefused, IntegrityError, TransientError
 from pipelines.core.fingerprint import hash_file
 from pipelines.registry import history
-from pipelines.registry.registry import list_models, rollback
+from pipelines.registry.registry import Registry, list_models, rollback
 from pipelines.tracking.config import TrackingConfig
 
 
@@ -254,11 +254,19 @@ def test_the_card_has_front_matter_that_parses_and_every_section(world: Any, tmp
 def test_no_secret_reaches_registry_history_or_card(
     world: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """Whatever brings it there: a check's name, the reason of a rollback, the address of the registry."""
     monkeypatch.setenv("SERVICE_PASSWORD", "c4n4ry-Zq81")
     out = tmp_path / "out"
     out.mkdir()
     world.promote(world.candidate(2.0), out)
-    rollback_free = history.append(world.root, "ingot", "refused", version=None, why="x")
-    assert rollback_free["who"]
+    world.promote(world.candidate(1.9, seed=1), out)
+    with pytest.raises(GateRefused):
+        world.promote(world.candidate(1.8, seed=2), out, must_beat=("c4n4ry-Zq81",))
+    rollback(world.root, "ingot", why="they said c4n4ry-Zq81")
+    assert history.read(world.root)[-1]["why"] == "they said ***"
+    elsewhere = Registry(cast("Any", None), "postgresql://me:c4n4ry@db/x", "ingot", world.root)
+    assert "tracking_uri" not in elsewhere._note(history.REGISTERED, "9", "within budget", {})
+    decided = json.loads((out / "decision.json").read_text())
+    assert decided["broken"] == ["beats ***"]
     for path in [*out.iterdir(), world.root / "mlflow.db", world.root / history.HISTORY]:
-        assert b"c4n4ry" not in path.read_bytes()
+        assert b"c4n4ry" not in path.read_bytes(), path

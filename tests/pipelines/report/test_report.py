@@ -185,10 +185,28 @@ def test_secrets_of_the_configuration_stay_out(
     render: Render, record: dict[str, Any], artifacts: dict[str, Artifact]
 ) -> None:
     record["error"] = "cannot reach http://ada:lovelace99@example.org/"
+    record["overrides"] = ["tracking.uri=http://ada:byron1815@example.org/"]
     text = render(record, artifacts)
     assert "hunter2hunter2" not in text
+    assert "byron1815" not in text
     assert "lovelace99" not in text
     assert "tracking.password" in text
+
+
+def test_secrets_of_the_environment_stay_out_wherever_they_turn_up(
+    render: Render, record: dict[str, Any], artifacts: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "c4n4ry<&>'Zq81"  # escaped, it would not be found in the page any more
+    monkeypatch.setenv("SERVICE_PASSWORD", secret)
+    record["error"] = f"the server said {secret}"
+    record["config"]["tracking"]["experiment"] = secret
+    record["nodes"]["prepare"]["message"] = secret
+    rows = [{"prompt": f"To {secret}", "text": f"or {secret}"}]
+    (artifacts["evaluate.pretrain"].path / "samples.json").write_text(json.dumps(rows))
+    text = render(record, artifacts)
+    assert "c4n4ry" not in text
+    assert "the server said ***" in text
+    assert "To ***" in text
 
 
 def test_dark_and_print_have_their_own_style(
