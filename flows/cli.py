@@ -12,6 +12,7 @@ from flows import console, data_cli, logs
 from flows.commands.options import Json, Recipe, with_common_options
 from pipelines.core import boundary, environment, stop
 from pipelines.core.errors import DiskFullError, IngotError
+from pipelines.core.redaction import redact
 
 app = typer.Typer(
     name="ingot",
@@ -404,6 +405,7 @@ def main() -> None:
     stop.install()
     console.survive_closed_terminal()
     logs.start()
+    environment.find_home()
     environment.reach_this_machine()
     try:
         app()
@@ -413,7 +415,7 @@ def main() -> None:
             sys.exit(1)
         if known is not error:
             logs.foreseen(error)
-        print(f"ingot: {known}", file=sys.stderr)
+        print(redact(f"ingot: {known}"), file=sys.stderr)
         if isinstance(known, DiskFullError):
             from flows.commands.store import reclaimable
 

@@ -93,7 +93,7 @@ def configured_url() -> str | None:
     try:
         profiles = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect") / "profiles.toml"
         table = tomllib.loads(profiles.read_text(encoding="utf-8"))
-    except (OSError, RuntimeError, UnicodeDecodeError, tomllib.TOMLDecodeError):  # Runtime: a user without a home
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
         return None
     active = os.environ.get("PREFECT_PROFILE", table.get("active", ""))
     return table.get("profiles", {}).get(active, {}).get("PREFECT_API_URL")

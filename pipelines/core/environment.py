@@ -11,12 +11,17 @@ and fails for a variable that is in neither table.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import logging
 import os
+import pwd
 import re
+import stat
+import tempfile
 import urllib.parse
 from collections.abc import Mapping
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -261,6 +266,32 @@ def reach_this_machine() -> None:
         present = [each.strip() for each in os.environ.get(name, "").split(",") if each.strip()]
         if "*" not in present:
             os.environ[name] = ",".join([*present, *(each for each in _LOOPBACK if each not in present)])
+
+
+def find_home() -> None:
+    """Give a user whom the system does not know (a number in a container) a home and a name, as libraries ask for them.
+
+    The home is a folder for temporary files that nobody else can read; a user who has a home keeps it.
+    """
+    known = _is_known_user()
+    if not known and not os.environ.get("HOME"):
+        place = Path(tempfile.gettempdir()) / f"ingot-home-{os.geteuid()}"
+        with contextlib.suppress(FileExistsError):
+            place.mkdir(mode=0o700)
+        state = place.lstat()
+        if state.st_uid != os.geteuid() or not stat.S_ISDIR(state.st_mode) or state.st_mode & 0o077:
+            place = Path(tempfile.mkdtemp(prefix="ingot-home-"))  # somebody was here first
+        os.environ["HOME"] = str(place)
+    if not known and not any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
+        os.environ["USER"] = str(os.geteuid())
+
+
+def _is_known_user() -> bool:
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    return True
 
 
 def is_this_machine(url: str) -> bool:

@@ -16,7 +16,6 @@ import fnmatch
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -357,8 +356,7 @@ def _folder(address: str) -> Path:
     """Return the folder of this machine for a store; $INGOT_CACHE may name variables, such as that of the node."""
     if (said := os.environ.get(CACHE_VARIABLE)) is None:
         caches = os.environ.get("XDG_CACHE_HOME")
-        home = os.environ.get("HOME")
-        place = Path(caches) if caches else Path(home) / ".cache" if home else Path(tempfile.gettempdir())
+        place = Path(caches) if caches else Path.home() / ".cache"
         said = str(place / "ingot")
     digest = hashlib.sha256(address.encode()).hexdigest()[:8]
     return (

@@ -165,6 +165,7 @@ def main(arguments: list[str]) -> int:
         tell("progress", **{name: value for name, value in facts.items() if name != "node"})
 
     stop.install(announces=False)
+    environment.find_home()
     environment.reach_this_machine()
     try:
         with stop.unwinding():

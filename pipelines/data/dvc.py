@@ -6,6 +6,7 @@ application therefore queue on a lease of their own, and one that meets a foreig
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -33,12 +34,21 @@ def run(project: Path, *arguments: str, lock_wait_s: float = LOCK_WAIT_S) -> str
 
     Raises:
         LockedError: another DVC command held the lock for longer than `lock_wait_s`.
-        ConfigError: the project is no git repository.
+        ConfigError: the project is no git repository, or cannot be written to.
         IntegrityError: objects are missing or damaged in the remote.
         TransientError: any other failure: network, credentials, disk.
     """
     give_up = time.monotonic() + lock_wait_s
-    with lock.hold(project / ".dvc" / "tmp" / "ingot.lock", what="DVC in this project", wait_s=lock_wait_s):
+    with contextlib.ExitStack() as held:
+        place = project / ".dvc" / "tmp" / "ingot.lock"
+        try:
+            held.enter_context(lock.hold(place, what="DVC in this project", wait_s=lock_wait_s))
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise ConfigError(
+                f"DVC keeps locks in {place.parent}, which cannot be written to: {reason}",
+                hint="run this as the owner of the project, or in a copy: `git clone` it and `ingot data pull` there",
+            ) from error
         while True:
             done = _start(project, arguments)
             if done.returncode == 0:
