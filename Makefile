@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c flows/constraints.txt
 
-.PHONY: run test cluster-test test-tensors test-pipelines setup check quick quick-tensors quick-pipelines docs exactness faults fuzz audit bench bench-gpu bench-large-batch bench-lisa pictures clean
+.PHONY: run test cluster-test test-tensors test-pipelines setup check quick quick-tensors quick-pipelines docs exactness faults mutants fuzz audit bench bench-gpu bench-large-batch bench-lisa pictures clean
 
 run: $(VENV)/.installed
 	@$(BIN)/ingot run --recipe demo
@@ -58,6 +58,10 @@ exactness: $(VENV)/.installed-dev
 # Every fault of the harness, also the slow ones.
 faults: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/faults -m "faults_full or not faults_full" --timeout 3600
+
+# Small deliberate bugs, one at a time in a copy of the tree: names those that no test notices (a quarter of an hour).
+mutants: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py --jobs 2
 
 # Every parser of ours on thousands of damaged and invented inputs, others each time (some ten minutes).
 fuzz: $(VENV)/.installed-dev
