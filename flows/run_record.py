@@ -328,7 +328,8 @@ class Runs:
         try:
             record = RunRecord.model_validate(json.loads(text))
         except (ValueError, RecursionError) as error:
-            reason, run_id = str(error).splitlines()[0], Path(name).parent.name
+            reason = str(error).splitlines()[0] if text.strip() else "it is empty, or closed to this user"
+            run_id = Path(name).parent.name
             raise IntegrityError(
                 f"the record {self._store.address}/{name} is damaged ({reason})",
                 hint=f"`ingot delete {run_id}` removes it",

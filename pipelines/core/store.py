@@ -275,7 +275,7 @@ class LocalStore:
 
     def _folders(self) -> list[Path]:
         """Return every published folder, oldest first; folders of unfinished work start with a dot."""
-        manifests = self.root.glob("artifacts/*/[!.]*/" + artifact.MANIFEST)
+        manifests = self._glob("artifacts/*/[!.]*/" + artifact.MANIFEST)
         return [path.parent for path in sorted(manifests, key=lambda p: (p.stat().st_mtime, p))]
 
     def publish(self, build: Path, stage: str, key: str, lease: Lease, **facts: Any) -> Artifact:  # noqa: ARG002
@@ -394,10 +394,28 @@ class LocalStore:
         except IsADirectoryError:
             return ""
 
+    def _glob(self, pattern: str) -> list[Path]:
+        """Return the files that match a pattern, in order.
+
+        Raises:
+            PermissionError: one of the outer folders may not be read, which `Path.glob` takes for an empty one.
+        """
+        for folder in (self.root, self.root / pattern.partition("/")[0]):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.scandir(folder).close()
+        return sorted(self.root.glob(pattern))
+
     def texts(self, pattern: str) -> dict[str, str]:
         """Return the small texts whose names match a pattern with `*`, by name, in order of names."""
-        names = [path.relative_to(self.root).as_posix() for path in sorted(self.root.glob(pattern))]
-        return {name: text for name in names if (text := self.read(name)) is not None}
+        names = [path.relative_to(self.root).as_posix() for path in self._glob(pattern)]
+        return {name: text for name in names if (text := self._readable(name)) is not None}
+
+    def _readable(self, name: str) -> str | None:
+        """Return a text; an empty one where this user may not read it: one record must not stand in the way of others."""
+        try:
+            return self.read(name)
+        except PermissionError:
+            return ""
 
     def modified(self, name: str) -> float | None:
         """Return when a text was last written, in seconds since 1970; None where there is none."""

@@ -29,7 +29,7 @@ from queue import SimpleQueue
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-_PRELOADED = ("numpy", "scipy.stats", "torch", "transformers", "pydantic", "safetensors.torch")
+_PRELOADED = ("numpy", "scipy.stats", "torch", "transformers.models.llama.modeling_llama", "safetensors.torch")
 _LIMIT_S = 600
 """A bug may make a program wait for ever: that is noticed, too."""
 

@@ -274,8 +274,9 @@ def checkpoint(folder: Path, step: int) -> None:
     build.mkdir(parents=True)
     (build / "rank-00000.safetensors").write_text(f"weights {step}")
     facts: dict[str, Any] = {"stage": "checkpoint", "node": "pretrain", "parents": {}, "summary": {}}
-    artifact.publish(build, folder / "checkpoints" / f"step-{step:08d}", identity={"step": step}, **facts)
+    # Journals first, as training does: the mirror may look between any two lines.
     (folder / "losses.jsonl").write_text("".join(f"{n}\n" for n in range(step)))
+    artifact.publish(build, folder / "checkpoints" / f"step-{step:08d}", identity={"step": step}, **facts)
 
 
 def stopped_attempt(store: ObjectStore, *steps: int) -> None:
