@@ -411,7 +411,7 @@ class LocalStore:
         return {name: text for name in names if (text := self._readable(name)) is not None}
 
     def _readable(self, name: str) -> str | None:
-        """Return a text; an empty one where this user may not read it: one record must not stand in the way of others."""
+        """Return a text; an empty one where this user may not read it, so that it hides no other."""
         try:
             return self.read(name)
         except PermissionError:
