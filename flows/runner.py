@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from pipelines.tracking.session import Session
 
 _SAVE_EVERY_S = 1.0
-_FLUSH_S = 10.0
+_ID_WAIT_S = 10.0
+"""A registered model lies in the MLflow run of its node; where that is not there in time, in one of its own."""
 
 
 @dataclass
@@ -65,8 +66,6 @@ class Execution:
         record.state = "running" if cached is None else "cached"
         self._save(at_once=True)
         started = time.monotonic()
-        if node.node.stage.needs_tracking:
-            self.session.flush(_FLUSH_S)
         params = node.node.config.model_dump(mode="json")
         with self.session.stage(name, fingerprint=node.fingerprint, params=params) as stage_run:
 
@@ -78,7 +77,7 @@ class Execution:
                 listen(progress)
 
             if cached is None:
-                tracking = self._tracking(stage_run.run_id if node.node.stage.needs_tracking else None)
+                tracking = self._tracking(stage_run.id_within(_ID_WAIT_S) if node.node.stage.needs_tracking else None)
                 # An artifact that is there all the same is forced anew, or made of inputs that have other bytes now.
                 force = self._stored(node) is not None
                 request = self.plan.request(name, tracking=tracking, force=force, wait_s=self.wait_s)

@@ -57,6 +57,8 @@ class Registry:
         self._uri = uri
         self.model = model
         self.store_root = store_root
+        self._made: set[str] = set()
+        """Versions that this connection made: none of them can be champion yet."""
 
     def champion(self) -> ModelVersion | None:
         """Return the version that the alias `champion` names, and note in the history when others moved it."""
@@ -101,15 +103,13 @@ class Registry:
         if (known := self.find(facts)) is not None:
             return known
         folder = build()
-        self._ensure_model()
         place = f"models/{facts.name}-{facts.fingerprint[:_KEY_DIGITS]}"
         files = {f"{place}/{file.relative_to(folder).as_posix()}": file for file in folder.rglob("*") if file.is_file()}
         artifact_uri = self._client.get_run(run_id).info.artifact_uri
         upload(self._client, artifact_uri, files, at_once=_UPLOADS_AT_ONCE)
         fault_point("promote.after_upload")
-        version = self._client.create_model_version(
-            self.model, f"{artifact_uri}/{place}", run_id=run_id, tags=dict(tags), description=description
-        )
+        version = self._create(f"{artifact_uri}/{place}", run_id=run_id, tags=dict(tags), description=description)
+        self._made.add(str(version.version))
         fault_point("promote.after_version")
         return version
 
@@ -183,7 +183,8 @@ class Registry:
         """
         number = str(version.version)
         fault_point("promote.before_alias")
-        holder = self._holders().get(CHAMPION)
+        holders = self._holders()
+        holder = holders.get(CHAMPION)
         if holder not in {str(over.version) if over is not None else None, number}:
             return False
         promoter: dict[str, str] = {}
@@ -191,7 +192,8 @@ class Registry:
             promoter = self._tag_promoter(number, why)
             self._client.set_registered_model_alias(self.model, CHAMPION, number)
         fault_point("promote.after_alias")
-        self.release(CHALLENGER, number)
+        if holders.get(CHALLENGER) == number:
+            self._client.delete_registered_model_alias(self.model, CHALLENGER)
         known = history.champion(self.store_root, self.model)
         if known is None or known["version"] != number or known["action"] == history.OBSERVED:
             self._note(history.PROMOTE, number, why, version.tags, previous=holder, **promoter, **facts)
@@ -205,7 +207,7 @@ class Registry:
 
     def mark_candidate(self, version: ModelVersion) -> None:
         """Give a version the alias `challenger`: a candidate, registered and under examination, not champion."""
-        if CHAMPION not in self._aliases(version):
+        if str(version.version) in self._made or CHAMPION not in self._aliases(version):
             self._client.set_registered_model_alias(self.model, CHALLENGER, str(version.version))
 
     def release(self, alias: str, number: str) -> None:
@@ -259,8 +261,9 @@ class Registry:
                 return None
             raise
 
-    def run_for(self, facts: Evidence, experiment: str) -> str:
+    def run_for(self, facts: Evidence, config: TrackingConfig) -> str:
         """Return the MLflow run that carries a model's files when tracking names none."""
+        experiment = experiment_id(self._client, config, self.store_root)
         wanted = f"tags.`{_PROMOTES}` = '{facts.fingerprint}'"
         if runs := self._client.search_runs([experiment], filter_string=wanted, max_results=1):
             return str(runs[0].info.run_id)
@@ -314,14 +317,18 @@ class Registry:
             raise
         return {alias: str(number) for alias, number in aliases.items()}
 
-    def _ensure_model(self) -> None:
+    def _create(self, place: str, **facts: Any) -> ModelVersion:
+        """Make a version; the registered model too, if this is its first."""
         from mlflow.exceptions import MlflowException
 
         try:
-            self._client.create_registered_model(self.model)
+            return self._client.create_model_version(self.model, place, **facts)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
+        with contextlib.suppress(MlflowException):  # somebody else was first; what is wrong else, the next line says
+            self._client.create_registered_model(self.model)
+        return self._client.create_model_version(self.model, place, **facts)
 
     def _note(
         self, action: str, version: str | None, why: str, tags: Mapping[str, str], **facts: Any
@@ -335,14 +342,11 @@ class Registry:
 
 
 @contextlib.contextmanager
-def opened(config: TrackingConfig, store_root: Path, model: str) -> Iterator[tuple[Registry, str]]:
+def opened(config: TrackingConfig, store_root: Path, model: str) -> Iterator[Registry]:
     """Hold the right to change one registered model, and connect to it.
 
     It holds between all stores of a SQLite or PostgreSQL registry. For any other it holds within this store, and
     `Registry.promote` looks once more at the champion before it moves the alias.
-
-    Yields:
-        The registry and the id of the experiment.
 
     Raises:
         TransientError: MLflow does not answer.
@@ -353,8 +357,7 @@ def opened(config: TrackingConfig, store_root: Path, model: str) -> Iterator[tup
         reachable(uri, what=f"registered model {model}"),
         registry_lock.hold(uri, store_root, model, wait_s=_LEASE_WAIT_S),
     ):
-        client = connect(config, store_root)
-        yield Registry(client, uri, model, store_root), experiment_id(client, config, store_root)
+        yield Registry(connect(config, store_root), uri, model, store_root)
 
 
 def rollback(store_root: Path, model: str, *, config: TrackingConfig | None = None, why: str = "") -> history.Record:
@@ -370,7 +373,7 @@ def rollback(store_root: Path, model: str, *, config: TrackingConfig | None = No
         ConfigError: there is no earlier champion.
         TransientError: MLflow does not answer.
     """
-    with opened(config or current.where(store_root, model), store_root, model) as (registry, _):
+    with opened(config or current.where(store_root, model), store_root, model) as registry:
         return registry.rollback(why)
 
 

@@ -42,7 +42,8 @@ def run(config: PromoteConfig, inputs: Mapping[str, Artifact], out_dir: Path, co
     """
     models = evidence.read(inputs)
     candidate, passed_over = gate.choose(models, config)
-    with opened(config_of(context.tracking), context.store, config.model_name) as (registry, experiment):
+    tracking = config_of(context.tracking)
+    with opened(tracking, context.store, config.model_name) as registry:
         promoted = False
         while not promoted:  # again when another champion took over while this one was being registered
             holder = registry.champion()
@@ -52,15 +53,14 @@ def run(config: PromoteConfig, inputs: Mapping[str, Artifact], out_dir: Path, co
             _write(decision, passed_over, text, out_dir)
             if not decision.accepted:
                 _refuse(decision, registry, candidate)
-            run_id = context.tracking.run_id or registry.run_for(candidate, experiment)
+            run_id = context.tracking.run_id or registry.run_for(candidate, tracking)
             job = _Promotion(registry, inputs, models, run_id, context)
-            version = job.register(candidate, text)
+            version = job.register(candidate, text, examined=True)
             facts = {"versus_champion": decision.versus_champion, "gain": decision.gain, "run_id": run_id}
             promoted = registry.promote(version, decision.rule, facts, over=holder)
         if config.register_variants:
             for variant in gate.within_budget(models, config):
                 extra = job.register(variant, model_card.render(variant, models, inputs, decision, config))
-                registry.release(CHALLENGER, str(extra.version))
                 registry.note_registered(extra)
     return {
         "model": config.model_name,
@@ -86,8 +86,8 @@ class _Promotion:
         self._registry, self._inputs, self._models = registry, inputs, models
         self._run_id, self._context = run_id, context
 
-    def register(self, facts: Evidence, text: str) -> Any:
-        """Return the verified version of one model."""
+    def register(self, facts: Evidence, text: str, *, examined: bool = False) -> Any:
+        """Return the verified version of one model; one under examination is marked as the candidate meanwhile."""
         self._context.report(Progress(self._context.node, 0, 1, "models", f"registering {facts.name}"))
         model = self._inputs[f"model:{facts.name}"]
         folder = self._context.scratch / f"package-{facts.name}"
@@ -105,7 +105,8 @@ class _Promotion:
             description=model_card.without_front_matter(text),
         )
         shutil.rmtree(folder, ignore_errors=True)
-        self._registry.mark_candidate(version)
+        if examined:
+            self._registry.mark_candidate(version)
         self._registry.verify(version, package.hashes_of(model.manifest))
         return version
 

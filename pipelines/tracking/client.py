@@ -86,16 +86,16 @@ def connect(config: TrackingConfig, store_root: Path) -> MlflowClient:
     set_environment(config.timeout_s)
     for name in _LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
-    from mlflow import MlflowClient
+    from pipelines.tracking.mlflow_client import Client
 
     uri = resolve_uri(config, store_root)
     if not uri.startswith(_SQLITE):
-        return MlflowClient(uri, uri)
+        return Client(uri, uri)
     store_root.mkdir(parents=True, exist_ok=True)
     what, leases = "MLflow's database", lease_folder(uri, store_root)
     with lock.hold(leases / "mlflow.lock", what=what, wait_s=MIGRATION_WAIT_S):
         _ensure_database(Path(uri.removeprefix(_SQLITE)))
-        client = MlflowClient(uri, uri)
+        client = Client(uri, uri)
         client.get_experiment("0")
     return client
 

@@ -6,11 +6,13 @@ because the tracking record remembers everything and the last job of a run sends
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +22,19 @@ _PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 60.0
 _REST = 4.0
 """After the idle job its own duration so many times over: a slow MLflow is told curves less often, not all the time."""
+
+
+_FIRST, _IN_TURN, _LAST = range(3)
+
+
+class _Waiting(NamedTuple):
+    """A job in the queue; sorted by its first two fields, which no two share."""
+
+    rank: int
+    number: int
+    job: Job
+    anyway: bool
+    over: threading.Event
 
 
 class Feeder:
@@ -35,7 +50,8 @@ class Feeder:
         self._idle = idle
         self._every_s = every_s
         self._describe = describe
-        self._jobs: queue.Queue[tuple[Job, bool, threading.Event] | None] = queue.Queue(_WAITING_JOBS)
+        self._jobs: queue.PriorityQueue[_Waiting] = queue.PriorityQueue(_WAITING_JOBS)
+        self._numbers = itertools.count()
         self._closed_until = 0.0
         self._rests_until = 0.0
         self._pause_s = _PAUSE_S
@@ -46,19 +62,20 @@ class Feeder:
         self._thread = threading.Thread(target=self._work, name="mlflow-feeder", daemon=True)
         self._thread.start()
 
-    def put(self, job: Job, *, anyway: bool = False) -> threading.Event:
+    def put(self, job: Job, *, anyway: bool = False, first: bool = False) -> threading.Event:
         """Queue a job and return at once.
 
         Args:
             job: what to do.
             anyway: try it even while the door is closed.
+            first: before everything that waits, because somebody waits for this.
 
         Returns:
             An event that is set when the job was done, failed or dropped.
         """
         over = threading.Event()
         try:
-            self._jobs.put_nowait((job, anyway, over))
+            self._jobs.put_nowait(self._waiting(_FIRST if first else _IN_TURN, job, over, anyway=anyway))
         except queue.Full:
             self.faults += 1
             over.set()
@@ -72,10 +89,13 @@ class Feeder:
     def stop(self, timeout_s: float) -> None:
         """End the thread after the jobs it has; gives up waiting after `timeout_s`."""
         try:
-            self._jobs.put(None, timeout=timeout_s)
+            self._jobs.put(self._waiting(_LAST, self._idle, threading.Event()), timeout=timeout_s)
         except queue.Full:
             return
         self._thread.join(timeout_s)
+
+    def _waiting(self, rank: int, job: Job, over: threading.Event, *, anyway: bool = False) -> _Waiting:
+        return _Waiting(rank, next(self._numbers), job, anyway, over)
 
     def _work(self) -> None:
         while True:
@@ -86,11 +106,10 @@ class Feeder:
                     self._attempt(self._idle, anyway=False)
                     self._rests_until = time.monotonic() + _REST * (time.monotonic() - started)
                 continue
-            if item is None:
+            if item.rank == _LAST:
                 return
-            job, anyway, over = item
-            self._attempt(job, anyway=anyway)
-            over.set()
+            self._attempt(item.job, anyway=item.anyway)
+            item.over.set()
 
     def _attempt(self, job: Job, *, anyway: bool) -> None:
         if not (self.open or anyway):

@@ -55,6 +55,10 @@ class StageRun:
         """Page of this run in MLflow's interface; None for a database without a server."""
         return self._session.page(self.run_id) if self._session.is_server else None
 
+    def id_within(self, seconds: float) -> str | None:
+        """Return MLflow's id, asked for before all that still waits to be sent; None when it takes longer."""
+        return self._session.stage_id(self._node, seconds)
+
     def report(self, progress: Progress) -> None:
         """Take a progress report; costs microseconds, whatever MLflow does."""
         if progress.metrics:
@@ -162,10 +166,10 @@ class Session:
             return None
         return f"{redact(self.uri).rstrip('/')}/#/experiments/{self._mirror.experiment}/runs/{mlflow_id}"
 
-    def stage_id(self, node: str) -> str | None:
-        """Return MLflow's id of a node's run, or None when MLflow does not say within two seconds."""
-        if self._record.stages[node].mlflow_id is None:
-            self._await(self._put(lambda mirror: mirror.open_stage(node)))
+    def stage_id(self, node: str, timeout_s: float = _ID_WAIT_S) -> str | None:
+        """Return MLflow's id of a node's run, or None when MLflow does not say in time."""
+        if self._record.stages[node].mlflow_id is None and self._mirrors:
+            self._await(self._feeder.put(lambda: self._open_stage(node), first=True), timeout_s)
         return self._record.stages[node].mlflow_id
 
     def feed(self, node: str, progress: Progress) -> None:
@@ -220,6 +224,10 @@ class Session:
         job(self._connected())
         self._save()
 
+    def _open_stage(self, node: str) -> None:
+        self._connected().open_stage(node)
+        self._save()
+
     def _flush(self) -> None:
         points = [self._points.popleft() for _ in range(len(self._points))]
         for node in dict(points):
@@ -235,9 +243,9 @@ class Session:
             self._mirror = open_mirror(self._config, self._root, self._record, self._save)
         return self._mirror
 
-    def _await(self, event: threading.Event) -> None:
+    def _await(self, event: threading.Event, timeout_s: float = _ID_WAIT_S) -> None:
         if self._feeder.open:
-            event.wait(_ID_WAIT_S)
+            event.wait(timeout_s)
 
     def _save(self) -> None:
         with self._lock:

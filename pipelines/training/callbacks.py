@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pipelines.core.errors import NumericError
 from pipelines.core.fault_injection import fault_point
 from pipelines.core.launcher import beat
 from pipelines.training import rollbacks
+from pipelines.training.checkpoint_interval import Interval
 from pipelines.training.config import LisaConfig
 from pipelines.training.data_loader import DataLoader
 from pipelines.training.engine import Engine
@@ -206,11 +208,26 @@ class Validation(Callback):
 class Checkpointing(Callback):
     """Saves the state, at intervals and after the last step."""
 
+    def on_start(self, trainer: Trainer) -> None:
+        """Begin with the interval of the settings."""
+        settings = trainer.config.checkpoint
+        self._interval = None if settings.faults_per_day is None else Interval(settings.faults_per_day)
+        self._due = trainer.state.step + settings.every
+        self._since = trainer.state.step, time.monotonic()
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Save when it is due; the last checkpoint is waited for."""
         last = result.step == trainer.config.steps
-        if last or result.step % trainer.config.checkpoint.every == 0:
+        if self._interval is None:
+            if last or result.step % trainer.config.checkpoint.every == 0:
+                trainer.save(wait=last)
+        elif last or result.step >= self._due:
+            started, (step, moment) = time.monotonic(), self._since
             trainer.save(wait=last)
+            self._since = result.step, time.monotonic()
+            own = [self._since[1] - started, (started - moment) / (result.step - step)]
+            save_s, step_s = (total / trainer.engine.ranks.world for total in trainer.engine.ranks.summed(own))
+            self._due = result.step + self._interval.steps(save_s=save_s, step_s=step_s)
 
 
 class Work(NamedTuple):

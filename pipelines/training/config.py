@@ -239,7 +239,19 @@ class PhaseConfig(Settings):
 class CheckpointConfig(Settings):
     """How often state is saved; nothing here changes a result."""
 
-    every: int = Field(50, ge=1, description="Steps between checkpoints.", json_schema_extra=NOT_IDENTITY)
+    every: int = Field(
+        50,
+        ge=1,
+        description="Steps between checkpoints; with faults_per_day, until the first one was measured.",
+        json_schema_extra=NOT_IDENTITY,
+    )
+    faults_per_day: float | None = Field(
+        None,
+        gt=0,
+        description="How often the ranks of this training, all together, are expected to die. Checkpoints then come at "
+        "Young's and Daly's interval, sqrt(2 x measured seconds of a save x seconds between faults); none: at `every`.",
+        json_schema_extra=NOT_IDENTITY,
+    )
     keep: int = Field(
         2,
         ge=2,
@@ -411,6 +423,15 @@ class PretrainConfig(Settings):
     @model_validator(mode="after")
     def _model_can_be_built(self) -> Self:
         _ = self.shape
+        return self
+
+    @model_validator(mode="after")
+    def _a_save_is_measured(self) -> Self:
+        if self.checkpoint.faults_per_day is not None and self.checkpoint.every >= self.steps:
+            raise ValueError(
+                f"checkpoint.faults_per_day does nothing here: the first save, at step checkpoint.every = "
+                f"{self.checkpoint.every}, is what it measures, and there are {self.steps} steps"
+            )
         return self
 
     @model_validator(mode="after")

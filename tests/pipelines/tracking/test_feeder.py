@@ -33,6 +33,19 @@ def test_jobs_run_in_order_on_another_thread() -> None:
     feeder.stop(LIMIT_S)
 
 
+def test_what_somebody_waits_for_overtakes_what_waits() -> None:
+    feeder, gate, done = Feeder(nothing), threading.Event(), []
+    feeder.put(lambda: gate.wait(LIMIT_S))
+    for number in range(3):
+        last = feeder.put(lambda n=number: done.append(n))
+    first = feeder.put(lambda: done.append("first"), first=True)
+    gate.set()
+    assert first.wait(LIMIT_S)
+    assert last.wait(LIMIT_S)
+    assert done == ["first", 0, 1, 2]
+    feeder.stop(LIMIT_S)
+
+
 def test_a_caller_does_not_wait_for_a_slow_job() -> None:
     feeder, gate, done = Feeder(nothing), threading.Event(), []
     first = feeder.put(lambda: gate.wait(LIMIT_S))

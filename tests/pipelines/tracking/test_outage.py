@@ -25,7 +25,8 @@ from pipelines.tracking.sync import sync
 from tests.pipelines.tracking.slow_proxy import SlowProxy
 
 ADDED_LIMIT_S = 0.1
-START_LIMIT_S = 60.0
+START_LIMIT_S = 300.0
+"""On a machine that is busy with other work; alone it takes some seconds."""
 REQUESTS_OF_ONE_STAGE = 14
 """Experiment (2), run (2), stage (2), curves and tags, overview, files (2), two ends, and two to spare."""
 
@@ -117,6 +118,8 @@ def mlflow_server(database: Path, folder: Path) -> Iterator[tuple[str, int]]:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=0.2):
                 break
             time.sleep(0.1)
+        else:
+            raise AssertionError((folder.parent / "server.log").read_text()[-3000:])
         yield f"http://127.0.0.1:{port}", server.pid
     finally:
         os.killpg(server.pid, signal.SIGCONT)

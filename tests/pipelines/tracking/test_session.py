@@ -173,9 +173,8 @@ def test_a_cached_stage_does_not_copy_the_history_of_the_run_that_made_it(
     session = begin(store_root)
     with session.stage("pretrain", fingerprint="f" * 64, params={}) as stage:
         stage.finish(publish(rows), cached=True)
-        run_id = stage.run_id
     session.close("done")
-    assert client.get_run(run_id).data.metrics == {"final/loss": 1.5}
+    assert client.get_run(stage.run_id).data.metrics == {"final/loss": 1.5}
 
 
 def test_files_are_attached_under_the_name_given(store_root: Path, client: Any, tmp_path: Path) -> None:
