@@ -387,10 +387,17 @@ def deploy(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    link_cache: Annotated[
+        bool, typer.Option("--link-cache", help="First let the corpus and DVC's cache share the disk by links.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Check this machine and this project, and say what is missing and how to get it."""
     from flows.commands import doctor as command
 
+    if link_cache:
+        command.link_cache()
     command.doctor(as_json=as_json)
 
 

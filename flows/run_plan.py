@@ -182,7 +182,7 @@ def mermaid(plan: RunPlan) -> str:
     """
     boxes = {name: f"n{position}" for position, name in enumerate(plan.graph)}
     ancestors: dict[str, set[str]] = {}
-    lines = ["flowchart LR", f'  corpus[("{plan.config.data.dvc_file}")]']
+    lines = ["flowchart LR", f'  corpus[("{plan.config.data.tracked_by}")]']
     lines += [f'  {boxes[step.node]}["{step.node}<br/>{step.state}"]:::{step.state}' for step in plan.steps]
     for name, node in plan.graph.items():
         sources = set(node.node.inputs.values())

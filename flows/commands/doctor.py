@@ -11,20 +11,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flows import console, preflight, run_plan
+from flows import console, preflight, recipe, run_plan
 from flows.commands import lookup
 from flows.config import StoreConfig
 from pipelines.core import disk, machine, program, project, quantity
 from pipelines.core.errors import ConfigError, IngotError
 from pipelines.core.redaction import redact, redact_value
 from pipelines.core.store import SCHEME
-from pipelines.data import versioning
+from pipelines.data import cache, versioning
 from pipelines.data.config import DataConfig
 
 _PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "prefect", "mlflow", "dvc", "lm-eval", "fastapi")
 _PREFIXES = ("INGOT_", "MLFLOW_", "PREFECT_", "NCCL_", "SLURM_")
 _VARIABLES = ("AWS_PROFILE", "AWS_ENDPOINT_URL", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
 _DISK_WANTED = 5_000_000_000
+
+
+def link_cache() -> None:
+    """Let the corpus of this project and DVC's cache share the disk, and say so.
+
+    Raises:
+        ConfigError: the disk cannot, or there is no project.
+    """
+    root = project.find()
+    said = cache.link(_data_of(root), root)
+    print(f"DVC's cache is linked by {said['cache']}; files of the corpus are {said['files']}")
 
 
 def doctor(*, as_json: bool) -> None:
@@ -48,6 +59,7 @@ def doctor(*, as_json: bool) -> None:
         _row("environment", ", ".join(_environment()) or "nothing set"),
         _loopback(),
         _corpus(),
+        *_cache(),
         *_preflight(),
     ]
     console.table(rows, ["check", "state", "value", "do"], as_json=as_json)
@@ -138,14 +150,31 @@ def _loopback() -> dict[str, Any]:
         return _row("loopback port", str(error), ok=False, do="allow this user to listen on 127.0.0.1")
 
 
+def _data_of(root: Path) -> DataConfig:
+    """Return what the project's own recipe says of its corpus."""
+    name, overrides = recipe.from_here(None, [], root)
+    return recipe.resolve(name, overrides, root).data
+
+
 def _corpus() -> dict[str, Any]:
     try:
         root = project.find()
-        told = versioning.status(DataConfig(), root)
+        told = versioning.status(_data_of(root), root)
     except IngotError as error:
         return _row("corpus", error.message, ok=False, do=error.hint or "ingot data pull")
     shown = f"work tree {told['work_tree']}; remote {told['remote']}"
     return _row("corpus", shown, ok="do" not in told, do=str(told.get("do")))
+
+
+def _cache() -> list[dict[str, Any]]:
+    """Say where the corpus takes the disk twice, which is no fault."""
+    root = project.find_any()
+    if root is None or not (root / ".dvc").is_dir():
+        return []
+    if not cache.takes_twice(root):
+        return [_row("dvc cache", "the corpus takes the disk once, or the disk can do no better")]
+    row = _row("dvc cache", "the corpus takes the disk twice: in the work tree and in .dvc/cache")
+    return [row | {"do": "`ingot doctor --link-cache` lets them share it"}]
 
 
 def _preflight() -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from flows import run_plan
 from flows.commands import run as run_command
 from pipelines.core import program, project
 from pipelines.core.errors import ConfigError
-from pipelines.data import check, importing, reader, versioning
+from pipelines.data import check, importing, reader, recording
 from pipelines.data.config import DataConfig, PrepareConfig
 from pipelines.registry.config import PromoteConfig
 
@@ -118,7 +118,7 @@ def _take(folder: Path, source: Path | None, data: str) -> tuple[int, list[str]]
     """Bring the corpus into the project and record it; return the number of documents and what is to be said."""
     settings, path = DataConfig(), folder / DataConfig().path
     taken = importing.bring(data if source is None else str(source), path, folder / ".dvc" / "tmp" / "ingot-import")
-    recorded = versioning.add(settings, folder)
+    recorded = recording.add(settings, folder, source=data if source is None else str(source))
     found = check.check(path, reader.relative_names(path, folder), PrepareConfig(), gate_documents=_WANTED)
     documents = found["documents"]
     about = "" if found["documents_exact"] else "about "

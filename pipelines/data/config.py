@@ -22,21 +22,41 @@ class DataConfig(Settings):
     """Which corpus. None of this is identity: the DVC hash that it leads to is."""
 
     path: str = Field(
-        "data", description="Folder of the corpus, relative to the project.", json_schema_extra=NOT_IDENTITY
+        "data",
+        description="Folder or file of the corpus, inside the project: relative to it, or absolute, also with `~`.",
+        json_schema_extra=NOT_IDENTITY,
     )
-    dvc_file: str = Field("data.dvc", description="DVC file that tracks it.", json_schema_extra=NOT_IDENTITY)
+    dvc_file: str | None = Field(
+        None,
+        description="DVC file that tracks it; unset for the one that DVC writes beside the corpus, as `data.dvc`.",
+        json_schema_extra=NOT_IDENTITY,
+    )
     rev: str | None = Field(
         None,
         description="Git revision (tag, branch, commit) whose corpus is used; unset for the one in the work tree.",
         json_schema_extra=NOT_IDENTITY,
     )
 
+    @property
+    def tracked_by(self) -> str:
+        """The DVC file that tracks the corpus, relative to the project."""
+        return self.dvc_file or f"{self.path}.dvc"
+
     @field_validator("path", "dvc_file")
     @classmethod
-    def _inside_the_project(cls, value: str) -> str:
-        if not value or value.startswith(("/", "~")) or ".." in value.split("/"):
-            raise ValueError(f"{value!r} must be a relative path inside the project")
-        return PurePosixPath(value).as_posix()
+    def _inside_the_project(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
+        place = value
+        if value.startswith(("/", "~")):
+            root = (start_of(info) or Path()).resolve()
+            whole = Path(absolute(value))
+            place = whole.relative_to(root).as_posix() if whole.is_relative_to(root) else ""
+        if not place or place == "." or ".." in place.split("/"):
+            raise ValueError(
+                f"{value!r} must be a path inside the project; `ingot data import` takes in a corpus from elsewhere"
+            )
+        return PurePosixPath(place).as_posix()
 
     @field_validator("rev")
     @classmethod

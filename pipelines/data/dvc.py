@@ -13,7 +13,15 @@ import time
 from pathlib import Path
 
 from pipelines.core import lock, program
-from pipelines.core.errors import ConfigError, IngotError, IntegrityError, LockedError, TransientError
+from pipelines.core.errors import (
+    ConfigError,
+    DiskFullError,
+    IngotError,
+    IntegrityError,
+    LockedError,
+    TransientError,
+)
+from pipelines.data import importing, remote
 
 DEADLINE_S = 3600.0
 """Longest time that one command may take, waiting for the lock included: pulls of large corpora are slow."""
@@ -34,10 +42,16 @@ def run(project: Path, *arguments: str, lock_wait_s: float = LOCK_WAIT_S) -> str
 
     Raises:
         LockedError: another DVC command held the lock for longer than `lock_wait_s`.
-        ConfigError: the project is no git repository, or cannot be written to.
-        IntegrityError: objects are missing or damaged in the remote.
-        TransientError: any other failure: network, credentials, disk.
+        ConfigError: no git repository, no remote, no bucket, no access, a merge conflict, a source that is gone; or the
+            project cannot be written to.
+        IntegrityError: edited files are in the way, or objects are missing or damaged in the remote.
+        TransientError: the remote does not answer, the disk is full, or any other failure.
     """
+    if not (project / ".dvc").is_dir():
+        raise ConfigError(
+            f"{project} has no folder .dvc",
+            hint="`dvc init` makes it (`--no-scm` without git); `git checkout .dvc` brings back one that was lost",
+        )
     give_up = time.monotonic() + lock_wait_s
     with contextlib.ExitStack() as held:
         place = project / ".dvc" / "tmp" / "ingot.lock"
@@ -54,7 +68,7 @@ def run(project: Path, *arguments: str, lock_wait_s: float = LOCK_WAIT_S) -> str
             if done.returncode == 0:
                 return done.stdout
             if "Unable to acquire lock" not in done.stderr:
-                raise _error(arguments, done.stderr)
+                raise _error(project, arguments, done.stderr)
             if time.monotonic() > give_up:
                 raise LockedError(
                     f"another DVC command has held the lock of {project} for {lock_wait_s:.0f} s",
@@ -78,22 +92,87 @@ def _start(project: Path, arguments: tuple[str, ...]) -> subprocess.CompletedPro
         raise TransientError(f"dvc {' '.join(arguments)} took longer than {DEADLINE_S:.0f} s") from None
 
 
-def _error(arguments: tuple[str, ...], stderr: str) -> IngotError:
+def _error(project: Path, arguments: tuple[str, ...], stderr: str) -> IngotError:
+    """Return what a failure of DVC was: it has one exit code for all of them, so that its words must tell."""
+    # DVC says a merge conflict without the word ERROR.
     said = "\n".join(line for line in stderr.splitlines() if line.startswith("ERROR:")) or stderr.strip()[-2000:]
     command = f"dvc {' '.join(arguments)}"
-    if "unsaved files" in stderr:
-        return IntegrityError(
-            f"{command}: files in the work tree were edited and would be lost\n{said}",
-            hint=f"`dvc pull --force {arguments[-1]}` discards them; `ingot data add` records them as a new version",
-        )
-    if any(sign in stderr for sign in ("missing-files", "Missing cache files", "failed to push data to the cloud")):
-        return IntegrityError(
-            f"{command}: the remote (or the cache) lacks an object that data.dvc names, or has a damaged one\n{said}",
-            hint=RESTORE,
-        )
-    if "is not a git repository" in stderr:
-        return ConfigError(
-            f"{command}: the project is no git repository, and DVC wants one",
-            hint="`git init`, or `dvc config core.no_scm true` does without",
-        )
-    return TransientError(f"{command} failed\n{said}", hint=CHECK_REMOTE)
+    for signs, kind, what, hint in _KNOWN:
+        if any(sign in stderr for sign in signs):
+            return kind(f"{command}: {what}\n{said}", hint=hint.format(last=arguments[-1]))
+    if not any(sign in stderr for sign in _MISSING):
+        return TransientError(f"{command} failed\n{said}", hint=CHECK_REMOTE)
+    # To DVC an object is missing also where its bucket is, or where nobody may look.
+    try:
+        with remote.reached(project):
+            pass
+    except IngotError as error:
+        return type(error)(f"{command}: {error.message}", hint=error.hint)
+    return IntegrityError(
+        f"{command}: the remote (or the cache) lacks an object that data.dvc names, or has a damaged one\n{said}",
+        hint=RESTORE,
+    )
+
+
+_Signs = tuple[str, ...]
+_KNOWN: tuple[tuple[_Signs, type[IngotError], str, str], ...] = (
+    (
+        ("unsaved files",),
+        IntegrityError,
+        "files in the work tree were edited and would be lost",
+        "`ingot data pull --force` discards them; `ingot data add` records them as a new version",
+    ),
+    (
+        ("is not a git repository",),
+        ConfigError,
+        "the project is no git repository, and DVC wants one",
+        "`git init`, or `dvc config core.no_scm true` does without",
+    ),
+    (
+        ("possible merge conflicts",),
+        ConfigError,
+        "a DVC file is no valid YAML, most likely of an unresolved merge conflict",
+        "`git diff` shows it; `git checkout --ours` or `--theirs` of the file chooses one side",
+    ),
+    (("no remote specified",), ConfigError, "the project has no DVC remote", remote.NO_REMOTE),
+    (
+        ("config file error",),
+        ConfigError,
+        "DVC's configuration is wrong",
+        "`dvc config --list --show-origin` says which file",
+    ),
+    (
+        ("dependency '", "missing data source"),
+        ConfigError,
+        "what the corpus was imported from is gone",
+        "put it back; or `ingot data add` records the corpus as it is here",
+    ),
+    (
+        ("NoSuchBucket", "bucket does not exist"),
+        ConfigError,
+        "the remote's bucket does not exist",
+        "`dvc remote list` shows the address; `dvc remote modify NAME url URL` corrects it",
+    ),
+    (
+        ("Forbidden", "Unable to locate credentials", "Access Denied", "AccessDenied", "InvalidAccessKeyId", "(403)",
+         "SignatureDoesNotMatch", "config profile", "Permission denied", "PermissionError"),
+        ConfigError,
+        "no access to the remote",
+        importing.CREDENTIALS,
+    ),
+    (
+        ("No space left on device",),
+        DiskFullError,
+        "no space left on the disk",
+        "free some, `ingot data gc` and `ingot gc` do; then run the same command again",
+    ),
+    (
+        ("failed to connect", "Could not connect", "Cannot connect", "onnection refused", "onnection reset", "imed out",
+         "imeout", "SlowDown", "Service Unavailable", "Bad Gateway", "InternalError"),
+        TransientError,
+        "the remote does not answer",
+        "run the same command again when it does; `dvc remote list` shows its address",
+    ),
+)  # fmt: skip
+"""What DVC says, in order -> class, what it was, what to do."""
+_MISSING = ("missing-files", "Missing cache files", "NoSuchKey", "No such file", "failed to push data to the cloud")

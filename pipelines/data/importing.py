@@ -37,7 +37,7 @@ _NAMES = {
     "text": "plain text",
 }
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub", "sftp": "paramiko"}
-_CREDENTIALS = (
+CREDENTIALS = (
     "credentials come from the environment, as AWS tools read it: AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL"
 )
 
@@ -182,11 +182,11 @@ def _fetch(url: str, root: Path, taken: Taken) -> list[str]:
     """Fetch the files at a URL into a folder and return their names; those that are there already stay."""
     import fsspec
 
-    with _explained(url):
+    with explained(url):
         system, path = fsspec.core.url_to_fs(url)
         files = _listed(system, path, url)
     if not files:
-        raise ConfigError(f"there is nothing at {redact(url)}", hint=f"check the address; {_CREDENTIALS}")
+        raise ConfigError(f"there is nothing at {redact(url)}", hint=f"check the address; {CREDENTIALS}")
     hidden = [name for name in files if any(part.startswith(".") for part in PurePosixPath(name).parts)]
     taken.left_out += [reader.Unread(name, "a hidden file", "") for name in hidden]
     wanted = {name: found for name, found in files.items() if name not in hidden}
@@ -202,7 +202,7 @@ def _fetch(url: str, root: Path, taken: Taken) -> list[str]:
             raise ConnectionError(f"{partial.stat().st_size:,} of {size:,} bytes arrived")
         partial.rename(place)
 
-    with _explained(url), ThreadPoolExecutor(_AT_A_TIME) as pool:
+    with explained(url), ThreadPoolExecutor(_AT_A_TIME) as pool:
         for done in [pool.submit(get, name) for name in wanted]:
             done.result()
     return list(wanted)
@@ -230,7 +230,7 @@ def _listed(system: Any, path: str, url: str) -> dict[str, tuple[str, int | None
 
 
 @contextlib.contextmanager
-def _explained(url: str) -> Iterator[None]:
+def explained(url: str) -> Iterator[None]:
     """Convert what libraries raise for a URL to errors that say what to do."""
     try:
         yield
@@ -247,10 +247,10 @@ def _explanation(url: str, error: BaseException) -> IngotError:
     response = getattr(error, "response", None) or {}
     status = getattr(error, "status", None) or response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     if isinstance(error, FileNotFoundError) or status == http.HTTPStatus.NOT_FOUND:
-        return ConfigError(f"there is nothing at {shown}: {said}", hint=f"check the address; {_CREDENTIALS}")
+        return ConfigError(f"there is nothing at {shown}: {said}", hint=f"check the address; {CREDENTIALS}")
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, PermissionError) or kinds & _NO_CREDENTIALS or status in {401, 403}:
-        return ConfigError(f"no access to {shown}: {said}", hint=_CREDENTIALS)
+        return ConfigError(f"no access to {shown}: {said}", hint=CREDENTIALS)
     if isinstance(error, (ImportError, ValueError)):
         scheme = url.partition("://")[0]
         package = _PACKAGES.get(scheme)

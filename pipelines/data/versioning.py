@@ -7,10 +7,12 @@ to move.
 
 from __future__ import annotations
 
-import configparser
+import contextlib
 import hashlib
 import json
 import logging
+import os
+import posixpath
 import re
 import shutil
 import subprocess
@@ -23,14 +25,12 @@ import yaml
 
 from pipelines.core.errors import ConfigError, IntegrityError, TransientError
 from pipelines.core.hash_memo import HashMemo
-from pipelines.data import corpus_files, dvc, importing, reader
-from pipelines.data.config import DataConfig, PrepareConfig
+from pipelines.data import corpus_files, dvc, remote
+from pipelines.data.config import DataConfig
 
 log = logging.getLogger(__name__)
 
-_REPAIR = (
-    "`dvc pull --force {dvc_file}` restores the recorded corpus; `ingot data add` records this one as a new version"
-)
+_REPAIR = "`ingot data pull --force` restores the recorded corpus; `ingot data add` records this one as a new version"
 _NAMED = 5
 """Files that a message names when more are wrong."""
 _CHUNK_BYTES = 1 << 20
@@ -60,26 +60,28 @@ def data_hash(config: DataConfig, project: Path) -> str:
     Raises:
         ConfigError: no such revision, no DVC file, or one that does not track `config.path`.
     """
-    return str(_tracked(config, project)["md5"])
+    return str(tracked(config, project)["md5"])
 
 
 def tracked_bytes(config: DataConfig, project: Path) -> int | None:
     """Return the size of the configured corpus as DVC tracks it; None where the DVC file does not say."""
-    size = _tracked(config, project)["size"]
+    size = tracked(config, project)["size"]
     return size if isinstance(size, int) else None
 
 
-def _tracked(config: DataConfig, project: Path) -> dict[str, Any]:
-    """Return the entry of data.dvc for the corpus: md5, size, nfiles."""
+def tracked(config: DataConfig, project: Path) -> dict[str, Any]:
+    """Return the entry of data.dvc for the corpus: md5, size, nfiles; see `data_hash`."""
     text = _dvc_file(config, project)
-    where = config.dvc_file + (f" at {config.rev}" if config.rev else "")
+    where = config.tracked_by + (f" at {config.rev}" if config.rev else "")
     try:
-        outs = yaml.safe_load(text)["outs"]
-        (out,) = [out for out in outs if out["path"] == config.path]
+        stage = yaml.safe_load(text)
+        folder = posixpath.join(posixpath.dirname(config.tracked_by), stage.get("wdir", ""))
+        outs = [out for out in stage["outs"] if posixpath.normpath(posixpath.join(folder, out["path"])) == config.path]
+        (out,) = outs
         if not _MD5.fullmatch(out["md5"]):
             raise ValueError(out["md5"])
         return {"md5": out["md5"], "size": out.get("size"), "nfiles": out.get("nfiles", 1)}
-    except (yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError):
+    except (yaml.YAMLError, TypeError, KeyError, ValueError, AttributeError, RecursionError):
         raise _not_tracked(config, where, text) from None
 
 
@@ -88,11 +90,11 @@ def _not_tracked(config: DataConfig, where: str, text: str) -> ConfigError:
     if "<<<<<<<" in text:
         return ConfigError(
             f"{sentence}: it holds an unresolved merge conflict",
-            hint=f"`git checkout --ours {config.dvc_file}` or `--theirs` chooses one side; then `ingot data pull`",
+            hint=f"`git checkout --ours {config.tracked_by}` or `--theirs` chooses one side; then `ingot data pull`",
         )
     if not text.strip():
         return ConfigError(
-            f"{sentence}: it is empty", hint=f"`git checkout {config.dvc_file}` brings it back; else `ingot data add`"
+            f"{sentence}: it is empty", hint=f"`git checkout {config.tracked_by}` brings it back; else `ingot data add`"
         )
     return ConfigError(sentence, hint=f"`ingot data add` tracks {config.path!r} with DVC")
 
@@ -100,12 +102,17 @@ def _not_tracked(config: DataConfig, where: str, text: str) -> ConfigError:
 def _dvc_file(config: DataConfig, project: Path) -> str:
     if config.rev is None:
         try:
-            return (project / config.dvc_file).read_text(encoding="utf-8", errors="replace")
+            return (project / config.tracked_by).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             raise ConfigError(
-                f"{project / config.dvc_file} does not exist", hint="`ingot data add` creates it from the corpus"
+                f"{project / config.tracked_by} does not exist", hint="`ingot data add` creates it from the corpus"
             ) from None
-    shown = _git(project, "show", f"{config.rev}:./{config.dvc_file}")
+    shown = git(project, "show", f"{config.rev}:./{config.tracked_by}")
+    if "not a git repository" in shown.stderr:
+        raise ConfigError(
+            f"data.rev = {config.rev!r}: {project} is no git repository, so that it has no revisions",
+            hint="`git init`, then commit the recipes and data.dvc; or leave data.rev out",
+        )
     if shown.returncode != 0:
         raise ConfigError(
             f"data.rev = {config.rev!r}: {shown.stderr.strip().removeprefix('fatal: ')}",
@@ -114,8 +121,10 @@ def _dvc_file(config: DataConfig, project: Path) -> str:
     return shown.stdout
 
 
-def _git(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", "-C", str(project), *arguments], capture_output=True, text=True, timeout=60)
+def git(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run git in a project; the caller looks at what it returned."""
+    command = ["git", "-C", str(project), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "LC_ALL": "C"})
 
 
 # ---- proof that files are what the hash says
@@ -160,20 +169,23 @@ def verify(config: DataConfig, project: Path, *, reread: bool = False) -> Corpus
     if not path.exists():
         raise IntegrityError(f"{path} does not exist", hint="`ingot data pull` brings it from the DVC remote")
     expected = data_hash(config.model_copy(update={"rev": None}), project)
-    return _verified(path, expected, project, _REPAIR.format(dvc_file=config.dvc_file), reread=reread)
+    return _verified(path, expected, project, _REPAIR, reread=reread)
 
 
 def _verified(
     path: Path, expected: str, project: Path, hint: str, *, reread: bool = False, ignores: bool = True
 ) -> Corpus:
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    memo = None if reread else HashMemo(project / ".dvc" / "tmp" / f"ingot-md5-{place}.json", _md5)
+    record = project / ".dvc" / "tmp" / f"ingot-md5-{place}.json"
+    if reread:
+        with contextlib.suppress(OSError):  # of a project that is somebody else's
+            record.unlink(missing_ok=True)
+    memo = HashMemo(record, _md5)
     found = hash_files(path, memo, project if ignores else None)
-    if memo is not None:
-        memo.save()
+    memo.save()
     total = hash_tree(found) if path.is_dir() else next(iter(found.values()))
     if total != expected:
-        difference = _first_difference(path, found, _listing(expected, project))
+        difference = _first_difference(path, found, listing_of(expected, project))
         raise IntegrityError(
             f"{path} is not the corpus that was recorded: expected md5 {expected}, found {total}{difference}", hint=hint
         )
@@ -192,27 +204,16 @@ def _first_difference(path: Path, found: Mapping[str, str], expected: Mapping[st
     return "".join(sentences) + (f"\n    and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else "")
 
 
-def _listing(tree_hash: str, project: Path) -> dict[str, str] | None:
+def listing_of(tree_hash: str, project: Path) -> dict[str, str] | None:
     """Return relative path -> md5 as recorded, from DVC's cache or from a remote that is a folder; None if unknown."""
     if not tree_hash.endswith(_DIRECTORY):
-        return None
-    for root in (project / ".dvc" / "cache", *_local_remotes(project)):
+        return None  # of one file, which has no name of its own
+    folders = [each.folder for each in remote.all_of(project).values() if each.folder is not None]
+    for root in (project / ".dvc" / "cache", *folders):
         file = root / "files" / "md5" / tree_hash[:2] / tree_hash[2:]
         if file.is_file() and _md5(file) + _DIRECTORY == tree_hash:
             return {entry["relpath"]: entry["md5"] for entry in json.loads(file.read_text(encoding="utf-8"))}
     return None
-
-
-def _local_remotes(project: Path) -> list[Path]:
-    """Return the remotes that are folders; relative ones are relative to `.dvc/`."""
-    return [(project / ".dvc" / url).resolve() for url in _remotes(project) if "://" not in url]
-
-
-def _remotes(project: Path) -> list[str]:
-    """Return the addresses of the remotes in DVC's configuration."""
-    config = configparser.ConfigParser(interpolation=None)
-    config.read([project / ".dvc" / "config", project / ".dvc" / "config.local"], encoding="utf-8")
-    return [config[section]["url"] for section in config.sections() if "remote" in section and "url" in config[section]]
 
 
 def _md5(path: Path) -> str:
@@ -274,8 +275,8 @@ def _fetch(config: DataConfig, target: Path, project: Path) -> None:
 
 def can_be_pulled(config: DataConfig, project: Path) -> bool:
     """Tell whether the project has a place to bring the corpus from: a DVC remote, or the cache."""
-    in_cache = _listing(data_hash(config, project), project) is not None
-    return in_cache or bool(_remotes(project))
+    in_cache = listing_of(data_hash(config, project), project) is not None
+    return in_cache or bool(remote.all_of(project))
 
 
 # ---- `ingot data ...`
@@ -283,19 +284,24 @@ def can_be_pulled(config: DataConfig, project: Path) -> bool:
 
 def status(config: DataConfig, project: Path) -> dict[str, Any]:
     """Return the recorded hash, whether the work tree matches it and the remote has it; `do` says how to mend it."""
-    tracked = _tracked(config, project)
+    entry = tracked(config, project)
     work_tree, do = "matches", {}
     try:
         verify(config, project, reread=True)
     except IntegrityError as error:
         work_tree, do = error.message, {"do": error.hint}
+    facts = {"hash": entry["md5"], "bytes": entry["size"], "files": entry["nfiles"]}
+    return facts | {"work_tree": work_tree, "remote": _remote_state(config, project, entry["md5"])} | do
+
+
+def _remote_state(config: DataConfig, project: Path, md5: str) -> str:
     try:
-        said = json.loads(dvc.run(project, "status", "--cloud", "--json", config.dvc_file))
-        remote = "up to date" if not said else f"{len(said)} objects differ: `ingot data push` or `ingot data pull`"
-    except TransientError as error:
-        remote = error.message
-    facts = {"hash": tracked["md5"], "bytes": tracked["size"], "files": tracked["nfiles"]}
-    return facts | {"work_tree": work_tree, "remote": remote} | do
+        if not remote.has(project, md5):  # `dvc status` takes a remote that it may not look into for one that has all
+            return "lacks this version: `ingot data push` sends it"
+        said = json.loads(dvc.run(project, "status", "--cloud", "--json", config.tracked_by))
+    except (ConfigError, TransientError) as error:
+        return f"{error.message}; {error.hint}" if error.hint else error.message
+    return "up to date" if not said else f"{len(said)} objects differ: `ingot data push` or `ingot data pull`"
 
 
 def pull(config: DataConfig, project: Path, *, force: bool = False) -> dict[str, Any]:
@@ -303,109 +309,78 @@ def pull(config: DataConfig, project: Path, *, force: bool = False) -> dict[str,
 
     Raises:
         IntegrityError: edited files are in the way, or the remote or cache lacks an object or has a damaged one.
+        ConfigError: data.dvc is in conflict or missing, the corpus is a link, or see `dvc.run`.
+        TransientError: the remote does not answer.
     """
+    expected = data_hash(config, project)
+    refuse_link(project / config.path)
     try:
-        dvc.run(project, "pull", *(["--force"] if force else []), config.dvc_file)
-    except (IntegrityError, TransientError) as error:
-        listing = _listing(data_hash(config, project), project) or {}
+        dvc.run(project, "pull", *(["--force"] if force else []), config.tracked_by)
+    except IntegrityError as error:
+        listing = listing_of(expected, project) or {}
         if bad := _bad_objects(listing, project):
             raise IntegrityError(error.message + bad, hint=dvc.RESTORE) from None
         raise
     # DVC trusts its cache without hashing it again.
-    hint = f"the DVC cache is damaged: delete .dvc/cache/files, then `dvc pull --force {config.dvc_file}`"
-    corpus = _verified(project / config.path, data_hash(config, project), project, hint, reread=True)
+    hint = "the DVC cache is damaged: delete .dvc/cache/files, then `ingot data pull --force`"
+    corpus = _verified(project / config.path, expected, project, hint, reread=True)
     return {"hash": corpus.hash, "files": len(corpus.md5), "path": str(corpus.path)}
 
 
 def _bad_objects(listing: Mapping[str, str], project: Path) -> str:
-    """Say which objects a remote that is a folder lacks or has damaged."""
+    """Say which objects the default remote lacks or has damaged, where it is a folder."""
+    found = remote.default(project)
+    if found is None or found.folder is None:
+        return ""
     sentences = []
-    for remote in _local_remotes(project):
-        for name, md5 in listing.items():
-            file = remote / "files" / "md5" / md5[:2] / md5[2:]
-            found = _md5(file) if file.is_file() else "(missing)"
-            if found != md5:
-                sentences.append(f"\n    {name} = {file}: expected md5 {md5}, found {found}")
+    for name, md5 in listing.items():
+        file = found.folder / "files" / "md5" / md5[:2] / md5[2:]
+        there = _md5(file) if file.is_file() else "(missing)"
+        if there != md5:
+            sentences.append(f"\n    {name} = {file}: expected md5 {md5}, found {there}")
     return "".join(sentences)
 
 
-def push(config: DataConfig, project: Path) -> dict[str, Any]:
-    """Send the recorded corpus to the DVC remote."""
-    dvc.run(project, "push", config.dvc_file)
-    return {"hash": data_hash(config, project), "remote": "up to date"}
+def push(config: DataConfig, project: Path, *, into_git: bool = False) -> dict[str, Any]:
+    """Send the recorded corpus to the DVC remote.
 
-
-def add(config: DataConfig, project: Path) -> dict[str, Any]:
-    """Record the corpus in the work tree as a new version: writes data.dvc, which is then committed to git.
+    Args:
+        config: which corpus.
+        project: the folder with data.dvc.
+        into_git: also where the remote is a folder that git would commit.
 
     Raises:
-        ConfigError: there is nothing, or it is a link, which DVC does not record.
-        IntegrityError: links within, which DVC would leave out.
+        ConfigError: it is such a folder; data.dvc is in conflict or missing; or see `dvc.run`.
+        IntegrityError: the cache lacks an object.
+        TransientError: the remote does not answer.
     """
-    path = project / config.path
+    recorded = data_hash(config, project)
+    refuse_committed(project, into_git=into_git)
+    dvc.run(project, "push", config.tracked_by)
+    return {"hash": recorded, "remote": "up to date"}
+
+
+def refuse_committed(project: Path, *, into_git: bool) -> None:
+    """Refuse to push into a folder that git would commit, unless that is wanted.
+
+    Raises:
+        ConfigError: the default remote is such a folder.
+    """
+    if not into_git and (folder := remote.committed_folder(project)) is not None:
+        raise ConfigError(
+            f"the DVC remote is {folder}, a folder that git commits: the corpus would join the repository",
+            hint=f"{remote.NO_REMOTE}; or `ingot data push --into-git`",
+        )
+
+
+def refuse_link(path: Path) -> None:
+    """Refuse a corpus that is a link itself.
+
+    Raises:
+        ConfigError: naming where it leads.
+    """
     if path.is_symlink():
         raise ConfigError(
             f"{path} is a link to {path.readlink()}, and DVC records no links",
             hint=f"`ingot data import {path.resolve()}` after `rm {path}` takes a copy; or mount the folder there",
         )
-    if not path.exists():
-        raise ConfigError(f"{path} does not exist", hint="put texts there first, or `ingot data import` them")
-    corpus_files.files(path, project)
-    before = _recorded(config, project)
-    dvc.run(project, "add", config.path)
-    return _recording(config, project, before)
-
-
-def import_url(config: DataConfig, project: Path, url: str) -> dict[str, Any]:
-    """Bring a corpus from a path or a URL and record it; the one that is here must be moved away first.
-
-    Raises:
-        ConfigError: a corpus is here already, there is nothing at the address, or nothing that can be read.
-        TransientError: the network or the server failed.
-    """
-    path = project / config.path
-    if path.exists() or path.is_symlink():
-        raise ConfigError(
-            f"{path} exists and would be replaced",
-            hint=f"`ingot new NAME --data {url}` makes a project of its own for it; or move this one away first",
-        )
-    taken = importing.bring(url, path, project / ".dvc" / "tmp" / "ingot-import")
-    recorded = add(config, project)
-    return {"taken": "; ".join(importing.summary(taken)), **recorded}
-
-
-def _recorded(config: DataConfig, project: Path) -> dict[str, str]:
-    """Return relative path -> md5 of what data.dvc names now, as far as that is known here."""
-    if not (project / config.dvc_file).exists():
-        return {}
-    return _listing(data_hash(config, project), project) or {}
-
-
-def _recording(config: DataConfig, project: Path, before: Mapping[str, str]) -> dict[str, Any]:
-    """Say what the corpus consists of now: nothing joins an older corpus, or is passed over, in silence."""
-    tracked, after = _tracked(config, project), _recorded(config, project)
-    groups = {
-        "added": [name for name in after if name not in before],
-        "changed": [name for name in after if name in before and after[name] != before[name]],
-        "kept": [name for name in after if after[name] == before.get(name)],
-        "removed": [name for name in before if name not in after],
-        "not read": _unread(project / config.path, list(after)),
-    }
-    return {
-        "hash": tracked["md5"],
-        "bytes": tracked["size"],
-        "files": tracked["nfiles"],
-        **{group: _some(names) for group, names in groups.items() if names},
-        "next": f"git add {config.dvc_file} && git commit; then `ingot data push`",
-    }
-
-
-def _unread(path: Path, names: list[str]) -> list[str]:
-    """Return the files that no run reads, each with what it is."""
-    names = names if path.is_dir() else [path.name]
-    return list(map(str, reader.inspect(path, names, PrepareConfig(), records_too=False).unread))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(sorted(names)[:_NAMED]) + more

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.core.errors import ConfigError, IntegrityError
-from pipelines.data import corpus_files, reader, versioning
+from pipelines.data import corpus_files, reader, recording, versioning
 from pipelines.data.config import DataConfig
 
 HERE = DataConfig()
@@ -33,9 +33,9 @@ def ignoring(clone: Path) -> Path:
 
 def test_the_files_are_those_that_dvc_records(ignoring: Path) -> None:
     """DVC itself is the reference."""
-    versioning.add(HERE, ignoring)
+    recording.add(HERE, ignoring)
     found = versioning.verify(HERE, ignoring)
-    assert found.md5 == versioning._listing(found.hash, ignoring)
+    assert found.md5 == versioning.listing_of(found.hash, ignoring)
     assert set(found.md5) == {"a.jsonl", "keep.bak", "old/drafts/d.jsonl", "old/e.tmp", "sub/g.jsonl"}
     assert len(list(reader.read(found.path, md5=found.md5))) == len(found.md5)
 
@@ -43,12 +43,12 @@ def test_the_files_are_those_that_dvc_records(ignoring: Path) -> None:
 def test_an_ignore_file_within_the_corpus_is_refused_before_dvc_does(ignoring: Path) -> None:
     (ignoring / "data" / "sub" / ".dvcignore").write_text("g.jsonl\n")
     with pytest.raises(IntegrityError, match=r"sub/\.dvcignore: DVC records no folder with an ignore file") as caught:
-        versioning.add(HERE, ignoring)
+        recording.add(HERE, ignoring)
     assert str(ignoring / ".dvcignore") in str(caught.value.hint)
 
 
 def test_a_file_that_is_ignored_later_is_missing_and_one_that_no_longer_is_is_new(ignoring: Path) -> None:
-    versioning.add(HERE, ignoring)
+    recording.add(HERE, ignoring)
     rules = (ignoring / ".dvcignore").read_text()
     (ignoring / ".dvcignore").write_text(rules + "a.jsonl\n")
     with pytest.raises(IntegrityError, match=r"a\.jsonl: expected md5 .*found \(missing\)"):
@@ -63,7 +63,7 @@ def test_another_revision_is_not_judged_by_the_present_ignore_file(
 ) -> None:
     (clone / "data").mkdir()
     (clone / "data" / "a.jsonl").write_bytes(LINE)
-    versioning.add(HERE, clone)
+    recording.add(HERE, clone)
     commit(clone, "one")
     (clone / ".dvcignore").write_text("*.jsonl\n")
     found = versioning.checkout_corpus(DataConfig(rev="HEAD"), tmp_path / "scratch", clone)
@@ -78,7 +78,7 @@ def test_links_that_dvc_leaves_out_are_refused_by_name(clone: Path, tmp_path: Pa
     (tmp_path / "more" / "b.jsonl").write_bytes(LINE)
     (clone / "data" / "linked").symlink_to(tmp_path / target)
     for step in (
-        lambda: versioning.add(HERE, clone),
+        lambda: recording.add(HERE, clone),
         lambda: versioning.verify(HERE, clone),
         lambda: list(reader.read(clone / "data")),
     ):
@@ -99,7 +99,7 @@ def test_a_corpus_that_is_a_link_itself_is_a_slip_with_a_way_out(clone: Path, tm
     (tmp_path / "disk").mkdir()
     (clone / "data").symlink_to(tmp_path / "disk")
     with pytest.raises(ConfigError, match="DVC records no links") as caught:
-        versioning.add(HERE, clone)
+        recording.add(HERE, clone)
     assert f"ingot data import {tmp_path / 'disk'}" in str(caught.value.hint)
 
 

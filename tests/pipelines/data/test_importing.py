@@ -13,7 +13,7 @@ from typing import ClassVar
 import pytest
 
 from pipelines.core.errors import ConfigError, TransientError
-from pipelines.data import importing, reader, versioning
+from pipelines.data import importing, reader, recording, versioning
 from pipelines.data.config import DataConfig
 from pipelines.data.records import Document
 from tests.s3_server import S3Server
@@ -194,13 +194,13 @@ def bucket(s3: S3Server, source: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_corpus_on_s3_is_imported_and_recorded(bucket: str, clone: Path) -> None:
-    recorded = versioning.import_url(HERE, clone, bucket)
+    recorded = recording.import_url(HERE, clone, bucket)
     assert recorded["taken"] == "JSON Lines: 3 files"
     assert set(versioning.verify(HERE, clone).md5) == {"a.jsonl", "letters/b.jsonl", "letters/c.txt"}
     shutil.rmtree(clone / "data")
-    assert versioning.import_url(HERE, clone, f"{bucket}/**/*.jsonl")["files"] == 2
+    assert recording.import_url(HERE, clone, f"{bucket}/**/*.jsonl")["files"] == 2
     shutil.rmtree(clone / "data")
-    assert versioning.import_url(HERE, clone, f"{bucket}/a.jsonl")["files"] == 1
+    assert recording.import_url(HERE, clone, f"{bucket}/a.jsonl")["files"] == 1
     assert texts(clone / "data") == ["a.jsonl"]
 
 

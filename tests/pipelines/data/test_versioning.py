@@ -17,7 +17,7 @@ import pytest
 from pipelines.core import hash_memo
 from pipelines.core.errors import ConfigError, IntegrityError, LockedError
 from pipelines.core.program import ROOT as CHECKOUT
-from pipelines.data import dvc, reader, versioning
+from pipelines.data import dvc, reader, recording, versioning
 from pipelines.data.config import DataConfig
 from pipelines.data.records import Document
 
@@ -98,7 +98,7 @@ def test_a_flipped_byte_is_refused_naming_the_file_both_hashes_and_the_repair(ch
     assert caught.value.exit_code == 3
     assert f"{victim}: expected md5 {right}, found {md5(victim)}" in caught.value.message
     assert "bible" not in caught.value.message
-    assert "dvc pull --force data.dvc" in str(caught.value.hint)
+    assert "ingot data pull --force" in str(caught.value.hint)
 
 
 def test_a_corpus_is_read_once_until_a_file_changes(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,12 +169,12 @@ def test_a_revision_gives_the_corpus_as_it_was_then_and_leaves_the_work_tree_alo
     clone: Path, tmp_path: Path, dvc_command: Callable[..., str], commit: Callable[[Path, str], None]
 ) -> None:
     small_corpus(clone, "the first version")
-    versioning.add(HERE, clone)
-    versioning.push(HERE, clone)
+    recording.add(HERE, clone)
+    versioning.push(HERE, clone, into_git=True)
     commit(clone, "first")
     dvc_command(clone, "git", "tag", "v1")
     small_corpus(clone, "the second version")
-    versioning.add(HERE, clone)
+    recording.add(HERE, clone)
     commit(clone, "second")
     shutil.rmtree(clone / ".dvc" / "cache")
     old = DataConfig(rev="v1")
@@ -194,7 +194,7 @@ def test_a_revision_whose_files_are_gone_says_so(
     clone: Path, tmp_path: Path, commit: Callable[[Path, str], None]
 ) -> None:
     small_corpus(clone, "never pushed")
-    versioning.add(HERE, clone)
+    recording.add(HERE, clone)
     commit(clone, "never pushed")
     shutil.rmtree(clone / ".dvc" / "cache")
     with pytest.raises(IntegrityError, match="not in the DVC cache or remote") as caught:
@@ -211,7 +211,7 @@ def test_pull_keeps_edited_files_unless_forced_and_status_tells_when_all_is_well
     with pytest.raises(IntegrityError, match="were edited and would be lost"):
         versioning.pull(HERE, checkout)
     assert md5(checkout / "data" / "milton.jsonl.zst") == edited
-    assert "dvc pull --force data.dvc" in versioning.status(HERE, checkout)["do"]
+    assert "ingot data pull --force" in versioning.status(HERE, checkout)["do"]
     assert versioning.pull(HERE, checkout, force=True)["files"] == 4
     found = versioning.status(HERE, checkout)
     assert found["hash"] == versioning.data_hash(HERE, checkout)
@@ -255,16 +255,16 @@ def test_add_records_an_edited_corpus_and_import_brings_one_from_a_path(
 ) -> None:
     small_corpus(clone, "edited")
     before = versioning.data_hash(HERE, clone)
-    added = versioning.add(HERE, clone)
+    added = recording.add(HERE, clone)
     assert added["hash"] == versioning.data_hash(HERE, clone) != before
     assert added["files"] == 1
     with pytest.raises(ConfigError, match="exists and would be replaced"):
-        versioning.import_url(HERE, clone, str(tmp_path / "elsewhere"))
+        recording.import_url(HERE, clone, str(tmp_path / "elsewhere"))
     small_corpus(tmp_path, "from elsewhere")
     shutil.rmtree(clone / "data")
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")  # a path that is typed starts here
-    imported = versioning.import_url(HERE, clone, "../data")
+    imported = recording.import_url(HERE, clone, "../data")
     assert imported["hash"] == versioning.verify(HERE, clone).hash
     assert "from elsewhere" in (clone / "data" / "a.jsonl").read_text(encoding="utf-8")
 
@@ -272,7 +272,7 @@ def test_add_records_an_edited_corpus_and_import_brings_one_from_a_path(
 def test_a_text_that_joins_an_older_corpus_does_not_do_so_in_silence(checkout: Path) -> None:
     (checkout / "data" / "mine.jsonl").write_text('{"text": "mine"}\n')
     (checkout / "data" / "scan.pdf").write_bytes(b"%PDF-1.4")
-    added = versioning.add(HERE, checkout)
+    added = recording.add(HERE, checkout)
     assert added["added"] == "mine.jsonl, scan.pdf"
     assert added["not read"] == "scan.pdf: a PDF (extract its text (`pdftotext`))"
     assert "shakespeare.jsonl.zst" in added["kept"]
@@ -280,9 +280,9 @@ def test_a_text_that_joins_an_older_corpus_does_not_do_so_in_silence(checkout: P
 
 def test_adding_nothing_and_importing_from_nowhere_are_refused(clone: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
-        versioning.add(HERE, clone)
+        recording.add(HERE, clone)
     with pytest.raises(ConfigError, match=r"nowhere does not exist"):
-        versioning.import_url(HERE, clone, str(tmp_path / "nowhere"))
+        recording.import_url(HERE, clone, str(tmp_path / "nowhere"))
     assert versioning.data_hash(HERE, clone) == versioning.data_hash(HERE, CHECKOUT)
 
 
@@ -322,7 +322,7 @@ def test_without_git_the_way_out_is_named(clone: Path) -> None:
     shutil.rmtree(clone / ".git")
     small_corpus(clone, "text")
     with pytest.raises(ConfigError, match="no git repository") as caught:
-        versioning.add(HERE, clone)
+        recording.add(HERE, clone)
     assert "git init" in str(caught.value.hint)
 
 
