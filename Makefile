@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c flows/constraints.txt
 
-.PHONY: run test cluster-test test-tensors test-pipelines setup check quick quick-tensors quick-pipelines docs exactness faults mutants fuzz audit bench bench-gpu bench-large-batch bench-lisa pictures clean
+.PHONY: run test stack stack-down cluster-test test-tensors test-pipelines setup check quick quick-tensors quick-pipelines docs exactness faults mutants fuzz audit bench bench-gpu bench-large-batch bench-lisa pictures clean
 
 run: $(VENV)/.installed
 	@$(BIN)/ingot run --recipe demo
@@ -28,6 +28,14 @@ test-pipelines: $(VENV)/.installed-dev
 cluster-test: $(VENV)/.installed-dev
 	@command -v slurmctld >/dev/null || apt-get install -y slurm-wlm munge
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/cluster -m "cluster_full or not cluster_full"
+
+# PostgreSQL, S3, Prefect, MLflow and a worker on this machine's loopback, with passwords; prints the pages.
+stack: $(VENV)/.installed-dev
+	@$(BIN)/python infra/stack.py up
+
+# Ends them, and removes what they kept.
+stack-down: $(VENV)/.installed-dev
+	@$(BIN)/python infra/stack.py down
 
 # Unit tests that train nothing, in two halves side by side. What trains, starts ranks or services, or is marked `slow`, is
 # left to `make test`. The selection is this list and that mark, nothing else.

@@ -64,7 +64,7 @@ class Resources(Settings):
     partition: str | None = Field(
         None,
         pattern=r"^[\w.,+-]+$",
-        description="Part of the cluster to run in; none: the scheduler's default.",
+        description="Part of the cluster to run in, for kubernetes a queue of Kueue; none: the scheduler's default.",
         json_schema_extra=NOT_IDENTITY,
     )
     account: str | None = Field(
@@ -76,8 +76,8 @@ class Resources(Settings):
     container: str | None = Field(
         None,
         min_length=1,
-        description="Image that a job runs in: for slurm a file or address that `apptainer exec` takes. None: the "
-        "program as it is installed here.",
+        description="Image that a job runs in: for slurm a file or address that `apptainer exec` takes, for kubernetes "
+        "one with the program, and the project in its working folder. None: the program as it is installed here.",
         json_schema_extra=NOT_IDENTITY,
     )
 

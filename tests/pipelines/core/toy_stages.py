@@ -27,11 +27,16 @@ class Config(Settings):
     text: str = Field("hello", description="What the stage writes.")
     fail: str = Field("", description="Error class to raise, or SIGKILL.", json_schema_extra=NOT_IDENTITY)
     meet: str = Field("", description="Folder in which two stages wait for each other.", json_schema_extra=NOT_IDENTITY)
+    journal: str = Field(
+        "", description="File that is told when the stage begins and ends.", json_schema_extra=NOT_IDENTITY
+    )
+    work_s: float = Field(0.0, description="How long it takes.", json_schema_extra=NOT_IDENTITY)
     sleep: bool = Field(False, description="Work until it is stopped.", json_schema_extra=NOT_IDENTITY)
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], out_dir: Path, context: StageContext) -> Summary:
     print("what a library prints")
+    _note(config, "+")
     (context.scratch / "progress").write_text("half way")
     context.report(Progress(context.node, 1, 2, "letters", "half", {"loss": 0.5}))
     if config.fail == "SIGKILL":
@@ -39,6 +44,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], out_dir: Path, context: 
     if config.fail:
         error: type[IngotError] = getattr(errors, config.fail)
         raise error("it failed", hint="do this")
+    time.sleep(config.work_s)
     until = time.monotonic() + DEADLINE_S
     if config.meet:
         (Path(config.meet) / config.text).touch()
@@ -47,7 +53,14 @@ def run(config: Config, inputs: Mapping[str, Artifact], out_dir: Path, context: 
         time.sleep(0.01)
     read = "".join((used.path / "out.txt").read_text() for used in inputs.values())
     (out_dir / "out.txt").write_text(read + config.text)
+    _note(config, "-")
     return {"letters": len(config.text)}
+
+
+def _note(config: Config, what: str) -> None:
+    if config.journal:
+        with Path(config.journal).open("a") as journal:
+            journal.write(f"{what}{config.text}\n")
 
 
 STAGES = {"toy": Stage("toy", version=1, entry="tests.pipelines.core.toy_stages:run", settings=f"{__name__}:Config")}
