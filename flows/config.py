@@ -144,6 +144,13 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _mixtures_have_sources(self) -> RunConfig:
+        mixes = any(each is not None for each in (self.pretrain.mixture, *(p.mixture for p in self.pretrain.phases)))
+        if mixes and self.prepare.pack_by != "source":
+            raise ValueError('pretrain.mixture chooses among sources; it needs prepare.pack_by = "source"')
+        return self
+
+    @model_validator(mode="after")
     def _tokenizer_has_a_model(self) -> RunConfig:
         if self.prepare.tokenizer == "init_weights" and not self.base.from_:
             raise ValueError("prepare.tokenizer = 'init_weights' takes the tokenizer of base.from, which is not set")

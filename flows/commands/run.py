@@ -228,6 +228,7 @@ def print_plan(made: RunPlan) -> None:
         if step.warning:
             print(f"  note: {step.node}: {step.warning}")
     _print_sources(to_run)
+    _print_mixture(to_run)
     cached = sum(step.state == "cached" for step in made.steps)
     executor = executors.get(made.config.compute)
     if not executor.one_machine and to_run:
@@ -265,6 +266,22 @@ def _print_sources(to_run: Sequence[Step]) -> None:
     told = "; ".join(groups) if len(groups) > 1 else f"all {timed[0][1].source}"
     longest, time = max(timed, key=lambda each: each[1].seconds)
     print(f"  times: {told}. The longest, {longest.node}, is {time.source}: {time.basis}")
+
+
+def _print_mixture(to_run: Sequence[Step]) -> None:
+    """Say how much of each source each phase of the training takes."""
+    rows = next((step.estimate.facts["mixture"] for step in to_run if "mixture" in step.estimate.facts), None)
+    if rows is None:
+        return
+    if not rows:
+        print("  mixture: tokens and epochs of each source are known once prepare is done")
+        return
+    shown = [
+        {**row, "share": f"{row['share']:.1%}", "tokens": f"{row['tokens']:,}", "epochs": f"{row['epochs']:.3g}"}
+        for row in rows
+    ]
+    print("  mixture, epochs counted over all phases until then:")
+    console.table(shown, list(shown[0]), as_json=False)
 
 
 def _totals(made: RunPlan, to_run: Sequence[Step]) -> str:

@@ -229,6 +229,11 @@ class PrepareConfig(Settings):
         description="best_fit: a document that fits a sequence is never cut, what stays free is padding; concatenated: "
         "documents end to end, cut where a sequence ends, without padding.",
     )
+    pack_by: Literal["corpus", "source"] = Field(
+        "corpus",
+        description="corpus: a training sequence may hold documents of several sources; source: of one, as "
+        "`pretrain.mixture` needs it.",
+    )
     sequence_length: int = Field(256, ge=8, le=1_048_576, description="Tokens per packed sequence.")
     seed: int = Field(
         # For the bundled corpus this one holds out 3.6 % each for validation and test, with plays, scripture and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from pipelines.core.artifact import Artifact
 from pipelines.core.estimate import Estimate, EstimateContext, Time
@@ -29,11 +30,13 @@ _TEXT_HELD = 4
 def estimate_prepare(job: PrepareJob, context: EstimateContext) -> Estimate:
     """Return what preparing takes; of an artifact that exists, or of one of the same corpus, the text is known."""
     prepare, text = job.prepare, _text_bytes(context)
-    facts: dict[str, int] = {"vocab_size": prepare.vocab_size, "sequence_length": prepare.sequence_length}
+    facts: dict[str, Any] = {"vocab_size": prepare.vocab_size, "sequence_length": prepare.sequence_length}
     splits = _counted_tokens(context)
     if splits is not None and context.made is not None:
         facts["vocab_size"] = context.made.manifest.summary["vocab_size"]
         facts["test_documents"] = context.made.manifest.summary["test_documents"]
+        if prepare.pack_by == "source":
+            facts["sources"] = context.made.manifest.summary["sources"]
     elif text is not None:
         splits = _expected_tokens(prepare, text)
         facts["test_documents"] = max(1, round(prepare.test_fraction * text / _DOCUMENT))

@@ -80,6 +80,10 @@ class DocumentCounts:
         """Return the documents kept in a split."""
         return self._kept[split].total()
 
+    def sources(self, split: str) -> list[str]:
+        """Return the sources of the documents kept in a split, by name."""
+        return sorted(self._kept[split])
+
     def bytes(self, split: str) -> int:
         """Return the UTF-8 bytes kept in a split."""
         return self._bytes[split].total()

@@ -279,6 +279,8 @@ def _duplicates(near: dedup.NearDuplicates, counts: DocumentCounts) -> dict[str,
 def _summary(
     index: dict[str, Any], counts: DocumentCounts, shared: dict[str, Any], quarantined: int, data_hash: str
 ) -> Summary:
+    packed = index["splits"]["train"].get("sources")
+    sources = {} if packed is None else {"sources": {each["source"]: each["sequences"] for each in packed}}
     return {
         "data": data_hash,
         "vocab_size": index["vocab_size"],
@@ -287,6 +289,7 @@ def _summary(
         **{f"{split}_tokens": index["splits"][split]["tokens"] for split in SPLITS},
         **{f"{split}_documents": index["splits"][split]["documents"] for split in SPLITS},
         **{f"{split}_bytes": index["splits"][split]["bytes"] for split in SPLITS},
+        **sources,
         "dropped": counts.reasons(),
         "lost_bytes": counts.lost_bytes(),
         "quarantined": quarantined,

@@ -13,6 +13,7 @@ from models.architectures.config import PRESETS, ArchitectureConfig, Family, Sha
 from models.objectives import registry as objectives
 from models.optim import batch_split
 from pipelines.core.settings import ELASTIC, NOT_IDENTITY, Settings, validated_at
+from pipelines.training.mixture import MixtureConfig
 from pipelines.training.monitors import registry as monitors
 
 _DEFAULT_LR = {"lamb": 2e-2, "adamw": 3e-3, "lars": 2e-2}
@@ -221,6 +222,7 @@ class PhaseConfig(Settings):
     schedule: ScheduleConfig | None = Field(
         None, description="Learning rate over the steps of the phase, warm-up included; none: the run's."
     )
+    mixture: MixtureConfig | None = Field(None, description="Shares of the sources; none: the run's.")
 
     @model_validator(mode="after")
     def _batch_doubles(self) -> Self:
@@ -309,6 +311,9 @@ class PretrainConfig(Settings):
     )
     phases: tuple[PhaseConfig, ...] = Field(
         (), description="Stretches with a batch, sequence length and schedule of their own; empty: one for all steps."
+    )
+    mixture: MixtureConfig | None = Field(
+        None, description="Shares of the sources of the corpus; none: every sequence once in each epoch."
     )
     micro_batch_size: int = Field(
         4, ge=1, description="Sequences of one forward pass on one rank.", json_schema_extra=ELASTIC
@@ -477,6 +482,7 @@ class PretrainConfig(Settings):
         idle = {
             "schedule": (self.schedule != ScheduleConfig(), all(p.schedule is not None for p in self.phases)),
             "optimizer.lr": (self.optimizer.lr is not None, all(p.lr is not None for p in self.phases)),
+            "mixture": (self.mixture is not None, all(p.mixture is not None for p in self.phases)),
             "optimizer.lr_scaling": (self.optimizer.lr_scaling is not None, all(p.lr is not None for p in self.phases)),
         }
         for name, (given, replaced) in idle.items():

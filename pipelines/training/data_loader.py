@@ -19,6 +19,7 @@ from models.objectives.base import Ids, Objective
 from pipelines.core.errors import IntegrityError
 from pipelines.training import data_order, phases, step_data
 from pipelines.training.distributed import Ranks
+from pipelines.training.mixture import Mix
 from pipelines.training.phases import Phase, Phases
 from pipelines.training.rollbacks import Rollback
 
@@ -82,6 +83,8 @@ class DataLoader:
     micro_batch_size: int
     """Sequences of one forward pass of a validation."""
     validation_sequences: int
+    mixes: Sequence[Mix] = ()
+    """What each phase takes of each source; empty where sources are not mixed."""
 
     def __post_init__(self) -> None:
         for split, reader in (("train", self.train), ("validation", self.validation)):
@@ -112,7 +115,9 @@ class DataLoader:
 
     def _order(self, phase: Phase, step: int, rollbacks: Sequence[Rollback]) -> tuple[Ids, Ids]:
         length = self.train.sequence_length
-        return step_data.order(phase, step, rollbacks, seed=self.seed, sequences=len(self.train), length=length)
+        return step_data.order(
+            phase, step, rollbacks, seed=self.seed, sequences=len(self.train), length=length, mixes=self.mixes
+        )
 
     def _tokens(self, phase: Phase, samples: Ids) -> Ids:
         """Return the tokens of samples, [len(samples), length of the phase]."""

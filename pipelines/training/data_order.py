@@ -11,9 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.objectives.base import Ids, philox
+from pipelines.training.mixture import Mix
 
 EPOCHS_PER_PHASE = 1 << 24
 """More than any phase has: the number of an epoch is below 2^32 for up to 255 phases."""
+_BLOCKS = 1 << 62
+"""Streams from here on order the blocks of mixtures, those below the sources, and those below 2^32 all samples."""
 _ROUNDS = 8
 """Four make a Feistel network a pseudo-random permutation (Luby and Rackoff 1988); small domains want a few more."""
 
@@ -62,6 +65,30 @@ def ids(seed: int, first: int, count: int, size: int, *, phase: int = 0) -> tupl
     epochs += phase * EPOCHS_PER_PHASE
     parts = [permuted(seed, int(epoch), size, offsets[epochs == epoch]) for epoch in np.unique(epochs)]
     return np.concatenate(parts), epochs
+
+
+def mixed(seed: int, first: int, count: int, mix: Mix, *, phase: int) -> tuple[Ids, Ids]:
+    """Return the `count` samples after the first `first` ones of a phase that mixes sources, and the epoch of each.
+
+    See `pipelines.training.mixture`. A block's order, and each order of a source, are streams of their own.
+    """
+    blocks, offsets = np.divmod(np.arange(first, first + count), mix.block)
+    slots = np.empty(count, dtype=np.int64)
+    for block in np.unique(blocks):
+        mine = blocks == block
+        slots[mine] = permuted(seed, _BLOCKS + phase * EPOCHS_PER_PHASE + int(block), mix.block, offsets[mine])
+    samples, epochs, low = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64), 0
+    for portion in mix.portions:
+        mine = np.flatnonzero((slots >= low) & (slots < low + portion.count))
+        size = portion.source.sequences * mix.chunks
+        passes, places = np.divmod(portion.drawn + blocks[mine] * portion.count + slots[mine] - low, size)
+        epochs[mine] = passes + mix.order * EPOCHS_PER_PHASE
+        for epoch in np.unique(epochs[mine]):
+            now = epochs[mine] == epoch
+            stream = ((portion.number + 1) << 32) + int(epoch)
+            samples[mine[now]] = portion.source.first * mix.chunks + permuted(seed, stream, size, places[now])
+        low += portion.count
+    return samples, epochs
 
 
 def rank_share(values: Ids, *, rank: int, world: int, micro_batch_size: int) -> Ids:

@@ -18,7 +18,7 @@ from models.architectures.config import PRESETS, ArchitectureConfig, count_param
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
 from pipelines.core.estimate import Estimate, EstimateContext, Needs, Remedy, Time
-from pipelines.training import memory, peaks, phases, room
+from pipelines.training import memory, mixture, peaks, phases, room
 from pipelines.training.config import PretrainConfig
 
 _EFFICIENCY = {"cpu": 0.9, "cuda": 0.5}
@@ -82,7 +82,7 @@ def estimate_pretrain(config: PretrainConfig, context: EstimateContext) -> Estim
             "metrics": _RECORD_BYTES * config.steps,
         },
         disk_exact=True,
-        facts=facts(config, architecture),
+        facts=facts(config, architecture) | _mixed(config, context),
         remedies=remedies(config, architecture, machine.device) if not _needs(config, held).fit(machine) else (),
     )
 
@@ -114,6 +114,22 @@ def facts(config: PretrainConfig, architecture: ArchitectureConfig) -> dict[str,
         "dense_bytes": room.model_bytes(config, architecture),
         "forward_flops_per_token": flops_per_token(architecture, architecture.max_positions) / 3,
     }
+
+
+def _mixed(config: PretrainConfig, context: EstimateContext) -> dict[str, Any]:
+    """Return what each phase takes of each source, as far as prepare has counted them.
+
+    Raises:
+        ConfigError: a source does not exist, or may not give as much as is asked of it.
+    """
+    length, counted = context.fact("sequence_length"), context.fact("sources")
+    stretches = phases.stretches_of(config, length)
+    if not stretches:
+        return {}
+    if counted is None:
+        return {"mixture": []}
+    entries = [{"source": name, "sequences": count} for name, count in sorted(counted.items())]
+    return {"mixture": mixture.table(stretches, mixture.resolve(stretches, mixture.sources_of(entries)), length)}
 
 
 def flops(config: PretrainConfig, architecture: ArchitectureConfig) -> float:

@@ -12,12 +12,15 @@ which is the paper's linear-epoch warm-up (1/320 of the run at a batch of 512 an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from models.optim import schedule
 from pipelines.core.errors import ConfigError
+from pipelines.training import mixture
 from pipelines.training.config import LrScaling, PhaseConfig, PretrainConfig, ScheduleConfig
+from pipelines.training.mixture import Mix, MixtureConfig, Stretch
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,41 @@ def chunks_a_sequence(phase: Phase, packed: int) -> int:
             hint=f"valid: {', '.join(map(str, fitting))}",
         )
     return packed // length
+
+
+def stretches_of(config: PretrainConfig, length: int) -> list[Stretch]:
+    """Return the phases as `mixture` takes them; none where sources are not mixed.
+
+    Args:
+        config: of the training.
+        length: tokens of a packed sequence.
+
+    Raises:
+        ConfigError: a phase's length does not divide the packed one.
+    """
+    own = [phase.mixture or config.mixture for phase in config.phases] or [config.mixture]
+    if not any(own):
+        return []
+    return [
+        Stretch(phase.samples_before(phase.steps), chunks_a_sequence(phase, length), settings or MixtureConfig())
+        for phase, settings in zip(phases_of(config), own, strict=True)
+    ]
+
+
+def mixes_of(config: PretrainConfig, index: Mapping[str, Any]) -> tuple[Mix, ...]:
+    """Return what each phase is made of; empty where sources are not mixed.
+
+    Args:
+        config: of the training.
+        index: `index.json` of the prepare artifact.
+
+    Raises:
+        ConfigError: a source does not exist, or may not give as much as is asked of it.
+    """
+    stretches = stretches_of(config, index["sequence_length"])
+    if not stretches:
+        return ()
+    return mixture.resolve(stretches, mixture.sources_of(index["splits"]["train"].get("sources")))
 
 
 def tokens_by_length(phases: Sequence[Phase], step: int, packed: int) -> dict[int, int]:

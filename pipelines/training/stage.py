@@ -70,6 +70,7 @@ def make_worker_spec(
         raise ConfigError(f"pretrain.model does not fit the tokenizer: {error}") from error
     for phase in phases.phases_of(config):
         phases.chunks_a_sequence(phase, index["sequence_length"])
+    phases.mixes_of(config, index)
     device = resolve_device(context.compute.device, ranks=config.world_size // context.compute.node_count)
     weights = _checked_start(architecture, fetched, prepared)
     context.scratch.mkdir(parents=True, exist_ok=True)

@@ -13,12 +13,20 @@ from pipelines.data import document_files
 from pipelines.data.shards import ShardReader
 from pipelines.training import data_order, phases
 from pipelines.training.config import PretrainConfig
+from pipelines.training.mixture import Mix
 from pipelines.training.phases import Phase
 from pipelines.training.rollbacks import Rollback, samples_left_out
 
 
 def order(
-    phase: Phase, step: int, rollbacks: Sequence[Rollback], *, seed: int, sequences: int, length: int
+    phase: Phase,
+    step: int,
+    rollbacks: Sequence[Rollback],
+    *,
+    seed: int,
+    sequences: int,
+    length: int,
+    mixes: Sequence[Mix] = (),
 ) -> tuple[Ids, Ids]:
     """Return the sample ids of a whole step, all ranks, and the epoch of each, both [batch].
 
@@ -32,9 +40,12 @@ def order(
         seed: of the run.
         sequences: packed sequences of the train split.
         length: tokens of one.
+        mixes: of all phases; empty where sources are not mixed.
     """
     phase_step = step - phase.first
     first = phase.samples_before(phase_step) + samples_left_out(phase, rollbacks, step)
+    if mixes:
+        return data_order.mixed(seed, first, phase.batch(phase_step), mixes[phase.number], phase=phase.number)
     size = sequences * phases.chunks_a_sequence(phase, length)
     return data_order.ids(seed, first, phase.batch(phase_step), size, phase=phase.number)
 
@@ -83,7 +94,13 @@ def documents_of(
     reader = ShardReader(prepared, "train")
     phase, world = phases.at(phases.phases_of(config), step - 1), world or config.world_size
     samples_B, epochs_B = order(
-        phase, step - 1, rollbacks, seed=config.seed, sequences=len(reader), length=reader.sequence_length
+        phase,
+        step - 1,
+        rollbacks,
+        seed=config.seed,
+        sequences=len(reader),
+        length=reader.sequence_length,
+        mixes=phases.mixes_of(config, reader.index),
     )
     if len(samples_B) % (world * phase.micro_batch):
         raise ConfigError(

@@ -148,8 +148,9 @@ def make_engine(spec: WorkerSpec, device: torch.device) -> engines.Engine:
 def make_loader(spec: WorkerSpec, architecture: ArchitectureConfig, ranks: Ranks) -> DataLoader:
     """Return what the training reads and is validated on."""
     config = spec.config
+    train = ShardReader(spec.data, "train")
     return DataLoader(
-        train=ShardReader(spec.data, "train"),
+        train=train,
         validation=ShardReader(spec.data, "validation"),
         objective=make_objective(config, architecture),
         ranks=ranks,
@@ -157,6 +158,7 @@ def make_loader(spec: WorkerSpec, architecture: ArchitectureConfig, ranks: Ranks
         phases=phases.phases_of(config),
         micro_batch_size=config.micro_batch_size,
         validation_sequences=config.validation_sequences,
+        mixes=phases.mixes_of(config, train.index),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,14 @@ def graph_of(*overrides: str, data: str = DATA) -> dict[str, Identified]:
     return identify(recipe.resolve("demo", list(overrides)), data)
 
 
-def publish(store: LocalStore, graph: dict[str, Identified], *, only: str | None = None, content: str = "") -> None:
+def publish(
+    store: LocalStore,
+    graph: dict[str, Identified],
+    *,
+    only: str | None = None,
+    content: str = "",
+    summary: dict[str, Any] | None = None,
+) -> None:
     """Publish an artifact for each node, as a finished run leaves them."""
     for name, node in graph.items():
         if only not in {None, name} or store.find(node.node.stage.name, node.fingerprint):
@@ -48,7 +56,7 @@ def publish(store: LocalStore, graph: dict[str, Identified], *, only: str | None
             node=name,
             identity=node.identity,
             parents=parents,
-            summary={},
+            summary=summary or {},
             provenance=capture(duration_s=2.0, source_digest=node.node.stage.source_digest(), data_hash=DATA),
         )
 
@@ -185,6 +193,30 @@ def test_every_stage_that_runs_is_estimated_and_one_that_is_done_takes_nothing(s
     assert {step.node for step in fresh} - known == {"promote"}
     publish(store, graph_of())
     assert {step.seconds for step in planner.make(graph_of(), store)} == {None}
+
+
+MIXED = ('prepare.pack_by="source"', "pretrain.steps=100", "pretrain.phases=[]")
+
+
+def test_a_plan_knows_what_a_mixture_takes_once_the_sources_are_counted(store: LocalStore) -> None:
+    wanted = graph_of(*MIXED, 'pretrain.mixture.weights={"plays" = 3.0, "manuals" = 1.0}')
+    facts = {step.node: step.estimate.facts for step in planner.make(wanted, store, corpus_bytes=3_000_000)}
+    assert facts["pretrain"]["mixture"] == []
+    counts = {f"{split}_{what}": 1000 for split in ("train", "validation", "test") for what in ("tokens", "bytes")}
+    summary = {"vocab_size": 4096, "test_documents": 9, "sources": {"manuals": 100, "plays": 400, "verse": 50}}
+    publish(store, wanted, only="prepare", summary=counts | summary)
+    rows = next(s.estimate.facts["mixture"] for s in planner.make(wanted, store) if s.node == "pretrain")
+    assert [(row["phase"], row["source"], row["share"]) for row in rows] == [(0, "manuals", 0.25), (0, "plays", 0.75)]
+    assert rows[1]["tokens"] == 3 * rows[0]["tokens"]
+    assert rows[1]["epochs"] == pytest.approx(rows[0]["epochs"] * 3 / 4)
+    other = graph_of(*MIXED, 'pretrain.mixture.weights={"playz" = 1.0}')
+    with pytest.raises(ConfigError, match="no source 'playz'"):
+        planner.make(other, store)
+
+
+def test_a_mixture_needs_sequences_of_one_source() -> None:
+    with pytest.raises(ConfigError, match=r"needs prepare.pack_by = .source."):
+        graph_of("pretrain.mixture.temperature=2.0")
 
 
 def test_a_model_that_cannot_fit_is_refused_where_it_would_run_and_only_there(store: LocalStore) -> None:

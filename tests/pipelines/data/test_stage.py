@@ -287,6 +287,35 @@ def test_decoding_the_packed_test_split_by_its_map_gives_its_documents_back(bund
     assert {(tokens[0], tokens[-1]) for tokens in decoded.values()} == {(index["bos_id"], index["eos_id"])}
 
 
+@pytest.mark.parametrize("packing", ["best_fit", "concatenated"])
+def test_packed_by_source_every_sequence_is_of_one_source_and_the_map_names_its_documents(
+    packing: str,
+    tmp_path: Path,
+    make_documents: Callable[..., Records],
+    write_shard: Callable[..., Path],
+    prepare: Callable[..., Path],
+) -> None:
+    folder = write_shard(tmp_path / "c" / "a.jsonl", make_documents(90, words=40)).parent
+    out = prepare(folder, pack_by="source", packing=packing, sequence_length=64)
+    index = json.loads((out / "index.json").read_text(encoding="utf-8"))
+    tokenizer, documents = Tokenizer.from_file(str(out / "tokenizer" / "tokenizer.json")), kept(out)["train"]
+    reader, facts = ShardReader(out, "train"), index["splits"]["train"]
+    assert [each["source"] for each in facts["sources"]] == ["source-0", "source-1", "source-2"]
+    assert sum(each["sequences"] for each in facts["sources"]) == facts["sequences"] == len(reader)
+    assert facts["tokens"] + facts["padding"] == facts["sequences"] * 64
+    assert sum(each["tokens"] for each in facts["sources"]) == facts["tokens"] + facts["dropped_tokens"]
+    owners = [each["source"] for each in facts["sources"] for _ in range(each["sequences"])]
+    for number, owner in enumerate(owners):
+        row, parts = reader[number], reader.parts(number).tolist()
+        for column, document, offset in parts:
+            assert documents[document].source == owner
+            ids = [index["bos_id"], *tokenizer.encode(documents[document].text, add_special_tokens=False).ids]
+            assert row[column] == [*ids, index["eos_id"]][offset]
+    plain = prepare(folder, packing=packing, sequence_length=64)
+    assert "sources" not in json.loads((plain / "index.json").read_text())["splits"]["train"]
+    assert "sources" not in index["splits"]["validation"]
+
+
 def test_another_corpus_is_packed_with_the_tokenizer_of_a_model(
     tmp_path: Path,
     make_documents: Callable[..., Records],

@@ -20,7 +20,7 @@ from pipelines.training import step_data
 from pipelines.training.config import PretrainConfig
 from pipelines.training.data_loader import DataLoader
 from pipelines.training.distributed import Ranks
-from pipelines.training.phases import phases_of
+from pipelines.training.phases import mixes_of, phases_of
 from pipelines.training.rollbacks import Rollback
 
 LENGTH = 16
@@ -34,6 +34,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     blocks = packing.best_fit(TEXTS, LENGTH, bos_id=0, eos_id=1, pad_id=2)
     entries = shards.write(blocks, folder, "train", sequence_length=LENGTH, dtype="uint16", shard_bytes=10 * LENGTH * 2)
     index = {"format": 1, "dtype": "uint16", "sequence_length": LENGTH, "splits": {"train": {"shards": entries}}}
+    count = sum(entry["sequences"] for entry in entries)
+    halves = [{"source": "a", "sequences": count // 2}, {"source": "b", "sequences": count - count // 2}]
+    index["splits"]["train"]["sources"] = halves
     (folder / "index.json").write_text(json.dumps(index))
     (folder / "documents").mkdir()
     lines = [{"id": f"d{n}", "text": "x", "source": f"s{n % 2}", "license": "", "work": ""} for n in range(len(TEXTS))]
@@ -45,22 +48,26 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CHANGES: list[dict[str, Any]] = [
     {},
     {"phases": [{"steps": 3, "batch_size": 8, "sequence_length": 8}, {"steps": 3, "batch_size": 4}]},
+    {"mixture": {"weights": {"a": 1.0, "b": 3.0}}},
 ]
 
 
-@pytest.mark.parametrize("changes", CHANGES, ids=["whole", "phases"])
+@pytest.mark.parametrize("changes", CHANGES, ids=["whole", "phases", "mixture"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_documents_are_those_that_the_ranks_were_given(
     changes: dict[str, Any], world: int, prepared: Path, tiny_settings: dict[str, Any]
 ) -> None:
-    base = {key: value for key, value in tiny_settings.items() if not changes or key not in ("steps", "batch_size")}
+    base = {
+        key: value
+        for key, value in tiny_settings.items()
+        if "phases" not in changes or key not in ("steps", "batch_size")
+    }
     config = PretrainConfig.model_validate({**base, **changes, "world_size": world})
     rollbacks = [Rollback(2, 3, 8, "m", "r")]
     reader = shards.ShardReader(prepared, "train")
     objective = causal.Objective(ObjectiveContext(0, 100, 0, 1, 2, 3), causal.Objective.Config())
-    loader = DataLoader(
-        reader, reader, objective, Ranks(0, world, torch.device("cpu")), config.seed, phases_of(config), 2, 2
-    )
+    ranks, mixes = Ranks(0, world, torch.device("cpu")), mixes_of(config, reader.index)
+    loader = DataLoader(reader, reader, objective, ranks, config.seed, phases_of(config), 2, 2, mixes)
     for step in range(1, config.steps + 1):
         digest, shown = step_data.documents_of(config, prepared, step, rollbacks)
         assert digest == loader.digest(step - 1, rollbacks)
