@@ -223,6 +223,9 @@ class PhaseConfig(Settings):
         None, description="Learning rate over the steps of the phase, warm-up included; none: the run's."
     )
     mixture: MixtureConfig | None = Field(None, description="Shares of the sources; none: the run's.")
+    objective_settings: dict[str, Any] = Field(
+        default_factory=dict, description="What differs here from the run's settings of the objective."
+    )
 
     @model_validator(mode="after")
     def _batch_doubles(self) -> Self:
@@ -416,6 +419,19 @@ class PretrainConfig(Settings):
         if not (name := info.data.get("objective")):
             return value
         return validated_at(objectives.get(name).Config, value).model_dump(mode="json")
+
+    @model_validator(mode="after")
+    def _phases_have_settings_of_the_objective(self) -> Self:
+        for number in range(len(self.phases)):
+            self.objective_settings_of(number)
+        return self
+
+    def objective_settings_of(self, phase: int) -> dict[str, Any]:
+        """Return the settings of the objective in a phase."""
+        own = self.phases[phase].objective_settings if self.phases else {}
+        kind = objectives.get(self.objective).Config
+        place = ("phases", str(phase), "objective_settings")
+        return validated_at(kind, {**self.objective_settings, **own}, *place).model_dump(mode="json")
 
     @field_validator("monitors")
     @classmethod

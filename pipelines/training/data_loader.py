@@ -85,6 +85,8 @@ class DataLoader:
     validation_sequences: int
     mixes: Sequence[Mix] = ()
     """What each phase takes of each source; empty where sources are not mixed."""
+    objectives: Sequence[Objective] = ()
+    """Of each phase, where their settings differ; empty: `objective`, which is that of validation."""
 
     def __post_init__(self) -> None:
         for split, reader in (("train", self.train), ("validation", self.validation)):
@@ -106,8 +108,9 @@ class DataLoader:
         """Return this rank's micro batches of a step, on the CPU; a pure function, also of `rollbacks`."""
         phase = phases.at(self.phases, step)
         samples_B, epochs_B = self._order(phase, step, rollbacks)
+        objective = self.objectives[phase.number] if self.objectives else self.objective
         return [
-            self._batch(*self.objective.targets(self._tokens(phase, samples), samples, epochs))
+            self._batch(*objective.targets(self._tokens(phase, samples), samples, epochs))
             for samples, epochs in zip(
                 self._share(samples_B, phase.micro_batch), self._share(epochs_B, phase.micro_batch), strict=True
             )

@@ -83,8 +83,8 @@ def mask_documents(model: nn.Module) -> None:
     documents.keep_apart(model, bos_id=config.bos_token_id, pad_id=config.pad_token_id)
 
 
-def make_objective(config: PretrainConfig, architecture: ArchitectureConfig) -> Objective:
-    """Return what the model is asked to predict."""
+def make_objective(config: PretrainConfig, architecture: ArchitectureConfig, phase: int | None = None) -> Objective:
+    """Return what the model is asked to predict, in a phase or with the run's settings, as in validation."""
     objective = registry.get(config.objective)
     context = ObjectiveContext(
         seed=config.seed,
@@ -94,7 +94,8 @@ def make_objective(config: PretrainConfig, architecture: ArchitectureConfig) -> 
         pad_id=architecture.pad_id,
         mask_id=architecture.mask_id,
     )
-    return objective(context, objective.Config.model_validate(config.objective_settings))
+    settings = config.objective_settings if phase is None else config.objective_settings_of(phase)
+    return objective(context, objective.Config.model_validate(settings))
 
 
 LossModuleFactory = Callable[[WorkerSpec, torch.device], LossModule]

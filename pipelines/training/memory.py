@@ -183,9 +183,10 @@ def _size(config: PretrainConfig) -> int:
 
 
 def target_share(config: PretrainConfig) -> float:
-    """Return the share of the tokens that the objective asks for."""
+    """Return the share of the tokens that the objective asks for, in the phase where it asks for most."""
     objective = objectives.get(config.objective)
-    return objective.target_share(objective.Config.model_validate(config.objective_settings))
+    settings = [config.objective_settings_of(phase) for phase in range(max(1, len(config.phases)))]
+    return max(objective.target_share(objective.Config.model_validate(each)) for each in settings)
 
 
 def largest_layer(architecture: ArchitectureConfig) -> int:

@@ -159,6 +159,7 @@ def make_loader(spec: WorkerSpec, architecture: ArchitectureConfig, ranks: Ranks
         micro_batch_size=config.micro_batch_size,
         validation_sequences=config.validation_sequences,
         mixes=phases.mixes_of(config, train.index),
+        objectives=[make_objective(config, architecture, phase=number) for number in range(len(config.phases))],
     )
 
 

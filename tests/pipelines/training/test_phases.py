@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from models.objectives import causal, masked
 from models.objectives.base import ObjectiveContext
 from pipelines.core.errors import ConfigError
-from pipelines.training import phases
+from pipelines.training import memory, phases
 from pipelines.training.config import PretrainConfig
 from pipelines.training.data_loader import DataLoader
 from pipelines.training.distributed import Ranks
@@ -318,3 +318,30 @@ def test_a_job_with_a_length_that_does_not_fit_is_refused_before_it_starts(
     ).config
     with pytest.raises(ConfigError, match="sequence_length = 5 does not divide"):
         make_worker_spec(config, prepared, StageContext("pretrain", tmp_path, compute=ComputeConfig(device="cpu")))
+
+
+def test_a_phase_masks_at_a_rate_of_its_own_and_validation_at_that_of_the_run() -> None:
+    """As EuroBERT and Ettin end: fewer tokens masked in the last phase."""
+    rates = [{"probability": 0.5}, {"probability": 0.1}, {}]
+    wanted = settings(
+        [{"steps": 4, "batch_size": 8, "objective_settings": each, "schedule": {"warmup": 0}} for each in rates],
+        family="encoder",
+        objective_settings={"probability": 0.3, "mask": 1.0, "random": 0.0},
+    )
+    context = ObjectiveContext(0, 500, 0, 1, 2, 3)
+    kinds = [masked.Objective.Config.model_validate(wanted.objective_settings_of(n)) for n in range(3)]
+    assert [(kind.probability, kind.mask) for kind in kinds] == [(0.5, 1.0), (0.1, 1.0), (0.3, 1.0)]
+    made = replace(
+        loader(wanted, objective=masked.Objective(context, kinds[2])),
+        objectives=[masked.Objective(context, kind) for kind in kinds],
+    )
+    for number, rate in enumerate((0.5, 0.1, 0.3)):
+        batches = [batch for step in range(4 * number, 4 * number + 4) for batch in made.batches(step)]
+        share = sum(batch.targets for batch in batches) / sum(batch.inputs_BT.numel() for batch in batches)
+        assert share == pytest.approx(rate, abs=0.06)
+    assert memory.target_share(wanted) == 0.5
+
+
+def test_a_wrong_setting_of_an_objective_names_its_phase() -> None:
+    with pytest.raises(ValidationError, match=r"phases\.1\.objective_settings\.probability"):
+        settings([TWO[0], {**TWO[1], "objective_settings": {"probability": 2}}], family="encoder")
