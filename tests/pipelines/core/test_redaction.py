@@ -40,6 +40,14 @@ def test_the_value_of_a_secret_variable_is_hidden_wherever_it_turns_up(monkeypat
     assert redact(f"boto said: {CANARY}-longer, then {CANARY}") == f"boto said: {HIDDEN}, then {HIDDEN}"
 
 
+@pytest.mark.parametrize(("secret", "shown"), [("c4n4ry", "it was ***"), ("plain", "it was plain")])
+def test_a_value_too_short_to_be_told_from_words_is_shown(
+    secret: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVICE_PASSWORD", secret)
+    assert redact(f"it was {secret}") == shown
+
+
 @pytest.mark.parametrize(
     "name",
     ["aws_secret_access_key", "AWS_ACCESS_KEY_ID", "hf_token", "token", "db.password", "api-key", "AWS_SESSION_TOKEN"],
