@@ -66,6 +66,7 @@ class Stack:
 
     def __init__(self, folder: Path = FOLDER, guard: Sequence[str] = ()) -> None:
         self.folder, self._guard = folder, list(guard)
+        self._started: list[subprocess.Popen[bytes]] = []
         self._state: dict[str, Any] = {"passwords": {}, "ports": {}, "processes": {}}
         if (folder / "stack.json").exists():
             if folder.stat().st_uid != os.getuid():
@@ -155,6 +156,7 @@ class Stack:
                     stderr=log,
                     start_new_session=True,
                 )
+            self._started.append(process)
             self._state["processes"][service] = [process.pid, psutil.Process(process.pid).create_time()]
             self._save()
         return lambda: self._wait(service)
@@ -173,6 +175,7 @@ class Stack:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     each.kill()
             psutil.wait_procs(left, _STOP_S)
+        self._started = [process for process in self._started if process.poll() is None]
         self._state["processes"] = {k: v for k, v in self._state["processes"].items() if k in self.running()}
         if self.folder.exists():
             self._save()

@@ -134,6 +134,25 @@ def test_before_its_time_is_over_a_job_saves_and_is_queued_again(
                 future.result(60)
 
 
+@pytest.mark.cluster_full
+def test_the_clock_of_slurm_has_a_job_save_before_its_time_is_over(slurm: Slurm, tmp_path: Path) -> None:
+    """A job of one minute that asked to be told 35 s before: Slurm's own clock counts by half minutes or so."""
+    compute = SLURM.model_copy(update={"time": "1m"})
+    executor = executors.get(compute)
+    asked = request(tmp_path / "store", sleep=True, compute=compute)
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(executor.execute, asked, ignore)
+        wait_for(lambda: len(slurm.active()) == 1, "the job to be submitted")
+        (job,) = slurm.active()
+        wait_for(lambda: "Restarts=1" in slurm.ask("scontrol", "show", "job", job), "the job to be queued again", 180)
+        assert [path.read_text() for path in tmp_path.glob("store/scratch/*/progress")] == ["half way"]
+        (log,) = tmp_path.glob("store/jobs/*/log")
+        assert "DUE TO TIME LIMIT" not in log.read_text()
+        executor.stop()
+        with pytest.raises(Preempted):
+            future.result(60)
+
+
 def test_a_job_that_somebody_cancelled_ends_its_run_as_stopped(slurm: Slurm, tmp_path: Path) -> None:
     executor = executors.get(SLURM)
     with ThreadPoolExecutor(1) as threads:
