@@ -38,6 +38,9 @@ def become(parent: int, command: list[str]) -> NoReturn:
         sys.exit("the launcher is gone")
     # A crash report is faulthandler's stack dump in the log, not gigabytes of core file in the working folder.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    # A rank has a connection to every other, and Linux gives 1,024 files where nobody asks for more.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     os.execvp(command[0], command)  # noqa: S606 - becoming the command is what this program is for
 
 

@@ -54,7 +54,7 @@ _waiting: list[int] = []
 """Seconds that each upload on its way may take beyond the usual limit of a request."""
 _usual_limit: dict[str, int] = {}
 _limit_lock = threading.Lock()
-MIGRATION_WAIT_S = 120.0
+MIGRATION_WAIT_S = 300.0
 _WORK = ("runs", "registered_models", "datasets", "params", "metrics")
 """Tables of MLflow's database with a row as soon as anybody worked with it."""
 _SETTLED_S = 30.0
@@ -91,6 +91,9 @@ def connect(config: TrackingConfig, store_root: Path) -> MlflowClient:
     uri = resolve_uri(config, store_root)
     if not uri.startswith(_SQLITE):
         return Client(uri, uri)
+    # Imported before the lock is taken: on a busy machine that takes longer than the work, and others wait meanwhile.
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
     store_root.mkdir(parents=True, exist_ok=True)
     what, leases = "MLflow's database", lease_folder(uri, store_root)
     with lock.hold(leases / "mlflow.lock", what=what, wait_s=MIGRATION_WAIT_S):

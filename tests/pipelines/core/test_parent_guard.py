@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -106,6 +107,18 @@ def test_a_watcher_that_is_told_to_end_goes_on_watching(sleeper: Callable[[], su
     watcher.stdin.close()
     assert watcher.wait(20) == 0
     assert ends(watched) == -signal.SIGKILL
+
+
+def test_a_guarded_command_may_open_as_many_files_as_it_is_allowed_to_ask_for() -> None:
+    ask = "import resource; print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    asks = [*parent_guard.command(), sys.executable, "-S", "-c", ask]
+    few = (
+        f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (256, {most})); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    said = subprocess.run([sys.executable, "-S", "-c", few, *asks], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == [str(most)] * 2
 
 
 def _ignores_term(status: str) -> bool:
