@@ -24,6 +24,7 @@ from pipelines.core.errors import ConfigError, IngotError, IntegrityError
 from pipelines.core.request import StageRequest
 from pipelines.data import records, shards, versioning
 from pipelines.data.config import DataConfig
+from pipelines.modelio.folder import WeightReader
 from pipelines.registry import history
 from pipelines.tracking import record as tracking_record
 from pipelines.tracking.record import TrackingRecord
@@ -226,6 +227,35 @@ def test_a_line_of_a_corpus_is_a_document_or_malformed(data: st.DataObject) -> N
         return
     assert isinstance(found.text, str)
     found.to_json()
+
+
+@pytest.fixture(scope="module")
+def weights() -> bytes:
+    """A file of two tensors."""
+    import torch
+    from safetensors.torch import save
+
+    return save({"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.ones(4, dtype=torch.bfloat16)})
+
+
+@fuzz
+@given(data=st.data())
+def test_weights_are_tensors_or_damaged(
+    data: st.DataObject, weights: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Length of the header, names, types, shapes, offsets, values: whatever they say by now."""
+    folder = tmp_path_factory.mktemp("model")
+    length = 8 + int.from_bytes(weights[:8], "little")
+    whole = data.draw(st.booleans())
+    damage = data.draw(damaged(weights)) if whole else data.draw(damaged(weights[:length])) + weights[length:]
+    (folder / "model.safetensors").write_bytes(damage)
+
+    def read() -> dict[str, Any]:
+        reader = WeightReader(folder)
+        return {name: (reader.dense(name), reader.dense_bytes(name)) for name in reader.names()}
+
+    for tensor, size in (with_or_without(read) or {}).values():
+        assert tensor.nbytes == size
 
 
 @fuzz
