@@ -2,7 +2,7 @@
 
 Measured on validation documents, as bits per byte over the base's, with intervals over documents. An integer grid is
 never smaller than the variant: the one whose bytes are nearest from above is taken, and the bytes of every baseline are
-recorded. One model at a time is in memory while it is measured.
+recorded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from models.compression.base import MethodConfig, Needs, Packed, Statistics, WeightMethod
 from models.compression.formats.int_grid import group_for
@@ -28,10 +27,11 @@ _GROUPS = (0, 256, 128, 64, 32, 16, 8)
 
 @dataclass(frozen=True)
 class Contender:
-    """One model of a comparison, on the device of the run."""
+    """One model of a comparison, as it was measured."""
 
     name: str
-    model: PreTrainedModel
+    nats_D: Floats
+    """Of each document."""
     bytes: int | None = None
     """Of the compressed layers."""
     cache_bytes_per_token: float | None = None
@@ -45,27 +45,26 @@ def compare(
     count: int,
     left_out: Mapping[str, str] | None = None,
 ) -> Comparison:
-    """Measure the base, the variant and each baseline on the same documents.
+    """Return what the base, the variant and each baseline measured on the same documents.
 
     Args:
         run: takes the progress.
-        text: what is scored.
-        contenders: the base, the variant, then the baselines; each is taken when the one before it has been measured.
+        text: what was scored.
+        contenders: the base, the variant, then the baselines.
         count: how many variants and baselines there are.
         left_out: baselines of other kinds that say nothing here -> why.
     """
     nats: dict[str, Floats] = {}
     measured: dict[str, Measurement] = {}
     for contender in contenders:
-        nats[contender.name] = text.nats(contender.model, contender.name)
+        nats[contender.name] = contender.nats_D
         if len(nats) == 1:
             continue
         base_D, variant_D = itertools.islice(nats.values(), 2)
-        measured[contender.name] = row = _measurement(text, nats[contender.name], base_D, variant_D, contender)
+        measured[contender.name] = row = _measurement(text, base_D, variant_D, contender)
         size = f"{row.bytes:,} bytes" if row.bytes else f"{row.cache_bytes_per_token:,.1f} bytes of cache a token"
         message = f"{contender.name}: {row.ratio} of the base's bits per byte with {size}"
         run.progress(len(measured), count, "comparisons", message)
-        del contender
     variant, *baselines = measured
     base_D = next(iter(nats.values()))
     return Comparison(
@@ -80,9 +79,8 @@ def compare(
     )
 
 
-def _measurement(
-    text: QuickEval, nats_D: Floats, base_D: Floats, variant_D: Floats, contender: Contender
-) -> Measurement:
+def _measurement(text: QuickEval, base_D: Floats, variant_D: Floats, contender: Contender) -> Measurement:
+    nats_D = contender.nats_D
     ones_D, columns = np.ones_like(base_D), (nats_D, base_D, text.tokens_D.astype(np.float64))
     return Measurement(
         ratio=paired_ratio(nats_D, base_D, ones_D),

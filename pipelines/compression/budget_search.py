@@ -12,12 +12,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from models.architectures.config import IGNORED
 from models.compression import search
@@ -26,10 +26,10 @@ from pipelines.compression.calibration import Batch
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.report import Budget, CompressionReport, SearchFacts, Trial
 from pipelines.compression.run import CompressionRun
+from pipelines.compression.streaming import Stream
 from pipelines.core import artifact
 from pipelines.core.errors import ConfigError
 from pipelines.measure.intervals import paired_ratio
-from pipelines.modelio.load import load_model
 
 _OF_THE_VARIANT = {"name", "method", "from_", "parameters"}
 """Keys of the configuration that candidates have of their own; the others are the engine's."""
@@ -78,18 +78,17 @@ def compress(run: CompressionRun) -> CompressionReport:
     """
     parameters = run.config.parameters
     assert isinstance(parameters, search.Config)
-    base = run.load_base()
     tokens_NT = calibration.sample_tokens(
         run.prepare, samples=parameters.sequences, seed=run.config.seed, masked=run.masked, split="validation"
     )
     labels_NT = calibration.labels(run.prepare, tokens_NT, seed=run.config.seed, masked=run.masked, split="validation")
-    text = calibration.batches(run.prepare, tokens_NT, labels_NT)
+    text = SearchText(run, calibration.batches(run.prepare, tokens_NT, labels_NT))
     trials: list[Trial] = []
     most = len(parameters.methods) * len(parameters.group_sizes) * len(parameters.bits).bit_length()
     for method, group_size in product(parameters.methods, parameters.group_sizes):
 
         def fits(bits: int, method: str = method, group_size: int = group_size) -> bool:
-            trial = _trial(run, base, candidate(run.config, method, bits, group_size), text)
+            trial = _trial(run, text, candidate(run.config, method, bits, group_size))
             trials.append(trial)
             run.progress(len(trials), most, "candidates", str(trial))
             return within(trial, parameters)
@@ -119,12 +118,7 @@ def candidate(config: CompressConfig, method: str, bits: int, group_size: int) -
     return CompressConfig.model_validate({**engine, "method": method, "bits": bits, "group_size": group_size})
 
 
-def _trial(
-    run: CompressionRun,
-    base: PreTrainedModel,
-    config: CompressConfig,
-    text: Sequence[Batch],
-) -> Trial:
+def _trial(run: CompressionRun, text: SearchText, config: CompressConfig) -> Trial:
     """Return the measurement of one candidate, from the scratch folder if an earlier attempt made it."""
     grid = config.parameters.model_dump(include={"bits", "group_size"})
     record = run.context.scratch / f"trial-{config.method}-{grid['bits']}-{grid['group_size']}.json"
@@ -135,8 +129,7 @@ def _trial(
     folder.mkdir(parents=True)
     # Only the winner is compared with its baselines.
     run.compress(config.model_copy(update={"baseline_documents": 0}), run.inputs, folder, run.context)
-    variant = load_model(folder / "model").to(run.device)
-    nats, kl = compare(base, variant, text)
+    nats, kl = text.compare(folder / "model")
     size = CompressionReport.read(folder).totals.bytes
     shutil.rmtree(folder)
     ratio = paired_ratio(nats[1], nats[0], np.ones(len(nats[0])))
@@ -145,22 +138,37 @@ def _trial(
     return trial
 
 
-@torch.no_grad()
-def compare(
-    base: PreTrainedModel, variant: PreTrainedModel, text: Sequence[Batch]
-) -> tuple[NDArray[np.float64], float]:
-    """Return the nats of each document under both models [2, N], base first, and the mean KL(base || variant).
+class SearchText:
+    """Validation documents that candidates are measured on, and the base behind its last block.
 
-    Both means are over the positions that a label asks for; both models are on one device.
+    Candidates are scored block by block. What stays in memory of the base are its hidden states in front of the head.
+
+    Args:
+        run: the base.
+        text: the documents.
     """
-    nats: list[Tensor] = []
-    divergence, asked = 0.0, 0
-    for batch in text:
-        ids, labels = (torch.from_numpy(part).to(base.device) for part in (batch.tokens_BL, batch.labels_BL))
-        before, after = (model(input_ids=ids).logits.double().log_softmax(-1) for model in (base, variant))
-        wanted = labels != IGNORED
-        targets = torch.where(wanted, labels, 0)[..., None]
-        nats.append(torch.stack([-(p.gather(-1, targets)[..., 0] * wanted).sum(-1) for p in (before, after)]))
-        divergence += float(((before.exp() * (before - after)).sum(-1) * wanted).sum())
-        asked += int(wanted.sum())
-    return torch.cat(nats, dim=1).cpu().numpy(), divergence / asked
+
+    def __init__(self, run: CompressionRun, text: Sequence[Batch]) -> None:
+        self._run, self._text = run, text
+        self._calls = [{"input_ids": torch.from_numpy(batch.tokens_BL).to(run.device)} for batch in text]
+        self._base = Stream.of_base(run, self._calls)
+        self._base.finish()
+
+    def compare(self, folder: Path) -> tuple[NDArray[np.float64], float]:
+        """Return the nats of each document under base and variant [2, N], and the mean KL(base || variant).
+
+        Both means are over the positions that a label asks for.
+        """
+        variant = Stream.of_folder(self._run, folder, self._calls)
+        variant.finish()
+        nats: list[Tensor] = []
+        divergence, asked = 0.0, 0
+        for number, batch in enumerate(self._text):
+            labels = torch.from_numpy(batch.labels_BL).to(self._run.device)
+            before, after = (s.logits(number).double().log_softmax(-1) for s in (self._base, variant))
+            wanted = labels != IGNORED
+            targets = torch.where(wanted, labels, 0)[..., None]
+            nats.append(torch.stack([-(p.gather(-1, targets)[..., 0] * wanted).sum(-1) for p in (before, after)]))
+            divergence += float(((before.exp() * (before - after)).sum(-1) * wanted).sum())
+            asked += int(wanted.sum())
+        return torch.cat(nats, dim=1).cpu().numpy(), divergence / asked

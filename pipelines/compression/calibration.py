@@ -186,28 +186,46 @@ def enter(
 ) -> Prefix:
     """Return the hidden states in front of the first block, and the arguments that each block is given.
 
-    Every block is stood in for by a recorder that passes its input on, so only the parameters outside the stack are
-    used, and a model whose layers differ in masks or positions is recorded as it is.
+    Only the parameters outside the stack are used.
     """
 
     def recorded(number: int) -> list[tuple[Tensor, dict[str, Any]]]:
-        seen: list[tuple[Tensor, dict[str, Any]]] = []
-
-        def recording(block: nn.Module) -> Callable[..., Tensor]:
-            def record(*args: Any, **kwargs: Any) -> Tensor:
-                hidden_BLD, others = meta_init.bound(block, args, kwargs)
-                seen.append((hidden_BLD, {k: v for k, v in others.items() if k not in _CACHE}))
-                return hidden_BLD
-
-            return record
-
-        with torch.no_grad(), standing_in(stack, [recording(block) for block in stack], in_tuples=in_tuples):
-            model.base_model(input_ids=torch.from_numpy(text[number].tokens_BL).to(device))
-        return seen
+        ids_BL = torch.from_numpy(text[number].tokens_BL).to(device)
+        return record(model, stack, {"input_ids": ids_BL}, in_tuples=in_tuples)
 
     hidden = [recorded(number)[0][0] for number in range(len(text))]
     tokens = max(batch.tokens_BL.size for batch in text)
     return Prefix(hidden, lambda number: [others for _, others in recorded(number)], tokens)
+
+
+@torch.no_grad()
+def record(
+    model: PreTrainedModel, stack: nn.ModuleList, call: Mapping[str, Any], *, in_tuples: bool
+) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Return what each block is given: hidden states [B, L, D] as they enter the first, and its other arguments.
+
+    Every block is stood in for by a recorder that passes its input on, so a model whose layers differ in masks or
+    positions is recorded as it is.
+
+    Args:
+        model: with the parameters outside the stack loaded.
+        stack: its blocks.
+        call: what the model without its head is called with.
+        in_tuples: whether blocks give back tuples.
+    """
+    seen: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def recording(block: nn.Module) -> Callable[..., Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            hidden_BLD, others = meta_init.bound(block, args, kwargs)
+            seen.append((hidden_BLD, {k: v for k, v in others.items() if k not in _CACHE}))
+            return hidden_BLD
+
+        return forward
+
+    with standing_in(stack, [recording(block) for block in stack], in_tuples=in_tuples):
+        model.base_model(**call)
+    return seen
 
 
 @contextlib.contextmanager

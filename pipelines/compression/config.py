@@ -60,7 +60,7 @@ class CompressConfig(Settings):
         ge=0,
         le=10_000,
         description="Validation documents on which the variant is compared with baselines at equal bytes; the first "
-        "1024 tokens of each are scored. It holds a whole model in memory; 0: no comparison.",
+        "1024 tokens of each are scored; 0: no comparison.",
     )
     parameters: SerializeAsAny[MethodConfig] = Field(
         default_factory=MethodConfig, description="Parameters of the method; written flat, beside these keys."

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from models.compression import registry
+from models.compression.base import WeightMethod
 from models.compression.training_method import TrainedConfig
 from pipelines.compression.config import CompressConfig
 from pipelines.core.artifact import Artifact
 from pipelines.core.estimate import Estimate, EstimateContext, Time
 
 _FLOAT = 4
+_DOUBLE = 8
 _PROCESS = 800_000_000
 """Python with torch and transformers."""
+_SHAPE = ("parameters", "layer_parameters", "layers", "width", "ffn_width")
+"""What the base tells of its shape."""
 _FIXED_S = 15.0
 """Imports, and reading and writing a small model."""
 _RATE = {"cpu": 20e9, "cuda": 50e12}
@@ -58,23 +64,44 @@ def estimate_compress(config: CompressConfig, context: EstimateContext) -> Estim
     )
     return Estimate(
         ranks=settings.world_size if isinstance(settings, TrainedConfig) else 1,
-        memory={
-            "process": _PROCESS,
-            "weights": context.fact("dense_bytes"),
-            "logits": 2 * _FLOAT * _SCORED_TOKENS * vocabulary,
-            **_training_bytes(config, parameters),
-        },
+        memory=memory(config, {name: context.fact(name) for name in _SHAPE}, length, vocabulary),
         time=context.scaled_duration(work(parameters), work_of) or stated,
         flops=flops,
         disk={"model": stored},
         facts={
-            **{
-                name: context.fact(name)
-                for name in ("parameters", "layer_parameters", "dense_bytes", "forward_flops_per_token")
-            },
+            **{name: context.fact(name) for name in (*_SHAPE, "dense_bytes", "forward_flops_per_token")},
             "model_bytes": stored,
         },
     )
+
+
+def memory(config: CompressConfig, shape: Mapping[str, int], length: int, vocabulary: int) -> dict[str, int]:
+    """Return the bytes that a compression holds at its peak, by what they are for.
+
+    Args:
+        config: of the variant.
+        shape: the facts of `_SHAPE` about the base.
+        length: tokens of a sequence.
+        vocabulary: size of the vocabulary.
+    """
+    parameters, in_layers, width = (shape[name] for name in ("parameters", "layer_parameters", "width"))
+    logits = 2 * _FLOAT * _SCORED_TOKENS * vocabulary if config.baseline_documents else 0
+    held = {"process": _PROCESS, "logits": logits}
+    method, settings = registry.get(config.method), config.parameters
+    if method.kind == "search":  # of what it tries, GPTQ takes most
+        method, settings = registry.weight("gptq"), registry.weight("gptq").Config()
+    if not isinstance(method, WeightMethod):
+        return held | {"weights": _FLOAT * parameters, **_training_bytes(config, parameters)}
+    needs, wide = method.needs(settings), max(width, shape["ffn_width"])
+    sequences = config.samples * length * (2 if needs.inputs or settings.block_steps else 1)
+    tokens = (sequences if needs.sequences else 0) + config.baseline_documents * _SCORED_TOKENS
+    return held | {
+        "outside of the blocks": _FLOAT * (parameters - in_layers),
+        "a block": 2 * _FLOAT * in_layers // shape["layers"],
+        "hidden states": _FLOAT * tokens * width,
+        "second moments": _DOUBLE * (6 * width**2 + wide**2) if needs.sequences else 0,
+        "work on a layer": _DOUBLE * (3 * width * wide + (4 * wide**2 if needs.sequences else 0)),
+    }
 
 
 def bits_per_weight(config: CompressConfig) -> float:

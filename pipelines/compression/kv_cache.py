@@ -300,16 +300,16 @@ def _compare(run: CompressionRun, base: PreTrainedModel, tables: Mapping[str, Se
     own, *others = tables
 
     def contenders() -> Iterator[Contender]:
-        yield Contender("the base", base)
+        yield Contender("the base", text.nats(base, "the base"))
         model = quantized_cache.attach(run.load_base(), tables[own])
         kept, quantized = cache_bytes(model, text, tables[own][0].exact_tokens)
-        yield Contender(own, model, cache_bytes_per_token=kept)
+        yield Contender(own, text.nats(model, own), cache_bytes_per_token=kept)
         width = base.config.num_key_value_heads * base.config.head_dim
         rounded = nearest_rounding(tables[own], width, quantized)
         for name, table in {"rtn": rounded, **{name: tables[name] for name in others}}.items():
             model = quantized_cache.attach(run.load_base(), table)
             kept, _ = cache_bytes(model, text, table[0].exact_tokens)
-            yield Contender(name, model, cache_bytes_per_token=kept)
+            yield Contender(name, text.nats(model, name), cache_bytes_per_token=kept)
 
     return baselines.compare(run, text, contenders(), count=2 + len(others), left_out=LEFT_OUT)
 

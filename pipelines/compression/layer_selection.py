@@ -1,6 +1,7 @@
 """What only a whole model can decide: the best of a method's candidates, and the layers that are left alone.
 
-Both hold the whole model in memory and look at validation text that no comparison uses (see `quick_eval`).
+Both look at validation text that no comparison uses (see `quick_eval`). The model is scored block by block, and
+compressed layers wait in files, so that memory is bounded as that of the compression itself.
 Partial quantization is that of Wu et al. 2020 (arXiv 2004.09602): layers are compressed one at a time and ranked by the
 loss; from the most sensitive on they are left as they are until the loss is within the tolerance.
 """
@@ -8,14 +9,15 @@ loss; from the most sensitive on they are left as they are until the loss is wit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from torch import nn
-from transformers import PreTrainedModel
+from safetensors.torch import load_file, save_file
 
 from models.compression.base import MethodConfig, Packed
-from models.compression.modules.packed_linear import PackedLinear
+from pipelines.compression import streaming
 from pipelines.compression.quick_eval import QuickEval
 from pipelines.compression.report import Partial
 from pipelines.compression.run import CompressionRun
@@ -50,7 +52,7 @@ def select(run: CompressionRun, assignment: Assignment) -> Selection:
     if len(candidates) > 1:
         assignment, losses = best_candidate(run, assignment, candidates, text)
     if config.tolerance:
-        partial = within_tolerance(run, assignment, text, tolerance=config.tolerance)
+        partial = leave_alone(run, assignment, text, tolerance=config.tolerance)
         assignment = replace(assignment, names=[name for name in assignment.names if name not in partial.kept])
     return Selection(assignment, losses, partial)
 
@@ -59,28 +61,45 @@ def best_candidate(
     run: CompressionRun, assignment: Assignment, candidates: Sequence[MethodConfig], text: QuickEval
 ) -> tuple[Assignment, dict[str, float]]:
     """Return the candidate with the least loss, and the losses of all in nats per token, by label."""
-    model = run.load_base()
-    losses = [
-        loss(model, all_layers(run, replace(assignment, config=config)), text, config.label) for config in candidates
-    ]
+    tokens = int(text.tokens_D.sum())
+    losses = []
+    for config in candidates:
+        nats_D, _ = streaming.compressed_nats(run, text, config.label, replace(assignment, config=config))
+        losses.append(float(nats_D.sum()) / tokens)
     best = min(range(len(losses)), key=losses.__getitem__)
     by_label = {config.label: value for config, value in zip(candidates, losses, strict=True)}
     return replace(assignment, config=candidates[best]), by_label
 
 
-def within_tolerance(run: CompressionRun, assignment: Assignment, text: QuickEval, *, tolerance: float) -> Partial:
+def leave_alone(run: CompressionRun, assignment: Assignment, text: QuickEval, *, tolerance: float) -> Partial:
     """Return which layers to leave alone so that the perplexity grows by no more than `tolerance`.
 
     Raises:
         ConfigError: not even one compressed layer is within the tolerance.
     """
-    model, names = run.load_base(), assignment.names
-    packed = all_layers(run, assignment)
-    base = text.loss(model, "the base")
+    shelf = Shelf.filled(run, assignment)
+    tokens, base = int(text.tokens_D.sum()), float(streaming.base_nats(run, text, "the base").sum())
 
     def ratio(compressed: Sequence[str]) -> float:
-        return math.exp(loss(model, {name: packed[name] for name in compressed}, text, "the variant") - base)
+        packed = shelf.only(compressed)
+        return math.exp((float(streaming.base_nats(run, text, "the variant", packed).sum()) - base) / tokens)
 
+    partial = within_tolerance(assignment.names, ratio, tolerance=tolerance)
+    shelf.clear()
+    return partial
+
+
+def within_tolerance(names: Sequence[str], ratio: Callable[[Sequence[str]], float], *, tolerance: float) -> Partial:
+    """Return which of the layers `names` to leave alone.
+
+    Args:
+        names: all layers.
+        ratio: perplexity over the base's with these layers compressed.
+        tolerance: by how much it may grow.
+
+    Raises:
+        ConfigError: not even one compressed layer is within the tolerance.
+    """
     ratio_of_all = now = ratio(names)
     alone: dict[str, float] = {}
     kept: list[str] = []
@@ -98,21 +117,42 @@ def within_tolerance(run: CompressionRun, assignment: Assignment, text: QuickEva
     return Partial(kept=sorted(kept), sensitivity=alone, ratio=now, ratio_of_all=ratio_of_all)
 
 
-def all_layers(run: CompressionRun, assignment: Assignment) -> dict[str, Packed]:
-    """Return all layers, each compressed behind the compressed ones before it."""
-    return {name: layer.packed for block in compress_blocks(run, assignment) for name, layer in block.items()}
+@dataclass(frozen=True)
+class Shelf(Mapping[str, Packed]):
+    """Compressed layers by name, each in a file of its own until it is asked for."""
 
+    folder: Path
+    assignment: Assignment
+    names: tuple[str, ...]
 
-def loss(model: PreTrainedModel, packed: Mapping[str, Packed], text: QuickEval, name: str) -> float:
-    """Return the loss of a model with some layers compressed, in nats per token; the model is left as it was."""
-    originals = {layer: model.get_submodule(layer) for layer in packed}
-    for layer, weight in packed.items():
-        old = originals[layer]
-        assert isinstance(old, nn.Linear)
-        bias = None if old.bias is None else old.bias.detach()
-        model.set_submodule(layer, PackedLinear(weight, weight.dequantize().to(old.weight), bias))
-    try:
-        return text.loss(model, name)
-    finally:
-        for layer, module in originals.items():
-            model.set_submodule(layer, module)
+    @classmethod
+    def filled(cls, run: CompressionRun, assignment: Assignment) -> Shelf:
+        """Compress all layers, each behind the compressed ones before it."""
+        shelf = cls(run.context.scratch / "layers", assignment, tuple(assignment.names))
+        shelf.clear()
+        shelf.folder.mkdir(parents=True)
+        for block in compress_blocks(run, assignment):
+            for name, layer in block.items():
+                stored = {leaf: tensor.contiguous() for leaf, tensor in layer.packed.tensors().items()}
+                save_file(stored, shelf.folder / f"{name}.safetensors")
+        return shelf
+
+    def only(self, names: Sequence[str]) -> Shelf:
+        """Return some of the layers."""
+        return replace(self, names=tuple(names))
+
+    def clear(self) -> None:
+        """Remove the files."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __getitem__(self, name: str) -> Packed:
+        if name not in self.names:
+            raise KeyError(name)
+        stored = load_file(self.folder / f"{name}.safetensors")
+        return self.assignment.method.restore(stored, self.assignment.parameters(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

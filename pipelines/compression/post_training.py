@@ -9,8 +9,7 @@ from statistics import fmean
 
 from models.compression import registry
 from models.compression.base import Statistics
-from models.compression.modules import packed_linear
-from pipelines.compression import baselines, bit_allocation, layer_selection, sensitivity, sequential, writer
+from pipelines.compression import baselines, bit_allocation, layer_selection, sensitivity, sequential, streaming, writer
 from pipelines.compression.baselines import BaselineMethod, Contender
 from pipelines.compression.report import (
     CalibrationFacts,
@@ -24,7 +23,6 @@ from pipelines.compression.sequential import Assignment
 from pipelines.core.errors import ConfigError
 from pipelines.modelio import layout
 from pipelines.modelio.folder import WeightReader
-from pipelines.modelio.load import load_model
 
 
 def compress(run: CompressionRun) -> CompressionReport:
@@ -94,12 +92,11 @@ def refuse_rounded_inputs(method: str, reader: WeightReader) -> None:
     Raises:
         ConfigError: naming the first such layer.
     """
-    for name in reader.storages():
-        if reader.packed(name).rounds_inputs:
-            raise ConfigError(
-                f"{method} cannot start from this base: {name} rounds its inputs, which another method would forget",
-                hint="quantize inputs last: start from the base of that variant",
-            )
+    for name in reader.rounding():
+        raise ConfigError(
+            f"{method} cannot start from this base: {name} rounds its inputs, which another method would forget",
+            hint="quantize inputs last: start from the base of that variant",
+        )
 
 
 def _errors(rows: Mapping[str, PackedLayer]) -> WeightErrors:
@@ -132,15 +129,12 @@ def _compare(
     others = dict(_baselines(run, allocated, rows, stored))
 
     def contenders() -> Iterator[Contender]:
-        yield Contender("the base", run.load_base())
-        yield Contender(run.config.method, load_model(run.target).to(run.device), bytes=stored)
+        yield Contender("the base", streaming.base_nats(run, text, "the base"))
+        own = run.config.method
+        yield Contender(own, streaming.stored_nats(run, text, own, run.target), bytes=stored)
         for name, assignment in others.items():
-            model, size = run.load_base(), 0
-            for block in sequential.compress_blocks(run, assignment):
-                for layer_name, layer in block.items():
-                    packed_linear.put(model, layer_name, layer.packed)
-                size += sum(layer.packed.stored_bits() for layer in block.values()) // 8
-            yield Contender(name, model, bytes=size)
+            nats_D, bits = streaming.compressed_nats(run, text, name, assignment)
+            yield Contender(name, nats_D, bytes=bits // 8)
 
     return baselines.compare(run, text, contenders(), count=1 + len(others))
 

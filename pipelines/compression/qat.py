@@ -26,7 +26,7 @@ from models.architectures.config import Shape
 from models.compression import registry
 from models.compression.base import Packed, relative_error
 from models.compression.training_method import TrainedConfig
-from pipelines.compression import baselines, qat_objective, sequential, writer
+from pipelines.compression import baselines, qat_objective, sequential, streaming, writer
 from pipelines.compression.baselines import Contender
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.qat_objective import QatSettings
@@ -37,7 +37,6 @@ from pipelines.core.errors import ConfigError
 from pipelines.core.stage import Progress, StageContext
 from pipelines.modelio import folder, layout, meta_init
 from pipelines.modelio.folder import WeightReader, WeightWriter
-from pipelines.modelio.load import load_model
 from pipelines.training import stage as training
 from pipelines.training.config import PretrainConfig
 from pipelines.training.worker_spec import WorkerSpec
@@ -199,11 +198,12 @@ def _compare(run: CompressionRun, report: CompressionReport) -> Comparison | Non
     others = _make_baselines(run) if _parameters(run).baselines else {}
 
     def contenders() -> Iterator[Contender]:
-        yield Contender("the base", run.load_base())
-        yield Contender(run.config.method, load_model(run.target).to(run.device), bytes=report.totals.layer_bytes)
+        yield Contender("the base", streaming.base_nats(run, text, "the base"))
+        nats_D = streaming.stored_nats(run, text, run.config.method, run.target)
+        yield Contender(run.config.method, nats_D, bytes=report.totals.layer_bytes)
         for name, path in others.items():
-            size = CompressionReport.read(path).totals.layer_bytes
-            yield Contender(name, load_model(path / "model").to(run.device), bytes=size)
+            nats_D = streaming.stored_nats(run, text, name, path / "model")
+            yield Contender(name, nats_D, bytes=CompressionReport.read(path).totals.layer_bytes)
 
     return baselines.compare(run, text, contenders(), count=1 + len(others))
 

@@ -182,9 +182,9 @@ def _compare(run: CompressionRun, masked: MaskedTransformer, structure: Structur
     others = registry.structure(run.config.method).baselines(masked, parameters)
 
     def contenders() -> Iterator[Contender]:
-        yield Contender("the base", masked.model)
+        yield Contender("the base", text.nats(masked.model, "the base"))
         for name, kept in {run.config.method: structure, **others}.items():
             with masked.without(kept):
-                yield Contender(name, masked.model, bytes=totals.layer_bytes)
+                yield Contender(name, text.nats(masked.model, name), bytes=totals.layer_bytes)
 
     return baselines.compare(run, text, contenders(), count=1 + len(others))

@@ -6,7 +6,7 @@ Shape letters as in `windows.py`; V is the vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,22 +93,33 @@ class Scorer:
             ValueError: the model is not on the device that batches go to.
         """
         self.check_device()
-        ids_BL = torch.from_numpy(batch.ids).to(self.device)
-        row_N = torch.from_numpy(batch.rows).to(self.device)
-        column_N = torch.from_numpy(batch.columns).to(self.device)
-        if self.family == "decoder":
-            # Rows are padded on the right, where no causal output looks; only outputs that are scored become logits.
-            keep = batch.ids.shape[1] - int(batch.columns.min())
-            logits_BLV = self.model(input_ids=ids_BL, use_cache=False, logits_to_keep=keep).logits
-            column_N = column_N - (batch.ids.shape[1] - keep)
-        else:
-            shown_BL = torch.from_numpy(batch.shown).to(self.device).long()
-            logits_BLV = self.model(input_ids=ids_BL, attention_mask=shown_BL).logits
-        everything = logits_BLV.flatten(0, 1)
-        # When every output is scored, in order, the selection would only copy.
-        logits_NV = everything if len(row_N) == len(everything) else logits_BLV[row_N, column_N]
-        refuse_not_finite(logits_NV, self.name)
-        return logits_NV
+        logits_BKV = self.model(**call_of(batch, self.family, self.device)).logits
+        return scored_logits(logits_BKV, batch, self.family, self.name)
+
+
+def call_of(batch: Batch, family: Family, device: str) -> dict[str, Any]:
+    """Return what a model of the family is called with to score a batch."""
+    ids_BL = torch.from_numpy(batch.ids).to(device)
+    if family == "encoder":
+        return {"input_ids": ids_BL, "attention_mask": torch.from_numpy(batch.shown).to(device).long()}
+    # Rows are padded on the right, where no causal output looks; only outputs that are scored become logits.
+    return {"input_ids": ids_BL, "use_cache": False, "logits_to_keep": batch.ids.shape[1] - int(batch.columns.min())}
+
+
+def scored_logits(logits_BKV: Tensor, batch: Batch, family: Family, name: str) -> Tensor:
+    """Return the logits at the scored outputs [N, V] among those that `call_of` asked for, the last K of each row.
+
+    Raises:
+        NumericError: a logit is not finite; `name` is how the error calls the model.
+    """
+    row_N, column_N = (torch.from_numpy(places).to(logits_BKV.device) for places in (batch.rows, batch.columns))
+    if family == "decoder":
+        column_N = column_N - int(batch.columns.min())
+    everything = logits_BKV.flatten(0, 1)
+    # When every output is scored, in order, the selection would only copy.
+    logits_NV = everything if len(row_N) == len(everything) else logits_BKV[row_N, column_N]
+    refuse_not_finite(logits_NV, name)
+    return logits_NV
 
 
 def load(model: Path, device: str) -> Scorer:
@@ -146,14 +157,24 @@ def document_nats(
         documents: number of documents.
         report: called with (tokens scored, tokens in all) after every batch.
     """
-    nats = np.zeros(documents, dtype=np.float64)
     total, done = sum(len(batch.targets) for batch in batches), 0
-    for batch, logits_NV in _forward(scorer, batches):
+
+    def reported() -> Iterator[tuple[Batch, Tensor]]:
+        nonlocal done
+        for batch, logits_NV in _forward(scorer, batches):
+            yield batch, logits_NV
+            done += len(batch.targets)
+            report(done, total)
+
+    return summed_nats(reported(), documents)
+
+
+def summed_nats(scored: Iterable[tuple[Batch, Tensor]], documents: int) -> NDArray[np.float64]:
+    """Return the summed negative log likelihood of each document [documents], from logits [N, V] of every batch."""
+    nats = np.zeros(documents, dtype=np.float64)
+    for batch, logits_NV in scored:
         target_N = torch.from_numpy(batch.targets).to(logits_NV.device)
-        scored = negative_log_likelihood(logits_NV, target_N).double().cpu().numpy()
-        np.add.at(nats, batch.documents, scored)
-        done += len(scored)
-        report(done, total)
+        np.add.at(nats, batch.documents, negative_log_likelihood(logits_NV, target_N).double().cpu().numpy())
     return nats
 
 

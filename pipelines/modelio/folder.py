@@ -1,4 +1,4 @@
-"""Model folders, tensor by tensor: neither side ever holds more than one tensor or one shard in memory.
+"""Model folders, tensor by tensor: neither side ever holds more than one tensor in memory.
 
 A compressed folder has `ingot_compression.json` beside its weights: which method and parameters stored each layer, so
 that it can be read back here and compressed again. Plain transformers does not need that file.
@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,23 @@ KV_CACHE_FILE = "kv_cache.safetensors"
 SHARD_BYTES = 1 << 30
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes of a number, by the name that safetensors has for its type."""
+_NAMES = {
+    "torch.int64": "I64",
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.int32": "I32",
+    "torch.bfloat16": "BF16",
+    "torch.float16": "F16",
+    "torch.int16": "I16",
+    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}
+"""Types of tensors -> their names in safetensors files, where the data of tensors lies in this order."""
+_ORDER = list(_NAMES.values())
+_CHUNK = 1 << 20
 _DECODERS = ("ForCausalLM", "LMHeadModel")
 _ENCODERS = ("ForMaskedLM",)
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".ot", ".gguf"}
@@ -51,6 +69,7 @@ class WeightReader:
         self._files = dict(_tensor_files(folder))
         record = read_record(folder)
         self._layers: dict[str, dict[str, Any]] = record["layers"] if record else {}
+        self._rounding: list[str] | None = None
 
     @property
     def bytes(self) -> int:
@@ -88,8 +107,17 @@ class WeightReader:
 
     def storages(self) -> list[str]:
         """Return one packed layer for each method and its parameters, sorted: layers stored alike are alike."""
-        kinds = {json.dumps(self._layers[name], sort_keys=True): name for name in reversed(self.modules())}
-        return sorted(kinds.values())
+        return sorted({self._kind(name): name for name in reversed(self.modules())}.values())
+
+    def _kind(self, module: str) -> str:
+        return json.dumps(self._layers[module], sort_keys=True)
+
+    def rounding(self) -> list[str]:
+        """Return the packed layers that round their inputs, sorted; layers stored alike are asked once."""
+        if self._rounding is None:
+            told = {self._kind(name): self.packed(name).rounds_inputs for name in self.storages()}
+            self._rounding = [name for name in self.modules() if told[self._kind(name)]]
+        return self._rounding
 
     def dense_bytes(self, name: str) -> int:
         """Return the size of a parameter as `dense` gives it; only a packed one is read for it."""
@@ -120,25 +148,34 @@ class WeightReader:
 
 
 class WeightWriter:
-    """Writes tensors to one safetensors file, or to numbered shards with an index when they are large."""
+    """Writes tensors to one safetensors file, or to numbered shards with an index when they are large.
+
+    Their bytes go to the disk as they come, and once more behind the header when a shard is complete: memory holds one
+    tensor. The files are those that `safetensors.torch.save_file` writes, byte for byte.
+    """
 
     def __init__(self, folder: Path, stem: str = PUBLIC_STEM, shard_bytes: int = SHARD_BYTES) -> None:
         self._folder, self._stem, self._limit = folder, stem, shard_bytes
-        self._pending: dict[str, Tensor] = {}
+        self._pending: dict[str, _Spooled] = {}
         self._size = 0
         self._shards: list[list[str]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; memory holds at most a shard and one tensor.
+        """Take one tensor.
 
         Raises:
             NumericError: it holds a value that is not finite.
         """
+        import torch
+
         refuse_not_finite(name, tensor, self._folder)
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._size + size > self._limit:
             self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._pending[name] = _Spooled(_NAMES[str(tensor.dtype)], tuple(tensor.shape), self._size, size)
+        with self._spool.open("ab") as stream:
+            stream.truncate(self._size)  # what an attempt that was killed has left
+            stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         self._size += size
 
     def close(self) -> None:
@@ -156,15 +193,42 @@ class WeightWriter:
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1, sort_keys=True)
         (self._folder / f"{self._stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
+    @property
+    def _spool(self) -> Path:
+        return self._folder / f"{self._stem}.spool"
+
     def _part(self, index: int) -> Path:
         return self._folder / f"{self._stem}.part-{index}.safetensors"
 
     def _flush(self) -> None:
-        from safetensors.torch import save_file
-
-        save_file(dict(sorted(self._pending.items())), self._part(len(self._shards)), metadata={"format": "pt"})
+        ordered = sorted(self._pending.items(), key=lambda item: (_ORDER.index(item[1].dtype), item[0]))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, spooled in ordered:
+            place = [end, end := end + spooled.bytes]
+            header[name] = {"dtype": spooled.dtype, "shape": spooled.shape, "data_offsets": place}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        with self._spool.open("rb") as source, self._part(len(self._shards)).open("wb") as target:
+            target.write(len(text).to_bytes(8, "little") + text)
+            for _, spooled in ordered:
+                source.seek(spooled.start)
+                for left in range(spooled.bytes, 0, -_CHUNK):
+                    target.write(source.read(min(left, _CHUNK)))
+        self._spool.unlink()
         self._shards.append(sorted(self._pending))
         self._pending, self._size = {}, 0
+
+
+@dataclass(frozen=True)
+class _Spooled:
+    """A tensor whose bytes wait for their shard."""
+
+    dtype: str
+    """As safetensors names it."""
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
 
 
 def refuse_not_finite(name: str, tensor: Tensor, where: Path) -> None:

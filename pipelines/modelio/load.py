@@ -46,10 +46,8 @@ def load_weights(path: Path) -> PreTrainedModel:
         if name in stored:
             tensor = meta_init.as_in_memory(model, name, reader.dense(name))
             meta_init.set_parameter(model, name, tensor.to(dtype))
-    for name in reader.modules():
-        packed = reader.packed(name)
-        if packed.rounds_inputs:
-            packed_linear.put(model, name, packed)
+    for name in reader.rounding():
+        packed_linear.put(model, name, reader.packed(name))
     model.tie_weights()
     if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise IntegrityError(f"{path} holds no tensor {empty[0]!r}", hint="delete the artifact and run again")

@@ -129,10 +129,10 @@ def load(module: nn.Module, prefix: str, reader: WeightReader, device: torch.dev
 
 
 def load_rest(model: transformers.PreTrainedModel, stack: str, reader: WeightReader, device: torch.device) -> None:
-    """Load every parameter outside the stack of layers; tied ones that the folder does not hold stay on meta."""
+    """Load what is still missing outside the stack of layers; tied parameters that the folder lacks stay on meta."""
     stored = set(reader.names())
-    for name, _ in list(model.named_parameters()):
-        if name in stored and not name.startswith(f"{stack}."):
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta and name in stored and not name.startswith(f"{stack}."):
             set_parameter(model, name, as_in_memory(model, name, reader.dense(name)).to(device, model.dtype))
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

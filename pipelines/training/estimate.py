@@ -105,9 +105,7 @@ def architecture_of(config: PretrainConfig, vocab_size: int, sequence_length: in
 def facts(config: PretrainConfig, architecture: ArchitectureConfig) -> dict[str, Any]:
     """Return what the stages below need to know of the model, and what people ask first."""
     tokens = phases.tokens_by_length(phases.phases_of(config), config.steps, architecture.max_positions)
-    return {
-        "parameters": count_parameters(architecture),
-        "layer_parameters": room.layer_parameters(architecture) * architecture.layers,
+    return shape_facts(architecture) | {
         "tokens": sum(tokens.values()),
         "checkpoint_bytes": room.checkpoint_bytes(config, architecture),
         "model_bytes": room.model_bytes(config, architecture),
@@ -130,6 +128,17 @@ def _mixed(config: PretrainConfig, context: EstimateContext) -> dict[str, Any]:
         return {"mixture": []}
     entries = [{"source": name, "sequences": count} for name, count in sorted(counted.items())]
     return {"mixture": mixture.table(stretches, mixture.resolve(stretches, mixture.sources_of(entries)), length)}
+
+
+def shape_facts(architecture: ArchitectureConfig) -> dict[str, Any]:
+    """Return what the stages below need to know of the shape of the model."""
+    return {
+        "parameters": count_parameters(architecture),
+        "layer_parameters": room.layer_parameters(architecture) * architecture.layers,
+        "layers": architecture.layers,
+        "width": architecture.width,
+        "ffn_width": architecture.ffn_width,
+    }
 
 
 def flops(config: PretrainConfig, architecture: ArchitectureConfig) -> float:

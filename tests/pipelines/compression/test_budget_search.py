@@ -163,15 +163,17 @@ def test_a_budget_that_nothing_keeps_is_refused_with_the_nearest(bench: Any, tmp
         go(bench, tmp_path, methods=["rtn"], bits=[2], max_bits_per_byte_ratio=1.0001)
 
 
-def test_divergence_is_that_of_the_definition_and_zero_for_the_parent(bench: Any, small: Callable[..., Any]) -> None:
-    parent = load_model(bench.parent.path / "model")
-    other = load_model(small(width=64).parent.path / "model")
+def test_divergence_is_that_of_the_definition_and_zero_for_the_parent(
+    bench: Any, small: Callable[..., Any], opened: Any
+) -> None:
+    folders = [bench.parent.path / "model", small(width=64).parent.path / "model"]
+    parent, other = map(load_model, folders)
     tokens_NT = bench.held_BT[:3].numpy()
-    text = text_of(bench.prepare, tokens_NT)
-    nats, kl = budget_search.compare(parent, parent, text)
+    text = budget_search.SearchText(opened(bench, TABLE), text_of(bench.prepare, tokens_NT))
+    nats, kl = text.compare(folders[0])
     assert kl == 0.0
     assert np.array_equal(nats[0], nats[1])
-    nats, kl = budget_search.compare(parent, other, text)
+    nats, kl = text.compare(folders[1])
     with torch.no_grad():
         p, q = (m(input_ids=bench.held_BT[:3]).logits[:, :-1].double().softmax(-1) for m in (parent, other))
     assert kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-6)

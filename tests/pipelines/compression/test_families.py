@@ -19,6 +19,8 @@ from tests.pipelines import families
 from tests.pipelines.compression.conftest import publish, write_prepare
 
 LENGTH = 32
+SCALED = {"method": "awq", "bits": 4, "group_size": 16}
+"""In our own layout, which holds everything beside the layers too: a head of GPT-NeoX was once lost there."""
 METHODS = ({"method": "rtn", "bits": 8, "group_size": 16}, {"method": "gptq", "bits": 4, "group_size": 16})
 
 
@@ -47,7 +49,7 @@ def test_a_family_is_compressed_and_loads(family: str, prepare: Artifact, tmp_pa
     copy_dense(tmp_path / "saved", tmp_path / "base" / "model")  # as `fetch` brings it
     parent = publish(tmp_path / "base", "fetch")
     lost = []
-    for table in METHODS:
+    for table in (*METHODS, SCALED) if family in {"gpt-neox", "gpt2", "llama"} else METHODS:
         out = tmp_path / str(table["method"])
         context = StageContext("compress.x", tmp_path / "scratch", store=tmp_path)
         config = CompressConfig.model_validate({**table, "samples": 8, "baseline_documents": 0})
@@ -59,4 +61,4 @@ def test_a_family_is_compressed_and_loads(family: str, prepare: Artifact, tmp_pa
             plain = getattr(transformers, kind).from_pretrained(out / "model").eval()
             assert divergence(variant, plain) < 1e-6
     assert lost[0] < 0.01  # 8 bits lose next to nothing; a wrong layer would lose nats
-    assert lost[1] < 0.5
+    assert max(lost[1:]) < 0.5

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
 
-from models.compression import int8, rtn
-from models.compression.modules.packed_linear import PackedLinear
-from pipelines.compression import layer_selection, quick_eval, sequential
+from models.compression import int8
+from models.compression.base import Packed
+from pipelines.compression import layer_selection, quick_eval, sequential, streaming
 from pipelines.compression.quick_eval import QuickEval
 from pipelines.compression.run import CompressionRun
 from pipelines.compression.sequential import Assignment
@@ -75,16 +74,20 @@ def by_largest_value(run: CompressionRun) -> Assignment:
     return Assignment(int8.Method(), int8.Config(calibrator="max"), sequential.targets(run.base, ()))
 
 
+def ratio_of(run: CompressionRun, text: QuickEval, packed: Mapping[str, Packed]) -> float:
+    """Return the perplexity over the base's with some layers compressed."""
+    nats = [float(streaming.base_nats(run, text, "x", some).sum()) for some in (packed, {})]
+    return math.exp((nats[0] - nats[1]) / int(text.tokens_D.sum()))
+
+
 @pytest.mark.slow
 def test_outliers_change_nothing_until_inputs_are_rounded_with_one_scale(
     bench: Any, run: CompressionRun, text: QuickEval, opened: Any
 ) -> None:
     base = bench.loss(load_model(bench.parent.path / "model"))
     assert bench.loss(load_model(run.source)) == pytest.approx(base, rel=1e-3)
-    ratios = []
-    for one in (opened(bench, {"method": "int8", "samples": 32}), run):
-        model, packed = one.load_base(), layer_selection.all_layers(one, by_largest_value(one))
-        ratios.append(math.exp(layer_selection.loss(model, packed, text, "x") - text.loss(model, "base")))
+    runs = (opened(bench, {"method": "int8", "samples": 32}), run)
+    ratios = [ratio_of(one, text, layer_selection.Shelf.filled(one, by_largest_value(one))) for one in runs]
     assert ratios[0] < 1.01
     assert ratios[1] > 1.08
 
@@ -96,17 +99,15 @@ def test_leaving_the_most_sensitive_layers_recovers_what_random_ones_do_not(
     """Chosen on four documents, checked on others: to 1.02 with a quarter of the layers, random layers do not."""
     assignment = by_largest_value(run)
     names = assignment.names
-    partial = layer_selection.within_tolerance(run, assignment, text, tolerance=TOLERANCE)
+    partial = layer_selection.leave_alone(run, assignment, text, tolerance=TOLERANCE)
     assert partial.ratio_of_all > 1.08
     assert partial.ratio <= 1 + TOLERANCE
     assert 1 <= len(partial.kept) <= len(names) / 4
     assert all("layers.0" in name for name in partial.kept), "where the outliers are"
-    model, packed = run.load_base(), layer_selection.all_layers(run, assignment)
-    base = text.loss(model, "base")
+    packed = layer_selection.Shelf.filled(run, assignment)
 
     def ratio(kept: list[str]) -> float:
-        rest = {name: packed[name] for name in names if name not in kept}
-        return math.exp(layer_selection.loss(model, rest, text, "variant") - base)
+        return ratio_of(run, text, packed.only([name for name in names if name not in kept]))
 
     draws = [np.random.default_rng(n).choice(names, len(partial.kept), replace=False).tolist() for n in range(5)]
     assert ratio(partial.kept) == pytest.approx(partial.ratio)
@@ -145,47 +146,17 @@ def test_choices_need_validation_documents(small: Any, compress: Callable[..., A
         compress(small(), {"method": "rtn", "tolerance": 0.1})
 
 
-class Judge(QuickEval):
-    """Judges models by a function."""
+def test_a_tolerance_that_no_layer_meets_is_refused() -> None:
+    """Every compressed layer doubles the perplexity."""
+    names = [f"layer-{number}" for number in range(5)]
 
-    def __init__(self, judged: Callable[[PreTrainedModel], float]) -> None:
-        super().__init__((), 0, "decoder", CPU)
-        object.__setattr__(self, "_judged", judged)
+    def ratio(compressed: Sequence[str]) -> float:
+        return float(2 ** len(compressed))
 
-    def loss(self, model: PreTrainedModel, _name: str) -> float:
-        return self._judged(model)  # type: ignore[attr-defined, no-any-return]
-
-
-def rounded(run: CompressionRun) -> Assignment:
-    """Every layer rounded to two bits."""
-    return Assignment(rtn.Method(), rtn.Config(bits=2), sequential.targets(run.base, ()))
-
-
-def test_a_tolerance_that_no_layer_meets_is_refused(small: Any, opened: Any) -> None:
-    """The judge says that every compressed layer doubles the perplexity."""
-    run = opened(small(), {"method": "rtn"})
-    judge = Judge(lambda model: sum(isinstance(m, PackedLinear) for m in model.modules()) * math.log(2))
     with pytest.raises(ConfigError, match=r"2\.0000 times the base's with one layer left"):
-        layer_selection.within_tolerance(run, rounded(run), judge, tolerance=0.1)
-    partial = layer_selection.within_tolerance(run, rounded(run), judge, tolerance=1.0)
-    assert len(partial.kept) == len(rounded(run).names) - 1
-
-
-def test_measuring_a_choice_leaves_the_model_as_it_was(small: Any, opened: Any) -> None:
-    run = opened(small(), {"method": "rtn"})
-    packed, model, tokens = layer_selection.all_layers(run, rounded(run)), run.load_base(), small().held_BT
-    with torch.no_grad():
-        before = model(input_ids=tokens).logits
-        inside: list[torch.Tensor] = []
-
-        def judged(inner: PreTrainedModel) -> float:
-            inside.append(inner(input_ids=tokens).logits)
-            return 0.0
-
-        layer_selection.loss(model, packed, Judge(judged), "x")
-        after = model(input_ids=tokens).logits
-    assert torch.equal(before, after)
-    assert not torch.allclose(before, inside[0], atol=1e-3)
+        layer_selection.within_tolerance(names, ratio, tolerance=0.1)
+    partial = layer_selection.within_tolerance(names, ratio, tolerance=1.0)
+    assert len(partial.kept) == len(names) - 1
 
 
 def test_texts_of_either_end_share_no_document_and_are_the_same_every_time(bench: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -47,6 +48,24 @@ def test_large_weights_are_numbered_shards_with_an_index(tmp_path: Path) -> None
 def test_a_tensor_larger_than_a_shard_has_one_of_its_own(tmp_path: Path) -> None:
     write(tmp_path, shard_bytes=1)
     assert len(list(tmp_path.glob("*.safetensors"))) == 5
+
+
+def test_files_are_those_of_safetensors_byte_for_byte(tmp_path: Path) -> None:
+    """Every type of tensor, in whatever order they come; an older attempt has left something behind."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{place}.{str(dtype).removeprefix('torch.')}": torch.randint(0, 2, shape, generator=generator).to(dtype)
+        for dtype in map(functools.partial(getattr, torch), (name.removeprefix("torch.") for name in folder._NAMES))
+        for place, shape in (("b", (3, 5)), ("a", ()), ("ä", (0, 2)))
+    }
+    (tmp_path / "model.spool").write_bytes(b"left behind")
+    writer = WeightWriter(tmp_path)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    save_file(tensors, tmp_path / "reference", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "reference").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "reference"}
 
 
 def test_shards_load_in_transformers(small: Any, compress: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
