@@ -1,6 +1,6 @@
 """Compress a model, or load it whole, under a limit on the memory of this process; a test runs this by path.
 
-Usage: python bounded_child.py compress|select|search|load SMALL PARENT PREPARE OUT BYTES. Memory may grow by BYTES from
+Usage: python bounded_child.py compress|search|load SMALL PARENT PREPARE OUT BYTES. Memory may grow by BYTES from
 where it stands after the same work on the model SMALL, which imports all that is needed.
 """
 
@@ -23,7 +23,6 @@ from pipelines.modelio.load import load_model
 
 TABLES: dict[str, dict[str, Any]] = {
     "compress": {"method": "gptq", "clip": "max"},
-    "select": {"method": "rtn", "bits": 8, "clip": "max", "tolerance": 1.0, "baseline_documents": 0},
     "search": {
         "method": "search",
         "methods": ["rtn"],
@@ -31,7 +30,6 @@ TABLES: dict[str, dict[str, Any]] = {
         "group_sizes": [0],
         "sequences": 8,
         "max_bits_per_byte_ratio": 2.0,
-        "baseline_documents": 0,
     },
 }
 
@@ -47,7 +45,7 @@ def act(action: str, parent: Path, prepare: Path, out: Path) -> None:
     if action == "load":
         load_model(parent / "model")
         return
-    config = CompressConfig.model_validate({"samples": 8, "baseline_documents": 2, **TABLES[action]})
+    config = CompressConfig.model_validate({"samples": 8, "baseline_documents": 0, **TABLES[action]})
     inputs = {"model": artifact.load(parent), "prepare": artifact.load(prepare)}
     out.mkdir()
     stage.run(config, inputs, out, StageContext(node="compress.x", scratch=out, compute=ComputeConfig(device="cpu")))
