@@ -1,7 +1,7 @@
 """Compress a model, or load it whole, under a limit on the memory of this process; a test runs this by path.
 
-Usage: python bounded_child.py compress|search|load SMALL PARENT PREPARE OUT BYTES. Memory may grow by BYTES from
-where it stands after the same work on the model SMALL, which imports all that is needed.
+Usage: python bounded_child.py compress|load SMALL PARENT PREPARE OUT BYTES. Memory may grow by BYTES from where it
+stands after the same work on the model SMALL, which imports all that is needed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import resource
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,18 +19,6 @@ from pipelines.core.compute import ComputeConfig
 from pipelines.core.stage import StageContext
 from pipelines.modelio.folder import WeightWriter
 from pipelines.modelio.load import load_model
-
-TABLES: dict[str, dict[str, Any]] = {
-    "compress": {"method": "gptq", "clip": "max"},
-    "search": {
-        "method": "search",
-        "methods": ["rtn"],
-        "bits": [4],
-        "group_sizes": [0],
-        "sequences": 8,
-        "max_bits_per_byte_ratio": 2.0,
-    },
-}
 
 
 def data_bytes() -> int:
@@ -45,7 +32,7 @@ def act(action: str, parent: Path, prepare: Path, out: Path) -> None:
     if action == "load":
         load_model(parent / "model")
         return
-    config = CompressConfig.model_validate({"samples": 8, "baseline_documents": 0, **TABLES[action]})
+    config = CompressConfig.model_validate({"method": "gptq", "clip": "max", "samples": 8, "baseline_documents": 0})
     inputs = {"model": artifact.load(parent), "prepare": artifact.load(prepare)}
     out.mkdir()
     stage.run(config, inputs, out, StageContext(node="compress.x", scratch=out, compute=ComputeConfig(device="cpu")))
