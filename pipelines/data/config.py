@@ -282,7 +282,11 @@ class PrepareConfig(Settings):
     shingle_words: int = Field(5, ge=1, le=32, description="Words per shingle.")
     permutations: int = Field(128, ge=16, le=1024, multiple_of=4, description="MinHash permutations per document.")
     rules: tuple[SerializeAsAny[RuleConfig], ...] = Field(
-        default=({"name": "characters"},),  # type: ignore[arg-type]  # validated below
+        default=(  # type: ignore[arg-type]  # validated below
+            {"name": "characters"},
+            {"name": "boilerplate"},
+            {"name": "repetition", "max_top_2": 0.4, "max_top_3": 0.45, "max_top_4": 0.5},
+        ),
         description="What else a document must pass, in order, one table each: its `name` is a module of "
         "pipelines/data/rules, `sources` are patterns of sources that it is for (none: all), the rest its settings.",
     )

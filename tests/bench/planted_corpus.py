@@ -52,6 +52,18 @@ SPACELESS = ("zh", "ja", "th")
 _ENDS = {"zh": "\u3002", "ja": "\u3002", "th": " ", "hi": "\u0964 "}
 KINDS = ("base64", "seo", "menu", "symbols", "mojibake", "lorem", "numbers", "lines", "gibberish", "cookies")
 """Of junk."""
+OTHER_KINDS = (
+    "hex dump",
+    "city spam",
+    "bar menu",
+    "bullets",
+    "german footer",
+    "cp1251",
+    "mojibake twice",
+    "keys",
+    "shop",
+)
+"""Of junk that no rule was written for: how far the rules reach beyond what they were made with."""
 EDITED = 0.1
 """Share of the words that are others in an edited item."""
 
@@ -156,6 +168,40 @@ class Maker:
             return " ".join("".join(draw.choices(letters, k=draw.randrange(3, 12))) for _ in range(150))
         notice = ["We use cookies on this site.", "Read our privacy policy and terms of use.", "All rights reserved."]
         return "\n".join(f"{draw.choice(notice)} {' '.join(self.words('en', 2))}" for _ in range(25))
+
+    def other_junk(self, kind: str) -> str:
+        """Return a page of junk of `OTHER_KINDS`."""
+        draw, topic = self.random, " ".join(self.words("en", 2))
+        names = [word.title() for word in self.words("en", 40)]
+        match kind:
+            case "hex dump":
+                return "\n".join(f"{n * 16:08x}  {draw.randbytes(16).hex(' ')}" for n in range(40))
+            case "city spam":
+                return " ".join(
+                    f"Looking for {topic} in {name}? Our {topic} experts in {name} offer {topic} at low prices. Call now!"
+                    for name in names[:12]
+                )
+            case "bar menu":
+                return "\n".join(" | ".join(draw.sample(names, 8)) for _ in range(8))
+            case "bullets":
+                return "\n".join(f"* {name} {draw.choice(names)} ({draw.randrange(99)})" for name in names)
+            case "german footer":
+                words = ("Datenschutz", "Impressum", "AGB", "Kontakt", "Widerruf", "Cookies", "Newsletter", "Versand")
+                return "\n".join(
+                    "\u00a9 Alle Rechte vorbehalten. " + " \u00b7 ".join(draw.sample(words, 6)) for _ in range(8)
+                )
+            case "cp1251":
+                latin = "i v ne na ya byt on s chto eto dom vremya god den ruka"
+                russian = "".join(chr(0x430 + ord(letter) - ord("a")) if letter != " " else " " for letter in latin)
+                return (" ".join(draw.choices(russian.split(), k=200)) + ".").encode("cp1251").decode("latin-1")
+            case "mojibake twice":
+                text = self.text("de", self.sentences("de", 8)).replace("a", "\u00e4").replace("u", "\u00fc")
+                return text.encode().decode("latin-1").encode().decode("latin-1")
+            case "keys":
+                return " ".join("".join(draw.choices("asdfjkl;asdfghjkl", k=draw.randrange(2, 9))) for _ in range(160))
+        return "\n".join(
+            f"{name} SKU-{draw.randrange(10**5)} ${draw.randrange(99)}.99 In stock Add to cart" for name in names
+        )
 
     def changed(self, words: list[str], language: str, share: float) -> list[str]:
         """Return words of which a share, at least one, is another word."""

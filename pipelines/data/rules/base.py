@@ -18,6 +18,12 @@ from pydantic import Field
 from pipelines.core.settings import Settings
 from pipelines.data.shingles import Units
 
+_POLICIES = (
+    "cookie", "privacy policy", "terms of use", "terms of service", "all rights reserved", "alle rechte vorbehalten",
+    "datenschutz", "tous droits r\u00e9serv\u00e9s", "mentions l\u00e9gales", "todos los derechos reservados",
+    "pol\u00edtica de privacidad", "tutti i diritti riservati", "todos os direitos reservados",
+)  # fmt: skip
+
 
 class RuleConfig(Settings):
     """The settings that every rule has."""
@@ -59,6 +65,11 @@ class Page:
     def words(self) -> list[str]:
         """What stands between blanks."""
         return self.text.split()
+
+    @cached_property
+    def policy_lines(self) -> int:
+        """Number of lines that speak of cookies, policies or rights."""
+        return sum(any(mark in line.lower() for mark in _POLICIES) for line in self.lines)
 
     @property
     def spaced(self) -> bool:

@@ -44,7 +44,7 @@ class Rule(base.Rule):
                 return reason
         if self.settings.braces and "{" in page.text:
             return "c4: braces"
-        if self.settings.policies and _policy_lines(page.lines) > 0.5 * len(page.lines):
+        if self.settings.policies and page.policy_lines > 0.5 * len(page.lines):
             return "c4: policies"
         return "c4: few sentences" if self._sentences(page) < self.settings.min_sentences else None
 
@@ -54,8 +54,3 @@ class Rule(base.Rule):
         if page.spaced or any("\u3002" in line for line in page.lines):
             return sum(max(len(_SENTENCE_END.findall(line)), 1) for line in whole)
         return self.settings.min_sentences  # Thai and Khmer end sentences with a space
-
-
-def _policy_lines(lines: list[str]) -> int:
-    marks = ("cookie", "privacy policy", "terms of use", "terms of service", "all rights reserved")
-    return sum(any(mark in line.lower() for mark in marks) for line in lines)
