@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ from pipelines.training.metrics import MetricsLog
 from pipelines.training.trainer import State, StepResult, Trainer
 from pipelines.training.worker_spec import WorkerSpec
 
-PROMPT_TOKENS, NEW_TOKENS = 16, 40
-"""Of a decoder, where sequences are long enough."""
+PROMPT_TOKENS, NEW_TOKENS = 16, 20
+"""Of a decoder, where sequences are long enough. Each new token is a pass of its own."""
 SHOWN_TOKENS = 64
 """Of an encoder."""
 
@@ -48,6 +49,8 @@ class Samples(Callback):
     def __init__(self, log: MetricsLog | None, tokenizer: Path) -> None:
         self._log = log
         self._tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer))
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {token for token, about in added.items() if about.special}
 
     def on_start(self, trainer: Trainer) -> None:
         """Forget the samples of steps that are going to be taken anew."""
@@ -74,10 +77,16 @@ class Samples(Callback):
         engine = trainer.engine
         shown_BT, question = _asked(trainer.loader, trainer.config.family)
         answer_BT = engine.ask(question, torch.from_numpy(shown_BT).to(engine.ranks.device))
-        return {"prompt": self._text(shown_BT), "text": self._text(answer_BT.cpu().numpy())}
+        prompt, answer = shown_BT[0].tolist(), answer_BT[0].tolist()
+        if trainer.config.family == "decoder":  # what follows the end of a document is none of its text
+            answer = list(itertools.takewhile(lambda token: token not in self._special, answer))
+        mask = trainer.loader.objective.context.mask_id
+        return {"prompt": self._text(prompt, mask), "text": self._text(answer, mask)}
 
-    def _text(self, tokens_BT: Ids) -> str:
-        text: str = self._tokenizer.decode(tokens_BT[0].tolist(), skip_special_tokens=False)
+    def _text(self, tokens: list[int], mask: int | None) -> str:
+        """Return tokens as a person reads them: of the special ones only the mask is shown."""
+        shown = [token for token in tokens if token == mask or token not in self._special]
+        text: str = self._tokenizer.decode(shown, skip_special_tokens=False)
         return text
 
 
