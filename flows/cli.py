@@ -75,11 +75,14 @@ def new(
     family: Annotated[
         Literal["decoder", "encoder"], typer.Option(help="decoder: writes on; encoder: embeds and fills in.")
     ] = "decoder",
+    text_field: Annotated[
+        str, typer.Option(metavar="FIELD", help="Field or column of a record that holds the text; a.b: b of a.")
+    ] = "text",
 ) -> None:
     """Make a project with a corpus, a recipe and a store of its own, and show its first plan."""
     from flows.commands import new as command
 
-    command.new(place, corpus, family)
+    command.new(place, corpus, family, text_field)
 
 
 @app.command()

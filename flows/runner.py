@@ -106,6 +106,7 @@ class Execution:
     def report(self) -> Path:
         """Write the run's HTML report and log it to MLflow."""
         from pipelines import report
+        from pipelines.report import dvc_files
 
         for name, node in self.plan.graph.items():
             if name not in self.artifacts and (stored := self._stored(node)):
@@ -118,6 +119,8 @@ class Execution:
         if report.write_pareto(self.record.model_dump(), self.artifacts, table):
             self.runs.publish(table)
             self.session.log_file(table, PARETO)
+        if folder := self.plan.config.tracking.dvc_files:
+            dvc_files.write(self.artifacts, self.plan.project / folder)
         return path
 
     def _earlier_training(self) -> dict[str, Artifact]:

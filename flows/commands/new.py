@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import re
 import shlex
 import shutil
@@ -17,7 +18,7 @@ from flows.commands import run as run_command
 from pipelines.core import program, project
 from pipelines.core.errors import ConfigError
 from pipelines.data import check, importing, reader, recording
-from pipelines.data.config import DataConfig, PrepareConfig
+from pipelines.data.config import DataConfig, FieldNames, PrepareConfig
 from pipelines.registry.config import PromoteConfig
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
@@ -27,19 +28,29 @@ _FILES = {
     ".dvc/config": "[core]\n    analytics = false\n    autostage = false\n    check_update = false\n",
     ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
     ".dvcignore": "# Patterns of files that DVC leaves out.\n",
+    "dvc.yaml": """# What `dvc metrics diff` and `dvc plots diff` compare. The stages are Ingot's: DVC runs none.
+metrics:
+  - results/metrics.json
+plots:
+  - loss:
+      x: step
+      y:
+        results/training.csv: [loss, validation_loss]
+""",
 }
 _MARKER = """# This file marks a project of Ingot: commands find it from any folder below.
 recipe = "{name}"  # what `ingot plan` and `ingot run` take where none is named: recipes/{name}.toml
 """
 
 
-def new(place: str, data: str | None, family: str) -> None:
+def new(place: str, data: str | None, family: str, text_field: str = "text") -> None:
     """Make a project, take a corpus into it, and print the first plan.
 
     Args:
         place: folder to create; its name names recipe and registered model.
         data: folder, file or URL with the corpus; None leaves that for later.
         family: decoder or encoder.
+        text_field: of a record; the recipe names it where it is not `text`.
 
     Raises:
         ConfigError: something is there already, or holds no corpus.
@@ -52,8 +63,9 @@ def new(place: str, data: str | None, family: str) -> None:
         for relative, text in _FILES.items():
             _write(folder / relative, text)
         own = _git_init(folder)
-        documents, said = (None, []) if data is None else _take(folder, source, data)
-        _write(folder / project.RECIPES / f"{name}.toml", recipe(name, family, documents))
+        fields = FieldNames(text=text_field)
+        documents, refused, said = (None, [], []) if data is None else _take(folder, source, data, fields)
+        _write(folder / project.RECIPES / f"{name}.toml", recipe(name, family, documents, text_field))
         _write(folder / project.MARKER, _MARKER.format(name=name))  # last: it makes a project of the folder
     said += _commit(folder) if own else [f"git: commit {folder} in the repository around it"]
     print("\n".join([f"{folder}: recipe {project.RECIPES}/{name}.toml, registered model {name}", *said]))
@@ -62,12 +74,21 @@ def new(place: str, data: str | None, family: str) -> None:
         print(f"  cd {shlex.quote(str(folder))} && {command()} data add && {command()} plan")
         return
     run_command.print_plan(run_plan.make(project=folder))
-    print(f"Next: cd {shlex.quote(str(folder))} && {command()} run")
+    then = f"cd {shlex.quote(str(folder))} && {command()} run"
+    if refused:
+        print(f"A run would be refused for what cannot be read: {'; '.join(refused)}")
+        then = f"see to that, in {project.RECIPES}/{name}.toml or in a new project with --text-field; then {then}"
+    print(f"Next: {then}")
 
 
-def recipe(name: str, family: str, documents: int | None) -> str:
+def recipe(name: str, family: str, documents: int | None, text_field: str = "text") -> str:
     """Return the text of a first recipe for a corpus of so many documents; None: not known yet."""
     text = (TEMPLATES / f"{family}.toml").read_text(encoding="utf-8")
+    if text_field != "text":
+        field = json.dumps(text_field, ensure_ascii=False)
+        text = text.replace(
+            "[prepare]\n", f"[prepare]\nfields.text = {field}   # field of a record that holds the text\n"
+        )
     return text.replace("NAME", name).replace("SHARE", f"{share(documents):g}")
 
 
@@ -114,12 +135,12 @@ def _removed_unless_complete(folder: Path) -> Iterator[None]:
         raise
 
 
-def _take(folder: Path, source: Path | None, data: str) -> tuple[int, list[str]]:
-    """Bring the corpus into the project and record it; return the number of documents and what is to be said."""
+def _take(folder: Path, source: Path | None, data: str, fields: FieldNames) -> tuple[int, list[str], list[str]]:
+    """Bring the corpus into the project and record it; return the documents, what refuses a run, and what to say."""
     settings, path = DataConfig(), folder / DataConfig().path
     taken = importing.bring(data if source is None else str(source), path, folder / ".dvc" / "tmp" / "ingot-import")
     recorded = recording.add(settings, folder, source=data if source is None else str(source))
-    found = check.check(path, reader.relative_names(path, folder), PrepareConfig(), gate_documents=_WANTED)
+    found = check.check(path, reader.relative_names(path, folder), PrepareConfig(fields=fields), gate_documents=_WANTED)
     documents = found["documents"]
     about = "" if found["documents_exact"] else "about "
     said = [*importing.summary(taken), f"data.dvc: {recorded['files']} files, {recorded['bytes']:,} bytes"]
@@ -127,7 +148,7 @@ def _take(folder: Path, source: Path | None, data: str) -> tuple[int, list[str]]
     said += [f"{one['what']}\n  -> {one['do']}" for one in found["refused"]]
     if (held_out := round(share(documents) * documents)) < _WANTED:
         said.append(f"about {held_out} documents will judge the models, the gate wants {_WANTED} (min_documents)")
-    return documents, said
+    return documents, [one["what"].splitlines()[0].rstrip(":") for one in found["refused"]], said
 
 
 def _git_init(folder: Path) -> bool:

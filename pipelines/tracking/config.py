@@ -38,6 +38,14 @@ class TrackingConfig(Settings):
         description="MLflow experiment that the runs appear in.",
         json_schema_extra=NOT_IDENTITY,
     )
+    dvc_files: str | None = Field(
+        None,
+        min_length=1,
+        examples=["results"],
+        description="Folder of the project in which a finished run leaves metrics.json and training.csv, for "
+        "`dvc metrics diff` and `dvc plots diff`; none: nowhere.",
+        json_schema_extra=NOT_IDENTITY,
+    )
     timeout_s: int = Field(
         10, ge=1, le=600, description="Limit of one request to an MLflow server.", json_schema_extra=NOT_IDENTITY
     )

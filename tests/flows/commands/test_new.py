@@ -61,6 +61,18 @@ def git(folder: Path, *arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
+def test_a_field_of_another_name_is_told_once_and_stands_in_the_recipe(ingot: Ingot, place: Path) -> None:
+    records = [json.dumps({"body": text(number)}) for number in range(60)]
+    (place / "notes.jsonl").write_text("\n".join(records))
+    said = ingot(place, "new", "unread", "--data", "notes.jsonl").stdout
+    assert "A run would be refused for what cannot be read: " in said
+    assert "--text-field; then cd " in said.splitlines()[-1]
+    said = ingot(place, "new", "mine", "--data", "notes.jsonl", "--text-field", "body").stdout
+    assert "\n60 documents\n" in said
+    assert "refused" not in said
+    assert json.loads(ingot(place / "mine", "plan", "--json").stdout)["findings"] == []
+
+
 def test_one_command_leads_from_texts_to_a_plan(ingot: Ingot, place: Path) -> None:
     (place / "texts" / "scan.pdf").write_bytes(b"%PDF-1.4")
     said = ingot(place, "new", "mine", "--data", "texts").stdout
