@@ -6,11 +6,14 @@ import json
 import secrets
 import shutil
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows import executors
 from pipelines.core import program, rendezvous, run_stage
 from pipelines.core.artifact import MANIFEST, Artifact
 from pipelines.core.compute import ComputeConfig
@@ -21,8 +24,11 @@ from pipelines.core.request import ArtifactRef, StageRequest
 from pipelines.core.store import Store, open_store
 from pipelines.stages import STAGES
 from pipelines.training.config import PretrainConfig
+from pipelines.training.metrics import read_records
+from tests.cluster.slurm_servers import Slurm, wait_for
+from tests.s3_server import S3Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster_full]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster_full, pytest.mark.timeout(2400)]
 
 
 def put(store: Store, prepared: Artifact) -> str:
@@ -86,3 +92,52 @@ def test_a_rank_without_the_disk_of_the_first_is_killed_and_goes_on(
         assert other.wait(30) == 0
     assert made.read_json("observations.json")["resumed_at"] == [4]
     assert made.digest == undisturbed.digest
+
+
+def test_a_node_with_its_disk_is_gone_and_the_store_is_cut_and_the_job_goes_on_by_itself(
+    slurm: Slurm, s3: S3Server, prepared: Artifact, tiny_settings: dict[str, Any], s3_store: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Slurm queues the job of a node that failed again; the machine that comes back has an empty disk."""
+    settings = {**tiny_settings, "world_size": 2, "zero_stage": 2, "checkpoint": {"every": 2}}
+    alone = open_store(tmp_path / "alone")
+    undisturbed = run_stage.execute(request(alone, put(alone, prepared), settings, nodes=1))
+
+    store = open_store(s3_store)
+    table = {"executor": "slurm", "device": "cpu", "nodes": 2, "cpus": 1, "node_timeout_s": 10.0, "grace_s": 10.0}
+    compute = ComputeConfig.model_validate(table)
+    asked = request(store, put(store, prepared), settings, nodes=2)
+    asked = asked.model_copy(update={"compute": compute, "project": str(tmp_path)})
+    plan = tmp_path / "faults.json"  # holds the training still until the node is dead, and the store away
+    delays = {"point": "train.after_step", "rank": 1, "action": "delay", "seconds": 60.0}
+    plan.write_text(json.dumps([{**delays, "step": 5}, {**delays, "step": 6, "seconds": 1.0}]))
+    monkeypatch.setenv("INGOT_FAULTS", str(plan))
+    monkeypatch.setenv("INGOT_CACHE", f"{tmp_path}/disk-$SLURMD_NODENAME")
+
+    def record() -> str | None:
+        return store.read(f"scratch/{store.scratch('pretrain', resume_key(asked)).name}/checkpoints/step-00000004.json")
+
+    def attempts() -> list[int]:
+        found = [read_records(path) for path in tmp_path.glob("disk-n1/*/scratch/*/attempts.jsonl")]
+        return [attempt["resumed_at"] for attempt in found[0]] if found else []
+
+    executor = executors.get(compute)
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(executor.execute, asked, lambda _progress: None)
+        wait_for(lambda: future.done() or record() is not None, "a checkpoint in the store", 600)
+        (job,) = slurm.active()
+        slurm.kill_node("n1")
+        shutil.rmtree(tmp_path / "disk-n1")
+        slurm.start_node("n1")
+        wait_for(lambda: future.done() or attempts() == [4], "the training to go on from the store", 900)
+        with s3.away():
+            time.sleep(20)  # the store is cut for so long
+        made = future.result(600)
+        assert "Restarts=1" in slurm.ask("scontrol", "show", "job", job)
+    assert made.read_json("observations.json")["resumed_at"] == [4]
+    assert made.digest == undisturbed.digest
+
+
+def resume_key(asked: StageRequest) -> str:
+    stage = asked.described()
+    return digest(stage.resume_key(stage.configured(asked.configuration), asked.input_keys()))
