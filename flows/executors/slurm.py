@@ -189,7 +189,10 @@ class Executor(executors.Executor):
         active = {row.comment.rpartition(":")[2] for row in self._queue.rows().values() if row.state in _RUNS | _WAITS}
         same = f"{request.stage}-{request.fingerprint[:12]}-"
         for folder in root.glob("*-*"):
-            facts = folder.stat()
+            try:
+                facts = folder.stat()
+            except FileNotFoundError:
+                continue  # its job has just ended, and was released
             old = time.time() - facts.st_mtime > _KEPT_S
             if facts.st_uid == os.getuid() and folder.name not in active and (old or folder.name.startswith(same)):
                 shutil.rmtree(folder, ignore_errors=True)
