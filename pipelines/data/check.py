@@ -15,11 +15,16 @@ from pipelines.core.errors import IntegrityError
 from pipelines.data import reader, survey
 from pipelines.data.config import PrepareConfig
 from pipelines.data.records import DAMAGED_SHARD, Document, Quarantined
+from pipelines.data.rules import language
 
 RECORDS = 1000
 _LETTERS = 100
 """Letters of a document that are looked up for its script."""
 _EXAMPLES = 5
+_IDENTIFIED = 200
+"""Documents whose language is told, about."""
+_CERTAIN = 0.5
+"""Probability below which a language is not told."""
 
 
 @dataclass
@@ -66,6 +71,7 @@ def check(folder: Path, names: Sequence[str], config: PrepareConfig, *, gate_doc
         "text_bytes": round(sample.text_bytes),
         "characters": _sizes(sizes),
         "scripts": _scripts(sample.documents),
+        "languages": _languages(sample.documents),
         "sources": dict(Counter(document.source for document in sample.documents).most_common(_EXAMPLES)),
         "licenses": dict(Counter(document.license for document in sample.documents).most_common(_EXAMPLES)),
         "fields": _fields(sample.documents),
@@ -110,6 +116,14 @@ def _scripts(documents: Sequence[Document]) -> dict[str, float]:
         letters = [character for character in document.text[: 4 * _LETTERS] if character.isalpha()][:_LETTERS]
         counts.update(unicodedata.name(letter, "UNKNOWN").partition(" ")[0] for letter in letters)
     return {script: round(count / counts.total(), 3) for script, count in counts.most_common(_EXAMPLES)}
+
+
+def _languages(documents: Sequence[Document]) -> dict[str, float]:
+    """Return language -> share of the documents, the most common ones; `?` where it cannot be told."""
+    some = documents[:: max(1, len(documents) // _IDENTIFIED)]
+    told = [language.identify(document.text) for document in some if document.text]
+    counts = Counter(code if probability >= _CERTAIN else "?" for code, probability in told)
+    return {code: round(count / counts.total(), 3) for code, count in counts.most_common(_EXAMPLES)}
 
 
 def _fields(documents: Sequence[Document]) -> list[str]:

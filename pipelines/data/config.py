@@ -245,6 +245,12 @@ class PrepareConfig(Settings):
     )
     validation_fraction: float = Field(0.035, gt=0, lt=0.5, description="Expected share of the works in validation.")
     test_fraction: float = Field(0.035, gt=0, lt=0.5, description="Expected share of the works in test.")
+    max_held_out_characters: int | None = Field(
+        50_000_000,
+        ge=1,
+        description="Text in validation and in test at most, in characters each, at least one work; what is more of "
+        "their shares trains; none: no bound.",
+    )
     min_held_out_documents: int = Field(
         2, ge=1, description="Fewest documents in validation and in test each; evaluation needs 2 to tell a difference."
     )

@@ -7,7 +7,7 @@ seed and its name alone, so it stays where it is when the corpus grows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from pipelines.core.errors import IntegrityError
 from pipelines.data.config import PrepareConfig
@@ -31,8 +31,13 @@ def group_names(works: Iterable[str], links: Iterable[tuple[str, str]]) -> dict[
     return {name: names[linked.find(index)] for index, name in enumerate(names)}
 
 
-def assign(groups: Iterable[str], config: PrepareConfig) -> dict[str, str]:
+def assign(groups: Iterable[str], config: PrepareConfig, sizes: Mapping[str, int] | None = None) -> dict[str, str]:
     """Return group -> split. Every split gets at least one group, whatever the hashes say.
+
+    Args:
+        groups: names, in any order, repeated or not.
+        config: shares and bounds.
+        sizes: characters of each group; what is beyond `config.max_held_out_characters` of a side trains.
 
     Raises:
         IntegrityError: fewer than three groups, so that no three-way split exists.
@@ -48,8 +53,25 @@ def assign(groups: Iterable[str], config: PrepareConfig) -> dict[str, str]:
     held_out = sum(place[group] < config.test_fraction + config.validation_fraction for group in ranked)
     held_out = min(max(held_out, tests + 1), len(ranked) - 1)
     tests = min(tests, held_out - 1)
-    sides = ["test"] * tests + ["validation"] * (held_out - tests) + ["train"] * (len(ranked) - held_out)
-    return dict(zip(ranked, sides, strict=True))
+    sides = {
+        **_bounded("test", ranked[:tests], config, sizes),
+        **_bounded("validation", ranked[tests:held_out], config, sizes),
+    }
+    return {group: sides.get(group, "train") for group in ranked}
+
+
+def _bounded(
+    side: str, ranked: Sequence[str], config: PrepareConfig, sizes: Mapping[str, int] | None
+) -> dict[str, str]:
+    """Return the groups of a held-out side, the first ones as far as its bound lets them, and at least one."""
+    most, total = config.max_held_out_characters, 0
+    found: dict[str, str] = {}
+    for group in ranked:
+        total += 0 if sizes is None else sizes.get(group, 0)
+        if most is not None and total > most and found:
+            break
+        found[group] = side
+    return found
 
 
 def _place(group: str, seed: int) -> float:

@@ -183,7 +183,10 @@ def _split(
     """
     links = ((surveyed.works[kept], work) for kept, work in zip(near.kept, surveyed.works, strict=True))
     group_of = group_names(surveyed.works + [later for _, later in surveyed.links], [*surveyed.links, *links])
-    side_of = assign((group_of[work] for work in surveyed.works), config)
+    sizes = Counter[str]()
+    for number, (work, length) in enumerate(zip(surveyed.works, surveyed.lengths, strict=True)):
+        sizes[group_of[work]] += length if near.kept[number] == number else 0
+    side_of = assign(sizes, config, sizes)
     pairs = dedup.PairSamples(near)
     with contextlib.ExitStack() as stack:
         writers = {

@@ -11,6 +11,7 @@ from pipelines.core import quantity
 from pipelines.core.artifact import Artifact
 from pipelines.core.redaction import redact_value
 from pipelines.core.stage import BASES, base_name
+from pipelines.data.report import losses
 from pipelines.measure import answers, intervals
 from pipelines.modelio import load_instructions
 from pipelines.report import charts, compression, lineage, optimizers, pareto
@@ -22,6 +23,8 @@ _SAMPLES = answers.FILE
 _BLANK_LINES = re.compile(r"\n(\s*\n){2,}")
 _TRAINING_SAMPLES = 6
 """Shown at most."""
+_LOST = 30
+"""Rows of what the corpus lost, at most, by source and reason."""
 _EXPORTED = "/tmp/champion"  # noqa: S108 - shown, not used
 
 
@@ -261,11 +264,17 @@ def data(artifact: Artifact | None) -> Facts | None:
         "reasons": reasons,
         "sources": sources,
         "total": total,
+        "lost": losses(report, _bytes_per_token(index))[:_LOST],
         "splits": _splits(report, index),
         "duplicates": report.get("duplicates") or {},
         "quarantined": report.get("quarantined", 0),
         "index": index,
     }
+
+
+def _bytes_per_token(index: Facts) -> float | None:
+    train = (index.get("splits") or {}).get("train") or {}
+    return train["bytes"] / train["tokens"] if train.get("bytes") and train.get("tokens") else None
 
 
 def _splits(report: Facts, index: Facts) -> list[Facts]:

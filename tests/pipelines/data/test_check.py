@@ -12,6 +12,7 @@ import pytest
 
 from pipelines.data import check, reader
 from pipelines.data.config import PrepareConfig
+from tests.bench.planted_corpus import Maker
 
 Records = Sequence[dict[str, Any]]
 
@@ -37,6 +38,7 @@ def test_a_small_corpus_is_told_exactly(
     assert (found["kept"], found["dropped"], found["duplicate_ids"]) == (80, {"too short": 1}, [records[0]["id"]])
     assert (found["fields"], found["held_out"]["test"], found["refused"]) == (["score"], 8, [])
     assert found["scripts"]["LATIN"] > 0.9
+    assert sum(found["languages"].values()) == pytest.approx(1, abs=0.01)
     assert "about 8 documents will judge the models, the gate wants 20" in found["said"][0]
 
 
@@ -68,3 +70,10 @@ def test_what_would_be_refused_is_told_with_the_setting_that_mends_it(
     (tmp_path / "a.jsonl").write_bytes(content)
     refused = look(tmp_path, max_line_bytes=1024)["refused"]
     assert any(what in one["what"] and do in one["do"] for one in refused), refused
+
+
+def test_languages_are_told_by_share(tmp_path: Path, write_shard: Callable[..., Path]) -> None:
+    said = [("en", 6), ("de", 3), ("th", 1)]
+    texts = [Maker(n).text(code, Maker(n).sentences(code, 12)) for code, count in said for n in range(count)]
+    write_shard(tmp_path / "a.jsonl", [{"id": str(n), "text": text} for n, text in enumerate(texts)])
+    assert look(tmp_path)["languages"] == {"en": 0.6, "de": 0.3, "th": 0.1}

@@ -43,6 +43,17 @@ def test_a_group_keeps_its_side_when_the_corpus_grows() -> None:
     assert {group: after[group] for group in before} == before
 
 
+def test_a_held_out_side_is_bounded_and_what_is_more_trains() -> None:
+    groups, config = [f"g{n}" for n in range(400)], PrepareConfig(max_held_out_characters=1000)
+    whole = assign(groups, config.model_copy(update={"max_held_out_characters": None}), dict.fromkeys(groups, 300))
+    bounded = assign(groups, config, dict.fromkeys(groups, 300))
+    assert Counter(bounded.values())["test"] == Counter(bounded.values())["validation"] == 3
+    assert all(whole[group] == side for group, side in bounded.items() if side != "train"), "the others come back"
+    assert whole == assign(groups, PrepareConfig()) == assign(groups, PrepareConfig(), dict.fromkeys(groups, 300))
+    huge = assign(groups, config, dict.fromkeys(groups, 10**6))
+    assert Counter(huge.values())["test"] == Counter(huge.values())["validation"] == 1, "one work at least"
+
+
 def test_another_seed_gives_another_split() -> None:
     groups = [f"g{n}" for n in range(200)]
     assert assign(groups, CONFIG) != assign(groups, CONFIG.model_copy(update={"seed": 1}))

@@ -20,6 +20,19 @@ def test_the_data_table_adds_up(artifacts: dict[str, Artifact]) -> None:
     assert [split["documents"] for split in facts["splits"]] == [30, 30, 30]
 
 
+def test_lost_text_is_shown_by_source_and_reason_most_bytes_first(artifacts: dict[str, Artifact]) -> None:
+    path = artifacts["prepare"].path / "report.json"
+    report = json.loads(path.read_text())
+    (name, source), *_ = report["sources"].items()
+    source |= {"read_bytes": 4000, "dropped": {"too long": 2}, "dropped_bytes": {"too long": 1000}}
+    source |= {"cut": {"held-out text": 3}, "cut_bytes": {"held-out text": 40}}
+    path.write_text(json.dumps(report))
+    facts = sections.data(artifacts["prepare"])
+    assert facts is not None
+    rows = [[row[key] for key in ("source", "reason", "dropped", "cut", "bytes", "share")] for row in facts["lost"]]
+    assert rows == [[name, "too long", 2, 0, 1000, 0.25], [name, "held-out text", 0, 3, 40, 0.01]]
+
+
 def test_the_data_table_shows_what_held_out_text_shares_with_the_training_text(artifacts: dict[str, Artifact]) -> None:
     facts = sections.data(artifacts["prepare"])
     assert facts is not None

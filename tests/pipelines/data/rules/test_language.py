@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.data.rules import registry
+from pipelines.data.rules import language, registry
 from pipelines.data.rules.base import Page
 from pipelines.data.shingles import units_of
 from tests.bench.planted_corpus import Maker
@@ -29,3 +29,17 @@ def reason(text: str) -> str | None:
 )
 def test_each_reason(text: str, expected: str | None) -> None:
     assert reason(text) == expected
+
+
+def test_the_known_codes_are_those_of_the_model() -> None:
+    assert set(language._identifier().nb_classes) == language.CODES
+
+
+@pytest.mark.parametrize(
+    ("code", "near"),
+    [("english", "'en'"), ("German", "'de'"), ("EN", "'en'"), ("en-US", "'en'"), ("eng", "'en'")],
+)
+def test_an_unknown_language_is_refused_with_those_that_are_near(code: str, near: str) -> None:
+    with pytest.raises(ValueError, match=rf"{code!r} is no language that can be told.*\(valid: ace, af") as caught:
+        language.LanguageConfig(name="language", keep=("en", code))
+    assert f"did you mean {near}" in str(caught.value)
