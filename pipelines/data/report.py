@@ -146,7 +146,7 @@ def losses(report: Mapping[str, Any], bytes_per_token: float | None = None) -> l
                 "source": name,
                 "reason": reason,
                 "dropped": source["dropped"].get(reason, 0),
-                "cut": source["cut"].get(reason, 0),
+                "cut": source.get("cut", {}).get(reason, 0),
                 "bytes": size,
                 "share": size / max(source["read_bytes"], 1),
             }

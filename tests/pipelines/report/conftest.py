@@ -58,7 +58,8 @@ def payloads() -> dict[str, dict[str, Any]]:
     metrics[-1]["val/loss"] = 6.6
     latency = {"prefill_ms_per_token": 2.5, "decode_ms_per_token": 12.5, "peak_memory_bytes": 4_000_000}
     seen = {"latency": latency}
-    source = {"read": 100, "kept": 91, "dropped": {"too short": 7, "near duplicate": 2}}
+    source = {"read": 100, "kept": 91, "dropped": {"too short": 7, "near duplicate": 2}, "read_bytes": 5000}
+    source |= {"dropped_bytes": {"too short": 350, "near duplicate": 400}}
     parts = {"letters & <poems>": {"documents": 30, "bytes": 1000}}
     return {
         "prepare": {
