@@ -19,7 +19,8 @@ from pipelines.evaluation.config import EvaluateConfig
 from pipelines.registry.config import BaseConfig, PromoteConfig
 from pipelines.stages import STAGES
 from pipelines.tracking.config import TrackingConfig
-from pipelines.training.config import OptimizerConfig, PretrainConfig
+from pipelines.training.config import PretrainConfig
+from pipelines.training.optimizer_config import OptimizerConfig
 
 
 class StoreConfig(Settings):

@@ -107,7 +107,7 @@ def _compressors() -> Rows:
 
 def _optimizers() -> Rows:
     """Name each optimizer with the first line of its module, read without importing it (and torch with it)."""
-    from pipelines.training.config import OptimizerConfig
+    from pipelines.training.optimizer_config import OptimizerConfig
 
     return _modules("models.optim", get_args(OptimizerConfig.model_fields["name"].annotation))
 

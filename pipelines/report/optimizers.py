@@ -10,7 +10,7 @@ from pipelines.core.artifact import Artifact
 from pipelines.measure import intervals
 from pipelines.report import charts
 from pipelines.report.charts import Axis, Series
-from pipelines.training.config import OptimizerConfig
+from pipelines.training.optimizer_config import OptimizerConfig
 
 Facts = dict[str, Any]
 

@@ -25,11 +25,11 @@ from pipelines.core.fault_injection import fault_point
 from pipelines.core.launcher import beat
 from pipelines.training import rollbacks
 from pipelines.training.checkpoint_interval import Interval
-from pipelines.training.config import LisaConfig
 from pipelines.training.data_loader import DataLoader
 from pipelines.training.engine import Engine
 from pipelines.training.metrics import MetricsLog, memory_bytes
 from pipelines.training.monitors.base import Monitor
+from pipelines.training.optimizer_config import LisaConfig
 from pipelines.training.rollbacks import Rollback
 from pipelines.training.trainer import StepResult, Trainer
 

@@ -19,8 +19,9 @@ from typing import Any
 from models.optim import schedule
 from pipelines.core.errors import ConfigError
 from pipelines.training import mixture
-from pipelines.training.config import LrScaling, PhaseConfig, PretrainConfig, ScheduleConfig
+from pipelines.training.config import PhaseConfig, PretrainConfig, ScheduleConfig
 from pipelines.training.mixture import Mix, MixtureConfig, Stretch
+from pipelines.training.optimizer_config import LrScaling
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from pipelines.core import fingerprint
-from pipelines.training.config import OptimizerConfig, PretrainConfig
+from pipelines.training.config import PretrainConfig
+from pipelines.training.optimizer_config import OptimizerConfig
 
 INDEX = {"vocab_size": 512, "sequence_length": 64, "bos_id": 0, "eos_id": 1, "pad_id": 2, "mask_id": 3}
 

@@ -15,10 +15,11 @@ from models.architectures.build import build
 from models.architectures.config import ArchitectureConfig
 from models.objectives.causal import next_tokens
 from pipelines.core.launcher import launch
-from pipelines.training.config import OptimizerConfig, PretrainConfig
+from pipelines.training.config import PretrainConfig
 from pipelines.training.data_loader import Batch
 from pipelines.training.engine import PlainEngine, create, deepspeed_settings, set_lr
 from pipelines.training.loss_module import LossModule
+from pipelines.training.optimizer_config import OptimizerConfig
 from pipelines.training.optimizers import learning_rate, make_optimizer
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ from torch import nn
 from models.optim.adamw import AdamW
 from models.optim.lamb import VARIANTS, Lamb
 from models.optim.lars import Lars
-from pipelines.training.config import OptimizerConfig, PretrainConfig
+from pipelines.training.config import PretrainConfig
+from pipelines.training.optimizer_config import OptimizerConfig
 from pipelines.training.optimizers import learning_rate, make_optimizer
 
 NAMES = ("embed.weight", "layers.0.w.weight", "layers.0.norm.weight", "layers.1.w.weight", "norm.weight")
