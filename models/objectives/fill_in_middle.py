@@ -40,9 +40,10 @@ def turned(document_L: Ids, first: int, last: int, mask_id: int) -> Ids:
         last: not smaller, and at most the length of the text less 2.
         mask_id: stands before the suffix and before the middle.
     """
-    text = document_L[1 : -1 - _SENTINELS]
-    parts = [document_L[:1], text[:first], [mask_id], text[last:], [mask_id], text[first:last], document_L[-1:]]
-    return np.concatenate(parts).astype(document_L.dtype)
+    text, sentinel = document_L[1 : -1 - _SENTINELS], np.array([mask_id], dtype=np.int64)
+    return np.concatenate(
+        [document_L[:1], text[:first], sentinel, text[last:], sentinel, text[first:last], document_L[-1:]]
+    )
 
 
 class Objective(base.Objective):
