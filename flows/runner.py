@@ -208,8 +208,7 @@ def closing(execution: Execution) -> Iterator[None]:
     status, code, message = "failed", 1, None
 
     def preempted() -> None:
-        if execution.record.status == "running":
-            execution.runs.finish(execution.record, "preempted", Preempted.exit_code, "ended by a second signal")
+        execution.runs.finish(execution.record, "preempted", Preempted.exit_code, "ended by a second signal")
 
     try:
         with stop.last_words(preempted):
