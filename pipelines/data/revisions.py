@@ -56,7 +56,8 @@ def log(config: DataConfig, project: Path, count: int) -> list[dict[str, Any]]:
         revision, date, names, subject = line.split(_UNITS, 3)
         rows.append({"revision": revision[:10], "date": date, **_facts(config, project, revision), "names": names})
         rows[-1]["subject"] = subject
-    here = None if config.rev else _facts(config, project, None)
+    tracked_here = not config.rev and (project / config.tracked_by).exists()
+    here = _facts(config, project, None) if tracked_here else None
     if here and (not rows or here["hash"] != rows[0]["hash"]):
         rows.insert(0, {"revision": WORK_TREE, "date": "", **here, "names": "", "subject": "not committed"})
     return rows
