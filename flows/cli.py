@@ -134,6 +134,35 @@ def run(
 
 
 @app.command()
+def compress(
+    target: Annotated[str, typer.Argument(metavar="MODEL", help=f"A model folder, {_MODEL}.")],
+    overrides: Overrides = None,
+    method: Annotated[str, typer.Option(help="How; `ingot list compressors` shows the methods.")] = "rtn",
+    bits: Annotated[str | None, typer.Option(help="Bits of a weight; the method's default if left out.")] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="Folder, file or URL of the text to calibrate and measure on. If left out: the corpus of this "
+            "project; without one, Python's language reference.",
+        ),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Folder to create; MODEL-METHOD here if left out.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the recipe and the plan.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress one model, measure it beside the original, and write it to a folder; registers nothing."""
+    from flows.commands import compress as command
+
+    code = command.compress(
+        target, method, bits, overrides or [], data=corpus, out=out, dry_run=dry_run, as_json=as_json
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
 def resume(run_id: RunId = None, as_json: Json = False) -> None:
     """Go on with a run that did not finish, with the configuration it had."""
     from flows.commands import run as command

@@ -97,11 +97,17 @@ def nodes(config: RunConfig, init_weights: Source | None = None) -> list[Node]:
             reads["teacher"] = base
         graph.append(Node(models[variant.name], STAGES["compress"], variant, reads))
         graph.append(_evaluation_of(f"evaluate.{variant.name}", models[variant.name], base, config.evaluate))
+    if config.promote.enabled:
+        graph.append(Node("promote", STAGES["promote"], config.promote, judged(models)))
+    return graph
+
+
+def judged(models: Mapping[str, str]) -> dict[str, str]:
+    """Return the nodes that tell of models; `models` maps the name of each to the node that makes it."""
     inputs = {"prepare": "prepare"}
     for name, model in models.items():
         inputs |= {f"model:{name}": model, f"evaluation:{name}": f"evaluate.{name}"}
-    graph.append(Node("promote", STAGES["promote"], config.promote, inputs))
-    return graph
+    return inputs
 
 
 def trained_from(config: PretrainConfig, source: Source | None) -> PretrainConfig:

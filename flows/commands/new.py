@@ -23,7 +23,7 @@ from pipelines.registry.config import PromoteConfig
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 _WANTED: int = PromoteConfig().min_documents
-_FILES = {
+FILES = {
     ".gitignore": "/.ingot/\n/data/\n__pycache__/\n.venv\n",
     ".dvc/config": "[core]\n    analytics = false\n    autostage = false\n    check_update = false\n",
     ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
@@ -38,9 +38,11 @@ plots:
         results/training.csv: [loss, validation_loss]
 """,
 }
-_MARKER = """# This file marks a project of Ingot: commands find it from any folder below.
+"""What a project begins with: path -> text."""
+MARKER = """# This file marks a project of Ingot: commands find it from any folder below.
 recipe = "{name}"  # what `ingot plan` and `ingot run` take where none is named: recipes/{name}.toml
 """
+"""`ingot.toml` of a project whose recipe is {name}."""
 
 
 def new(place: str, data: str | None, family: str, text_field: str = "text") -> None:
@@ -60,13 +62,13 @@ def new(place: str, data: str | None, family: str, text_field: str = "text") -> 
     _check(folder, source, data)
     name = model_name(folder.name)
     with _removed_unless_complete(folder):
-        for relative, text in _FILES.items():
-            _write(folder / relative, text)
+        for relative, text in FILES.items():
+            write(folder / relative, text)
         own = _git_init(folder)
         fields = FieldNames(text=text_field)
-        documents, refused, said = (None, [], []) if data is None else _take(folder, source, data, fields)
-        _write(folder / project.RECIPES / f"{name}.toml", recipe(name, family, documents, text_field))
-        _write(folder / project.MARKER, _MARKER.format(name=name))  # last: it makes a project of the folder
+        documents, refused, said = (None, [], []) if data is None else take(folder, source, data, fields)
+        write(folder / project.RECIPES / f"{name}.toml", recipe(name, family, documents, text_field))
+        write(folder / project.MARKER, MARKER.format(name=name))  # last: it makes a project of the folder
     said += _commit(folder) if own else [f"git: commit {folder} in the repository around it"]
     print("\n".join([f"{folder}: recipe {project.RECIPES}/{name}.toml, registered model {name}", *said]))
     if data is None:
@@ -135,7 +137,7 @@ def _removed_unless_complete(folder: Path) -> Iterator[None]:
         raise
 
 
-def _take(folder: Path, source: Path | None, data: str, fields: FieldNames) -> tuple[int, list[str], list[str]]:
+def take(folder: Path, source: Path | None, data: str, fields: FieldNames) -> tuple[int, list[str], list[str]]:
     """Bring the corpus into the project and record it; return the documents, what refuses a run, and what to say."""
     settings, path = DataConfig(), folder / DataConfig().path
     taken = importing.bring(data if source is None else str(source), path, folder / ".dvc" / "tmp" / "ingot-import")
@@ -179,6 +181,7 @@ def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         raise ConfigError("git is not installed", hint="install git: it versions recipes and data.dvc") from None
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """Write a text file, with the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from flows import console, executors, logs, preflight, run_plan
@@ -67,7 +67,7 @@ def plan(
             "--graph prints Mermaid, --json and --jobs the steps and their jobs",
             hint="give one of the two",
         )
-    _quieten()
+    quieten()
     ranks = [] if world_size is None else [f"pretrain.world_size={world_size}"]
     selection = Selection(only, since, tuple(force))
     made = run_plan.make(name, [*overrides, *ranks], selection, elsewhere=world_size is not None)
@@ -77,16 +77,7 @@ def plan(
     if jobs:
         _print_jobs(made, as_json=as_json)
         return 0
-    findings = _findings(made, elsewhere=world_size is not None)
-    code = next((each.error.exit_code for each in findings if each.error is not None), 0)
-    if as_json:
-        said = [each.as_dict() for each in findings]
-        print(json.dumps({"steps": _rows(made), "findings": said, "exit_code": code}, indent=1))
-        return code
-    print_plan(made)
-    _say(findings, sys.stdout)
-    print("Nothing was started.")
-    return code
+    return show_plan(made, elsewhere=world_size is not None, as_json=as_json)
 
 
 def _print_jobs(made: RunPlan, *, as_json: bool) -> None:
@@ -116,21 +107,49 @@ def run(
 ) -> None:
     """Run a recipe; a run with nothing to do is answered from the plan, before any flow or model code loads."""
     console.say("planning ...")
-    _quieten()
+    quieten()
     made = run_plan.make(name, overrides, Selection(only, since, tuple(force), keep_going=keep_going))
     _carry_out(made, wait_s=wait_s, as_json=as_json)
 
 
 def _carry_out(made: RunPlan, *, wait_s: float | None, as_json: bool) -> None:
+    if (run_id := execute(made, wait_s=wait_s, as_json=as_json)) is None:
+        _report_cached(made, as_json=as_json)
+    else:
+        _summary(run_id, made, as_json=as_json)
+
+
+def execute(made: RunPlan, *, wait_s: float | None, as_json: bool) -> str | None:
+    """Carry out a plan that nothing certain speaks against; return the id of the run, None where nothing was to do."""
     findings = _findings(made)
     preflight.refuse(findings)
     if made.is_done():
-        _report_cached(made, as_json=as_json)
-        return
+        return None
     if not console.is_quiet() and not as_json:
         print_plan(made)
     _say(findings, sys.stderr if console.is_quiet() or as_json else sys.stdout)
-    _summary(_run_flow(made, wait_s), made, as_json=as_json)
+    return _run_flow(made, wait_s)
+
+
+def show_plan(made: RunPlan, *, elsewhere: bool = False, as_json: bool, more: Mapping[str, Any] | None = None) -> int:
+    """Print a plan and what speaks against it; return the exit code with which a run would be refused.
+
+    Args:
+        made: the plan.
+        elsewhere: it is for a machine that is not this one.
+        as_json: print JSON.
+        more: what else the JSON says.
+    """
+    findings = _findings(made, elsewhere=elsewhere)
+    code = next((each.error.exit_code for each in findings if each.error is not None), 0)
+    if as_json:
+        said = [each.as_dict() for each in findings]
+        print(json.dumps({"steps": _rows(made), "findings": said, "exit_code": code, **(more or {})}, indent=1))
+        return code
+    print_plan(made)
+    _say(findings, sys.stdout)
+    print("Nothing was started.")
+    return code
 
 
 def resume(run_id: str | None, *, as_json: bool) -> None:
@@ -178,7 +197,7 @@ def promote(candidate: str | None, run_id: str | None, *, as_json: bool) -> None
         as_json: print JSON.
     """
     record, name = lookup.find_candidate(candidate, run_id)
-    change = {"promote.candidate": name} if name else {}
+    change = {"promote.enabled": "true"} | ({"promote.candidate": name} if name else {})
     made = run_plan.again(record, lookup.store(), change, Selection(only="promote", force=("promote",)))
     _carry_out(made, wait_s=None, as_json=as_json)
 
@@ -187,7 +206,7 @@ def _run_flow(plan: RunPlan, wait_s: float | None) -> str:
     """Execute the Prefect flow in this process, and tell the configured server of it, if there is one."""
     from flows import prefect_server
 
-    _quieten()
+    quieten()
     logs.into(plan.store.root)
     server = prefect_server.prepare(plan.store.root)
     console.say(f"telling Prefect at {server}" if server else "no Prefect server is configured; running without one")
@@ -202,7 +221,8 @@ def _findings(made: RunPlan, *, elsewhere: bool = False) -> list[preflight.Findi
     return list(preflight.corpus(made)) if made.is_done() else preflight.check(made, elsewhere=elsewhere)
 
 
-def _quieten() -> None:
+def quieten() -> None:
+    """Have libraries say errors only, where the user has not asked for more."""
     for key, value in _QUIET_LIBRARIES.items():
         os.environ.setdefault(key, value)
 
@@ -235,7 +255,7 @@ def print_plan(made: RunPlan) -> None:
         places = [(step.node, executor.where(made.request(step.node))) for step in to_run]
         groups = {place: [node for node, where in places if where == place] for _, place in places}
         print("  where: " + "; ".join(f"{', '.join(nodes)}: {place}" for place, nodes in groups.items()))
-    print(f"{cached} cached, {len(to_run)} to run{_totals(made, to_run)}. {_champion_line(made)}")
+    print(f"{cached} cached, {len(to_run)} to run{_totals(made, to_run)}. {_champion_line(made)}".rstrip())
     if any(step.stage == "promote" for step in to_run):
         print(f"Gate: {made.config.promote.rule}.")
 
@@ -300,7 +320,10 @@ def _totals(made: RunPlan, to_run: Sequence[Step]) -> str:
 
 
 def _champion_line(made: RunPlan) -> str:
+    """Return a sentence on the champion; empty for a run that asks no gate."""
     model = made.config.promote.model_name
+    if not made.config.promote.enabled:
+        return ""
     try:
         champion = _champion(made)
     except TransientError as error:
@@ -313,7 +336,9 @@ def _champion_line(made: RunPlan) -> str:
 
 
 def _champion(made: RunPlan) -> dict[str, Any] | None:
-    """Return what the registry's alias says at this moment."""
+    """Return what the registry's alias says at this moment; None for a run that asks no gate."""
+    if not made.config.promote.enabled:
+        return None
     return current.champion(made.config.tracking, made.store.root, made.config.promote.model_name)
 
 
@@ -342,7 +367,8 @@ def _summary(run_id: str, made: RunPlan, *, as_json: bool) -> None:
     for name, node in record.nodes.items():
         if uninformative := node.summary.get("uninformative_tasks"):
             print(f"{name} does no better than chance in {', '.join(uninformative)}: that says nothing of the model.")
-    print(_champion_line(made))
+    if line := _champion_line(made):
+        print(line)
     print(f"Report: {report}")
     if record.tracking_url:
         print(f"MLflow: {record.tracking_url}")

@@ -47,6 +47,11 @@ class FetchConfig(Settings):
 class PromoteConfig(Settings):
     """The gate between an evaluated model and the alias `champion`."""
 
+    enabled: bool = Field(
+        True,
+        description="Whether the run ends at the gate; false: models are made and measured, and none is registered.",
+        json_schema_extra=NOT_IDENTITY,
+    )
     model_name: str = Field(
         "ingot",
         min_length=1,

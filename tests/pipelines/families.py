@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel
+
+from pipelines.data import tokenizer
+from pipelines.data.config import TokenizerTraining
 
 VOCABULARY = 64
 _DECODER = {
@@ -86,4 +89,25 @@ def saved(name: str, folder: Path, seed: int = 0, change: Callable[[PreTrainedMo
     if change is not None:
         change(model)
     model.save_pretrained(folder)
+    return folder
+
+
+def complete(name: str, folder: Path, texts: Iterable[str], seed: int = 0, **changes: Any) -> Path:
+    """Save a model of a family with a tokenizer that knows every byte, as one that its owner uses; return the folder.
+
+    Args:
+        name: of the family.
+        folder: created.
+        texts: what the tokenizer learns from.
+        seed: of the weights.
+        changes: over the settings of its configuration.
+    """
+    words = tokenizer.train(texts, 320, TokenizerTraining())
+    words.save(folder, _DECODER["max_position_embeddings"])
+    kind, settings = FAMILIES[name]
+    ids = {f"{role}_token_id": number for role, number in words.ids.items() if role != "mask"}
+    known = {key: value for key, value in ids.items() if key in settings} | {"vocab_size": words.vocab_size}
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(**settings | known | changes)
+    getattr(transformers, class_of(name))(config).save_pretrained(folder)
     return folder
