@@ -18,6 +18,7 @@ VERBS = (
     "new",
     "plan",
     "run",
+    "compress",
     "resume",
     "status",
     "show",
