@@ -59,8 +59,9 @@ class Execution:
         """
         node = self.plan.graph[name]
         cached = None if self.plan.selection.forced(node, self.plan.graph) else self._current(node)
-        if node.node.stage.name == "pretrain" and cached is None:
-            # The held-out text is known now: hours of training for a candidate that the gate must refuse are saved.
+        first = node.node.stage.name == "pretrain" or name == f"evaluate.{self.plan.config.base_name}"
+        if first and cached is None:
+            # The held-out text is known now: hours of work for a candidate that the gate must refuse are saved.
             preflight.refuse([*preflight.held_out(self.plan), *preflight.model_name(self.plan)])
         record = self.record.nodes[name]
         record.state = "running" if cached is None else "cached"

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-from flows import console, executors, logs, preflight, run_plan
+from flows import console, executors, logs, preflight, recipe, run_plan
 from flows.commands import lookup
 from flows.planner import Selection, Step
 from flows.run_plan import RunPlan
 from flows.run_record import REPORT, RunRecord, Runs, SelectionRecord
+from pipelines.core import project as projects
 from pipelines.core import quantity
 from pipelines.core.errors import ConfigError, TransientError
 from pipelines.registry import current
@@ -60,7 +61,7 @@ def plan(
         The exit code with which a run would be refused; 0 if it would begin.
 
     Raises:
-        ConfigError: a drawing is wanted as JSON; or see `run_plan.make`.
+        ConfigError: a drawing is wanted as JSON, ranks for a recipe that trains nothing; or see `run_plan.make`.
     """
     if drawn and (as_json or jobs):
         raise ConfigError(
@@ -68,6 +69,9 @@ def plan(
             hint="give one of the two",
         )
     quieten()
+    if world_size is not None and not _trains(name, overrides):
+        hint = "leave it out: its recipe has no section [pretrain]"
+        raise ConfigError(f"--world-size {world_size}: this run trains nothing, so it has no ranks", hint=hint)
     ranks = [] if world_size is None else [f"pretrain.world_size={world_size}"]
     selection = Selection(only, since, tuple(force))
     made = run_plan.make(name, [*overrides, *ranks], selection, elsewhere=world_size is not None)
@@ -78,6 +82,12 @@ def plan(
         _print_jobs(made, as_json=as_json)
         return 0
     return show_plan(made, elsewhere=world_size is not None, as_json=as_json)
+
+
+def _trains(name: str | None, overrides: list[str]) -> bool:
+    root = projects.find()
+    recipe_name, given = recipe.from_here(name, overrides, root)
+    return recipe.resolve(recipe_name, given, root).trains
 
 
 def _print_jobs(made: RunPlan, *, as_json: bool) -> None:

@@ -20,9 +20,7 @@ from pipelines.compression.report import (
 )
 from pipelines.compression.run import CompressionRun
 from pipelines.compression.sequential import Assignment
-from pipelines.core.errors import ConfigError
 from pipelines.modelio import layout
-from pipelines.modelio.folder import WeightReader
 
 
 def compress(run: CompressionRun) -> CompressionReport:
@@ -33,7 +31,7 @@ def compress(run: CompressionRun) -> CompressionReport:
         NumericError: calibration met activations that are not finite.
     """
     config, method = run.config, registry.weight(run.config.method)
-    refuse_rounded_inputs(config.method, run.reader)
+    run.refuse_rounded_inputs()
     names = sequential.targets(run.base, config.skip)
     dense = layout.loads_dense(run.base, config.parameters.model_dump(), embeddings=config.embeddings == "quantize")
     parameters = config.parameters
@@ -84,19 +82,6 @@ def compress(run: CompressionRun) -> CompressionReport:
         allocation=allocated.report,
         comparison=comparison,
     )
-
-
-def refuse_rounded_inputs(method: str, reader: WeightReader) -> None:
-    """Refuse a base whose layers round their inputs: its weights alone are not what it computes.
-
-    Raises:
-        ConfigError: naming the first such layer.
-    """
-    for name in reader.rounding():
-        raise ConfigError(
-            f"{method} cannot start from this base: {name} rounds its inputs, which another method would forget",
-            hint="quantize inputs last: start from the base of that variant",
-        )
 
 
 def _errors(rows: Mapping[str, PackedLayer]) -> WeightErrors:

@@ -51,6 +51,7 @@ def compress(run: CompressionRun) -> CompressionReport:
         ConfigError: the method does not fit the model.
         Preempted, NumericError, TransientError, IntegrityError: as the ranks ended.
     """
+    run.refuse_rounded_inputs()
     spec = make_worker_spec(run)
     if _parameters(run).steps:
         training.train(spec, run.context)

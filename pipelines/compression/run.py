@@ -21,6 +21,7 @@ from pipelines.compression.config import CompressConfig
 from pipelines.compression.quick_eval import QuickEval
 from pipelines.core.artifact import Artifact
 from pipelines.core.compute import torch_device
+from pipelines.core.errors import ConfigError
 from pipelines.core.stage import Progress, StageContext, StageFunction
 from pipelines.modelio import description, meta_init
 from pipelines.modelio.description import Description
@@ -122,6 +123,19 @@ class CompressionRun:
     def text(self) -> list[Batch]:
         """The documents in `tokens_NT`, with what the model should say of them."""
         return calibration.batches(self.prepare, self.tokens_NT, self.labels_NT)
+
+    def refuse_rounded_inputs(self) -> None:
+        """Refuse a base whose layers round their inputs: its weights alone are not what it computes.
+
+        Raises:
+            ConfigError: naming the first such layer.
+        """
+        for name in self.reader.rounding():
+            raise ConfigError(
+                f"{self.config.method} cannot start from this base: {name} rounds its inputs, which another method "
+                "would forget",
+                hint="quantize inputs last: start from the base of that variant",
+            )
 
     def weight(self, name: str) -> Tensor:
         """Return the weight [O, I] of a layer of the base, float32, on the device of the run."""

@@ -35,6 +35,7 @@ def compress(run: CompressionRun) -> CompressionReport:
         ConfigError: the model type has no such units, or the shares round to none; the method is named.
         NumericError: a model gives numbers that are not finite.
     """
+    run.refuse_rounded_inputs()
     config, method, parameters = run.config, registry.structure(run.config.method), run.config.parameters
     assert isinstance(parameters, StructureConfig)
     masked = MaskedTransformer(run.load_base(), run.tokens_NT, run.labels_NT, **calibration.boundaries(run.prepare))

@@ -245,5 +245,18 @@ def _read(folder: Path) -> tuple[Tokenizer, dict[str, tuple[str, ...]]]:
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of each text; a special token spelled out in a text is text, not control."""
-    tokenizer.encode_special_tokens = True
+    _take_text_whole(tokenizer)
     return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def ends(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return, for each token that `encode` makes of a text, how many of its characters the tokens up to it cover."""
+    _take_text_whole(tokenizer)
+    return [end for _, end in tokenizer.encode(text, add_special_tokens=False).offsets]
+
+
+def _take_text_whole(tokenizer: Tokenizer) -> None:
+    """Encode text alone and all of it: a tokenizer.json may say to cut texts, or to fill them up, to some length."""
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()

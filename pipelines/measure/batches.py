@@ -53,6 +53,8 @@ def plan_batches(settings: BatchSettings, documents: Heldout, family: Family, pr
             f"evaluate.stride = {stride} and evaluate.batch_tokens = {settings.batch_tokens} do not fit a context of "
             f"{context} tokens; valid: a stride of 1 to {context}, and {context} or more batch tokens"
         )
+    tokenizer = prepared / "tokenizer" / heldout.TOKENIZER
+    unknown = heldout.unknown_id(tokenizer)
     if family == "decoder":
         cuts = [
             window
@@ -60,16 +62,24 @@ def plan_batches(settings: BatchSettings, documents: Heldout, family: Family, pr
             for window in windows.causal_windows(len(ids), number, context, stride)
         ]
         batches = windows.causal_batches(documents.tokens, cuts, settings.batch_tokens)
-        return EvaluationBatches(batches, documents.sizes, ())
+        return EvaluationBatches(batches, _known_bytes(tokenizer, documents, unknown), ())
     masked = tuple(
-        windows.mask(document.id, len(ids), settings.mask_rate, settings.mask_seed)
+        windows.mask(document.id, len(ids), settings.mask_rate, settings.mask_seed) & (ids != unknown)
         for document, ids in zip(documents.documents, documents.tokens, strict=True)
     )
     cuts = [w for number, hidden in enumerate(masked) for w in windows.masked_windows(number, context, hidden)]
-    token_sizes = heldout.token_sizes(prepared / "tokenizer" / heldout.TOKENIZER)
-    sizes = [token_sizes[ids[hidden]].sum() for ids, hidden in zip(documents.tokens, masked, strict=True)]
+    each = heldout.token_bytes(tokenizer, documents.documents, documents.tokens)
+    sizes = [size[hidden].sum() for size, hidden in zip(each, masked, strict=True)]
     batches = windows.masked_batches(documents.tokens, cuts, settings.batch_tokens, documents.index["mask_id"])
     return EvaluationBatches(batches, np.array(sizes, dtype=np.int64), masked)
+
+
+def _known_bytes(tokenizer: Path, documents: Heldout, unknown: int | None) -> NDArray[np.int64]:
+    """Return the bytes of each document, less those that an unknown token stands for: it does not tell them."""
+    if unknown is None or not any((ids == unknown).any() for ids in documents.tokens):
+        return documents.sizes
+    each = heldout.token_bytes(tokenizer, documents.documents, documents.tokens)
+    return np.array([size.sum() for size in each], dtype=np.int64)
 
 
 def description(settings: BatchSettings, documents: Heldout, family: Family) -> dict[str, int | float]:

@@ -117,14 +117,62 @@ def tokenize(documents: tuple[Document, ...], tokenizer: Path, index: dict[str, 
     return tuple(np.array([index["bos_id"], *row, index["eos_id"]], dtype=np.int64) for row in rows)
 
 
+def token_bytes(tokenizer: Path, documents: Sequence[Document], tokens: Sequence[Ids]) -> tuple[Ids, ...]:
+    """Return how many bytes of its document each token stands for [tokens of each document].
+
+    Special tokens stand for none, and so does an unknown token: it does not say what the text was. Where tokens are
+    bytes, a token's name has them. Else a token stands for what it covers of the text as it was written, before
+    letters were made small or lost their accents, with the blanks before it; so all tokens of a document together
+    stand for its bytes, less unknown ones and blanks at its end.
+
+    Args:
+        tokenizer: tokenizer.json.
+        documents: the texts.
+        tokens: their ids between start and end token, or the beginning of these.
+    """
+    encoder = Tokenizer.from_file(str(tokenizer))
+    if _is_of_bytes(encoder):
+        sizes = token_sizes(tokenizer)
+        return tuple(sizes[ids] for ids in tokens)
+    unknown = unknown_id(tokenizer)
+    return tuple(
+        _covered(encoder, document.text, ids, unknown) for document, ids in zip(documents, tokens, strict=True)
+    )
+
+
+def _covered(encoder: Tokenizer, text: str, ids: Ids, unknown: int | None) -> Ids:
+    position = np.cumsum([0, *(len(letter.encode()) for letter in text)])
+    behind = np.maximum.accumulate(np.array([0, *tokenization.ends(encoder, text)], dtype=np.int64))
+    covered = np.array([0, *np.diff(position[behind]), 0], dtype=np.int64)[: len(ids)]
+    return np.where(ids == unknown, 0, covered) if unknown is not None else covered
+
+
+def _is_of_bytes(encoder: Tokenizer) -> bool:
+    return '"ByteLevel"' in json.dumps(json.loads(encoder.to_str())["pre_tokenizer"])
+
+
+def unknown_id(tokenizer: Path) -> int | None:
+    """Return the id that stands for any text the vocabulary has no token for; None where there is no such text."""
+    encoder = Tokenizer.from_file(str(tokenizer))
+    if _is_of_bytes(encoder):
+        return None
+    model = json.loads(encoder.to_str())["model"]
+    if model.get("byte_fallback"):
+        return None
+    number: int | None = model.get("unk_id")
+    return number if number is not None else encoder.token_to_id(model.get("unk_token") or "")
+
+
 def token_sizes(tokenizer: Path) -> NDArray[np.int64]:
     """Return how many bytes of text each token stands for [vocabulary]; special tokens stand for none.
 
-    Holds for byte-level vocabularies, in which one character of a token's name is one byte.
+    Holds for byte-level vocabularies, in which one character of a token's name is one byte, but for the mark of a
+    piece that goes on with a word.
     """
     encoder = Tokenizer.from_file(str(tokenizer))
     special = encoder.get_added_tokens_decoder()
-    names = [encoder.id_to_token(i) or "" for i in range(encoder.get_vocab_size())]
+    mark = json.loads(encoder.to_str())["model"].get("continuing_subword_prefix") or ""
+    names = [(encoder.id_to_token(i) or "").removeprefix(mark) for i in range(encoder.get_vocab_size())]
     return np.array([0 if i in special else len(name) for i, name in enumerate(names)], dtype=np.int64)
 
 

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipelines.compression import post_training
 from pipelines.compression.config import CompressConfig
 from pipelines.compression.stage import run
 from pipelines.core import artifact
@@ -22,6 +21,7 @@ from pipelines.core.stage import Progress, StageContext
 from pipelines.modelio import meta_init
 from pipelines.modelio.folder import WeightReader
 from pipelines.stages import STAGES
+from tests.pipelines.compression.conftest import publish
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -70,19 +70,21 @@ def test_whether_a_base_rounds_its_inputs_is_known_from_one_layer_of_a_kind(
 ) -> None:
     bench = small()
     rounded, _ = compress(bench, {"method": "rtn", "activations": "int8"})
-    reader, asked = WeightReader(rounded / "model"), list[str]()
-    packed = WeightReader.packed
+    asked, packed = list[str](), WeightReader.packed
     monkeypatch.setattr(WeightReader, "packed", lambda self, name: asked.append(name) or packed(self, name))
-    with pytest.raises(ConfigError, match="rounds its inputs, which another method would forget"):
-        post_training.refuse_rounded_inputs("gptq", reader)
-    assert len(asked) == 1
-    asked.clear()
     mixed, report = compress(bench, {"method": "quik", "samples": 4})
+    parents = [publish(folder, "compress") for folder in (rounded, mixed)]
+    asked.clear()
+    for method in ("gptq", "paretoq", "optin"):
+        with pytest.raises(ConfigError, match="rounds its inputs, which another method would forget"):
+            compress(bench, {"method": method, "samples": 4}, parent=parents[0])
+    assert len(asked) == 3, "one layer of a kind tells it"
     with pytest.raises(ConfigError, match="rounds its inputs"):
-        post_training.refuse_rounded_inputs("gptq", WeightReader(mixed / "model"))
+        compress(bench, {"method": "gptq", "samples": 4}, parent=parents[1])
     plain, _ = compress(bench, {"method": "rtn"})
     asked.clear()
-    post_training.refuse_rounded_inputs("gptq", WeightReader(plain / "model"))
+    reader = WeightReader(plain / "model")
+    assert not any(reader.packed(name).rounds_inputs for name in reader.storages())
     assert len(asked) == 1 < len(report["layers"])
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import zstandard
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import IntegrityError
 from pipelines.core.program import ROOT
 from pipelines.data import tokenizer as tokenization
+from pipelines.data.config import TokenizerTraining
 from pipelines.measure import heldout
 from pipelines.measure.heldout import Document
 
@@ -121,3 +123,52 @@ def test_a_special_token_spelled_in_a_document_is_measured_as_the_text_that_pack
 def test_corpus_text_is_encoded_in_one_place() -> None:
     users = [path for path in (ROOT / "pipelines").rglob("*.py") if "encode_batch" in path.read_text(encoding="utf-8")]
     assert users == [ROOT / "pipelines" / "data" / "tokenizer.py"]
+
+
+def _wordpiece(folder: Path) -> Path:
+    """An uncased WordPiece tokenizer as BERT's, which says in its file to cut texts and to fill them up."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cafe", "run", "##ning", "##s", "a", "."]
+    encoder = Tokenizer(models.WordPiece({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    encoder.normalizer = normalizers.BertNormalizer(lowercase=True)
+    encoder.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    encoder.add_special_tokens(words[:5])
+    encoder.enable_truncation(4)
+    encoder.enable_padding(length=6)
+    path = folder / heldout.TOKENIZER
+    encoder.save(str(path))
+    return path
+
+
+def test_a_text_is_measured_whole_whatever_its_tokenizer_says_of_lengths(tmp_path: Path) -> None:
+    """all-MiniLM-L6-v2's tokenizer.json cuts every text at 128 tokens, and fills shorter ones up to that."""
+    path = _wordpiece(tmp_path)
+    long, short = (Document(name, text, "s") for name, text in (("l", "run " * 9), ("s", "a")))
+    tokens = heldout.tokenize((long, short), path, {"bos_id": 2, "eos_id": 3})
+    assert tokens[0].tolist() == [2, *[6] * 9, 3]
+    assert tokens[1].tolist() == [2, 9, 3]
+
+
+def test_pieces_stand_for_the_text_as_it_was_written_and_unknown_ones_for_none(tmp_path: Path) -> None:
+    path = _wordpiece(tmp_path)
+    document = Document("d", "Café  Running\n日本 a run.", "s")
+    (ids,) = heldout.tokenize((document,), path, {"bos_id": 2, "eos_id": 3})
+    assert ids.tolist() == [2, 5, 6, 7, 1, 1, 9, 6, 10, 3]
+    (sizes,) = heldout.token_bytes(path, (document,), (ids,))
+    # start, Café, run with two blanks, ##ning, 日, 本, a, run, the point, end
+    assert sizes.tolist() == [0, 5, 5, 4, 0, 0, 2, 4, 1, 0]
+    assert sizes.sum() == document.size - len("\n日本".encode())
+    (beginning,) = heldout.token_bytes(path, (document,), (ids[:4],))
+    assert beginning.tolist() == sizes[:4].tolist()
+    assert heldout.unknown_id(path) == 1
+
+
+@pytest.mark.parametrize("model", ["bpe", "unigram", "wordpiece"])
+def test_bytes_of_trained_vocabularies_add_up(model: Literal["bpe", "unigram", "wordpiece"], tmp_path: Path) -> None:
+    texts = ["unbelievable running water", "naïve 日本語 and unbelievers"]
+    trained = tokenization.train(texts * 20, 400, TokenizerTraining(model=model))
+    trained.tokenizer.save(str(path := tmp_path / heldout.TOKENIZER))
+    documents = tuple(Document(str(n), text, "s") for n, text in enumerate(texts))
+    tokens = heldout.tokenize(documents, path, {"bos_id": 0, "eos_id": 1})
+    found = heldout.token_bytes(path, documents, tokens)
+    assert [int(each.sum()) for each in found] == [document.size for document in documents]
+    assert heldout.unknown_id(path) is None
