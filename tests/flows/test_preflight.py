@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from flows import preflight, run_plan
+from flows.commands import run as run_command
 from flows.planner import Selection
 from flows.run_plan import RunPlan
 from pipelines.core import artifact, disk, machine
@@ -284,3 +285,11 @@ def test_several_findings_are_told_at_once() -> None:
         preflight.refuse(findings)
     assert str(caught.value) == "message 1\n  -> do 1\nmessage 2\n  -> do 2"
     preflight.refuse(findings[:1])
+
+
+def test_ranks_are_refused_where_nothing_is_trained(tmp_path: Path) -> None:
+    """They were an override of `pretrain`, a section whose presence switches the training on."""
+    mine = tmp_path / "mine.toml"
+    mine.write_text('[base]\nfrom = "/models/mine"\n')
+    with pytest.raises(ConfigError, match="this run trains nothing, so it has no ranks"):
+        run_command.plan(str(mine), [], None, None, [], as_json=True, world_size=2)
