@@ -149,15 +149,14 @@ def _place(data: str | None, *, dry_run: bool) -> Iterator[_Place]:
     inherited = {} if around is None else _of_project(around)
     if data is None and around is not None:
         settings = DataConfig.model_validate(inherited.get("data", {}))
+        said = f"the corpus of this project, {around / settings.path}"
         if (around / settings.dvc_file).is_file():
-            yield _Place(around, store, inherited, f"the corpus of this project, {around / settings.path}")
+            yield _Place(around, store, inherited, said)
             return
     kept = {key: value for key, value in inherited.items() if key not in {"data", "prepare"}}
     with tempfile.TemporaryDirectory() if dry_run else contextlib.nullcontext(str(_root(store, around))) as root:
-        source = f"{data}" if data is not None else "python"
-        folder = (
-            Path(root) / "corpora" / fingerprint.digest(str(source if "://" in source else Path(source).resolve()))[:12]
-        )
+        where = "python" if data is None else data if "://" in data else str(Path(data).expanduser().resolve())
+        folder = Path(root) / "corpora" / fingerprint.digest(where)[:12]
         documents = _corpus(folder, data)
         share = new.share(documents)
         said = f"{data} ({documents:,} documents)"
