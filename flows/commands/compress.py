@@ -150,7 +150,7 @@ def _place(data: str | None, *, dry_run: bool) -> Iterator[_Place]:
     if data is None and around is not None:
         settings = DataConfig.model_validate(inherited.get("data", {}))
         said = f"the corpus of this project, {around / settings.path}"
-        if (around / settings.dvc_file).is_file():
+        if (around / settings.tracked_by).is_file():
             yield _Place(around, store, inherited, said)
             return
     kept = {key: value for key, value in inherited.items() if key not in {"data", "prepare"}}
