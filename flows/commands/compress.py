@@ -27,7 +27,7 @@ from pipelines.core import fingerprint, project, quantity
 from pipelines.core.artifact import Artifact
 from pipelines.core.errors import ConfigError
 from pipelines.core.store import SCHEME, open_store
-from pipelines.data.config import DataConfig
+from pipelines.data.config import DataConfig, FieldNames
 from pipelines.registry import gate, initial_weights
 from pipelines.registry.config import PromoteConfig
 from pipelines.registry.evidence import read as evidence_of
@@ -202,9 +202,11 @@ def _corpus(folder: Path, data: str | None) -> int:
         local = Path(scratch) if data is None else None if "://" in data else Path(data).expanduser().resolve()
         if local is not None and not local.exists():
             raise ConfigError(f"--data {data}: {local} does not exist", hint="give a folder, a file or a URL")
-        documents, said = new.take(folder, local, data or "")
+        documents, refused, said = new.take(folder, local, data or "", FieldNames())
     if data is not None:
         console.say("\n".join(said))
+    if refused:
+        raise ConfigError(f"--data {data}: {'; '.join(refused)}", hint="`ingot data check` in a project tells more")
     new.write(folder / project.MARKER, new.MARKER.format(name="smoke"))
     return documents
 
