@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from models.compression.base import MethodConfig, Packed
@@ -124,16 +125,18 @@ class Shelf(Mapping[str, Packed]):
     folder: Path
     assignment: Assignment
     names: tuple[str, ...]
+    device: torch.device
+    """Where layers are put."""
 
     @classmethod
     def filled(cls, run: CompressionRun, assignment: Assignment) -> Shelf:
         """Compress all layers, each behind the compressed ones before it."""
-        shelf = cls(run.context.scratch / "layers", assignment, tuple(assignment.names))
+        shelf = cls(run.context.scratch / "layers", assignment, tuple(assignment.names), run.device)
         shelf.clear()
         shelf.folder.mkdir(parents=True)
         for block in compress_blocks(run, assignment):
             for name, layer in block.items():
-                stored = {leaf: tensor.contiguous() for leaf, tensor in layer.packed.tensors().items()}
+                stored = {leaf: tensor.cpu().contiguous() for leaf, tensor in layer.packed.tensors().items()}
                 save_file(stored, shelf.folder / f"{name}.safetensors")
         return shelf
 
@@ -148,7 +151,7 @@ class Shelf(Mapping[str, Packed]):
     def __getitem__(self, name: str) -> Packed:
         if name not in self.names:
             raise KeyError(name)
-        stored = load_file(self.folder / f"{name}.safetensors")
+        stored = {k: v.to(self.device) for k, v in load_file(self.folder / f"{name}.safetensors").items()}
         return self.assignment.method.restore(stored, self.assignment.parameters(name))
 
     def __iter__(self) -> Iterator[str]:
