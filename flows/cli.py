@@ -406,7 +406,8 @@ def deploy(
         str | None, typer.Option(metavar="URL", help="POST failures, refusals of the gate and promotions there.")
     ] = None,
     limit: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=SLOTS", help="A global concurrency limit, as gpu=2.")
+        str | None,
+        typer.Option(metavar="NAME=SLOTS", help="A global concurrency limit that its stages wait for, as gpu=2."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which deployments there would be.")] = False,
     as_json: Json = False,
@@ -414,7 +415,7 @@ def deploy(
     """Put this project on the Prefect server: pool, deployments, schedules, automations. Again: brought up to date."""
     from flows.commands import deploy as command
 
-    asked = command.wanted(recipe, pool, pool_type, cron, every, notify, limit or [], on_data=on_data)
+    asked = command.wanted(recipe, pool, pool_type, cron, every, notify, limit, on_data=on_data)
     command.run(asked, dry=dry_run, as_json=as_json)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -50,8 +50,8 @@ class Wanted:
     """Train when `ingot data push` has sent a new revision."""
     notify: str | None = None
     """URL that is told of failures, refusals and promotions by a POST of JSON."""
-    limits: dict[str, int] = field(default_factory=dict)
-    """Name of a global concurrency limit -> its slots."""
+    limit: tuple[str, int] | None = None
+    """Name and slots of the global concurrency limit that the stages of its runs wait for."""
 
     @property
     def prefix(self) -> str:
@@ -61,7 +61,9 @@ class Wanted:
 
 def names(wanted: Wanted) -> dict[str, dict[str, Any]]:
     """Return the deployments, name -> parameters of the flow."""
-    recipe = {} if wanted.recipe is None else {"recipe_name": wanted.recipe}
+    recipe: dict[str, Any] = {} if wanted.recipe is None else {"recipe_name": wanted.recipe}
+    if wanted.limit is not None:
+        recipe["overrides"] = [f"compute.concurrency_limit={wanted.limit[0]}"]
     whole = {f"{wanted.prefix}-{WHOLE}": dict(recipe)}
     return whole | {f"{wanted.prefix}-{stage}": recipe | {"only": stage} for stage in STAGES}
 
@@ -85,9 +87,9 @@ def deploy(client: SyncPrefectClient, wanted: Wanted) -> list[dict[str, str]]:
         ConfigError: the work pool is there and of another type.
     """
     rows = [_pool(client, wanted)]
-    for limit, slots in wanted.limits.items():
-        client.upsert_global_concurrency_limit_by_name(limit, slots)
-        rows.append(_row("limit", limit, f"{slots} at once"))
+    if wanted.limit is not None:
+        client.upsert_global_concurrency_limit_by_name(*wanted.limit)
+        rows.append(_row("limit", wanted.limit[0], f"{wanted.limit[1]} ranks at once, of all runs that wait for it"))
     made = _deployments(client, wanted)
     rows += [_row("deployment", name, about) for name, about in described(wanted).items()]
     webhook = _webhook(client, wanted)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows import executors
+from flows import executors, prefect_server
 from flows.run_plan import RunPlan
 from models.architectures.config import Family
 from pipelines.compression import suitability
@@ -38,7 +38,8 @@ _ASSUMED_TWICE = 2
 _LOOKED_AT = 2000
 """Files of a corpus that are looked into before a run; prepare looks into all."""
 _AGAIN = "it will be measured again on that of this run"
-_COMPUTES = {"pretrain", "compress", "evaluate"}
+COMPUTES = {"pretrain", "compress", "evaluate"}
+"""Stages whose work goes to a device."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def held_out(plan: RunPlan) -> Iterator[Finding]:
 def gpus(plan: RunPlan) -> Iterator[Finding]:
     """Are there the GPUs that the recipe asks for?"""
     compute, ranks = plan.config.compute, plan.config.pretrain.world_size if plan.config.trains else 1
-    if compute.device == "cpu" or not any(step.runs and step.stage in _COMPUTES for step in plan.steps):
+    if compute.device == "cpu" or not any(step.runs and step.stage in COMPUTES for step in plan.steps):
         return
     there, build = gpu_count(), importlib.metadata.version("torch").partition("+")[2]
     if build.startswith("rocm"):
@@ -295,7 +296,7 @@ def jobs(plan: RunPlan) -> Iterator[Finding]:
 def base(plan: RunPlan) -> Iterator[Finding]:
     """Can the model that the run starts from be measured, compressed and trained on as the recipe says?"""
     source = plan.init_weights
-    if source is None or plan.config.trains or not any(_runs(plan, stage) for stage in _COMPUTES):
+    if source is None or plan.config.trains or not any(_runs(plan, stage) for stage in COMPUTES):
         return
     place = Path(source.place)
     length = max(plan.config.prepare.sequence_length, plan.config.evaluate.context or 0)
@@ -350,6 +351,15 @@ def several_machines(plan: RunPlan) -> Iterator[Finding]:
         yield Finding("several machines", message, do, None)
 
 
+def slots(plan: RunPlan) -> Iterator[Finding]:
+    """Is there a server that the slots of `compute.concurrency_limit` could come from?"""
+    name = plan.config.compute.concurrency_limit
+    if name is not None and prefect_server.configured_url() is None:
+        message = f"compute.concurrency_limit = {name!r}, but no Prefect server is configured that could have it"
+        do = "`prefect config set PREFECT_API_URL=URL`; or compute.concurrency_limit=none"
+        yield Finding("slots", message, do, ConfigError)
+
+
 CHECKS: dict[str, Callable[[RunPlan], Iterator[Finding]]] = {
     "corpus": corpus,
     "store": writable,
@@ -363,6 +373,7 @@ CHECKS: dict[str, Callable[[RunPlan], Iterator[Finding]]] = {
     "disk": space,
     "several machines": several_machines,
     "jobs": jobs,
+    "slots": slots,
 }
 """Name of a check -> the check."""
 _OF_THE_MACHINE = {"gpu", "disk", "store"}

@@ -42,6 +42,10 @@ class Execution:
     console: Callable[[Progress], None]
     wait_s: float | None = None
     """How long to wait for another run of the same stage; None waits for ever."""
+    slot: Callable[[RunPlan, str], contextlib.AbstractContextManager[None]] = lambda _plan, _node: (
+        contextlib.nullcontext()
+    )
+    """What a node waits for before it runs, and holds while it does."""
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     """Of the nodes that this run has finished."""
     _saving: threading.Lock = field(default_factory=threading.Lock)
@@ -82,7 +86,8 @@ class Execution:
                 # An artifact that is there all the same is forced anew, or made of inputs that have other bytes now.
                 force = self._stored(node) is not None
                 request = self.plan.request(name, tracking=tracking, force=force, wait_s=self.wait_s)
-                artifact = self.executor.execute(request, report)
+                with self.slot(self.plan, name):
+                    artifact = self.executor.execute(request, report)
             else:
                 artifact = cached
             stage_run.finish(artifact, cached=cached is not None)

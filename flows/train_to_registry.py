@@ -34,7 +34,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
-from flows import prefect_client, prefect_events, preflight, run_plan
+from flows import prefect_client, prefect_events, prefect_slots, preflight, run_plan
 from flows.console import progress_line
 from flows.planner import Selection, Step
 from flows.run_plan import RunPlan
@@ -109,11 +109,13 @@ def run_planned(plan: RunPlan, wait_s: float | None = None, *, server: str | Non
 
 def _carry_out(plan: RunPlan, wait_s: float | None) -> str:
     prefect_client.tolerate()
+    prefect_slots.check(plan)
     try:
         with contextlib.ExitStack() as at_work:
             at_work.enter_context(stop.unwinding())
             with stop.held():
                 execution = open_execution(plan, console=progress_line, wait_s=wait_s)
+                execution.slot = prefect_slots.held
                 at_work.enter_context(closing(execution))
                 at_work.enter_context(_as_preempted())
             stop.check()

@@ -16,7 +16,7 @@ def wanted(
     cron: str | None,
     every_s: int | None,
     notify: str | None,
-    limits: list[str],
+    limit: str | None,
     *,
     on_data: bool,
 ) -> Wanted:
@@ -25,14 +25,15 @@ def wanted(
     Raises:
         ConfigError: a limit is not NAME=SLOTS, or the recipe does not resolve.
     """
-    slots: dict[str, int] = {}
-    for limit in limits:
+    slots = None
+    if limit is not None:
         name, _, number = limit.partition("=")
         if not name or not number.isdigit() or int(number) < 1:
             raise ConfigError(f"--limit {limit!r}: not NAME=SLOTS", hint="as --limit gpu=2")
-        slots[name] = int(number)
+        slots = (name, int(number))
     root = project.find()
-    resolve(recipe or project.settings(root).recipe, project=root)  # what would fail at night is refused now
+    overrides = [] if slots is None else [f"compute.concurrency_limit={slots[0]}"]
+    resolve(recipe or project.settings(root).recipe, overrides, project=root)  # what would fail at night is refused now
     return Wanted(root, pool, pool_type, recipe, cron, every_s, on_data, notify, slots)
 
 

@@ -114,6 +114,13 @@ class ComputeConfig(Resources):
         "its own. What measures latency always runs alone.",
         json_schema_extra=NOT_IDENTITY,
     )
+    concurrency_limit: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+$",
+        description="Global concurrency limit on the Prefect server: a stage that computes waits for a slot for each "
+        "of its ranks, so that runs which share machines do not meet. None: no waiting.",
+        json_schema_extra=NOT_IDENTITY,
+    )
     heartbeat_timeout_s: float = Field(
         600.0, gt=0, description="A rank silent for longer is taken for hung.", json_schema_extra=NOT_IDENTITY
     )

@@ -75,8 +75,9 @@ def test_a_project_is_deployed_and_what_it_waits_for_sets_it_off(
     stages = {f"{name}-{stage}" for stage in ("prepare", "pretrain", "compress", "evaluate", "promote")}
     assert set(deployments) == {f"{name}-train", *stages}
     whole, alone = deployments[f"{name}-train"], deployments[f"{name}-evaluate"]
-    assert whole["parameters"] == {"recipe_name": "smoke"}
-    assert alone["parameters"] == {"recipe_name": "smoke", "only": "evaluate"}
+    waits = {"overrides": ["compute.concurrency_limit=gpu"]}
+    assert whole["parameters"] == {"recipe_name": "smoke"} | waits
+    assert alone["parameters"] == {"recipe_name": "smoke", "only": "evaluate"} | waits
     assert [schedule["schedule"]["cron"] for schedule in whole["schedules"]] == ["0 2 * * *"]
     assert alone["schedules"] == []
     assert {"recipe_name", "overrides", "only", "since", "force"} <= set(
