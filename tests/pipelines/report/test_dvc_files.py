@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from flows.commands.new import _FILES
+from flows.commands import new
 from pipelines.core.artifact import Artifact
 from pipelines.report import dvc_files
 
@@ -24,7 +24,7 @@ def git(folder: Path, *arguments: str) -> None:
 def test_dvc_compares_the_numbers_of_two_revisions(artifacts: dict[str, Artifact], tmp_path: Path) -> None:
     for name in ("dvc.yaml", ".dvc/config", ".dvc/.gitignore"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(_FILES[name])
+        (tmp_path / name).write_text(new.FILES[name])
     dvc_files.write(artifacts, tmp_path / "results")
     table = json.loads((tmp_path / "results" / "metrics.json").read_text())
     assert set(table) == {"prepare", "pretrain", "evaluate.pretrain", "compress.<b>int4", "evaluate.<b>int4"}
