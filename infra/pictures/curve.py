@@ -10,9 +10,6 @@ import json
 from pathlib import Path
 
 import matplotlib as mpl
-
-mpl.use("svg")
-mpl.rcParams["svg.hashsalt"] = "ingot"  # the same numbers make the same file
 from matplotlib import pyplot as plt
 
 _SMOOTHED = 100
@@ -21,6 +18,7 @@ _SMOOTHED = 100
 
 def draw(metrics: Path, out: Path, title: str) -> None:
     """Write the picture: mean training losses and validation losses, nats a target, by millions of tokens."""
+    mpl.rcParams["svg.hashsalt"] = "ingot"  # the same numbers make the same file
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure, axes = plt.subplots(figsize=(7, 3.5))
     parts = [records[first : first + _SMOOTHED] for first in range(0, len(records), _SMOOTHED)]
