@@ -25,6 +25,7 @@ from pipelines.core.fault_injection import fault_point
 from pipelines.core.launcher import beat
 from pipelines.training import rollbacks
 from pipelines.training.checkpoint_interval import Interval
+from pipelines.training.config import CheckpointConfig
 from pipelines.training.data_loader import DataLoader
 from pipelines.training.engine import Engine
 from pipelines.training.metrics import MetricsLog, memory_bytes
@@ -206,20 +207,26 @@ class Validation(Callback):
 
 
 class Checkpointing(Callback):
-    """Saves the state, at intervals and after the last step."""
+    """Saves the state, at intervals and after the last step.
+
+    Args:
+        settings: the interval, or the rate of faults that it follows from.
+    """
+
+    def __init__(self, settings: CheckpointConfig) -> None:
+        self._every = settings.every
+        self._interval = None if settings.faults_per_day is None else Interval(settings.faults_per_day)
+        self._due, self._since = settings.every, (0, time.monotonic())
 
     def on_start(self, trainer: Trainer) -> None:
-        """Begin with the interval of the settings."""
-        settings = trainer.config.checkpoint
-        self._interval = None if settings.faults_per_day is None else Interval(settings.faults_per_day)
-        self._due = trainer.state.step + settings.every
-        self._since = trainer.state.step, time.monotonic()
+        """Count the first interval from here."""
+        self._due, self._since = trainer.state.step + self._every, (trainer.state.step, time.monotonic())
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Save when it is due; the last checkpoint is waited for."""
         last = result.step == trainer.config.steps
         if self._interval is None:
-            if last or result.step % trainer.config.checkpoint.every == 0:
+            if last or result.step % self._every == 0:
                 trainer.save(wait=last)
         elif last or result.step >= self._due:
             started, (step, moment) = time.monotonic(), self._since

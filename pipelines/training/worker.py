@@ -179,7 +179,7 @@ def callbacks(spec: WorkerSpec, logging: Logging, samples: Sequence[Callback] = 
         Validation(),
         *samples,
         logging,
-        Checkpointing(),
+        Checkpointing(config.checkpoint),
     ]
 
 

@@ -228,11 +228,15 @@ def test_ctrl_c_stops_looking_and_leaves_the_run_at_work(runs: Runs) -> None:
         [sys.executable, "-m", "flows", "status", "--follow"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=CHECKOUT,
         env={**os.environ, "INGOT_STORE": str(runs.root.parent)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     ) as looker:  # fmt: skip
-        assert looker.stderr is not None
-        assert looker.stderr.readline().split()[:2] == ["pretrain", "1/9"]
-        looker.send_signal(signal.SIGINT)
-        assert (looker.wait(timeout=30), *looker.communicate()) == (130, "", "")
+        try:
+            assert looker.stderr is not None
+            assert looker.stderr.readline().split()[:2] == ["pretrain", "1/9"]
+            looker.send_signal(signal.SIGINT)
+            assert (looker.wait(timeout=30), *looker.communicate()) == (130, "", "")
+        finally:
+            looker.kill()
     assert runs.get().at_work
     runs.finish(record, "done", 0)
 

@@ -132,7 +132,7 @@ def make(plain_spec: Callable[..., WorkerSpec], tmp_path: Path) -> Iterator[Make
                 NonFiniteSteps(tmp_path / "diagnostics"),
                 Validation(),
                 logging,
-                Checkpointing(),
+                Checkpointing(config.checkpoint),
             ],
             stop_requested=stop,
         )
