@@ -28,7 +28,7 @@ def children() -> list[list[str]]:
 
 def test_executors_are_found_by_file_name() -> None:
     assert "local" in executors.names()
-    with pytest.raises(ConfigError, match=r"compute\.executor is 'cloud'; there is local"):
+    with pytest.raises(ConfigError, match=r"compute\.executor is 'cloud'; there is kubernetes, local, slurm"):
         executors.get(ComputeConfig(executor="cloud"))
 
 
