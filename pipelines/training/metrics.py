@@ -89,8 +89,7 @@ class Tail:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: tuple[int, int] | None = None
-        self._offset = 0
+        self._offset, self._last = 0, b""
         self._step = -1
 
     def new_records(self) -> list[Record]:
@@ -100,13 +99,14 @@ class Tail:
         except FileNotFoundError:
             return []
         with stream:
-            status = self._path.stat()
-            if self._file != (status.st_dev, status.st_ino) or status.st_size < self._offset:
-                self._file, self._offset = (status.st_dev, status.st_ino), 0
-            stream.seek(self._offset)
+            stream.seek(self._offset - len(self._last))
+            if stream.read(len(self._last)) != self._last:  # written anew; its inode may be one that was here before
+                self._offset = stream.seek(0)
             text = stream.read()
         complete = text[: text.rfind(b"\n") + 1]
         self._offset += len(complete)
+        if complete:
+            self._last = complete[complete.rfind(b"\n", 0, -1) + 1 :]
         records = [json.loads(line) for line in complete.splitlines()]
         fresh = [record for record in records if record["step"] > self._step]
         self._step = max((record["step"] for record in fresh), default=self._step)

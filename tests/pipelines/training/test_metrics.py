@@ -94,6 +94,19 @@ def test_a_follower_reports_no_step_twice_when_training_goes_back(tmp_path: Path
     assert steps(tail.new_records()) == [8, 9]
 
 
+def test_a_follower_begins_anew_in_a_file_that_got_the_place_of_the_old_one(tmp_path: Path) -> None:
+    """A file that is replaced twice between two looks may have the first one's inode, and be longer than that."""
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 8)))
+    tail = Tail(path)
+    assert steps(tail.new_records()) == list(range(1, 8))
+    path.write_text("".join(f'{{"step": {step}, "mark": "second"}}\n' for step in range(1, 10)))
+    assert steps(tail.new_records()) == [8, 9]
+    with path.open("a") as stream:
+        stream.write('{"step": 10}\n')
+    assert steps(tail.new_records()) == [10]
+
+
 # ---- speed -----------------------------------------------------------------------------------------------------------
 
 CPU = torch.device("cpu")
