@@ -1,5 +1,6 @@
 # Ingot on CPUs. From the root of the checkout:
 #   docker build --file infra/docker/cpu.Dockerfile --tag ingot:cpu .
+# torch's default build brings CUDA: `--build-arg PIP_INDEX_URL=...` names an index that has the build for CPUs.
 # The project (ingot.toml, data.dvc, .dvc) is mounted at, or copied to, /project.
 FROM python:3.11.11-slim-bookworm
 
@@ -13,8 +14,9 @@ ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
 
 WORKDIR /opt/ingot
 COPY flows/constraints.txt flows/constraints.txt
-RUN pip install --constraint flows/constraints.txt --index-url https://download.pytorch.org/whl/cpu \
-    --extra-index-url https://pypi.org/simple torch
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+RUN pip install --constraint flows/constraints.txt torch
 COPY . .
 RUN pip install --constraint flows/constraints.txt . "psycopg[binary]" Flask-WTF \
  && install --directory --owner ingot --group ingot /project /cache

@@ -84,6 +84,14 @@ def test_the_top_level_holds_nothing_but_the_agreed_names() -> None:
     assert {name for name in top if not name.startswith(".")} <= AGREED
 
 
+def test_no_tracked_file_names_the_host_of_a_package_registry() -> None:
+    """Packages are named, and where they come from is pip's own configuration."""
+    hosts = ("pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org", "registry.npmjs" + ".org")
+    patterns = [argument for host in hosts for argument in ("-e", host)]
+    found = subprocess.run(["git", "grep", "-nIF", *patterns], cwd=CHECKOUT, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (1, "")
+
+
 def test_no_source_runs_code_found_in_data() -> None:
     unsafe = [
         f"{name}: {line.strip()}"
